@@ -1,16 +1,170 @@
-"""`Target`: the only file that calls the target model."""
+"""`Target`: the only file that calls the target model, and the only one that knows its masks and positions."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
+from .caches import check_target_cache, commit_path
 from .configuration_jetflow import JetFlowConfig
+from .tree import DraftTree
+
+
+@dataclass
+class TargetStates:
+    """What a target forward leaves behind."""
+
+    logits: torch.Tensor  # (rows, vocab)
+    features: torch.Tensor  # (1, rows, taps x target_hidden)
+    position_ids: torch.Tensor  # (1, rows), positions of the features
+    hidden_states: tuple[torch.Tensor, ...] = ()  # all layers, where the caller asked for them
+    attentions: tuple[torch.Tensor, ...] = ()  # likewise
+
+
+@dataclass
+class Context:
+    """The target's side of a generation. The cache holds every committed token but the anchor."""
+
+    cache: DynamicCache
+    position: int  # absolute position of the anchor
+    is_padding: torch.Tensor | None  # (cached at prefill,) bool, where the prompt was padded
+    forward_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 class Target:
+    """
+    The frozen target, seen through the head's configuration.
+
+    Args:
+        model (`PreTrainedModel`): A decoder-only causal LM.
+        head_config ([`JetFlowConfig`]): Says which states are tapped.
+    """
+
     def __init__(self, model: PreTrainedModel, head_config: JetFlowConfig):
         self.model = model
         self.head_config = head_config
+        self._windows = layer_windows(model)
+
+    def prefill(
+        self, input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+    ) -> tuple[Context, TargetStates]:
+        """
+        Run the prompt as plain decoding does (chunks, embeddings and an earlier cache included).
+
+        Returns:
+            `Context` and the `TargetStates` of the prompt's rows, padding left out; logits of the last row only.
+        """
+        cache = model_kwargs.get("past_key_values")
+        check_target_cache(cache)
+        cache.activate_past_recording()
+        wants_states = bool(generation_config.output_hidden_states)
+        forward_kwargs: dict[str, Any] = {"output_hidden_states": wants_states or self.head_config.hidden_state_indices}
+        if generation_config.output_attentions:
+            forward_kwargs["output_attentions"] = True
+        with self._collected_features() as parts:
+            outputs = self.model._prefill(input_ids, generation_config, {**model_kwargs, **forward_kwargs})
+        features = torch.cat([part for part, _ in parts], dim=1)
+        last_position = parts[-1][1]
+        if last_position is None:
+            last_position = cache.get_seq_length() - 1
+        num_rows = features.shape[1]
+        position_ids = torch.arange(last_position - num_rows + 1, last_position + 1, device=features.device)[None]
+        is_padding = None
+        if model_kwargs.get("attention_mask") is not None:
+            is_padding = model_kwargs["attention_mask"][0] == 0
+            keep = ~is_padding[-num_rows:].to(features.device)
+            features, position_ids = features[:, keep], position_ids[:, keep]
+        context = Context(cache, last_position + 1, is_padding, forward_kwargs)
+        states = TargetStates(
+            logits=outputs.logits[0, -1:],
+            features=features,
+            position_ids=position_ids,
+            hidden_states=(outputs.hidden_states or ()) if wants_states else (),
+            attentions=(outputs.attentions or ()) if generation_config.output_attentions else (),
+        )
+        return context, states
+
+    @contextmanager
+    def _collected_features(self) -> Iterator[list[tuple[torch.Tensor, int | None]]]:
+        """Collects (features, last position) of every target forward inside; prefill may run several, chunk by chunk."""
+        parts: list[tuple[torch.Tensor, int | None]] = []
+
+        def collect(_module: nn.Module, _args: Any, kwargs: dict[str, Any], outputs: Any) -> None:
+            position_ids = kwargs.get("position_ids")
+            parts.append((self._fuse(outputs.hidden_states), None if position_ids is None else int(position_ids[0, -1])))
+
+        handle = self.model.register_forward_hook(collect, with_kwargs=True)
+        try:
+            yield parts
+        finally:
+            handle.remove()
+
+    def verify(self, context: Context, tree: DraftTree) -> TargetStates:
+        """One target forward over all nodes; its keys and values lie in the cache until `commit`."""
+        device = self.model.device
+        position_ids = (context.position + tree.depths)[None].to(device)
+        outputs = self.model(
+            input_ids=tree.tokens[None].to(device),
+            attention_mask=self._tree_masks(context, tree),
+            position_ids=position_ids,
+            past_key_values=context.cache,
+            use_cache=True,
+            return_dict=True,
+            **context.forward_kwargs,
+        )
+        wants_states = context.forward_kwargs["output_hidden_states"] is True
+        return TargetStates(
+            logits=outputs.logits[0],
+            features=self._fuse(outputs.hidden_states),
+            position_ids=position_ids,
+            hidden_states=outputs.hidden_states if wants_states else (),
+            attentions=(outputs.attentions or ()) if "output_attentions" in context.forward_kwargs else (),
+        )
+
+    def commit(self, context: Context, tree: DraftTree, path: list[int]) -> None:
+        """Keep the path in the cache and move the anchor behind it."""
+        commit_path(context.cache, torch.tensor(path), len(tree.tokens))
+        context.position += len(path)
+
+    def _tree_masks(self, context: Context, tree: DraftTree) -> Any:
+        """The 4-D mask for the model's forward: one tensor, or one per kind of layer where the model has several."""
+        if self._windows.keys() == {"full_attention"}:
+            return self._tree_mask(context, tree, None)
+        masks = {kind: self._tree_mask(context, tree, window) for kind, window in self._windows.items()}
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _tree_mask(self, context: Context, tree: DraftTree, window: int | None) -> torch.Tensor:
+        """(1, 1, nodes, cached + nodes): the cached prefix within the window in positions, ancestors, the node itself."""
+        device, nodes = self.model.device, len(tree.tokens)
+        cached = self._cached_rows(context, window)
+        # A cached row's distance is counted in positions: the last one lies directly before the anchor.
+        slot_positions = torch.arange(context.position - cached, context.position, device=device)
+        sees_prefix = torch.ones(nodes, cached, dtype=torch.bool, device=device)
+        if context.is_padding is not None:
+            num_generated = context.cache.get_seq_length() - len(context.is_padding)
+            is_token = torch.cat([~context.is_padding.to(device), sees_prefix.new_ones(num_generated)])
+            sees_prefix &= is_token[len(is_token) - cached :]
+        node_positions = context.position + tree.depths.to(device)
+        sees_node = tree.ancestor_mask.to(device)
+        if window is not None:
+            sees_prefix &= node_positions[:, None] - slot_positions < window
+            sees_node = sees_node & (node_positions[:, None] - node_positions < window)
+        mask = torch.cat([sees_prefix, sees_node], dim=1)[None, None]
+        if self.model.config._attn_implementation == "eager":
+            dtype = self.model.dtype
+            return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+        return mask
+
+    def _cached_rows(self, context: Context, window: int | None) -> int:
+        """Rows that a layer with this window returns from the cache in front of the nodes."""
+        for layer in context.cache.layers:
+            if getattr(layer, "sliding_window", None) == window:
+                return min(layer.get_seq_length(), window - 1) if window is not None else layer.get_seq_length()
+        return context.cache.get_seq_length()
 
     @torch.no_grad()
     def states(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,16 +180,40 @@ class Target:
     def embed_block(
         self, input_ids: torch.Tensor, is_anchor: torch.Tensor, mask_embedding: torch.Tensor | None
     ) -> torch.Tensor:
-        """Input rows of the head: `input_ids` where `is_anchor`, MASK elsewhere. (batch, rows, hidden)."""
-        mask_id = self.head_config.mask_token_id
+        """Input rows of the head, (batch, rows, hidden): `input_ids` where `is_anchor`, MASK elsewhere."""
         embedding = self.model.get_input_embeddings()
         if mask_embedding is None:
-            return embedding(torch.where(is_anchor, input_ids, mask_id))
+            return embedding(torch.where(is_anchor, input_ids, self.head_config.mask_token_id))
         embeds = embedding(input_ids)
         return torch.where(is_anchor[..., None], embeds, mask_embedding.to(embeds.dtype))
 
-    def output_rows(self, token_ids: torch.Tensor | None) -> torch.Tensor:
-        """Rows of the target's output embedding, (draft_vocab, hidden)."""
+    def output_rows(self, token_ids: torch.Tensor | None) -> torch.Tensor | None:
+        """Rows (draft_vocab, hidden) of the target's output embedding, or `None` where it is not a plain linear layer."""
         module = self.model.get_output_embeddings()
-        assert isinstance(module, nn.Linear)
-        return module.weight if token_ids is None else module.weight[token_ids]
+        if type(module) is not nn.Linear or module.bias is not None:
+            return None
+        return module.weight if token_ids is None else module.weight[token_ids.to(module.weight.device)]
+
+    def output_logits(self, rows: torch.Tensor, token_ids: torch.Tensor | None) -> torch.Tensor:
+        """Logits (rows, draft_vocab) through the target's own output module, whatever it is (quantized, biased, ...)."""
+        logits = self.model.get_output_embeddings()(rows)
+        return logits if token_ids is None else logits[:, token_ids.to(logits.device)]
+
+
+def layer_windows(model: PreTrainedModel) -> dict[str, int | None]:
+    """
+    Attention kinds of the target's layers and their windows in positions.
+
+    Raises:
+        ValueError: If a layer kind cannot take a tree mask.
+    """
+    text = model.config.get_text_config(decoder=True)
+    window = getattr(text, "sliding_window", None)
+    kinds = set(getattr(text, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
+    known = {"full_attention": None, "sliding_attention": window}
+    if not kinds <= known.keys():
+        raise ValueError(
+            f"the target has {sorted(kinds - known.keys())} layers, which cannot take a tree mask yet; "
+            "generate without `assistant_model`"
+        )
+    return {kind: known[kind] for kind in sorted(kinds)}

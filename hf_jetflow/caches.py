@@ -1,0 +1,90 @@
+"""Everything that moves keys and values: the head's context cache, and commits in the target's cache."""
+
+import torch
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+
+class HeadCache:
+    """
+    Keys and values of the context rows, per head layer, in buffers that double when full.
+
+    Block rows are written behind the context for one forward and overwritten by the next, so a round copies only new rows.
+    """
+
+    def __init__(self, num_layers: int):
+        self._keys: list[torch.Tensor | None] = [None] * num_layers
+        self._values: list[torch.Tensor | None] = [None] * num_layers
+        self._lengths = [0] * num_layers  # context rows kept, read per layer: layers are extended one after another
+        self._position_ids: torch.Tensor | None = None  # (batch, seq) absolute positions of the context rows
+
+    def extend(
+        self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor, num_context: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append rows (batch, heads, rows, dim), keep the first `num_context`; returns all rows up to the last new one."""
+        start = self._lengths[layer_idx]
+        end = start + keys.shape[2]
+        for store, rows in ((self._keys, keys), (self._values, values)):
+            buffer = store[layer_idx]
+            if buffer is None or buffer.shape[2] < end:
+                batch, heads, _, dim = rows.shape
+                grown = rows.new_empty(batch, heads, max(2 * end, 256), dim)
+                if buffer is not None:
+                    grown[:, :, :start] = buffer[:, :, :start]
+                store[layer_idx] = buffer = grown
+            buffer[:, :, start:end] = rows
+        self._lengths[layer_idx] += num_context
+        return self._keys[layer_idx][:, :, :end], self._values[layer_idx][:, :, :end]  # type: ignore[index]
+
+    def extend_positions(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """Append the positions (batch, rows) of new context rows; returns those of all context rows."""
+        known = self._position_ids
+        self._position_ids = position_ids if known is None else torch.cat([known, position_ids], dim=1)
+        return self._position_ids
+
+
+def check_target_cache(cache: Cache | None) -> None:
+    """
+    Refuse caches that cannot hold a tree and roll back.
+
+    Raises:
+        ValueError: Naming the cache and the way round.
+    """
+    if cache is None:
+        raise ValueError("this call runs without a cache, but a draft tree needs one; leave `use_cache` at True")
+    if not isinstance(cache, DynamicCache) or cache.offloading:
+        kind = "an offloaded cache" if isinstance(cache, DynamicCache) else f"`{type(cache).__name__}`"
+        raise ValueError(
+            f"draft trees are not supported with {kind} yet; leave `cache_implementation` unset to use the dynamic cache, "
+            "or generate without `assistant_model`"
+        )
+    foreign = {type(layer).__name__ for layer in cache.layers} - {"DynamicLayer", "DynamicSlidingWindowLayer"}
+    if foreign:
+        raise ValueError(
+            f"the target's cache has {sorted(foreign)} layers, whose state cannot be rolled back after a draft tree; "
+            "hybrid and linear-attention targets are not supported yet, generate without `assistant_model`"
+        )
+
+
+def commit_path(cache: DynamicCache, path: torch.Tensor, num_nodes: int) -> None:
+    """
+    Keep the keys and values of the path, compacted behind the prefix, and drop the other nodes.
+
+    Moves only the accepted rows: the prefix stays where it is.
+
+    Args:
+        cache (`DynamicCache`): The target's cache, whose last `num_nodes` rows are the tree's nodes.
+        path (`torch.Tensor`, (length,)): Accepted node ids, root first, ascending.
+        num_nodes (`int`): Nodes of the verified tree.
+    """
+    for layer in cache.layers:
+        assert isinstance(layer, DynamicLayer)
+        start = layer.keys.shape[2] - num_nodes
+        end = start + len(path)
+        rows = path.to(layer.keys.device) + start
+        for states in (layer.keys, layer.values):
+            states[:, :, start:end] = states[:, :, rows]
+        layer.keys, layer.values = layer.keys[:, :, :end], layer.values[:, :, :end]
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.cumulative_length -= num_nodes - len(path)
+            layer.crop(0)  # forgets the rows that have left the window

@@ -1,0 +1,89 @@
+"""The loop. One round is plan, draft, tree, verify, walk, commit; tokens leave through the emitter as they are chosen.
+
+Invariants: the target's cache holds every committed token but the anchor; the head has been shown the states of exactly
+the cached tokens.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from .drafting import JetFlowCandidateGenerator
+from .emit import Emitter
+from .modeling_jetflow import JetFlowHead
+from .policy import plan_round, read_limits
+from .stats import GenerationStats
+from .target import Target
+from .tree import build_tree
+from .walk import Chooser, walk_tree
+
+
+def decode(
+    model: PreTrainedModel,
+    head: JetFlowHead,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    streamer: BaseStreamer | None = None,
+    **model_kwargs: Any,
+) -> torch.Tensor | GenerateDecoderOnlyOutput:
+    """
+    Tree speculative decoding with the output of plain decoding.
+
+    Takes what `generate` hands to a decoding method, prepared, and returns what `generate` returns.
+    """
+    limits = read_limits(head.generation_config, head.config.block_size)
+    wants = {name: getattr(generation_config, name) for name in OUTPUT_FLAGS}
+    keeps = [wants["return_dict_in_generate"] and wants[name] for name in ("output_scores", "output_logits")]
+    chooser = Chooser(logits_processor, generation_config.do_sample, *keeps)
+    emitter = Emitter(input_ids, stopping_criteria, streamer, chooser)
+    target = Target(model, head.config)
+    drafter = JetFlowCandidateGenerator(head, target)
+    stats = head.last_stats = GenerationStats()
+
+    with _timed(stats, "prefill"):
+        context, states = target.prefill(input_ids, generation_config, model_kwargs)
+        emitter.record_prompt(states)
+        drafter.observe(states)
+        emitter.push(chooser.choose(states.logits, emitter.committed_ids()))
+    while not emitter.is_finished:
+        plan = plan_round(limits, emitter.num_remaining)
+        with _timed(stats, "draft"):
+            candidates = drafter.propose(emitter.anchor_id, context.position, plan.max_depth, plan.width)
+        with _timed(stats, "tree"):
+            tree = build_tree(emitter.anchor_id, candidates, plan.node_budget)
+        with _timed(stats, "verify"):
+            states = target.verify(context, tree)
+        with _timed(stats, "walk"):
+            walk = walk_tree(tree, states.logits, chooser, emitter.committed_ids, emitter.push)
+        with _timed(stats, "commit"):
+            emitter.record_path(states, walk.path, context.cache.get_seq_length() - len(tree.tokens))
+            target.commit(context, tree, walk.path)
+            drafter.observe(states, walk.path)
+        stats.count_round(len(tree.tokens) - 1, tree.max_depth, len(walk.path) - 1)
+    stats.num_new_tokens = emitter.num_new_tokens
+    return emitter.finish(context.cache, wants)
+
+
+OUTPUT_FLAGS = (
+    "return_dict_in_generate",
+    "output_scores",
+    "output_logits",
+    "output_hidden_states",
+    "output_attentions",
+)
+
+
+@contextmanager
+def _timed(stats: GenerationStats, step: str) -> Iterator[None]:
+    """Add the host time of one step to the statistics."""
+    start = time.perf_counter()
+    yield
+    stats.seconds_by_step[step] = stats.seconds_by_step.get(step, 0.0) + time.perf_counter() - start

@@ -1,0 +1,100 @@
+"""`JetFlowCandidateGenerator`: anchor and context features -> block -> head -> candidates per depth."""
+
+from typing import Any
+
+import torch
+from transformers.generation.candidate_generator import CandidateGenerator
+
+from .caches import HeadCache
+from .modeling_jetflow import JetFlowHead
+from .target import Target, TargetStates
+from .tree import Candidates
+
+
+class JetFlowCandidateGenerator(CandidateGenerator):
+    """
+    Drafts with a head for one generation.
+
+    Feed it the target's states with `observe` whenever tokens were committed, then `propose` drafts behind the newest
+    committed token.
+
+    Args:
+        head ([`JetFlowHead`]): The draft head.
+        target ([`Target`]): The target it borrows its embeddings from.
+    """
+
+    def __init__(self, head: JetFlowHead, target: Target):
+        self.head = head
+        self.target = target
+        self._cache = HeadCache(head.config.num_hidden_layers)
+        self._pending: list[TargetStates] = []
+        self._position = 0
+        self._projection = target.output_rows(head.draft_token_ids)
+        self._slots = torch.arange(head.config.block_size, device=head.device)
+
+    def observe(self, states: TargetStates, rows: list[int] | None = None) -> None:
+        """Take over the states of newly committed tokens; of `rows` only, where a tree was verified."""
+        features, position_ids = states.features, states.position_ids
+        if rows is not None:
+            features, position_ids = features[:, rows], position_ids[:, rows]
+        self._pending.append(TargetStates(states.logits[:0], features, position_ids))
+
+    @torch.no_grad()
+    def propose(self, anchor_id: torch.Tensor, position: int, max_depth: int, width: int) -> Candidates:
+        """
+        One head forward.
+
+        Args:
+            anchor_id (`torch.Tensor`, (1,)): The newest committed token.
+            position (`int`): Its absolute position.
+            max_depth (`int`): Depths to draft; 0 drafts nothing and leaves the head alone.
+            width (`int`): Candidates per depth.
+
+        Returns:
+            `Candidates`: (max_depth, width), on the anchor's device.
+        """
+        head, device = self.head, anchor_id.device
+        if max_depth == 0:
+            return Candidates(anchor_id.new_empty(0, width), torch.empty(0, width, device=device))
+        # Rows behind the deepest drafted one are invisible to it when every layer is causal.
+        num_rows = max_depth + 1 if all(head.config.causal_layers) else head.config.block_size
+        slots = self._slots[None, :num_rows]
+        mask_embedding = head.mask_embedding
+        block_ids = anchor_id[:, None].expand(1, num_rows)
+        embeds = self.target.embed_block(block_ids, (slots == 0).to(device), mask_embedding)
+        features = torch.cat([states.features for states in self._pending], dim=1)
+        context_position_ids = torch.cat([states.position_ids for states in self._pending], dim=1)
+        self._pending = []
+        rows = head(
+            inputs_embeds=embeds.to(head.device, head.dtype),
+            features=features.to(head.device, head.dtype),
+            position_ids=position + slots,
+            context_position_ids=context_position_ids.to(head.device),
+            past_key_values=self._cache,
+        )[0, 1 : max_depth + 1]
+        return self._candidates(rows, width, device)
+
+    def _candidates(self, rows: torch.Tensor, width: int, device: torch.device) -> Candidates:
+        """Best `width` tokens of each row (depth, hidden) under the target's output embedding."""
+        token_ids = self.head.draft_token_ids
+        if self._projection is not None:
+            logits = rows.to(self._projection.device, self._projection.dtype) @ self._projection.T
+        else:
+            logits = self.target.output_logits(rows.to(self.target.model.device, self.target.model.dtype), token_ids)
+        best = torch.log_softmax(logits.float(), dim=-1).topk(min(width, logits.shape[-1]))
+        tokens = best.indices if token_ids is None else token_ids.to(best.indices.device)[best.indices]
+        return Candidates(tokens.to(device), best.values.to(device))
+
+    def get_candidates(self, input_ids: torch.LongTensor, **_: Any) -> tuple[torch.LongTensor, None]:
+        """
+        The base class's chain view of `propose`: the best token of every depth behind `input_ids` (1, seq).
+
+        No draft probabilities are returned: nothing is sampled from the head, and verification never needs them.
+        """
+        last = int(self._pending[-1].position_ids[0, -1]) if self._pending else self._position
+        self._position = last
+        candidates = self.propose(input_ids[:, -1], last + 1, self.head.config.block_size - 1, width=1)
+        return torch.cat([input_ids, candidates.tokens[:, 0][None]], dim=1), None
+
+    def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
+        """Nothing to update: the loop plans every round anew."""

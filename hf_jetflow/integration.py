@@ -1,0 +1,149 @@
+"""The door: how `model.generate(assistant_model=head)` reaches our loop.
+
+`generate` looks its decoding loop up on the class, so two methods of `GenerationMixin` are wrapped once: the early
+validation, to say what is wrong with a pairing, and the assisted loop, to dispatch heads to ours. Every other assistant
+goes through untouched. `custom_generate=head.custom_generate` needs no wrap at all.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from .configuration_jetflow import JetFlowConfig
+from .decoding import decode
+from .modeling_jetflow import JetFlowHead
+
+
+_ORIGINALS: dict[str, Callable] = {}  # wrapped methods of GenerationMixin, while the dispatch is installed
+
+
+def enable() -> None:
+    """Let `generate` take a [`JetFlowHead`] as `assistant_model`. Done on import; calling it again changes nothing."""
+    if _ORIGINALS:
+        return
+    for name, wrap in (("_assisted_decoding", _dispatching), ("_validate_generation_mode", _validating)):
+        _ORIGINALS[name] = getattr(GenerationMixin, name)
+        setattr(GenerationMixin, name, wrap(_ORIGINALS[name]))
+
+
+def disable() -> None:
+    """Take the dispatch out again: `GenerationMixin` is then as transformers made it."""
+    while _ORIGINALS:
+        name, original = _ORIGINALS.popitem()
+        setattr(GenerationMixin, name, original)
+
+
+def _dispatching(original: Callable) -> Callable:
+    @functools.wraps(original)  # generate reads the signature
+    def _assisted_decoding(self: PreTrainedModel, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(kwargs.get("assistant_model"), JetFlowHead):
+            return original(self, input_ids, *args, **kwargs)
+        head = kwargs.pop("assistant_model")
+        for unused in ("inputs_tensor", "assistant_tokenizer", "tokenizer"):
+            kwargs.pop(unused, None)
+        return _checked_decode(self, head, input_ids, *args, **kwargs)
+
+    return _assisted_decoding
+
+
+def _validating(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def _validate_generation_mode(self: PreTrainedModel, generation_mode: Any, generation_config: Any, kwargs: Any) -> Any:
+        if isinstance(kwargs.get("assistant_model"), JetFlowHead):
+            check_pairing(self, kwargs["assistant_model"])
+        return original(self, generation_mode, generation_config, kwargs)
+
+    return _validate_generation_mode
+
+
+def _custom_generate(self: JetFlowHead) -> Callable:
+    """
+    The head as a `custom_generate` callable: `target.generate(**inputs, custom_generate=head.custom_generate)`.
+
+    On this route `generate` keeps its `streamer` to itself: pass yours as `token_streamer=`.
+    """
+
+    def generate_with_head(
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        token_streamer: BaseStreamer | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor | GenerateDecoderOnlyOutput:
+        check_pairing(model, self)
+        if token_streamer is not None:
+            token_streamer.put(input_ids.cpu())
+        return _checked_decode(model, self, input_ids, streamer=token_streamer, **kwargs)
+
+    return generate_with_head
+
+
+JetFlowHead.custom_generate = property(_custom_generate)
+
+
+def _checked_decode(
+    model: PreTrainedModel, head: JetFlowHead, input_ids: torch.Tensor, **kwargs: Any
+) -> torch.Tensor | GenerateDecoderOnlyOutput:
+    generation_config = kwargs["generation_config"]
+    check_call(model, input_ids, generation_config, kwargs.pop("synced_gpus", False))
+    return decode(model, head, input_ids, **kwargs)
+
+
+def check_pairing(model: PreTrainedModel, head: JetFlowHead) -> None:
+    """
+    Refuse a head that does not fit a target.
+
+    Raises:
+        ValueError: Naming what differs and what to load instead.
+    """
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"`{model.config.model_type}` is an encoder-decoder model; draft heads need a decoder-only target, "
+            "generate without `assistant_model`"
+        )
+    config, text = head.config, model.config.get_text_config(decoder=True)
+    made_for = f"; this head was made for {config.target_name or config.target_model_type or 'another target'}, load that one"
+    for name, of_head, of_target in (
+        ("hidden size", config.target_hidden_size, text.hidden_size),
+        ("embedding width", config.hidden_size, model.get_input_embeddings().weight.shape[-1]),
+        ("vocabulary size", config.vocab_size, text.vocab_size),
+        ("number of layers", config.num_target_layers, text.num_hidden_layers),
+    ):
+        if of_head != of_target:
+            raise ValueError(f"the head expects a target with {name} {of_head}, but this target has {of_target}{made_for}")
+
+
+def check_call(
+    model: PreTrainedModel, input_ids: torch.Tensor, generation_config: GenerationConfig, synced_gpus: bool
+) -> None:
+    """
+    Refuse calls that the loop does not decode exactly yet.
+
+    Raises:
+        ValueError: Naming the setting and the way round.
+    """
+    without = "generate without `assistant_model`"
+    if input_ids.shape[0] > 1:
+        raise ValueError(
+            f"draft heads decode one sequence at a time, but the batch has {input_ids.shape[0]}; call `generate` once per "
+            f"sequence, or {without}"
+        )
+    if generation_config.num_beams > 1 or generation_config.num_return_sequences > 1:
+        raise ValueError(f"draft heads work with greedy search and sampling only; set `num_beams=1`, or {without}")
+    if not generation_config.use_cache:
+        raise ValueError(f"draft heads need the target's cache; leave `use_cache` at True, or {without}")
+    if synced_gpus:
+        raise ValueError(f"draft heads do not decode in step with other processes (`synced_gpus`); {without}")
+    if "flash" in (model.config._attn_implementation or "") or model.config._attn_implementation == "flex_attention":
+        raise ValueError(
+            f"the attention implementation {model.config._attn_implementation!r} takes no tree masks; load the target "
+            'with `attn_implementation="sdpa"` (or "eager")'
+        )
+
+
+AutoConfig.register("jetflow", JetFlowConfig)
+AutoModel.register(JetFlowConfig, JetFlowHead)

@@ -1,0 +1,44 @@
+"""`GenerationStats`: what one `generate` call drafted and what the target kept of it."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class GenerationStats:
+    """
+    Figures of one `generate` call; `head.last_stats` holds the latest.
+
+    A round is one draft and one verify; the prefill that yields the first token is not one.
+    """
+
+    num_rounds: int = 0  # target forwards after the prefill
+    num_new_tokens: int = 0  # tokens emitted, the prefill's token included
+    num_drafted: int = 0  # nodes drafted, roots excluded
+    num_accepted: int = 0  # drafted tokens kept, bonus tokens excluded
+    offered_by_depth: list[int] = field(default_factory=list)  # rounds whose tree reached depth 1, 2, ...
+    accepted_by_depth: list[int] = field(default_factory=list)  # rounds that kept a token at depth 1, 2, ...
+    # Host seconds of "prefill" and of the rounds' "draft", "tree", "verify", "walk" and "commit". On an accelerator the
+    # host runs ahead, and a step's time shows up where the host next waits.
+    seconds_by_step: dict[str, float] = field(default_factory=dict)
+
+    def count_round(self, num_drafted: int, tree_depth: int, num_accepted: int) -> None:
+        """Add one round whose tree had `num_drafted` nodes down to `tree_depth`, of which `num_accepted` were kept."""
+        self.num_rounds += 1
+        self.num_drafted += num_drafted
+        self.num_accepted += num_accepted
+        missing = tree_depth - len(self.offered_by_depth)
+        self.offered_by_depth += [0] * missing
+        self.accepted_by_depth += [0] * missing
+        for depth in range(tree_depth):
+            self.offered_by_depth[depth] += 1
+            self.accepted_by_depth[depth] += depth < num_accepted
+
+    @property
+    def tokens_per_round(self) -> float:
+        """Tokens gained per target forward after the prefill, the bonus token included (the papers' tau)."""
+        return (self.num_accepted + self.num_rounds) / self.num_rounds if self.num_rounds else 0.0
+
+    @property
+    def acceptance_by_depth(self) -> list[float]:
+        """Share of the rounds that drafted depth 1, 2, ... which kept a token there."""
+        return [kept / offered for kept, offered in zip(self.accepted_by_depth, self.offered_by_depth, strict=True)]

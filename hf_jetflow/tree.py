@@ -1,0 +1,146 @@
+"""Draft trees: the exact best tree within a node budget, built with tensor operations only.
+
+A tree is best when its nodes are those with the highest cumulative log-probability. As no log-probability is positive, a
+node never outranks its parent, so the best `node_budget` nodes always form a tree (arXiv 2606.18394, section 3.4).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+
+@dataclass
+class Candidates:
+    """Proposals of one draft, best first at every depth."""
+
+    tokens: torch.Tensor  # (depth, width) target token ids
+    logprobs: torch.Tensor  # (depth, width) float32, descending along width
+
+
+@dataclass
+class DraftTree:
+    """Nodes in order of depth, the root (the anchor) first, every parent before its children."""
+
+    tokens: torch.Tensor  # (nodes,) target token ids
+    parents: torch.Tensor  # (nodes,) index of the parent; -1 for the root
+    depths: torch.Tensor  # (nodes,) 0 for the root
+    logprobs: torch.Tensor  # (nodes,) float32, cumulative; 0 for the root
+    ancestor_mask: torch.Tensor  # (nodes, nodes) bool: row sees column, itself included
+    max_depth: int  # deepest level that was drafted
+
+
+# scorer(depth, parents, tokens) -> (branches, width): log-probabilities of `candidates.tokens[depth]` after each branch
+# of the frontier. `tokens` (branches,) are the branches' last tokens, `parents` (branches,) their places in the previous
+# frontier, by which a scorer with a state of its own carries it down. Called once per depth, with depth 0 for the root.
+BranchScorer = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def build_tree(
+    anchor_id: torch.Tensor, candidates: Candidates, node_budget: int, scorer: BranchScorer | None = None
+) -> DraftTree:
+    """
+    The best tree of at most `node_budget` nodes over the candidates.
+
+    Goes down depth by depth with a frontier of the best `node_budget - 1` branches, which is exact: a node that is not
+    among the best of its own depth is not among the best of all. One global sort then picks the nodes.
+
+    Args:
+        anchor_id (`torch.Tensor`, (1,)): Token of the root.
+        candidates (`Candidates`): Proposals per depth; the width-1 case is a chain.
+        node_budget (`int`): Most nodes of the tree, root included; at least 1.
+        scorer (*optional*): Re-scores the candidates after each branch; without one every branch of a depth shares
+            the depth's own row.
+
+    Returns:
+        `DraftTree`: With exactly `min(node_budget, nodes on offer)` nodes.
+    """
+    device, most = anchor_id.device, node_budget - 1
+    max_depth = min(len(candidates.tokens), most)
+    tokens = [anchor_id]
+    parents = [anchor_id.new_full((1,), -1)]
+    logprobs = [torch.zeros(1, device=device)]
+    sizes = [1]
+    places = anchor_id.new_zeros(1)
+    for depth in range(max_depth):
+        if scorer is None:
+            rows, columns = _promising_pairs(sizes[-1], candidates.tokens.shape[1], most, device)
+            scores = logprobs[-1][rows] + candidates.logprobs[depth][columns]
+        else:
+            grid = logprobs[-1][:, None] + scorer(depth, places, tokens[-1])
+            rows, columns = _grid(*grid.shape, device)
+            scores = grid.flatten()
+        scores, chosen = scores.topk(min(most, scores.shape[0]))
+        places = rows[chosen]
+        tokens.append(candidates.tokens[depth][columns[chosen]])
+        parents.append(places + (sum(sizes) - sizes[-1]))
+        logprobs.append(scores)
+        sizes.append(scores.shape[0])
+    return _best_nodes(tokens, parents, logprobs, sizes, node_budget, max_depth)
+
+
+def _best_nodes(
+    tokens: list[torch.Tensor],
+    parents: list[torch.Tensor],
+    logprobs: list[torch.Tensor],
+    sizes: list[int],
+    node_budget: int,
+    max_depth: int,
+) -> DraftTree:
+    """The best `node_budget` of all frontier nodes, as a tree. Frontiers come root first."""
+    scores = torch.cat(logprobs)
+    # Nodes are listed depth by depth, so a stable sort keeps a parent before a child of equal score.
+    kept = scores.sort(descending=True, stable=True).indices[:node_budget].sort().values
+    all_depths = _level_numbers(tuple(sizes), scores.device)
+    new_place = torch.empty_like(all_depths).scatter_(0, kept, torch.arange(len(kept), device=scores.device))
+    old_parents = torch.cat(parents)[kept]
+    new_parents = new_place[old_parents.clamp_min(0)]
+    new_parents[0] = -1
+    return DraftTree(
+        tokens=torch.cat(tokens)[kept],
+        parents=new_parents,
+        depths=all_depths[kept],
+        logprobs=scores[kept],
+        ancestor_mask=ancestor_mask(new_parents, max_depth),
+        max_depth=max_depth,
+    )
+
+
+def ancestor_mask(parents: torch.Tensor, max_depth: int) -> torch.Tensor:
+    """Visibility among nodes, (nodes, nodes) bool: each node sees its ancestors and itself."""
+    num_nodes = len(parents)
+    lineage = torch.arange(num_nodes, device=parents.device)
+    columns = [lineage]
+    for _ in range(max_depth):
+        lineage = parents[lineage].clamp_min(0)
+        columns.append(lineage)
+    mask = torch.zeros(num_nodes, num_nodes, dtype=torch.bool, device=parents.device)
+    return mask.scatter_(1, torch.stack(columns, dim=1), True)
+
+
+@lru_cache(maxsize=256)
+def _promising_pairs(branches: int, width: int, most: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Pairs (branch, candidate) that can be among the best `most`, when branches and candidates are both sorted.
+
+    Every pair with neither index larger scores at least as well, so pair (r, c) is beaten or equalled by
+    (r + 1)(c + 1) - 1 others and may be left out once that reaches `most`.
+    """
+    rows = torch.arange(branches, device=device)[:, None]
+    columns = torch.arange(width, device=device)[None, :]
+    pairs = ((rows + 1) * (columns + 1) <= most).nonzero()
+    return pairs[:, 0].contiguous(), pairs[:, 1].contiguous()
+
+
+@lru_cache(maxsize=256)
+def _grid(branches: int, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row and column of every cell of a (branches, width) grid, row by row."""
+    cells = torch.arange(branches * width, device=device)
+    return cells // width, cells % width
+
+
+@lru_cache(maxsize=256)
+def _level_numbers(sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Depth of each node when level d has `sizes[d]` nodes."""
+    return torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(device)
