@@ -9,7 +9,8 @@ class HeadCache:
     """
     Keys and values of the context rows, per head layer, in buffers that double when full.
 
-    Block rows are written behind the context for one forward and overwritten by the next, so a round copies only new rows.
+    Block rows are written behind the context for one forward and overwritten by the next, so a round copies only new
+    rows.
     """
 
     def __init__(self, num_layers: int):
@@ -21,7 +22,7 @@ class HeadCache:
     def extend(
         self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor, num_context: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append rows (batch, heads, rows, dim), keep the first `num_context`; returns all rows up to the last new one."""
+        """Append rows (batch, heads, rows, dim), keep the first `num_context`; returns all up to the last new one."""
         start = self._lengths[layer_idx]
         end = start + keys.shape[2]
         for store, rows in ((self._keys, keys), (self._values, values)):
@@ -43,9 +44,9 @@ class HeadCache:
         return self._position_ids
 
 
-def check_target_cache(cache: Cache | None) -> None:
+def check_target_cache(cache: Cache | None) -> DynamicCache:
     """
-    Refuse caches that cannot hold a tree and roll back.
+    Refuse caches that cannot hold a tree and roll back; returns the others.
 
     Raises:
         ValueError: Naming the cache and the way round.
@@ -55,8 +56,8 @@ def check_target_cache(cache: Cache | None) -> None:
     if not isinstance(cache, DynamicCache) or cache.offloading:
         kind = "an offloaded cache" if isinstance(cache, DynamicCache) else f"`{type(cache).__name__}`"
         raise ValueError(
-            f"draft trees are not supported with {kind} yet; leave `cache_implementation` unset to use the dynamic cache, "
-            "or generate without `assistant_model`"
+            f"draft trees are not supported with {kind} yet; leave `cache_implementation` unset to use the dynamic "
+            "cache, or generate without `assistant_model`"
         )
     foreign = {type(layer).__name__ for layer in cache.layers} - {"DynamicLayer", "DynamicSlidingWindowLayer"}
     if foreign:
@@ -64,6 +65,12 @@ def check_target_cache(cache: Cache | None) -> None:
             f"the target's cache has {sorted(foreign)} layers, whose state cannot be rolled back after a draft tree; "
             "hybrid and linear-attention targets are not supported yet, generate without `assistant_model`"
         )
+    return cache
+
+
+def cache_windows(cache: DynamicCache) -> list[int | None]:
+    """Window of each layer of the target's cache in positions, `None` where a layer keeps every token."""
+    return [layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None for layer in cache.layers]
 
 
 def commit_path(cache: DynamicCache, path: torch.Tensor, num_nodes: int) -> None:

@@ -8,6 +8,23 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "sliding_window",
+    "target_hidden_size",
+    "num_target_layers",
+)
 
 
 def spaced_layer_ids(num_target_layers: int, num_taps: int) -> list[int]:
@@ -85,6 +102,7 @@ class JetFlowConfig(PreTrainedConfig):
     target_name: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self._check_sizes()
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -115,12 +133,37 @@ class JetFlowConfig(PreTrainedConfig):
         assert self.layer_types is not None
         return [self.sliding_window if kind == "sliding_attention" else None for kind in self.layer_types]
 
+    def validate_rope(self) -> None:
+        """Called by `strict`, on the names of the parent's checks."""
+        assert self.rope_parameters is not None
+        rope_type, theta = (self.rope_parameters.get(key) for key in ("rope_type", "rope_theta"))
+        if rope_type not in ("default", *ROPE_INIT_FUNCTIONS) or not isinstance(theta, int | float):
+            raise ValueError(
+                f"`rope_parameters` has `rope_type` {rope_type!r} and `rope_theta` {theta!r}, but one of transformers' "
+                "types and a number are needed; all layers of a head share them"
+            )
+        try:
+            super().validate_rope()
+        except KeyError as error:
+            raise ValueError(error.args[0]) from error
+
+    def _check_sizes(self) -> None:
+        sizes = {name: getattr(self, name) for name in SIZES}
+        bad = [f"`{name}` is {size}" for name, size in sizes.items() if size is not None and size < 1]
+        if bad:
+            raise ValueError(f"{', '.join(bad)}, but at least 1 is needed")
+
     def _check(self) -> None:
         """Reject fields that contradict each other (the types themselves are checked by `strict`)."""
+        assert self.num_key_value_heads is not None
+        assert self.layer_types is not None
+        assert self.hidden_state_indices is not None
         if self.block_size < 2:
-            raise ValueError(f"`block_size` is {self.block_size}, but a block needs the anchor and at least one more row")
-        if self.num_hidden_layers < 1:
-            raise ValueError(f"`num_hidden_layers` is {self.num_hidden_layers}, but a head needs at least one layer")
+            raise ValueError(
+                f"`block_size` is {self.block_size}, but a block needs the anchor and at least one more row"
+            )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` {self.hidden_act!r} is not an activation of transformers, such as 'silu'")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
@@ -131,6 +174,8 @@ class JetFlowConfig(PreTrainedConfig):
                 f"`is_causal` lists {len(self.causal_layers)} layers, but `num_hidden_layers` is "
                 f"{self.num_hidden_layers}; give one flag per layer or a single one"
             )
+        if not set(self.layer_types) <= {"full_attention", "sliding_attention"}:
+            raise ValueError(f"`layer_types` {self.layer_types} may hold 'full_attention' and 'sliding_attention' only")
         if "sliding_attention" in self.layer_types and not self.sliding_window:
             raise ValueError("`layer_types` has sliding layers, but `sliding_window` is not set")
         bad = [i for i in self.hidden_state_indices if not 0 <= i <= self.num_target_layers]
@@ -170,7 +215,9 @@ class JetFlowConfig(PreTrainedConfig):
         if unknown:
             raise ValueError(f"{unknown} are not fields of `JetFlowConfig`; see its docstring for the names")
         text = target_config.get_text_config(decoder=True)
-        heads = text.num_attention_heads
+        heads = getattr(text, "num_attention_heads", None)
+        if not heads:
+            raise ValueError(f"`{target_config.model_type}` has no attention heads; draft heads need a target with attention")
         fields: dict[str, Any] = {
             "vocab_size": text.vocab_size,
             "hidden_size": text.hidden_size,
@@ -199,6 +246,8 @@ def _dense_width(text: PreTrainedConfig) -> int:
 def _head_rope(text: PreTrainedConfig) -> dict[str, Any]:
     """The target's rotary parameters for a head that always rotates whole attention heads."""
     rope = getattr(text, "rope_parameters", None) or {}
-    rope = rope.get("full_attention", rope)
+    per_kind = [value for value in rope.values() if isinstance(value, dict)]  # where layer kinds rotate differently
+    if per_kind:
+        rope = rope.get("full_attention") or per_kind[0]
     rope = {key: value for key, value in rope.items() if key not in ("partial_rotary_factor", "mrope_section")}
     return {"rope_type": "default", "rope_theta": 10000.0, **rope}

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def read_jsonl(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
-    """Records of a JSON lines file. A cut-off last line (a killed writer) is left out; any other bad line is an error."""
+    """Records of a JSON lines file. A cut-off last line (a killed writer) is left out, any other bad one an error."""
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -30,7 +30,9 @@ def read_jsonl(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
             except json.JSONDecodeError as error:
                 if not line.endswith("\n"):
                     return
-                raise ValueError(f"{path}, line {number}: not valid JSON ({error}); repair or remove the line") from error
+                raise ValueError(
+                    f"{path}, line {number}: not valid JSON ({error}); repair or remove the line"
+                ) from error
             if not isinstance(record, dict):
                 raise ValueError(f"{path}, line {number}: holds a {type(record).__name__}, but an object is needed")
             yield record
@@ -53,7 +55,9 @@ def read_prompts(paths: Sequence[str | os.PathLike]) -> list[dict[str, Any]]:
             elif record.get("turns") or record.get("prompt"):
                 messages = [{"role": "user", "content": record.get("prompt") or record["turns"][0]}]
             else:
-                raise ValueError(f"{path}, record {number}: needs `messages`, `turns` or `prompt`, has {sorted(record)}")
+                raise ValueError(
+                    f"{path}, record {number}: needs `messages`, `turns` or `prompt`, has {sorted(record)}"
+                )
             prompt_id = str(record.get("id", f"{Path(path).stem}-{number}"))
             if prompt_id in prompts:
                 raise ValueError(f"{path}, record {number}: the id {prompt_id!r} occurs twice; ids must be unique")
@@ -68,7 +72,8 @@ def read_answers(paths: Sequence[str | os.PathLike]) -> list[dict[str, Any]]:
         for number, record in enumerate(read_jsonl(path), 1):
             if not {"prompt_ids", "answer_ids"} <= record.keys():
                 raise ValueError(f"{path}, record {number}: needs `prompt_ids` and `answer_ids`, has {sorted(record)}")
-            answers.setdefault(str(record.get("id", number)), {**record, "id": str(record.get("id", number))})
+            answer_id = str(record.get("id", f"{Path(path).stem}-{number}"))
+            answers.setdefault(answer_id, {**record, "id": answer_id})
     return list(answers.values())
 
 
@@ -101,10 +106,13 @@ def regenerate_answers(
     """
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    done = {str(record["id"]) for record in read_jsonl(output)} if output.exists() else set()
+    done: set[str] = set()
     if output.exists():
         _drop_partial_line(output)
-    encoded = [(prompt["id"], encode_chat(tokenizer, prompt["messages"])) for prompt in prompts if prompt["id"] not in done]
+        done = {str(record["id"]) for record in read_jsonl(output)}
+    encoded = [
+        (prompt["id"], encode_chat(tokenizer, prompt["messages"])) for prompt in prompts if prompt["id"] not in done
+    ]
     pending = sorted((item for item in encoded if len(item[1]) <= max_prompt_tokens), key=lambda item: len(item[1]))
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     eos_ids = _eos_ids(target, tokenizer)
@@ -196,7 +204,7 @@ class AnchorCollator:
     pad_token_id: int = 0
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        """Batch of `input_ids` (batch, seq), `lengths` (batch,), `anchors` (batch, num_anchors; -1 where none is left)."""
+        """`ids`, `input_ids` (batch, seq), `lengths` (batch,), `anchors` (batch, num_anchors), -1 where none is left."""
         longest = max(len(item["ids"]) for item in items)
         input_ids = torch.full((len(items), longest), self.pad_token_id)
         anchors = torch.full((len(items), self.num_anchors), -1)
@@ -220,21 +228,23 @@ class FeatureStore:
             folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features (batch, seq, taps x hidden) and normed last hidden states (batch, seq, hidden) of a collated batch."""
+        """Features (batch, seq, taps x hidden) and normed last hidden states (batch, seq, hidden) of a batch."""
         if self._folder is None:
             return self._compute(batch["input_ids"])
         paths = [self._folder / f"{quote(record_id, safe='')}.safetensors" for record_id in batch["ids"]]
-        missing = [row for row, path in enumerate(paths) if not path.exists()]
+        lengths = batch["lengths"].tolist()
+        stored = [load_file(path) if path.exists() else {} for path in paths]
+        # A record kept by a run with a smaller `max_length` is too short: computed anew.
+        missing = [row for row, length in enumerate(lengths) if len(stored[row].get("features", ())) < length]
         if missing:
             computed = self._compute(batch["input_ids"][missing])
             for place, row in enumerate(missing):
-                length = int(batch["lengths"][row])
-                kept = [part[place, :length].contiguous().cpu() for part in computed]
-                _save_atomically({"features": kept[0], "last_hidden_state": kept[1]}, paths[row])
-        loaded = [load_file(path) for path in paths]
+                kept = [part[place, : lengths[row]].contiguous().cpu() for part in computed]
+                stored[row] = {"features": kept[0], "last_hidden_state": kept[1]}
+                _save_atomically(stored[row], paths[row])
         device = batch["input_ids"].device
         longest = batch["input_ids"].shape[1]
-        features, last = ([record[key] for record in loaded] for key in ("features", "last_hidden_state"))
+        features, last = ([record[key] for record in stored] for key in ("features", "last_hidden_state"))
         return _pad_rows(features, longest).to(device), _pad_rows(last, longest).to(device)
 
 

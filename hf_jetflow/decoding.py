@@ -1,7 +1,7 @@
 """The loop. One round is plan, draft, tree, verify, walk, commit; tokens leave through the emitter as they are chosen.
 
-Invariants: the target's cache holds every committed token but the anchor; the head has been shown the states of exactly
-the cached tokens.
+Invariants: the target's cache holds every committed token but the anchor; the head has been shown the states of
+exactly the cached tokens.
 """
 
 import time
@@ -14,6 +14,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from .caches import cache_windows
 from .drafting import JetFlowCandidateGenerator
 from .emit import Emitter
 from .modeling_jetflow import JetFlowHead
@@ -64,7 +65,7 @@ def decode(
         with _timed(stats, "walk"):
             walk = walk_tree(tree, states.logits, chooser, emitter.committed_ids, emitter.push)
         with _timed(stats, "commit"):
-            emitter.record_path(states, walk.path, context.cache.get_seq_length() - len(tree.tokens))
+            emitter.record_path(states, walk.path, cache_windows(context.cache))
             target.commit(context, tree, walk.path)
             drafter.observe(states, walk.path)
         stats.count_round(len(tree.tokens) - 1, tree.max_depth, len(walk.path) - 1)

@@ -85,7 +85,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         tokens = best.indices if token_ids is None else token_ids.to(best.indices.device)[best.indices]
         return Candidates(tokens.to(device), best.values.to(device))
 
-    def get_candidates(self, input_ids: torch.LongTensor, **_: Any) -> tuple[torch.LongTensor, None]:
+    def get_candidates(self, input_ids: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
         """
         The base class's chain view of `propose`: the best token of every depth behind `input_ids` (1, seq).
 
@@ -96,5 +96,5 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         candidates = self.propose(input_ids[:, -1], last + 1, self.head.config.block_size - 1, width=1)
         return torch.cat([input_ids, candidates.tokens[:, 0][None]], dim=1), None
 
-    def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
+    def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:
         """Nothing to update: the loop plans every round anew."""

@@ -22,7 +22,11 @@ class Emitter:
     """
 
     def __init__(
-        self, input_ids: torch.Tensor, stopping_criteria: StoppingCriteriaList, streamer: BaseStreamer | None, chooser: Chooser
+        self,
+        input_ids: torch.Tensor,
+        stopping_criteria: StoppingCriteriaList,
+        streamer: BaseStreamer | None,
+        chooser: Chooser,
     ):
         self._length = input_ids.shape[1]
         self._ids = torch.cat([input_ids, input_ids.new_empty(1, 64)], dim=1)
@@ -30,7 +34,9 @@ class Emitter:
         self._chooser = chooser
         # Length and EOS are decided on the host; every other criterion sees the ids as in plain decoding.
         self._max_length = min([c.max_length for c in stopping_criteria if type(c) is MaxLengthCriteria], default=None)
-        self._eos_ids = {int(i) for c in stopping_criteria if type(c) is EosTokenCriteria for i in c.eos_token_id.flatten()}
+        self._eos_ids = {
+            int(i) for c in stopping_criteria if type(c) is EosTokenCriteria for i in c.eos_token_id.flatten()
+        }
         self._criteria = [c for c in stopping_criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)]
         self._hidden_states: list[tuple[torch.Tensor, ...]] = []
         self._attentions: list[tuple[torch.Tensor, ...]] = []
@@ -60,7 +66,9 @@ class Emitter:
         self.num_new_tokens += 1
         if self._streamer is not None:
             self._streamer.put(torch.tensor([token]))
-        self.is_finished = token in self._eos_ids or (self._max_length is not None and self._length >= self._max_length)
+        self.is_finished = token in self._eos_ids or (
+            self._max_length is not None and self._length >= self._max_length
+        )
         for criterion in self._criteria:
             self.is_finished |= bool(criterion(self.committed_ids(), self._chooser.scores).all())
         return self.is_finished
@@ -70,18 +78,18 @@ class Emitter:
         self._hidden_states.append(states.hidden_states)
         self._attentions.append(states.attentions)
 
-    def record_path(self, states: TargetStates, path: list[int], num_cached: int) -> None:
-        """Keep those of the path's nodes, one entry per token as in plain decoding."""
+    def record_path(self, states: TargetStates, path: list[int], windows: list[int | None]) -> None:
+        """Keep those of the path's nodes, one entry per token as in plain decoding, whose caches have `windows`."""
         nodes = len(states.logits)
         for place, node in enumerate(path):
             if states.hidden_states:
                 self._hidden_states.append(tuple(layer[:, node : node + 1] for layer in states.hidden_states))
             entry = []
-            for layer in states.attentions:
+            for layer, window in zip(states.attentions, windows, strict=False):
                 in_cache = layer.shape[-1] - nodes
                 columns = list(range(in_cache)) + [in_cache + seen for seen in path[: place + 1]]
-                if in_cache < num_cached:  # a window has closed: plain decoding returns its width of columns
-                    columns = columns[-in_cache - 1 :]
+                if window is not None:  # plain decoding returns no more columns than the window is wide
+                    columns = columns[-window:]
                 entry.append(layer[:, :, node : node + 1, columns])
             self._attentions.append(tuple(entry))
 

@@ -1,8 +1,8 @@
 """The door: how `model.generate(assistant_model=head)` reaches our loop.
 
 `generate` looks its decoding loop up on the class, so two methods of `GenerationMixin` are wrapped once: the early
-validation, to say what is wrong with a pairing, and the assisted loop, to dispatch heads to ours. Every other assistant
-goes through untouched. `custom_generate=head.custom_generate` needs no wrap at all.
+validation, to say what is wrong with a pairing, and the assisted loop, to dispatch heads to ours. Every other
+assistant goes through untouched. `custom_generate=head.custom_generate` needs no wrap at all.
 """
 
 import functools
@@ -53,9 +53,12 @@ def _dispatching(original: Callable) -> Callable:
 
 def _validating(original: Callable) -> Callable:
     @functools.wraps(original)
-    def _validate_generation_mode(self: PreTrainedModel, generation_mode: Any, generation_config: Any, kwargs: Any) -> Any:
+    def _validate_generation_mode(
+        self: PreTrainedModel, generation_mode: Any, generation_config: Any, kwargs: Any
+    ) -> Any:
         if isinstance(kwargs.get("assistant_model"), JetFlowHead):
             check_pairing(self, kwargs["assistant_model"])
+            check_mode(generation_config)
         return original(self, generation_mode, generation_config, kwargs)
 
     return _validate_generation_mode
@@ -106,7 +109,9 @@ def check_pairing(model: PreTrainedModel, head: JetFlowHead) -> None:
             "generate without `assistant_model`"
         )
     config, text = head.config, model.config.get_text_config(decoder=True)
-    made_for = f"; this head was made for {config.target_name or config.target_model_type or 'another target'}, load that one"
+    made_for = (
+        f"; this head was made for {config.target_name or config.target_model_type or 'another target'}, load that one"
+    )
     for name, of_head, of_target in (
         ("hidden size", config.target_hidden_size, text.hidden_size),
         ("embedding width", config.hidden_size, model.get_input_embeddings().weight.shape[-1]),
@@ -114,7 +119,23 @@ def check_pairing(model: PreTrainedModel, head: JetFlowHead) -> None:
         ("number of layers", config.num_target_layers, text.num_hidden_layers),
     ):
         if of_head != of_target:
-            raise ValueError(f"the head expects a target with {name} {of_head}, but this target has {of_target}{made_for}")
+            raise ValueError(
+                f"the head expects a target with {name} {of_head}, but this target has {of_target}{made_for}"
+            )
+
+
+def check_mode(generation_config: GenerationConfig) -> None:
+    """
+    Refuse decoding modes other than greedy search and sampling; `generate` would run beams without the head.
+
+    Raises:
+        ValueError: Naming the way round.
+    """
+    if generation_config.num_beams > 1 or generation_config.num_return_sequences > 1:
+        raise ValueError(
+            "draft heads work with greedy search and sampling only; set `num_beams=1` and `num_return_sequences=1`, or "
+            "generate without `assistant_model`"
+        )
 
 
 def check_call(
@@ -127,13 +148,12 @@ def check_call(
         ValueError: Naming the setting and the way round.
     """
     without = "generate without `assistant_model`"
+    check_mode(generation_config)
     if input_ids.shape[0] > 1:
         raise ValueError(
-            f"draft heads decode one sequence at a time, but the batch has {input_ids.shape[0]}; call `generate` once per "
-            f"sequence, or {without}"
+            f"draft heads decode one sequence at a time, but the batch has {input_ids.shape[0]}; call `generate` once "
+            f"per sequence, or {without}"
         )
-    if generation_config.num_beams > 1 or generation_config.num_return_sequences > 1:
-        raise ValueError(f"draft heads work with greedy search and sampling only; set `num_beams=1`, or {without}")
     if not generation_config.use_cache:
         raise ValueError(f"draft heads need the target's cache; leave `use_cache` at True, or {without}")
     if synced_gpus:

@@ -1,7 +1,7 @@
 """The training loss: forward KL to the target's distribution, chunked over rows (arXiv 2606.18394, section 3.3).
 
-The output projection is frozen, so the gradient with respect to the head's rows is formed chunk by chunk in the forward
-pass and no logits survive it: the logits are the memory peak of training.
+The output projection is frozen, so the gradient with respect to the head's rows is formed chunk by chunk in the
+forward pass and no logits survive it: the logits are the memory peak of training.
 """
 
 from dataclasses import dataclass

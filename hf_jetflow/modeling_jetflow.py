@@ -23,7 +23,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 
 from .configuration_jetflow import JetFlowConfig
-from .formats import check_loaded_tensors, readable_load_errors, require_jetflow_layout
+from .formats import check_loaded_tensors, find_file, readable_load_errors, require_jetflow_layout
 
 
 class HeadCacheLike(Protocol):
@@ -43,6 +43,8 @@ class JetFlowAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
+        assert config.head_dim is not None
+        assert config.num_key_value_heads is not None
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
@@ -130,6 +132,8 @@ class JetFlowHead(PreTrainedModel):
 
     def __init__(self, config: JetFlowConfig):
         super().__init__(config)
+        assert config.hidden_state_indices is not None
+        assert config.target_hidden_size is not None
         num_taps = len(config.hidden_state_indices)
         self.fc = nn.Linear(num_taps * config.target_hidden_size, config.hidden_size, bias=False)
         self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -189,7 +193,8 @@ class JetFlowHead(PreTrainedModel):
             context_position_ids = past_key_values.extend_positions(context_position_ids)
         masks: dict[tuple[bool, int | None], torch.Tensor] = {}
         block = inputs_embeds
-        for layer, kind in zip(self.layers, zip(self.config.causal_layers, self.config.layer_windows, strict=True), strict=True):
+        kinds = zip(self.config.causal_layers, self.config.layer_windows, strict=True)
+        for layer, kind in zip(self.layers, kinds, strict=True):
             if kind not in masks:
                 mask = visibility(position_ids, context_position_ids, anchor_position_ids, *kind)
                 masks[kind] = self._mask_for_backend(mask, block.dtype)
@@ -221,17 +226,25 @@ class JetFlowHead(PreTrainedModel):
         source = str(pretrained_model_name_or_path)
         with readable_load_errors(source):
             require_jetflow_layout(source, kwargs)
-            kwargs["use_safetensors"] = True
+            # Misshapen tensors are let through here and refused by name below.
+            kwargs.update(use_safetensors=True, ignore_mismatched_sizes=True)
             head, info = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
             check_loaded_tensors(source, info)
-            if os.path.isfile(os.path.join(source, "generation_config.json")):
-                head.generation_config = GenerationConfig.from_pretrained(source)
-        return (head, info) if wants_info else head
+            settings = find_file(source, "generation_config.json", kwargs)
+            if settings is not None:
+                head.generation_config = GenerationConfig.from_pretrained(os.path.dirname(settings))
+        return (head, info) if wants_info else head  # type: ignore[return-value]  # a pair only when asked for
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: Any, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
         """Save `config.json`, `generation_config.json` (node budget, depth) and `model.safetensors`."""
+        hub_kwargs = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "create_pr") if key in kwargs}
         super().save_pretrained(save_directory, *args, **kwargs)
         self.generation_config.save_pretrained(save_directory)
+        if push_to_hub:  # by itself: the parent would upload before the generation config is there
+            hub_kwargs.setdefault("repo_id", os.path.basename(os.path.normpath(save_directory)))
+            self.push_to_hub(token=kwargs.get("token"), **hub_kwargs)
 
 
 def visibility(

@@ -1,6 +1,7 @@
 """What to draft in the next round."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import GenerationConfig
 
@@ -24,25 +25,29 @@ def read_limits(generation_config: GenerationConfig, block_size: int) -> RoundPl
     Raises:
         ValueError: If `node_budget`, `max_depth` or `width` is out of range; the message gives the range.
     """
-    node_budget = getattr(generation_config, "node_budget", None)
-    max_depth = getattr(generation_config, "max_depth", None)
-    width = getattr(generation_config, "width", None)
+    # Not declared by `GenerationConfig`, so read with a default.
+    node_budget: Any = getattr(generation_config, "node_budget", None)
+    max_depth: Any = getattr(generation_config, "max_depth", None)
+    width: Any = getattr(generation_config, "width", None)
     if node_budget == "auto":
         raise ValueError("`node_budget` 'auto' is not available in this version; set an integer, such as 32")
     if not _is_int(node_budget) or node_budget < 1:
         raise ValueError(f"`node_budget` is {node_budget!r}, but an integer of at least 1 (root included) is needed")
     if not _is_int(max_depth) or not 1 <= max_depth < block_size:
         raise ValueError(
-            f"`max_depth` is {max_depth!r}, but this head drafts 1 .. {block_size - 1} levels (`block_size` {block_size})"
+            f"`max_depth` is {max_depth!r}, but this head drafts 1 .. {block_size - 1} levels "
+            f"(`block_size` {block_size})"
         )
     if width is not None and (not _is_int(width) or width < 1):
         raise ValueError(f"`width` is {width!r}, but an integer of at least 1 is needed (1 drafts a chain)")
     return RoundPlan(node_budget, max_depth, min(width or MAX_WIDTH, max(node_budget - 1, 1)))
 
 
-def plan_round(limits: RoundPlan, num_remaining: int) -> RoundPlan:
-    """The next round, when at most `num_remaining` tokens may still be emitted: the bonus token needs one of them."""
-    max_depth = min(limits.max_depth, limits.node_budget - 1, num_remaining - 1)
+def plan_round(limits: RoundPlan, num_remaining: int | None) -> RoundPlan:
+    """The next round, when `num_remaining` tokens may still be emitted (`None`: no limit), the bonus token included."""
+    max_depth = min(limits.max_depth, limits.node_budget - 1)
+    if num_remaining is not None:
+        max_depth = min(max_depth, num_remaining - 1)
     return RoundPlan(limits.node_budget, max_depth, limits.width)
 
 

@@ -17,8 +17,8 @@ class GenerationStats:
     num_accepted: int = 0  # drafted tokens kept, bonus tokens excluded
     offered_by_depth: list[int] = field(default_factory=list)  # rounds whose tree reached depth 1, 2, ...
     accepted_by_depth: list[int] = field(default_factory=list)  # rounds that kept a token at depth 1, 2, ...
-    # Host seconds of "prefill" and of the rounds' "draft", "tree", "verify", "walk" and "commit". On an accelerator the
-    # host runs ahead, and a step's time shows up where the host next waits.
+    # Host seconds of "prefill" and of the rounds' "draft", "tree", "verify", "walk" and "commit". On an accelerator
+    # the host runs ahead, and a step's time shows up where the host next waits.
     seconds_by_step: dict[str, float] = field(default_factory=dict)
 
     def count_round(self, num_drafted: int, tree_depth: int, num_accepted: int) -> None:

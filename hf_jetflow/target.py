@@ -1,5 +1,6 @@
 """`Target`: the only file that calls the target model, and the only one that knows its masks and positions."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -47,6 +48,8 @@ class Target:
     def __init__(self, model: PreTrainedModel, head_config: JetFlowConfig):
         self.model = model
         self.head_config = head_config
+        assert head_config.hidden_state_indices is not None
+        self._tapped = head_config.hidden_state_indices
         self._windows = layer_windows(model)
 
     def prefill(
@@ -58,11 +61,10 @@ class Target:
         Returns:
             `Context` and the `TargetStates` of the prompt's rows, padding left out; logits of the last row only.
         """
-        cache = model_kwargs.get("past_key_values")
-        check_target_cache(cache)
+        cache = check_target_cache(model_kwargs.get("past_key_values"))
         cache.activate_past_recording()
         wants_states = bool(generation_config.output_hidden_states)
-        forward_kwargs: dict[str, Any] = {"output_hidden_states": wants_states or self.head_config.hidden_state_indices}
+        forward_kwargs: dict[str, Any] = {"output_hidden_states": wants_states or self._tapped}
         if generation_config.output_attentions:
             forward_kwargs["output_attentions"] = True
         with self._collected_features() as parts:
@@ -90,12 +92,17 @@ class Target:
 
     @contextmanager
     def _collected_features(self) -> Iterator[list[tuple[torch.Tensor, int | None]]]:
-        """Collects (features, last position) of every target forward inside; prefill may run several, chunk by chunk."""
+        """Collects (features, last position) of every target forward inside; prefill may run several, by chunks."""
         parts: list[tuple[torch.Tensor, int | None]] = []
+        thread_id = threading.get_ident()
 
         def collect(_module: nn.Module, _args: Any, kwargs: dict[str, Any], outputs: Any) -> None:
+            if threading.get_ident() != thread_id:  # another thread generates with the same target
+                return
             position_ids = kwargs.get("position_ids")
-            parts.append((self._fuse(outputs.hidden_states), None if position_ids is None else int(position_ids[0, -1])))
+            parts.append(
+                (self._fuse(outputs.hidden_states), None if position_ids is None else int(position_ids[0, -1]))
+            )
 
         handle = self.model.register_forward_hook(collect, with_kwargs=True)
         try:
@@ -138,7 +145,7 @@ class Target:
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _tree_mask(self, context: Context, tree: DraftTree, window: int | None) -> torch.Tensor:
-        """(1, 1, nodes, cached + nodes): the cached prefix within the window in positions, ancestors, the node itself."""
+        """(1, 1, nodes, cached + nodes): the prefix within the window in positions, ancestors, the node itself."""
         device, nodes = self.model.device, len(tree.tokens)
         cached = self._cached_rows(context, window)
         # A cached row's distance is counted in positions: the last one lies directly before the anchor.
@@ -170,12 +177,12 @@ class Target:
     def states(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Features (batch, seq, taps x hidden) and normed last hidden states of whole, right-padded sequences."""
         outputs = self.model.base_model(
-            input_ids=input_ids, output_hidden_states=self.head_config.hidden_state_indices, use_cache=False
+            input_ids=input_ids, output_hidden_states=self._tapped, use_cache=False
         )
         return self._fuse(outputs.hidden_states), outputs.last_hidden_state
 
     def _fuse(self, hidden_states: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        return torch.cat([hidden_states[index] for index in self.head_config.hidden_state_indices], dim=-1)
+        return torch.cat([hidden_states[index] for index in self._tapped], dim=-1)
 
     def embed_block(
         self, input_ids: torch.Tensor, is_anchor: torch.Tensor, mask_embedding: torch.Tensor | None
@@ -183,19 +190,20 @@ class Target:
         """Input rows of the head, (batch, rows, hidden): `input_ids` where `is_anchor`, MASK elsewhere."""
         embedding = self.model.get_input_embeddings()
         if mask_embedding is None:
+            assert self.head_config.mask_token_id is not None
             return embedding(torch.where(is_anchor, input_ids, self.head_config.mask_token_id))
         embeds = embedding(input_ids)
         return torch.where(is_anchor[..., None], embeds, mask_embedding.to(embeds.dtype))
 
     def output_rows(self, token_ids: torch.Tensor | None) -> torch.Tensor | None:
-        """Rows (draft_vocab, hidden) of the target's output embedding, or `None` where it is not a plain linear layer."""
+        """Rows (draft_vocab, hidden) of the target's output embedding; `None` where it is not a plain linear layer."""
         module = self.model.get_output_embeddings()
         if type(module) is not nn.Linear or module.bias is not None:
             return None
         return module.weight if token_ids is None else module.weight[token_ids.to(module.weight.device)]
 
     def output_logits(self, rows: torch.Tensor, token_ids: torch.Tensor | None) -> torch.Tensor:
-        """Logits (rows, draft_vocab) through the target's own output module, whatever it is (quantized, biased, ...)."""
+        """Logits (rows, draft_vocab) by the target's own output module, whatever it is (quantized, biased, ...)."""
         logits = self.model.get_output_embeddings()(rows)
         return logits if token_ids is None else logits[:, token_ids.to(logits.device)]
 

@@ -1,7 +1,7 @@
 """Draft trees: the exact best tree within a node budget, built with tensor operations only.
 
-A tree is best when its nodes are those with the highest cumulative log-probability. As no log-probability is positive, a
-node never outranks its parent, so the best `node_budget` nodes always form a tree (arXiv 2606.18394, section 3.4).
+A tree is best when its nodes are those with the highest cumulative log-probability. As no log-probability is positive,
+a node never outranks its parent, so the best `node_budget` nodes always form a tree (arXiv 2606.18394, section 3.4).
 """
 
 from collections.abc import Callable
@@ -31,9 +31,10 @@ class DraftTree:
     max_depth: int  # deepest level that was drafted
 
 
-# scorer(depth, parents, tokens) -> (branches, width): log-probabilities of `candidates.tokens[depth]` after each branch
-# of the frontier. `tokens` (branches,) are the branches' last tokens, `parents` (branches,) their places in the previous
-# frontier, by which a scorer with a state of its own carries it down. Called once per depth, with depth 0 for the root.
+# scorer(depth, parents, tokens) -> (branches, width): log-probabilities of `candidates.tokens[depth]` after each
+# branch of the frontier. `tokens` (branches,) are the branches' last tokens, `parents` (branches,) their places in the
+# previous frontier, by which a scorer with a state of its own carries it down. Called once per depth, with depth 0 for
+# the root.
 BranchScorer = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 
 

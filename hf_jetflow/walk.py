@@ -1,7 +1,7 @@
 """The walk: follow the target's own choices through a verified tree.
 
-No draft probability enters. The chooser picks every token as plain decoding would, on the true prefix, so the result is
-exact for every logits processor and, with the same seed, the same sample path as plain decoding.
+No draft probability enters. The chooser picks every token as plain decoding would, on the true prefix, so the result
+is exact for every logits processor and, with the same seed, the same sample path as plain decoding.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,11 @@ class Chooser:
     """
 
     def __init__(
-        self, logits_processor: LogitsProcessorList, do_sample: bool, keep_scores: bool = False, keep_logits: bool = False
+        self,
+        logits_processor: LogitsProcessorList,
+        do_sample: bool,
+        keep_scores: bool = False,
+        keep_logits: bool = False,
     ):
         self.logits_processor = logits_processor
         self.do_sample = do_sample

@@ -1,0 +1,117 @@
+"""Watch SmolLM2-135M-Instruct answer three prompts, plain and with its draft head, through `model.generate`.
+
+    make demo
+    python examples/demo.py --max-new-tokens 200 --node-budget 32 --temperature 0.7
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from smollm2 import gguf_path
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from hf_jetflow import JetFlowHead
+from hf_jetflow.loading import fast_dtype, load_target
+
+
+HEAD = Path(__file__).parent / "heads" / "smollm2-135m-instruct"
+PROMPTS = {
+    "maths": "A bakery sells 24 muffins in the morning and twice as many in the afternoon. Each muffin costs $3. "
+    "How much money does the bakery make that day?",
+    "code": "Write a Python function that returns the n-th Fibonacci number, and explain how it works.",
+    "chat": "What should I pack for a three-day hike in the mountains in autumn?",
+}
+
+console = Console(highlight=False)
+
+
+class TimedStreamer(TextStreamer):
+    """Streams text to the terminal."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        console.print(text, end="\n" if stream_end else "", markup=False, style="dim")
+
+
+def answer(
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    input_ids: torch.Tensor,
+    args: argparse.Namespace,
+    head: JetFlowHead | None,
+) -> tuple[list[int], float]:
+    """New ids and seconds of one `generate` call, streamed."""
+    torch.manual_seed(0)
+    sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
+    start = time.perf_counter()
+    output = target.generate(
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        max_new_tokens=args.max_new_tokens,
+        streamer=TimedStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        assistant_model=head,
+        **sampling,
+    )
+    return output[0, input_ids.shape[1] :].tolist(), time.perf_counter() - start
+
+
+@torch.no_grad()
+def explain_difference(target: PreTrainedModel, prompt: torch.Tensor, plain: list[int], drafted: list[int]) -> str:
+    """Where two texts part, and how close the target's two best tokens are there."""
+    pairs = list(zip(plain, drafted, strict=False))
+    place = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+    prefix = torch.cat([prompt, torch.tensor([plain[:place]], dtype=torch.long)], dim=1)
+    best = torch.log_softmax(target(prefix).logits[0, -1].float(), -1).topk(2).values
+    return (
+        f"the texts part at token {place + 1}, where the target's two best tokens are {float(best[0] - best[1]):.3f} nats "
+        f"apart: in {str(target.dtype).removeprefix('torch.')} a forward over many rows rounds otherwise than one over a "
+        "single row, so a near-tie can fall either way (in float32 the texts are the same)"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--max-new-tokens", type=int, default=160)
+    parser.add_argument("--node-budget", type=int, default=None, help="rows verified per round; the head's own if not given")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--dtype", default=None, help="bfloat16 where the CPU computes in it, else float32, if not given")
+    args = parser.parse_args()
+
+    console.print("Loading SmolLM2-135M-Instruct and its draft head ...")
+    target, tokenizer = load_target(gguf_path(), args.dtype or fast_dtype())
+    head = JetFlowHead.from_pretrained(HEAD, dtype=target.dtype).to(target.device)
+    if args.node_budget is not None:
+        head.generation_config.node_budget = args.node_budget
+    settings = f"{str(target.dtype).removeprefix('torch.')}, {head.generation_config.node_budget} nodes"
+    console.print(f"{settings}, {torch.get_num_threads()} threads\n")
+    warm_up = torch.tensor([tokenizer("Hello").input_ids], device=target.device)
+    for assistant in (None, head):
+        target.generate(warm_up, attention_mask=torch.ones_like(warm_up), max_new_tokens=8, assistant_model=assistant)
+
+    summary = []
+    for name, prompt in PROMPTS.items():
+        text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
+        input_ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids], device=target.device)
+        console.print(f"[bold]{name}[/]: {prompt}")
+        console.print("\n[bold]plain[/]")
+        plain, plain_seconds = answer(target, tokenizer, input_ids, args, None)
+        console.print("\n[bold]with the draft head[/]")
+        drafted, head_seconds = answer(target, tokenizer, input_ids, args, head)
+        stats = head.last_stats
+        rates = len(plain) / plain_seconds, len(drafted) / head_seconds
+        summary.append(
+            f"{name:6} plain {rates[0]:6.1f} tokens/s   with head {rates[1]:6.1f} tokens/s   "
+            f"speedup {rates[1] / rates[0]:.2f}   tokens per round {stats.tokens_per_round:.2f}   "
+            f"{'identical text' if plain == drafted else 'texts differ'}"
+        )
+        console.print("\n" + summary[-1], style="green")
+        if plain != drafted:
+            console.print(explain_difference(target, input_ids, plain, drafted), style="yellow")
+        console.print()
+    console.print("\n".join(["[bold]in short[/]", *summary]))
+
+
+if __name__ == "__main__":
+    main()

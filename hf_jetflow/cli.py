@@ -1,0 +1,180 @@
+"""The command line: `hf-jetflow train` and `hf-jetflow bench`. Parsing and printing only; the work is done elsewhere."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+console = Console(stderr=True)
+
+TargetOption = Annotated[str, typer.Option(help="Target model: a Hub id, a folder, or a .gguf file.")]
+PromptsOption = Annotated[
+    list[Path], typer.Option(help="JSON lines of prompts (`messages`, `turns` or `prompt`); may be given several times.")
+]
+DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: bfloat16 where the device computes in it.")]
+
+
+@app.callback()
+def _main() -> None:
+    """Tree speculative decoding with causal parallel draft heads, inside transformers' generate."""
+
+
+@app.command()
+def train(
+    target: TargetOption,
+    output: Annotated[Path, typer.Option(help="Folder of the run; the head is saved in it, a killed run continues in it.")],
+    prompts: PromptsOption = [],  # noqa: B006
+    answers: Annotated[
+        list[Path], typer.Option(help="JSON lines of `prompt_ids` and `answer_ids` that the target gave already.")
+    ] = [],  # noqa: B006
+    eval_prompts: Annotated[
+        list[Path], typer.Option(help="Held-out prompts, decoded with the head to report tokens per round.")
+    ] = [],  # noqa: B006
+    target_name: Annotated[str | None, typer.Option(help="Name of the target for the head's config and card.")] = None,
+    num_layers: Annotated[int, typer.Option(help="Layers of the head.")] = 3,
+    num_taps: Annotated[int, typer.Option(help="Target layers the head listens to.")] = 5,
+    block_size: Annotated[int, typer.Option(help="Rows of a block; one less is the number of drafted depths.")] = 8,
+    draft_vocab: Annotated[int, typer.Option(help="Commonest answer tokens that the head scores; 0 for all.")] = 0,
+    mask_token: Annotated[
+        str | None, typer.Option(help="Unused special token for the MASK rows; a learned embedding if not given.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest regenerated answer.")] = 256,
+    max_steps: Annotated[int, typer.Option(help="Updates of the head.")] = 4000,
+    batch_size: Annotated[int, typer.Option(help="Sequences per device and update.")] = 8,
+    accumulation: Annotated[int, typer.Option(help="Micro-batches per update.")] = 1,
+    anchors: Annotated[int, typer.Option(help="Random anchors per sequence and update.")] = 16,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of Muon.")] = 1e-2,
+    feature_loss: Annotated[float, typer.Option(help="Weight of the feature loss, 0 for none.")] = 0.5,
+    max_length: Annotated[int, typer.Option(help="Longest training sequence.")] = 512,
+    cache_features: Annotated[bool, typer.Option(help="Keep the target's features on disk between epochs.")] = False,
+    save_steps: Annotated[int, typer.Option(help="Updates between checkpoints.")] = 200,
+    seed: Annotated[int, typer.Option(help="Seed of initialisation, order and anchors.")] = 0,
+    dtype: DtypeOption = "auto",
+) -> None:
+    """
+    Train a draft head for a target. Example:
+
+    hf-jetflow train --target Qwen/Qwen3-0.6B --prompts prompts.jsonl --output runs/qwen3-0.6b
+    """
+    from .recipe import TrainRecipe, train_head
+
+    options = {key: value for key, value in locals().items() if key != "TrainRecipe" and key != "train_head"}
+    with _readable_errors(), _progress() as bars:
+        summary = train_head(TrainRecipe(**options), _Reporter(bars))
+    console.print(f"head saved in {output}" + "".join(f"\n  {name}: {value}" for name, value in summary.items()))
+
+
+@app.command()
+def bench(
+    target: TargetOption,
+    head: Annotated[str, typer.Option(help="Draft head: a Hub id or a folder.")],
+    prompts: PromptsOption,
+    methods: Annotated[str, typer.Option(help="Comma-separated: plain, chain, jetflow.")] = "plain,chain,jetflow",
+    node_budgets: Annotated[str, typer.Option(help="Comma-separated node budgets of jetflow.")] = "16,32,64",
+    temperature: Annotated[str, typer.Option(help="Comma-separated temperatures, 0 for greedy.")] = "0",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens generated per prompt.")] = 128,
+    num_prompts: Annotated[int, typer.Option(help="Prompts taken from each file.")] = 20,
+    repeats: Annotated[int, typer.Option(help="Passes over the prompts.")] = 1,
+    dtype: DtypeOption = "auto",
+    json: Annotated[Path | None, typer.Option(help="File for the result as JSON.")] = None,
+) -> None:
+    """
+    Measure a head against plain decoding, interleaved in one process. Example:
+
+    hf-jetflow bench --target model.gguf --head examples/heads/smollm2-135m-instruct --prompts prompts.jsonl
+    """
+    from .bench import run_bench, write_json
+    from .loading import fast_dtype, load_target
+    from .modeling_jetflow import JetFlowHead
+
+    with _readable_errors():
+        model, tokenizer = load_target(target, fast_dtype() if dtype == "auto" else dtype)
+        draft_head = JetFlowHead.from_pretrained(head, dtype=model.dtype).to(model.device)
+        with _progress() as bars:
+            reporter = _Reporter(bars)
+            result = run_bench(
+                model,
+                tokenizer,
+                draft_head,
+                prompts,
+                methods=methods.split(","),
+                node_budgets=[int(budget) for budget in node_budgets.split(",")],
+                temperatures=[float(value) for value in temperature.split(",")],
+                max_new_tokens=max_new_tokens,
+                num_prompts=num_prompts,
+                repeats=repeats,
+                progress=reporter,
+            )
+    Console().print(_bench_table(result))
+    if json is not None:
+        write_json(result, json)
+        console.print(f"written to {json}")
+
+
+def _bench_table(result: dict[str, Any]) -> Table:
+    facts = result["environment"]
+    table = Table(title=f"{facts['processor']}, {facts['num_threads']} threads, torch {facts['torch']}")
+    for column in ("prompts", "T", "method", "nodes", "tokens/round", "tokens/s", "speedup", "quartiles", "identical"):
+        table.add_column(column, justify="left" if column in ("prompts", "method") else "right")
+    for row in result["rows"]:
+        low, high = row["speedup_spread"]
+        table.add_row(
+            row["prompts"],
+            f"{row['temperature']:g}",
+            row["method"],
+            str(row["node_budget"] or ""),
+            f"{row['tokens_per_round']:.2f}",
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['speedup']:.2f}",
+            f"{low:.2f} - {high:.2f}",
+            f"{100 * row['identical_to_plain']:.0f} %",
+        )
+    return table
+
+
+class _Reporter:
+    """Progress bars by what runs: `reporter(done, in_all, what)`."""
+
+    def __init__(self, bars: Progress):
+        self._bars = bars
+        self._tasks: dict[str, Any] = {}
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        if what not in self._tasks:
+            self._tasks[what] = self._bars.add_task(what, total=total)
+        self._bars.update(self._tasks[what], completed=done, total=total)
+
+    def say(self, text: str) -> None:
+        self._bars.console.print(text)
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console)
+
+
+class _readable_errors:  # noqa: N801
+    """Print user errors as one line and leave with status 1; anything else is a bug and keeps its traceback."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
+        if isinstance(error, ValueError | OSError):
+            console.print(f"error: {error}", style="red", markup=False)
+            raise SystemExit(1)
+
+
+def main() -> None:
+    """Entry point of `hf-jetflow` and `python -m hf_jetflow`."""
+    app(prog_name="hf-jetflow")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

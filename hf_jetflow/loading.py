@@ -1,0 +1,46 @@
+"""Loading a target and its tokenizer from a Hub id, a folder, or a `.gguf` file."""
+
+import os
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def fast_dtype() -> str:
+    """bfloat16 where the device computes in it, float32 elsewhere."""
+    if torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+
+
+def load_target(source: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """
+    A target in evaluation mode, and its tokenizer.
+
+    Args:
+        source (`str`): Hub id, local folder, or path of a `.gguf` file (needs the `gguf` package).
+        dtype (`str`): `"float32"`, `"bfloat16"` or `"float16"`.
+
+    Raises:
+        ValueError: If `dtype` is unknown.
+        OSError: If a file is missing.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"the dtype is {dtype!r}, but one of {sorted(DTYPES)} is needed")
+    path = Path(source)
+    kwargs: dict[str, str] = {}
+    if source.endswith(".gguf"):
+        if not path.is_file():
+            raise OSError(f"`{source}` does not exist; give the path of a .gguf file, a folder or a Hub id")
+        source, kwargs["gguf_file"] = str(path.parent), path.name
+    elif (os.sep in source and source.count("/") != 1) and not path.exists():
+        raise OSError(f"`{source}` does not exist; give the path of a folder, a .gguf file or a Hub id")
+    tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], **kwargs)
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+    return model.eval(), tokenizer

@@ -1,0 +1,185 @@
+"""Tiny random targets of every supported family, and stub heads whose drafts are known in advance.
+
+The fixtures hand out functions, so that a test says in its own words which target and head it needs. Targets are
+shared between tests: do not change them.
+"""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from hf_jetflow import JetFlowConfig, JetFlowHead
+
+
+VOCAB_SIZE = 257
+BLOCK_SIZE = 8
+WINDOW = 9
+
+SIZES: dict[str, Any] = dict(
+    vocab_size=VOCAB_SIZE,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=5,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    tie_word_embeddings=False,
+)
+EXPERTS: dict[str, Any] = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": dict(model_type="llama"),
+    "qwen2": dict(model_type="qwen2"),
+    "qwen3": dict(model_type="qwen3", head_dim=16),
+    "qwen3_moe": dict(model_type="qwen3_moe", head_dim=16, **EXPERTS),
+    "mistral": dict(model_type="mistral", sliding_window=None),
+    "mistral-sliding": dict(model_type="mistral", sliding_window=WINDOW),
+    "olmo2": dict(model_type="olmo2"),
+    "gpt_neox": dict(model_type="gpt_neox"),
+    "phi3": dict(model_type="phi3"),
+    "gemma2": dict(model_type="gemma2", head_dim=16, sliding_window=WINDOW),
+    "gemma3_text": dict(
+        model_type="gemma3_text",
+        head_dim=16,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        num_hidden_layers=6,
+    ),
+    "gpt_oss": dict(
+        model_type="gpt_oss",
+        head_dim=16,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    ),
+}
+
+
+class OracleHead(JetFlowHead):
+    """A head whose output rows are fixed, one per absolute position, whatever it is shown."""
+
+    def __init__(self, config: JetFlowConfig, rows: torch.Tensor):
+        super().__init__(config)
+        self.rows = rows  # (positions, hidden); the row at a position drafts the token there
+
+    def forward(
+        self, inputs_embeds: torch.Tensor, features: Any, position_ids: torch.Tensor, **_: Any
+    ) -> torch.Tensor:
+        return self.rows[position_ids.clamp(max=len(self.rows) - 1)].to(inputs_embeds.dtype)
+
+
+@functools.cache
+def build_target(family: str, **overrides: Any) -> PreTrainedModel:
+    settings = {**SIZES, **FAMILIES.get(family, {"model_type": family}), **overrides}
+    attention = settings.pop("attn_implementation", None)
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    target = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    # At their usual scale random weights repeat one token; at this one the text depends on the whole context.
+    with torch.no_grad():
+        for name, parameter in target.named_parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(3 if "embed" in name else 10)
+    target.generation_config.eos_token_id = None
+    return target
+
+
+def build_oracle(target: PreTrainedModel, rows: torch.Tensor, **config: Any) -> OracleHead:
+    settings = dict(num_hidden_layers=1, block_size=BLOCK_SIZE, mask_token_id=0)
+    return OracleHead(JetFlowConfig.for_target(target.config, **{**settings, **config}), rows).eval()
+
+
+def answer_rows(target: PreTrainedModel, continuation: torch.Tensor) -> torch.Tensor:
+    """Rows whose best token under the target's output embedding is the one of the continuation at each position."""
+    weight = target.get_output_embeddings().weight.detach().float()
+    rows = weight[continuation[0]] * (100 / weight.square().sum(dim=-1).mean())
+    best = (rows @ weight.T).argmax(dim=-1)
+    assert torch.equal(best, continuation[0]), "the stub head cannot tell its tokens apart: choose another target seed"
+    return rows
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    """Every family in turn; a test that parametrises `family` itself chooses its own."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def tiny_target():
+    """`tiny_target(family or model type, **config)`: a random causal LM that knows no EOS token of its own."""
+    return build_target
+
+
+@pytest.fixture(scope="session")
+def random_head():
+    """`random_head(target, **config)`: an untrained head, right by chance only."""
+
+    def build(target: PreTrainedModel, **config: Any) -> JetFlowHead:
+        settings = dict(num_hidden_layers=2, block_size=BLOCK_SIZE, mask_token_id=0)
+        torch.manual_seed(2)
+        return JetFlowHead(JetFlowConfig.for_target(target.config, **{**settings, **config})).eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def echo_head():
+    """`echo_head(target, continuation)`: drafts the tokens of `continuation` (1, seq), so all are accepted."""
+    return lambda target, continuation, **config: build_oracle(target, answer_rows(target, continuation), **config)
+
+
+@pytest.fixture(scope="session")
+def wrong_head():
+    """`wrong_head(target, continuation)`: ranks the right token last, so none is ever accepted."""
+    return lambda target, continuation, **config: build_oracle(target, -answer_rows(target, continuation), **config)
+
+
+@pytest.fixture(scope="session")
+def noisy_head():
+    """
+    `noisy_head(target, continuation)`: now right, now wrong, and often right with its second or third choice.
+
+    Its accepted paths leave the best branch of the tree and end at every depth.
+    """
+
+    def build(target: PreTrainedModel, continuation: torch.Tensor, **config: Any) -> OracleHead:
+        right = answer_rows(target, continuation)
+        generator = torch.Generator().manual_seed(3)
+        decoys = right[torch.randperm(len(right), generator=generator)]
+        weights = torch.tensor([0.0, 0.97, 1.03])[torch.randint(3, (len(right), 1), generator=generator)]
+        lost = torch.rand(len(right), 1, generator=generator) < 0.1
+        return build_oracle(target, torch.where(lost, -right, right + weights * decoys), **config)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def head_of_kind(random_head, echo_head, wrong_head, noisy_head):
+    """`head_of_kind(kind, target, continuation)`: one of the heads above by its first word."""
+    heads = {"echo": echo_head, "wrong": wrong_head, "noisy": noisy_head}
+
+    def build(kind: str, target: PreTrainedModel, continuation: torch.Tensor, **config: Any) -> JetFlowHead:
+        return random_head(target, **config) if kind == "random" else heads[kind](target, continuation, **config)
+
+    return build
+
+
+@pytest.fixture
+def prompt() -> torch.Tensor:
+    """Twelve token ids, (1, 12), more than the windows of the sliding targets."""
+    return make_prompt(12)
+
+
+def make_prompt(length: int, seed: int = 4) -> torch.Tensor:
+    return torch.randint(3, VOCAB_SIZE, (1, length), generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,108 @@
+"""Small heads, trees and inputs that several test files share; the targets come from `conftest.py`."""
+
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from hf_jetflow import JetFlowConfig, JetFlowHead
+from hf_jetflow.tree import DraftTree, ancestor_mask
+
+
+HIDDEN = 32
+NUM_TAPS = 2
+
+
+def tiny_config(**overrides: Any) -> JetFlowConfig:
+    settings: dict[str, Any] = dict(
+        vocab_size=64,
+        hidden_size=HIDDEN,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        block_size=4,
+        mask_token_id=3,
+        num_target_layers=6,
+        hidden_state_indices=[2, 4],
+    )
+    return JetFlowConfig(**{**settings, **overrides})
+
+
+def tiny_head(attn_implementation: str = "sdpa", **overrides: Any) -> JetFlowHead:
+    """A head none of whose tensors has its initial value, norms included."""
+    head = JetFlowHead._from_config(tiny_config(**overrides), attn_implementation=attn_implementation).eval()
+    alter(head)
+    return head
+
+
+@torch.no_grad()
+def alter(head: JetFlowHead) -> None:
+    """Give every tensor that is saved a value of its own."""
+    generator = torch.Generator().manual_seed(5)
+    for parameter in head.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + (parameter.ndim == 1))
+    if head.config.draft_vocab_size is not None:
+        chosen = torch.randperm(head.config.vocab_size, generator=generator)[: head.config.draft_vocab_size]
+        head.d2t.copy_(chosen.sort().values)
+
+
+def block_inputs(num_context: int, num_rows: int = 4, start: int = 0, seed: int = 6) -> dict[str, torch.Tensor]:
+    """One block whose anchor follows `num_context` context rows, the first of them at position `start`."""
+    generator = torch.Generator().manual_seed(seed)
+    anchor = start + num_context
+    return dict(
+        inputs_embeds=torch.randn(1, num_rows, HIDDEN, generator=generator),
+        features=torch.randn(1, num_context, NUM_TAPS * HIDDEN, generator=generator),
+        position_ids=torch.arange(anchor, anchor + num_rows)[None],
+        context_position_ids=torch.arange(start, anchor)[None],
+    )
+
+
+def make_tree(tokens: list[int], parents: list[int]) -> DraftTree:
+    """A tree written by hand; the root's parent is -1."""
+    depths = [0]
+    for parent in parents[1:]:
+        depths.append(depths[parent] + 1)
+    links = torch.tensor(parents)
+    return DraftTree(
+        tokens=torch.tensor(tokens),
+        parents=links,
+        depths=torch.tensor(depths),
+        logprobs=torch.zeros(len(tokens)),
+        ancestor_mask=ancestor_mask(links, max(depths)),
+        max_depth=max(depths),
+    )
+
+
+def random_parents(num_nodes: int, generator: torch.Generator) -> list[int]:
+    """Links of a random tree, ordered by depth as `build_tree` orders them."""
+    parents, depths = [-1], [0]
+    for node in range(1, num_nodes):
+        lowest = parents[-1] if node > 1 else 0  # a later node hangs from the same or a later parent
+        parents.append(int(torch.randint(lowest, node, (1,), generator=generator)))
+        depths.append(depths[parents[-1]] + 1)
+    return parents
+
+
+def tiny_tokenizer(vocab_size: int, eos_id: int | None = None) -> PreTrainedTokenizerFast:
+    """
+    A tokenizer of the words t000, t001, ... with a chat template.
+
+    Three digits keep one word from being found inside another.
+    """
+    words = Tokenizer(models.WordLevel({word(token): token for token in range(vocab_size)}, unk_token=word(1)))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    eos_token = None if eos_id is None else word(eos_id)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token=word(1), eos_token=eos_token)
+    tokenizer.chat_template = (
+        "{% for message in messages %}t003 {{ message.content }} t004 {% endfor %}"
+        "{% if add_generation_prompt %}t005{% endif %}"
+    )
+    return tokenizer
+
+
+def word(token: int) -> str:
+    return f"t{token:03d}"

@@ -1,0 +1,168 @@
+"""The head's cache row by row, and commits in the target's cache against a fresh forward on the committed ids."""
+
+import pytest
+import torch
+from helpers import NUM_TAPS, random_parents
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import LinearAttentionLayer
+
+from hf_jetflow import JetFlowConfig
+from hf_jetflow.caches import HeadCache, check_target_cache, commit_path
+from hf_jetflow.target import Context, Target
+from hf_jetflow.tree import DraftTree, ancestor_mask
+
+
+HEADS, DIM = 2, 3
+
+
+def rows(start: int, stop: int, layer: int = 0) -> torch.Tensor:
+    """Keys (1, heads, rows, dim) that tell row and layer."""
+    numbers = torch.arange(start, stop, dtype=torch.float32) + 10_000 * layer
+    return numbers[None, None, :, None].expand(1, HEADS, -1, DIM)
+
+
+@pytest.mark.parametrize("num_rounds", [1, 2, 40])
+def test_the_head_s_cache_returns_every_context_row_and_the_newest_block(num_rounds):
+    cache = HeadCache(1)
+    length = 0
+    for _ in range(num_rounds):  # 40 rounds of 9 rows outgrow the first buffer twice
+        keys = torch.cat([rows(length, length + 9), rows(-4, 0)], dim=2)
+        got_keys, got_values = cache.extend(0, keys, keys + 0.5, num_context=9)
+        length += 9
+        expected = torch.cat([rows(0, length), rows(-4, 0)], dim=2)
+        assert torch.equal(got_keys, expected)
+        assert torch.equal(got_values, expected + 0.5)
+
+
+def test_block_rows_are_overwritten_by_the_next_round():
+    cache = HeadCache(1)
+    cache.extend(0, torch.cat([rows(0, 3), rows(50, 54)], dim=2), rows(0, 7), num_context=3)
+    keys, _ = cache.extend(0, torch.cat([rows(3, 4), rows(60, 64)], dim=2), rows(0, 5), num_context=1)
+    assert torch.equal(keys, torch.cat([rows(0, 4), rows(60, 64)], dim=2))
+
+
+def test_a_round_without_new_context_keeps_what_is_there():
+    cache = HeadCache(1)
+    cache.extend(0, rows(0, 5), rows(0, 5), num_context=3)
+    keys, _ = cache.extend(0, rows(60, 62), rows(60, 62), num_context=0)
+    assert torch.equal(keys, torch.cat([rows(0, 3), rows(60, 62)], dim=2))
+
+
+def test_a_context_longer_than_the_first_buffer_fits_at_once():
+    keys, _ = HeadCache(1).extend(0, rows(0, 700), rows(0, 700), num_context=700)
+    assert torch.equal(keys, rows(0, 700))
+
+
+def test_layers_are_extended_one_after_another_without_mixing():
+    cache = HeadCache(3)
+    for length in (0, 300, 600):
+        for layer in range(3):
+            keys, _ = cache.extend(layer, rows(length, length + 300, layer), rows(0, 300), num_context=300)
+            assert torch.equal(keys, rows(0, length + 300, layer))
+
+
+def test_positions_of_the_context_accumulate():
+    cache = HeadCache(1)
+    assert cache.extend_positions(torch.tensor([[2, 3]])).tolist() == [[2, 3]]
+    assert cache.extend_positions(torch.tensor([[7]])).tolist() == [[2, 3, 7]]
+
+
+def random_tree(anchor: int, num_nodes: int, vocab: int, generator: torch.Generator) -> DraftTree:
+    parents = torch.tensor(random_parents(num_nodes, generator))
+    mask = ancestor_mask(parents, num_nodes)
+    tokens = torch.randint(3, vocab, (num_nodes,), generator=generator)
+    tokens[0] = anchor
+    depths = mask.sum(dim=1) - 1
+    return DraftTree(tokens, parents, depths, torch.zeros(num_nodes), mask, int(depths.max()))
+
+
+def path_to(tree: DraftTree, node: int) -> list[int]:
+    return tree.ancestor_mask[node].nonzero()[:, 0].tolist()
+
+
+def prefilled(model, ids: torch.Tensor) -> tuple[Target, Context]:
+    """A target whose cache holds all of `ids` but the last, as after a prefill."""
+    target = Target(model, JetFlowConfig.for_target(model.config, num_hidden_layers=NUM_TAPS, mask_token_id=0))
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    with torch.no_grad():
+        model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
+    return target, Context(cache, ids.shape[1] - 1, None, {"output_hidden_states": target._tapped})
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gemma3_text"])
+@pytest.mark.parametrize("num_prompt", [3, 12], ids=["prompt within the window", "prompt longer than the window"])
+@torch.no_grad()
+def test_after_a_commit_the_target_continues_as_on_the_committed_ids(tiny_target, family, num_prompt):
+    model = tiny_target(family)
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.randint(3, 200, (1, num_prompt), generator=generator)
+    target, context = prefilled(model, ids)
+    for num_nodes in (6, 1, 14, 9, 2, 11):
+        tree = random_tree(int(ids[0, -1]), num_nodes, 200, generator)
+        states = target.verify(context, tree)
+        fresh = model(input_ids=ids, use_cache=False).logits[:, -1]
+        torch.testing.assert_close(states.logits[:1], fresh, atol=2e-4, rtol=2e-4)
+        node = int(torch.randint(num_nodes, (1,), generator=generator))
+        path = path_to(tree, node)
+        ids = torch.cat([ids, tree.tokens[path[1:]][None], torch.randint(3, 200, (1, 1), generator=generator)], dim=1)
+        target.commit(context, tree, path)
+        assert context.cache.get_seq_length() == ids.shape[1] - 1
+        assert context.position == ids.shape[1] - 1
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gemma3_text"])
+@torch.no_grad()
+def test_every_node_is_verified_as_if_its_branch_stood_alone(tiny_target, family):
+    model = tiny_target(family)
+    generator = torch.Generator().manual_seed(8)
+    ids = torch.randint(3, 200, (1, 11), generator=generator)
+    target, context = prefilled(model, ids)
+    tree = random_tree(int(ids[0, -1]), 12, 200, generator)
+    states = target.verify(context, tree)
+    for node in range(12):
+        branch = torch.cat([ids, tree.tokens[path_to(tree, node)[1:]][None]], dim=1)
+        outputs = model(input_ids=branch, use_cache=False, output_hidden_states=True)
+        torch.testing.assert_close(states.logits[node], outputs.logits[0, -1], atol=2e-4, rtol=2e-4)
+        features = torch.cat([outputs.hidden_states[index][0, -1] for index in target._tapped])
+        torch.testing.assert_close(states.features[0, node], features, atol=2e-4, rtol=2e-4)
+        assert int(states.position_ids[0, node]) == branch.shape[1] - 1
+
+
+def test_a_commit_moves_the_accepted_rows_only():
+    cache = DynamicCache()
+    cache.update(rows(0, 10), rows(0, 10) + 0.5, 0)  # 6 rows of prefix, 4 nodes
+    commit_path(cache, torch.tensor([0, 3]), num_nodes=4)
+    kept = torch.cat([rows(0, 7), rows(9, 10)], dim=2)
+    assert torch.equal(cache.layers[0].keys, kept)
+    assert torch.equal(cache.layers[0].values, kept + 0.5)
+
+
+def test_a_missing_cache_is_refused():
+    with pytest.raises(ValueError, match=r"runs without a cache.*leave `use_cache` at True"):
+        check_target_cache(None)
+
+
+def test_a_static_cache_is_refused_by_name(tiny_target):
+    cache = StaticCache(config=tiny_target("llama").config, max_cache_len=32)
+    with pytest.raises(ValueError, match="`StaticCache` yet; leave `cache_implementation` unset"):
+        check_target_cache(cache)
+
+
+def test_an_offloaded_cache_is_refused(tiny_target):
+    cache = DynamicCache(config=tiny_target("llama").config, offloading=True)
+    with pytest.raises(ValueError, match="an offloaded cache yet"):
+        check_target_cache(cache)
+
+
+def test_a_cache_with_recurrent_layers_is_refused_by_name():
+    cache = DynamicCache()
+    cache.layers.append(LinearAttentionLayer())
+    with pytest.raises(ValueError, match=r"LinearAttentionLayer.*cannot be rolled back.*generate without"):
+        check_target_cache(cache)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gemma3_text"])
+def test_the_dynamic_cache_of_a_target_passes(tiny_target, family):
+    cache = DynamicCache(config=tiny_target(family).config)
+    assert check_target_cache(cache) is cache

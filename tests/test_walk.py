@@ -1,0 +1,172 @@
+"""The walk on trees and logits written by hand."""
+
+import pytest
+import torch
+from helpers import make_tree, random_parents
+from transformers import LogitsProcessorList
+
+from hf_jetflow.tree import DraftTree
+from hf_jetflow.walk import Chooser, Walk, walk_tree
+
+
+VOCAB = 10
+# root 9 -> {1: token 5 -> {3: token 2}, 2: token 7 -> {4: token 2 -> {5: token 8}}}
+TREE = make_tree(tokens=[9, 5, 7, 2, 2, 8], parents=[-1, 0, 0, 1, 2, 4])
+
+
+class Spy:
+    """A logits processor that changes nothing and keeps what it was shown."""
+
+    def __init__(self):
+        self.prefixes: list[list[int]] = []
+        self.rows: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.prefixes.append(input_ids[0].tolist())
+        self.rows.append(scores.clone())
+        return scores
+
+
+class Committed:
+    """What the emitter does for the walk, on a list; ends when `last` tokens were pushed."""
+
+    def __init__(self, last: int | None = None):
+        self.ids = [1, 9]
+        self.num_left = last
+
+    def prefix_ids(self) -> torch.Tensor:
+        return torch.tensor([self.ids])
+
+    def push(self, token: int) -> bool:
+        self.ids.append(token)
+        self.num_left = None if self.num_left is None else self.num_left - 1
+        return self.num_left == 0
+
+
+def choices(*tokens: int) -> torch.Tensor:
+    """Logits (nodes, vocab) under which the target chooses `tokens[node]` after each node."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(len(tokens), VOCAB, generator=generator) + 5 * torch.eye(VOCAB)[list(tokens)]
+
+
+def plain_chooser() -> Chooser:
+    return Chooser(LogitsProcessorList(), do_sample=False)
+
+
+def walk(
+    logits: torch.Tensor, chooser: Chooser | None = None, committed: Committed | None = None, tree: DraftTree = TREE
+) -> Walk:
+    committed = committed or Committed()
+    return walk_tree(tree, logits, chooser or plain_chooser(), committed.prefix_ids, committed.push)
+
+
+def test_the_walk_descends_while_a_child_holds_the_target_s_choice():
+    assert walk(choices(7, 0, 2, 0, 8, 3)) == Walk(path=[0, 2, 4, 5], bonus_id=3)
+
+
+def test_a_choice_that_no_child_holds_is_the_bonus_token():
+    assert walk(choices(7, 0, 6, 0, 8, 3)) == Walk(path=[0, 2], bonus_id=6)
+
+
+def test_a_refused_first_token_keeps_the_root_alone():
+    assert walk(choices(4, 2, 2, 0, 8, 3)) == Walk(path=[0], bonus_id=4)
+
+
+def test_a_token_under_another_parent_is_not_followed():
+    # After node 1 the target chooses 8, which only node 4 has as a child.
+    assert walk(choices(5, 8, 2, 0, 8, 3)) == Walk(path=[0, 1], bonus_id=8)
+
+
+def test_the_same_token_leads_to_the_child_of_the_right_parent():
+    assert walk(choices(5, 2, 2, 6, 8, 3)) == Walk(path=[0, 1, 3], bonus_id=6)
+
+
+def test_a_leaf_s_choice_is_the_bonus_token():
+    assert walk(choices(4), tree=make_tree([9], [-1])) == Walk(path=[0], bonus_id=4)
+
+
+def test_the_path_s_tokens_and_the_bonus_token_are_pushed_in_order():
+    committed = Committed()
+    walk(choices(7, 0, 2, 0, 8, 3), committed=committed)
+    assert committed.ids == [1, 9, 7, 2, 8, 3]
+
+
+@pytest.mark.parametrize(("last", "path", "bonus_id"), [(1, [0], 7), (2, [0, 2], 2), (3, [0, 2, 4], 8)])
+@pytest.mark.parametrize("is_general", [False, True], ids=["plain argmax", "processors"])
+def test_the_walk_stops_where_push_says_so(last, path, bonus_id, is_general):
+    committed = Committed(last)
+    chooser = Chooser(LogitsProcessorList([Spy()]), do_sample=False) if is_general else plain_chooser()
+    # The last token's node is not on the path although the tree has it: its logits were not used.
+    assert walk(choices(7, 0, 2, 0, 8, 3), chooser, committed) == Walk(path, bonus_id)
+    assert committed.ids == [1, 9, 7, 2, 8][: 2 + last]
+
+
+@pytest.mark.parametrize("do_sample", [False, True], ids=["argmax", "sampling"])
+def test_processors_run_on_the_path_only_and_see_the_true_prefix(do_sample):
+    spy = Spy()
+    logits = choices(7, 0, 2, 0, 6, 3) * 20
+    result = walk(logits, Chooser(LogitsProcessorList([spy]), do_sample))
+    assert result == Walk(path=[0, 2, 4], bonus_id=6)
+    assert spy.prefixes == [[1, 9], [1, 9, 7], [1, 9, 7, 2]]
+    assert torch.equal(torch.cat(spy.rows), logits[result.path])
+
+
+def test_processors_decide_and_not_the_raw_logits():
+    def forbid_seven(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores.index_fill(1, torch.tensor([7]), float("-inf"))
+
+    logits = choices(7, 2, 2, 4, 8, 3)
+    logits[0, 5] += 4  # the runner-up at the root
+    result = walk(logits, Chooser(LogitsProcessorList([forbid_seven]), do_sample=False))
+    assert result == Walk(path=[0, 1, 3], bonus_id=4)
+
+
+def test_a_processor_that_writes_in_place_leaves_the_target_s_logits_alone():
+    def spoil(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores.zero_()
+
+    logits = choices(7, 0, 2, 0, 8, 3)
+    before = logits.clone()
+    walk(logits, Chooser(LogitsProcessorList([spoil]), do_sample=False))
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_plain_argmax_and_the_general_path_agree(seed):
+    generator = torch.Generator().manual_seed(seed)
+    parents = random_parents(20, generator)
+    # Tokens by place among the siblings: few enough that the target often chooses one of them.
+    tree = make_tree([9] + [parents[1:node].count(parents[node]) % VOCAB for node in range(1, 20)], parents)
+    logits = torch.rand(20, VOCAB, generator=generator)
+    logits[:, :3] += 1
+    runs = []
+    for chooser in (plain_chooser(), Chooser(LogitsProcessorList([Spy()]), do_sample=False)):
+        committed = Committed()
+        runs.append((walk(logits, chooser, committed, tree), committed.ids))
+    assert runs[0] == runs[1]
+
+
+def test_sampling_draws_as_plain_decoding_does_from_the_same_seed():
+    logits = torch.randn(6, VOCAB, generator=torch.Generator().manual_seed(1)) * 2
+    paths = set()
+    for seed in range(60):
+        torch.manual_seed(seed)
+        result = walk(logits, Chooser(LogitsProcessorList(), do_sample=True))
+        state = torch.get_rng_state()
+        torch.manual_seed(seed)
+        drawn = [int(torch.multinomial(torch.softmax(logits[node], dim=-1), 1)) for node in result.path]
+        assert [*TREE.tokens[result.path[1:]].tolist(), result.bonus_id] == drawn
+        assert torch.equal(torch.get_rng_state(), state), "the walk drew more or fewer numbers than plain decoding"
+        paths.add(tuple(result.path))
+    assert len(paths) > 2
+
+
+def test_scores_and_logits_of_every_choice_are_kept_where_asked_for():
+    def double(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores * 2
+
+    logits = choices(7, 0, 2, 0, 6, 3)
+    chooser = Chooser(LogitsProcessorList([double]), do_sample=False, keep_scores=True, keep_logits=True)
+    path = walk(logits, chooser).path
+    assert torch.equal(torch.cat(chooser.logits), logits[path])
+    assert torch.equal(torch.cat(chooser.scores), 2 * logits[path])
