@@ -95,3 +95,4 @@ def commit_path(cache: DynamicCache, path: torch.Tensor, num_nodes: int) -> None
         if isinstance(layer, DynamicSlidingWindowLayer):
             layer.cumulative_length -= num_nodes - len(path)
             layer.crop(0)  # forgets the rows that have left the window
+            layer.record_past = False  # so that a later prefill, maybe the caller's own, forgets them by itself

@@ -139,8 +139,8 @@ class JetFlowConfig(PreTrainedConfig):
         rope_type, theta = (self.rope_parameters.get(key) for key in ("rope_type", "rope_theta"))
         if rope_type not in ("default", *ROPE_INIT_FUNCTIONS) or not isinstance(theta, int | float):
             raise ValueError(
-                f"`rope_parameters` has `rope_type` {rope_type!r} and `rope_theta` {theta!r}, but one of transformers' "
-                "types and a number are needed; all layers of a head share them"
+                f"`rope_parameters` has `rope_type` {rope_type!r} and `rope_theta` {theta!r}, but one of "
+                "transformers' types and a number are needed; all layers of a head share them"
             )
         try:
             super().validate_rope()
@@ -175,7 +175,9 @@ class JetFlowConfig(PreTrainedConfig):
                 f"{self.num_hidden_layers}; give one flag per layer or a single one"
             )
         if not set(self.layer_types) <= {"full_attention", "sliding_attention"}:
-            raise ValueError(f"`layer_types` {self.layer_types} may hold 'full_attention' and 'sliding_attention' only")
+            raise ValueError(
+                f"`layer_types` {self.layer_types} may hold 'full_attention' and 'sliding_attention' only"
+            )
         if "sliding_attention" in self.layer_types and not self.sliding_window:
             raise ValueError("`layer_types` has sliding layers, but `sliding_window` is not set")
         bad = [i for i in self.hidden_state_indices if not 0 <= i <= self.num_target_layers]
@@ -217,7 +219,9 @@ class JetFlowConfig(PreTrainedConfig):
         text = target_config.get_text_config(decoder=True)
         heads = getattr(text, "num_attention_heads", None)
         if not heads:
-            raise ValueError(f"`{target_config.model_type}` has no attention heads; draft heads need a target with attention")
+            raise ValueError(
+                f"`{target_config.model_type}` has no attention heads; draft heads need a target with attention"
+            )
         fields: dict[str, Any] = {
             "vocab_size": text.vocab_size,
             "hidden_size": text.hidden_size,

@@ -204,7 +204,7 @@ class AnchorCollator:
     pad_token_id: int = 0
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        """`ids`, `input_ids` (batch, seq), `lengths` (batch,), `anchors` (batch, num_anchors), -1 where none is left."""
+        """`ids`, `input_ids` (batch, seq), `lengths` (batch,), `anchors` (batch, num_anchors), -1 where none is."""
         longest = max(len(item["ids"]) for item in items)
         input_ids = torch.full((len(items), longest), self.pad_token_id)
         anchors = torch.full((len(items), self.num_anchors), -1)

@@ -133,8 +133,8 @@ def check_mode(generation_config: GenerationConfig) -> None:
     """
     if generation_config.num_beams > 1 or generation_config.num_return_sequences > 1:
         raise ValueError(
-            "draft heads work with greedy search and sampling only; set `num_beams=1` and `num_return_sequences=1`, or "
-            "generate without `assistant_model`"
+            "draft heads work with greedy search and sampling only; set `num_beams=1` and `num_return_sequences=1`, "
+            "or generate without `assistant_model`"
         )
 
 

@@ -44,7 +44,7 @@ def read_limits(generation_config: GenerationConfig, block_size: int) -> RoundPl
 
 
 def plan_round(limits: RoundPlan, num_remaining: int | None) -> RoundPlan:
-    """The next round, when `num_remaining` tokens may still be emitted (`None`: no limit), the bonus token included."""
+    """The next round, with `num_remaining` tokens (`None`: no limit) left to emit, the bonus token included."""
     max_depth = min(limits.max_depth, limits.node_budget - 1)
     if num_remaining is not None:
         max_depth = min(max_depth, num_remaining - 1)

@@ -139,6 +139,10 @@ def _training_config(recipe: TrainRecipe) -> JetFlowTrainingConfig:
         max_length=recipe.max_length,
         features_dir=str(recipe.output / "features") if recipe.cache_features else None,
         save_steps=recipe.save_steps,
+        warmup_steps=20,
+        # Constant, then down to almost nothing over the last 40 %: the length can be changed until the decay begins.
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": round(0.4 * recipe.max_steps), "min_lr_ratio": 0.02},
         seed=recipe.seed,
         bf16=fast_dtype() == "bfloat16",
         use_cpu=not torch.cuda.is_available(),

@@ -33,6 +33,7 @@ class Context:
     cache: DynamicCache
     position: int  # absolute position of the anchor
     is_padding: torch.Tensor | None  # (cached at prefill,) bool, where the prompt was padded
+    wants_states: bool = False  # the caller asked for hidden states
     forward_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -50,6 +51,9 @@ class Target:
         self.head_config = head_config
         assert head_config.hidden_state_indices is not None
         self._tapped = head_config.hidden_state_indices
+        # Given a list, early releases count from the first layer's output and keep no embedding output (see `_fuse`).
+        wanted = {index + shift for index in self._tapped for shift in (-1, 0)}
+        self._wanted_states: bool | list[int] = -1 in wanted or sorted(wanted)
         self._windows = layer_windows(model)
 
     def prefill(
@@ -62,9 +66,8 @@ class Target:
             `Context` and the `TargetStates` of the prompt's rows, padding left out; logits of the last row only.
         """
         cache = check_target_cache(model_kwargs.get("past_key_values"))
-        cache.activate_past_recording()
         wants_states = bool(generation_config.output_hidden_states)
-        forward_kwargs: dict[str, Any] = {"output_hidden_states": wants_states or self._tapped}
+        forward_kwargs: dict[str, Any] = {"output_hidden_states": wants_states or self._wanted_states}
         if generation_config.output_attentions:
             forward_kwargs["output_attentions"] = True
         with self._collected_features() as parts:
@@ -80,7 +83,7 @@ class Target:
             is_padding = model_kwargs["attention_mask"][0] == 0
             keep = ~is_padding[-num_rows:].to(features.device)
             features, position_ids = features[:, keep], position_ids[:, keep]
-        context = Context(cache, last_position + 1, is_padding, forward_kwargs)
+        context = Context(cache, last_position + 1, is_padding, wants_states, forward_kwargs)
         states = TargetStates(
             logits=outputs.logits[0, -1:],
             features=features,
@@ -114,6 +117,7 @@ class Target:
         """One target forward over all nodes; its keys and values lie in the cache until `commit`."""
         device = self.model.device
         position_ids = (context.position + tree.depths)[None].to(device)
+        context.cache.activate_past_recording()  # sliding layers keep all rows until the commit
         outputs = self.model(
             input_ids=tree.tokens[None].to(device),
             attention_mask=self._tree_masks(context, tree),
@@ -123,12 +127,11 @@ class Target:
             return_dict=True,
             **context.forward_kwargs,
         )
-        wants_states = context.forward_kwargs["output_hidden_states"] is True
         return TargetStates(
             logits=outputs.logits[0],
             features=self._fuse(outputs.hidden_states),
             position_ids=position_ids,
-            hidden_states=outputs.hidden_states if wants_states else (),
+            hidden_states=outputs.hidden_states if context.wants_states else (),
             attentions=(outputs.attentions or ()) if "output_attentions" in context.forward_kwargs else (),
         )
 
@@ -176,13 +179,12 @@ class Target:
     @torch.no_grad()
     def states(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Features (batch, seq, taps x hidden) and normed last hidden states of whole, right-padded sequences."""
-        outputs = self.model.base_model(
-            input_ids=input_ids, output_hidden_states=self._tapped, use_cache=False
-        )
+        outputs = self.model.base_model(input_ids=input_ids, output_hidden_states=self._wanted_states, use_cache=False)
         return self._fuse(outputs.hidden_states), outputs.last_hidden_state
 
     def _fuse(self, hidden_states: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        return torch.cat([hidden_states[index] for index in self._tapped], dim=-1)
+        shift = len(hidden_states) - 1 - self.head_config.num_target_layers  # -1 where index 0 is the first layer's
+        return torch.cat([hidden_states[index + shift] for index in self._tapped], dim=-1)
 
     def embed_block(
         self, input_ids: torch.Tensor, is_anchor: torch.Tensor, mask_embedding: torch.Tensor | None

@@ -22,8 +22,8 @@ from .target import Target
 
 
 # Start of the query and key norms where the target has none to copy: the root mean square of the queries and keys in
-# SmolLM2's late layers. With 1.0 the attention starts too flat over the context to learn from: top-1 at depth 1 was 0.09
-# after 100 updates instead of 0.15.
+# SmolLM2's late layers. With 1.0 the attention starts too flat over the context to learn from: top-1 at depth 1 was
+# 0.09 after 100 updates instead of 0.15.
 QUERY_KEY_SCALE = 2.2
 
 
@@ -32,8 +32,8 @@ class JetFlowTrainingConfig(TrainingArguments):
     """
     Options of `JetFlowTrainer`, on top of transformers' `TrainingArguments`.
 
-    Defaults that differ from the parent: `learning_rate` 1e-2 (Muon's), 4 % warm-up, cosine decay to 10 % of it,
-    8 sequences per device, no removal of columns, logging every 20 updates, two checkpoints kept.
+    Defaults that differ from the parent: `learning_rate` 1e-2 (Muon's), 8 sequences per device, no removal of columns,
+    logging every 20 updates, two checkpoints kept.
     """
 
     learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate of Muon, which trains the matrices."})
@@ -52,9 +52,6 @@ class JetFlowTrainingConfig(TrainingArguments):
     logging_steps: float = 20
     save_total_limit: int | None = 2
     report_to: str | list[str] | None = "none"
-    lr_scheduler_type: str = "cosine_with_min_lr"
-    lr_scheduler_kwargs: dict[str, Any] | str | None = field(default_factory=lambda: {"min_lr_rate": 0.1})
-    warmup_steps: float = 0.04
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -232,8 +229,8 @@ def features_fingerprint(config: JetFlowConfig) -> str:
 
 def initialize_from_target(head: JetFlowHead, target: PreTrainedModel) -> int:
     """
-    Start the head from the target: its layers from late target layers, its norms from the target's, the fusion from the
-    mean of the tapped states.
+    Start the head from the target: its layers from late target layers, its norms from the target's, the fusion from
+    the mean of the tapped states.
 
     Tensors whose names or shapes the target does not share keep their random start.
 
@@ -241,14 +238,16 @@ def initialize_from_target(head: JetFlowHead, target: PreTrainedModel) -> int:
         `int`: Number of tensors copied.
     """
     states = target.base_model.state_dict()
-    for layer in head.layers:
-        layer.self_attn.q_norm.weight.data.fill_(QUERY_KEY_SCALE)
-        layer.self_attn.k_norm.weight.data.fill_(QUERY_KEY_SCALE)
+    for name, parameter in head.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            parameter.data.fill_(QUERY_KEY_SCALE)
     num_layers, num_target = head.config.num_hidden_layers, head.config.num_target_layers
     sources = [max(num_target - 1 - 4 * (num_layers - 1 - i), 0) for i in range(num_layers)]
-    pairs = [(parameter, states.get(f"layers.{source}.{name}"))
-             for layer, source in zip(head.layers, sources, strict=True)
-             for name, parameter in layer.named_parameters()]
+    pairs = [
+        (parameter, states.get(f"layers.{source}.{name}"))
+        for layer, source in zip(head.layers, sources, strict=True)
+        for name, parameter in layer.named_parameters()
+    ]
     pairs.append((head.norm.weight, states.get("norm.weight")))
     # The context takes the place of the normed input of the copied key and value projections.
     pairs.append((head.hidden_norm.weight, states.get(f"layers.{sources[0]}.input_layernorm.weight")))
@@ -259,7 +258,7 @@ def initialize_from_target(head: JetFlowHead, target: PreTrainedModel) -> int:
                 parameter.copy_(source_tensor)
                 copied += 1
         if head.config.target_hidden_size == head.config.hidden_size:
-            num_taps = len(head.config.hidden_state_indices)
+            num_taps = head.fc.in_features // head.config.hidden_size
             head.fc.weight.copy_(torch.eye(head.config.hidden_size).repeat(1, num_taps) / num_taps)
             copied += 1
     return copied

@@ -1,4 +1,4 @@
-"""The slow reference: greedy decoding without cache, heads or `generate`; and the comparison of the exactness tests."""
+"""The slow reference: greedy decoding without cache, heads or `generate`; and the comparison of exactness tests."""
 
 import torch
 from transformers import PreTrainedModel

@@ -84,10 +84,10 @@ def prefilled(model, ids: torch.Tensor) -> tuple[Target, Context]:
     """A target whose cache holds all of `ids` but the last, as after a prefill."""
     target = Target(model, JetFlowConfig.for_target(model.config, num_hidden_layers=NUM_TAPS, mask_token_id=0))
     cache = DynamicCache(config=model.config)
-    cache.activate_past_recording()
     with torch.no_grad():
         model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
-    return target, Context(cache, ids.shape[1] - 1, None, {"output_hidden_states": target._tapped})
+    forward_kwargs = {"output_hidden_states": True}
+    return target, Context(cache, ids.shape[1] - 1, is_padding=None, forward_kwargs=forward_kwargs)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gemma3_text"])
@@ -124,7 +124,9 @@ def test_every_node_is_verified_as_if_its_branch_stood_alone(tiny_target, family
         branch = torch.cat([ids, tree.tokens[path_to(tree, node)[1:]][None]], dim=1)
         outputs = model(input_ids=branch, use_cache=False, output_hidden_states=True)
         torch.testing.assert_close(states.logits[node], outputs.logits[0, -1], atol=2e-4, rtol=2e-4)
-        features = torch.cat([outputs.hidden_states[index][0, -1] for index in target._tapped])
+        features = torch.cat(
+            [outputs.hidden_states[index][0, -1] for index in target.head_config.hidden_state_indices]
+        )
         torch.testing.assert_close(states.features[0, node], features, atol=2e-4, rtol=2e-4)
         assert int(states.position_ids[0, node]) == branch.shape[1] - 1
 
@@ -136,6 +138,19 @@ def test_a_commit_moves_the_accepted_rows_only():
     kept = torch.cat([rows(0, 7), rows(9, 10)], dim=2)
     assert torch.equal(cache.layers[0].keys, kept)
     assert torch.equal(cache.layers[0].values, kept + 0.5)
+
+
+@torch.no_grad()
+def test_rows_that_have_left_the_window_are_forgotten(tiny_target):
+    model = tiny_target("gemma3_text")
+    generator = torch.Generator().manual_seed(9)
+    target, context = prefilled(model, torch.randint(3, 200, (1, 20), generator=generator))
+    tree = random_tree(5, 8, 200, generator)
+    target.verify(context, tree)
+    target.commit(context, tree, path_to(tree, 7))
+    window = model.config.sliding_window
+    lengths = {layer.keys.shape[2] for layer in context.cache.layers}
+    assert lengths == {window - 1, context.cache.get_seq_length()}
 
 
 def test_a_missing_cache_is_refused():

@@ -105,7 +105,10 @@ def test_a_conversation_is_encoded_by_the_chat_template():
 
 
 PROMPTS = [
-    {"id": f"p{number}", "messages": [{"role": "user", "content": " ".join(word(20 + number + i) for i in range(length))}]}
+    {
+        "id": f"p{number}",
+        "messages": [{"role": "user", "content": " ".join(word(20 + number + i) for i in range(length))}],
+    }
     for number, length in enumerate([3, 9, 1, 6, 2, 12, 4])
 ]
 NUM_NEW = 12
@@ -330,7 +333,9 @@ def test_features_of_a_record_that_was_cut_shorter_are_computed_anew(tmp_path):
 
 
 def test_ids_of_any_characters_are_kept_apart_on_disk(tmp_path):
-    items = [{"id": name, "ids": [1, 2, 3 + i], "num_prompt": 1} for i, name in enumerate(("a/b", "a b", "../c.d", "c"))]
+    items = [
+        {"id": name, "ids": [1, 2, 3 + i], "num_prompt": 1} for i, name in enumerate(("a/b", "a b", "../c.d", "c"))
+    ]
     batch = AnchorCollator(1)(items)
     store = FeatureStore(Compute(), tmp_path)
     store.get(batch)

@@ -259,18 +259,6 @@ def test_a_prompt_read_in_chunks_gives_the_plain_text(chunk_size, family, tiny_t
     assert_same_text(plain, generate(target, prompt, head, prefill_chunk_size=chunk_size))
 
 
-def test_a_prompt_read_in_chunks_shows_the_head_every_token(tiny_target, random_head, prompt, monkeypatch):
-    target, head = tiny_target("llama"), random_head(tiny_target("llama"))
-    seen = []
-    forward = head.forward
-    monkeypatch.setattr(head, "forward", lambda **kwargs: seen.append(kwargs) or forward(**kwargs))
-    generate(target, prompt, head, prefill_chunk_size=5, max_new_tokens=3)
-    generate(target, prompt, head, max_new_tokens=3)
-    chunked, whole = seen[0], seen[len(seen) // 2]
-    assert torch.equal(chunked["context_position_ids"], torch.arange(12)[None])
-    torch.testing.assert_close(chunked["features"], whole["features"], atol=1e-3, rtol=1e-3)
-
-
 @pytest.mark.parametrize("kind", ["wrong", "echo"])
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 8, 9, 10])
 def test_the_length_limit_is_never_passed(kind, num_tokens, tiny_target, head_of_kind, plain_text, prompt):

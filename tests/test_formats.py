@@ -102,7 +102,6 @@ def test_a_cut_off_safetensors_file_is_called_damaged(folder, kept):
         ("rope_parameters", {"rope_type": "weird"}),
         ("rope_parameters", {"rope_type": "yarn"}),
         ("is_causal", "yes"),
-        ("layer_types", ["full_attention", "no_attention"]),
         ("layer_types", ["full_attention"]),
     ],
 )
@@ -115,7 +114,14 @@ def test_a_field_of_the_wrong_type_is_named(folder, field, value):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("block_size", 1), ("hidden_size", -1), ("head_dim", 0), ("num_key_value_heads", 0), ("hidden_act", "sillu")],
+    [
+        ("block_size", 1),
+        ("hidden_size", -1),
+        ("head_dim", 0),
+        ("num_key_value_heads", 0),
+        ("hidden_act", "sillu"),
+        ("layer_types", ["full_attention", "no_attention"]),
+    ],
 )
 def test_a_field_out_of_range_is_named(folder, field, value):
     change_config(folder, **{field: value})

@@ -166,9 +166,8 @@ def test_two_threads_with_heads_of_their_own_do_not_meet(second_family, tiny_tar
 
 
 def test_another_thread_can_use_the_target_while_it_reads_the_prompt(target, head, plain, prompt, monkeypatch):
-    target, other_texts, seen = copy.deepcopy(target), [], []
-    forward = head.forward
-    monkeypatch.setattr(head, "forward", lambda **kwargs: seen.append(kwargs) or forward(**kwargs))
+    target, other_texts = copy.deepcopy(target), []
+    features, _ = shown_states(head, monkeypatch)
 
     def interrupt(*_):
         handle.remove()
@@ -180,7 +179,7 @@ def test_another_thread_can_use_the_target_while_it_reads_the_prompt(target, hea
     assert other_texts, "the other thread's plain decoding died: it met our capture of the prompt's states"
     assert_same_text(plain, other_texts[0])
     assert_same_text(generate(target, long), text)
-    assert seen[0]["features"].shape[1] == 30, "the head was shown states of the other thread's text"
+    assert features[0].shape[1] == 30, "the head was shown states of the other thread's text"
 
 
 # --- what passes by untouched ----------------------------------------------------------------------------------------
@@ -471,6 +470,74 @@ def test_statistics_hold_the_seconds_of_every_step(target, head, prompt):
     seconds = head.last_stats.seconds_by_step
     assert list(seconds) == ["prefill", "draft", "tree", "verify", "walk", "commit"]
     assert all(value > 0 for value in seconds.values())
+
+
+# --- what the head is shown ------------------------------------------------------------------------------------------
+
+
+def shown_states(head, monkeypatch):
+    """Lists, while the test runs, of the features and of their positions that reach the head."""
+    features, position_ids = [], []
+    forward = head.forward
+
+    def record(**kwargs):
+        features.append(kwargs["features"])
+        position_ids.append(kwargs["context_position_ids"])
+        return forward(**kwargs)
+
+    monkeypatch.setattr(head, "forward", record)
+    return features, position_ids
+
+
+@pytest.mark.parametrize("indices", [[1, 3], [0, 5], [5]])
+@pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gpt_neox", "gpt_oss"])
+def test_the_head_is_shown_the_tapped_states_of_every_committed_token(
+    indices, family, tiny_target, noisy_head, prompt, monkeypatch
+):
+    target = tiny_target(family)
+    plain = generate(target, prompt)
+    head = noisy_head(target, plain, hidden_state_indices=indices)
+    features, position_ids = shown_states(head, monkeypatch)
+    generate(target, prompt, assistant_model=head)
+    got = torch.cat(features, dim=1)
+    assert torch.cat(position_ids, dim=1).tolist() == [list(range(got.shape[1]))]
+    assert got.shape[1] > 30
+    with torch.no_grad():
+        states = target(plain, output_hidden_states=True, use_cache=False).hidden_states
+    expected = torch.cat([states[index] for index in indices], dim=-1)[:, : got.shape[1]]
+    torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("indices", [[1, 3], [0, 5], [5]])
+def test_training_and_decoding_show_the_head_the_same_states(indices, target, plain, random_head):
+    head = random_head(target, hidden_state_indices=indices)
+    features, last_states = Target(target, head.config).states(plain)
+    with torch.no_grad():
+        states = target(plain, output_hidden_states=True, use_cache=False).hidden_states
+    torch.testing.assert_close(features, torch.cat([states[index] for index in indices], dim=-1))
+    torch.testing.assert_close(last_states, states[-1])
+
+
+def test_padding_is_not_shown_to_the_head(target, head, prompt, monkeypatch):
+    features, position_ids = shown_states(head, monkeypatch)
+    input_ids = torch.cat([prompt.new_zeros(1, 4), prompt], dim=1)
+    mask = (torch.arange(16) >= 4).long()[None]
+    generate(target, input_ids, attention_mask=mask, assistant_model=head, max_new_tokens=3)
+    assert position_ids[0].tolist() == [list(range(12))]
+    with torch.no_grad():
+        states = target(prompt, output_hidden_states=True, use_cache=False).hidden_states
+    expected = torch.cat([states[index] for index in head.config.hidden_state_indices], dim=-1)
+    torch.testing.assert_close(features[0], expected, atol=1e-3, rtol=1e-3)
+
+
+def test_a_prompt_read_in_chunks_is_shown_whole_to_the_head(target, head, prompt, monkeypatch):
+    features, position_ids = shown_states(head, monkeypatch)
+    generate(target, prompt, assistant_model=head, prefill_chunk_size=5, max_new_tokens=3)
+    with torch.no_grad():
+        states = target(prompt, output_hidden_states=True, use_cache=False).hidden_states
+    expected = torch.cat([states[index] for index in head.config.hidden_state_indices], dim=-1)
+    assert position_ids[0].tolist() == [list(range(12))]
+    torch.testing.assert_close(features[0], expected, atol=1e-3, rtol=1e-3)
 
 
 # --- the candidate generator -----------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """The draft head: shapes, what each row sees, the cache, names and files of its tensors, targets it is made for."""
 
-
 import pytest
 import torch
 from helpers import HIDDEN, NUM_TAPS, block_inputs, tiny_config, tiny_head

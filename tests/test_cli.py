@@ -1,0 +1,98 @@
+"""The command line, end to end on a tiny target: train, resume, bench, and one-line errors."""
+
+import json
+
+import pytest
+from helpers import tiny_tokenizer
+from typer.testing import CliRunner
+
+from hf_jetflow import JetFlowHead
+from hf_jetflow.cli import app
+
+
+runner = CliRunner()
+
+
+@pytest.fixture
+def target_folder(tiny_target, tmp_path):
+    target = tiny_target("llama")
+    folder = tmp_path / "target"
+    target.save_pretrained(folder)
+    tiny_tokenizer(target.config.vocab_size).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"id": f"p{i}", "prompt": f"t0{i + 10} t020"}) + "\n" for i in range(8)))
+    return path
+
+
+def train(target_folder, prompts, output, max_steps, *more):
+    arguments = ["train", "--target", target_folder, "--prompts", prompts, "--output", output, "--max-steps", max_steps]
+    arguments += ["--num-layers", 1, "--num-taps", 2, "--block-size", 4, "--max-new-tokens", 12, "--batch-size", 2]
+    arguments += ["--anchors", 3, "--save-steps", 2, "--dtype", "float32", *more]
+    return runner.invoke(app, [str(argument) for argument in arguments])
+
+
+def test_train_writes_a_loadable_head_and_its_card_and_reports_tokens_per_round(target_folder, prompts, tmp_path):
+    output = tmp_path / "run"
+    result = train(target_folder, prompts, output, 4, "--eval-prompts", prompts, "--mask-token", "t006", "--cache-features")
+    assert result.exit_code == 0, result.output
+    assert "tokens per round on prompts, 16 nodes" in result.output
+    head = JetFlowHead.from_pretrained(output)
+    assert head.config.block_size == 4 and head.config.mask_token_id == 6 and len(head.config.hidden_state_indices) == 2
+    card = (output / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers") and "This is a draft head for" in card
+    assert len((output / "answers.jsonl").read_text().splitlines()) == 8
+
+
+def test_a_run_continues_from_its_last_checkpoint_and_regenerates_nothing(target_folder, prompts, tmp_path):
+    output = tmp_path / "run"
+    assert train(target_folder, prompts, output, 2).exit_code == 0
+    answers = (output / "answers.jsonl").read_bytes()
+    result = train(target_folder, prompts, output, 4)
+    assert result.exit_code == 0, result.output
+    assert (output / "answers.jsonl").read_bytes() == answers
+    states = [json.loads(path.read_text()) for path in output.glob("checkpoint-*/trainer_state.json")]
+    assert max(state["global_step"] for state in states) == 4
+
+
+def test_bench_prints_a_table_and_writes_json(target_folder, prompts, tmp_path, tiny_target, random_head):
+    random_head(tiny_target("llama")).save_pretrained(tmp_path / "head")
+    arguments = ["bench", "--target", target_folder, "--head", tmp_path / "head", "--prompts", prompts, "--dtype", "float32"]
+    arguments += ["--max-new-tokens", 4, "--num-prompts", 2, "--node-budgets", "4,8", "--json", tmp_path / "bench.json"]
+    result = runner.invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    assert "jetflow" in result.output and "100 %" in result.output
+    assert len(json.loads((tmp_path / "bench.json").read_text())["rows"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        (["train", "--target", "x.gguf", "--prompts", "PROMPTS", "--output", "run"], "`x.gguf` does not exist"),
+        (["train", "--target", "TARGET", "--output", "run"], "nothing to train on"),
+        (["train", "--target", "TARGET", "--prompts", "BAD", "--output", "run"], "line 1: not valid JSON"),
+        (["train", "--target", "TARGET", "--prompts", "PROMPTS", "--output", "OUT", "--mask-token", "<none>"], "'<none>'"),
+        (["train", "--target", "TARGET", "--prompts", "PROMPTS", "--output", "OUT", "--dtype", "int3"], "'int3'"),
+        (["bench", "--target", "TARGET", "--head", "TARGET", "--prompts", "PROMPTS"], "JetFlow layout only"),
+        (["bench", "--target", "TARGET", "--head", "nowhere/at/all", "--prompts", "PROMPTS"], "nowhere/at/all"),
+    ],
+)
+def test_a_user_error_is_one_line_with_its_cause_and_status_one(target_folder, prompts, tmp_path, arguments, cause):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{not json}\n")
+    places = {"TARGET": target_folder, "PROMPTS": prompts, "BAD": bad, "OUT": tmp_path / "out"}
+    result = runner.invoke(app, [str(places.get(argument, argument)) for argument in arguments])
+    assert result.exit_code == 1
+    assert cause in " ".join(result.output.split()), result.output
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("command", ["train", "bench"])
+def test_help_of_each_command_shows_an_example(command):
+    result = runner.invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert f"hf-jetflow {command} --target" in result.output
