@@ -202,10 +202,12 @@ class AnchorCollator:
 
     num_anchors: int
     pad_token_id: int = 0
+    pad_to_multiple_of: int = 64  # few different shapes, so that kernels are compiled once
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         """`ids`, `input_ids` (batch, seq), `lengths` (batch,), `anchors` (batch, num_anchors), -1 where none is."""
         longest = max(len(item["ids"]) for item in items)
+        longest = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
         input_ids = torch.full((len(items), longest), self.pad_token_id)
         anchors = torch.full((len(items), self.num_anchors), -1)
         for row, item in enumerate(items):

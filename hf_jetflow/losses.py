@@ -75,9 +75,9 @@ def chunked_forward_kl(
 
 
 def feature_loss(rows: torch.Tensor, teacher_rows: torch.Tensor, row_weights: torch.Tensor) -> torch.Tensor:
-    """Weighted mean squared error to the target's normed states, in units of their variance over `teacher_rows`."""
+    """Weighted mean squared error to the target's normed states, in units of their variance over the rows that count."""
     teacher = teacher_rows.float()
-    scale = teacher.var().clamp_min(1e-12)
+    scale = teacher[row_weights > 0].var().clamp_min(1e-12)
     return ((rows.float() - teacher).square().mean(-1) * row_weights).sum() / scale
 
 

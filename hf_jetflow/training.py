@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from .configuration_jetflow import JetFlowConfig
 from .data import AnchorCollator, AnswerDataset, FeatureStore
-from .losses import chunked_forward_kl, depth_weights, feature_loss
+from .losses import KLResult, chunked_forward_kl, depth_weights, feature_loss
 from .modeling_jetflow import JetFlowHead
 from .target import Target
 
@@ -155,22 +155,19 @@ class JetFlowTrainer(Trainer):
             context_position_ids=torch.arange(features.shape[1], device=features.device).expand(features.shape[:2]),
             anchor_position_ids=block.anchor_position_ids,
         )
-        kept = rows[block.is_drafted]
-        teacher = last_states.gather(
-            1,
-            (block.position_ids - 1)
-            .clamp(0, last_states.shape[1] - 1)[..., None]
-            .expand(-1, -1, last_states.shape[-1]),
-        )[block.is_drafted]
-        weights = depth_weights(config.block_size - 1, args.depth_gamma, kept.device)[
-            block.depths[block.is_drafted] - 1
-        ]
+        # Every drafted slot takes part, those without a target at weight zero: shapes that change from update to update
+        # would have the CPU's matrix kernels compiled anew each time.
+        is_slot = block.depths > 0
+        places = (block.position_ids - 1).clamp(0, last_states.shape[1] - 1)[..., None]
+        teacher = last_states.gather(1, places.expand(-1, -1, last_states.shape[-1]))[is_slot]
+        drafted, depths, has_target = rows[is_slot], block.depths[is_slot], block.is_drafted[is_slot]
+        weights = depth_weights(config.block_size - 1, args.depth_gamma, rows.device)[depths - 1] * has_target
         weights = weights / weights.sum()
-        kl = chunked_forward_kl(kept, teacher, self.projection, weights, args.distillation_temperature)
+        kl = chunked_forward_kl(drafted, teacher, self.projection, weights, args.distillation_temperature)
         loss = kl.loss
         if args.feature_loss_weight:
-            loss = loss + args.feature_loss_weight * feature_loss(kept, teacher, weights)
-        self._count_depths(block.depths[block.is_drafted], kl.is_top1, kl.divergence, config.block_size - 1)
+            loss = loss + args.feature_loss_weight * feature_loss(drafted, teacher, weights)
+        self._count_depths(depths, has_target, kl, config.block_size - 1)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _embed_blocks(self, model: nn.Module, inputs: dict[str, Any], block: "Blocks") -> torch.Tensor:
@@ -179,11 +176,9 @@ class JetFlowTrainer(Trainer):
         anchors = inputs["input_ids"].gather(1, block.anchor_position_ids.clamp_min(0))
         return self.target.embed_block(anchors, block.depths == 0, head.mask_embedding)
 
-    def _count_depths(
-        self, depths: torch.Tensor, is_top1: torch.Tensor, divergence: torch.Tensor, num_depths: int
-    ) -> None:
-        for name, values in (("count", torch.ones_like(divergence)), ("top1", is_top1.float()), ("kl", divergence)):
-            sums = torch.zeros(num_depths, device=values.device).index_add_(0, depths - 1, values)
+    def _count_depths(self, depths: torch.Tensor, has_target: torch.Tensor, kl: KLResult, num_depths: int) -> None:
+        for name, values in (("count", torch.ones_like(kl.divergence)), ("top1", kl.is_top1), ("kl", kl.divergence)):
+            sums = torch.zeros(num_depths, device=values.device).index_add_(0, depths - 1, values * has_target.float())
             self._depth_sums[name] = self._depth_sums.get(name, 0) + sums
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -1,0 +1,65 @@
+"""The shipped head with the real SmolLM2-135M-Instruct: same text as plain decoding in fp32, several tokens per round."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_jetflow import JetFlowHead
+from hf_jetflow.data import encode_chat
+from hf_jetflow.loading import load_target
+
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+HEAD = EXAMPLES / "heads" / "smollm2-135m-instruct"
+QUESTIONS = (
+    "Tom has 3 boxes with 12 pencils each and gives away 9 pencils. How many pencils does he have left?",
+    "Write a Python function that checks whether a word is a palindrome.",
+    "Name three things to see in Lisbon and say why.",
+)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        from smollm2 import gguf_path
+
+        path = gguf_path()
+    except SystemExit as missing:
+        pytest.skip(str(missing))
+    finally:
+        sys.path.remove(str(EXAMPLES))
+    return load_target(path, "float32")
+
+
+@pytest.fixture
+def head():
+    return JetFlowHead.from_pretrained(HEAD, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+@pytest.mark.parametrize("sampling", [{"do_sample": False}, {"do_sample": True, "temperature": 0.8}], ids=["greedy", "sampled"])
+def test_the_text_is_plain_decoding_s_own(pair, head, question, sampling):
+    target, tokenizer = pair
+    ids = torch.tensor([encode_chat(tokenizer, [{"role": "user", "content": question}])])
+    settings = dict(attention_mask=torch.ones_like(ids), max_new_tokens=32, **sampling)
+    torch.manual_seed(11)
+    plain = target.generate(ids, **settings)
+    torch.manual_seed(11)
+    drafted = target.generate(ids, assistant_model=head, **settings)
+    assert drafted.tolist() == plain.tolist(), "the shipped head changed the text of the real model in float32"
+
+
+def test_the_head_drafts_several_tokens_per_round_on_a_maths_question(pair, head):
+    target, tokenizer = pair
+    ids = torch.tensor([encode_chat(tokenizer, [{"role": "user", "content": QUESTIONS[0]}])])
+    target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=False, assistant_model=head)
+    assert head.last_stats.tokens_per_round > 2
+
+
+def test_the_shipped_folder_is_small_and_holds_safetensors_only():
+    names = sorted(path.name for path in HEAD.iterdir())
+    assert names == ["README.md", "config.json", "generation_config.json", "model.safetensors"]
+    assert sum(path.stat().st_size for path in HEAD.iterdir()) < 32 * 2**20
