@@ -2,9 +2,16 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+try:
+    from transformers import GgufConfig
+except ImportError:  # releases before it always unpack the weights
+    GgufConfig = None
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -32,15 +39,18 @@ def load_target(source: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTok
     if dtype not in DTYPES:
         raise ValueError(f"the dtype is {dtype!r}, but one of {sorted(DTYPES)} is needed")
     path = Path(source)
-    kwargs: dict[str, str] = {}
+    tokenizer_kwargs: dict[str, Any] = {}
+    model_kwargs: dict[str, Any] = {}
     if source.endswith(".gguf"):
         if not path.is_file():
             raise OSError(f"`{source}` does not exist; give the path of a .gguf file, a folder or a Hub id")
-        source, kwargs["gguf_file"] = str(path.parent), path.name
+        source, tokenizer_kwargs["gguf_file"] = str(path.parent), path.name
+        if GgufConfig is not None:  # a head borrows rows of the output embedding, which must not be packed
+            model_kwargs["quantization_config"] = GgufConfig(dequantize=True)
     elif (os.sep in source and source.count("/") != 1) and not path.exists():
         raise OSError(f"`{source}` does not exist; give the path of a folder, a .gguf file or a Hub id")
-    tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], **kwargs)
+    tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_kwargs)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], **tokenizer_kwargs, **model_kwargs)
     if torch.cuda.is_available():
         model = model.to("cuda")
     return model.eval(), tokenizer
