@@ -1,7 +1,7 @@
 """Watch SmolLM2-135M-Instruct answer three prompts, plain and with its draft head, through `model.generate`.
 
-    make demo
-    python examples/demo.py --max-new-tokens 200 --node-budget 32 --temperature 0.7
+make demo
+python examples/demo.py --max-new-tokens 200 --node-budget 32 --temperature 0.7
 """
 
 import argparse
@@ -65,18 +65,22 @@ def explain_difference(target: PreTrainedModel, prompt: torch.Tensor, plain: lis
     prefix = torch.cat([prompt, torch.tensor([plain[:place]], dtype=torch.long)], dim=1)
     best = torch.log_softmax(target(prefix).logits[0, -1].float(), -1).topk(2).values
     return (
-        f"the texts part at token {place + 1}, where the target's two best tokens are {float(best[0] - best[1]):.3f} nats "
-        f"apart: in {str(target.dtype).removeprefix('torch.')} a forward over many rows rounds otherwise than one over a "
-        "single row, so a near-tie can fall either way (in float32 the texts are the same)"
+        f"the texts part at token {place + 1}, where the target's two best tokens are {float(best[0] - best[1]):.3f} "
+        f"nats apart: in {str(target.dtype).removeprefix('torch.')} a forward over many rows rounds otherwise than "
+        "one over a single row, so a near-tie can fall either way (in float32 the texts are the same)"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--max-new-tokens", type=int, default=160)
-    parser.add_argument("--node-budget", type=int, default=None, help="rows verified per round; the head's own if not given")
+    parser.add_argument(
+        "--node-budget", type=int, default=None, help="rows verified per round; the head's own if not given"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--dtype", default=None, help="bfloat16 where the CPU computes in it, else float32, if not given")
+    parser.add_argument(
+        "--dtype", default=None, help="bfloat16 where the CPU computes in it, else float32, if not given"
+    )
     args = parser.parse_args()
 
     console.print("Loading SmolLM2-135M-Instruct and its draft head ...")
@@ -92,7 +96,9 @@ def main() -> None:
 
     summary = []
     for name, prompt in PROMPTS.items():
-        text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+        )
         input_ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids], device=target.device)
         console.print(f"[bold]{name}[/]: {prompt}")
         console.print("\n[bold]plain[/]")

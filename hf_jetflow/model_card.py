@@ -29,8 +29,8 @@ target.generate(**inputs, assistant_model=head)
 
 ## The head
 
-{layers} layers of width {hidden}, {parameters:.1f} M parameters, block of {block} rows ({depth} drafted depths); it listens to
-`hidden_states` {indices} of the target, {causality}, {vocabulary}.
+{layers} layers of width {hidden}, {parameters:.1f} M parameters, block of {block} rows ({depth} drafted depths); it
+listens to `hidden_states` {indices} of the target, {causality}, {vocabulary}.
 
 ## Measured
 
@@ -83,7 +83,9 @@ def card_text(
         block=config.block_size,
         depth=config.block_size - 1,
         indices=config.hidden_state_indices,
-        causality="causal inside the block" if all(config.causal_layers) else "not causal inside the block in every layer",
+        causality="causal inside the block"
+        if all(config.causal_layers)
+        else "not causal inside the block in every layer",
         vocabulary=(
             f"scores the {config.draft_vocab_size} target tokens commonest in its training answers"
             if config.draft_vocab_size
@@ -97,7 +99,7 @@ def card_text(
 def measured_table(rows: list[dict[str, Any]], hardware: str | None = None) -> str:
     """Bench rows as a Markdown table; plain decoding is the speedup's unit and left out."""
     lines = [
-        "| prompts | temperature | method | node budget | tokens per round | speedup (quartiles) | identical to plain |",
+        "| prompts | temperature | method | node budget | tokens per round | speedup (quartiles) | same as plain |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:

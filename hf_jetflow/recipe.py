@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -68,25 +69,31 @@ def train_head(recipe: TrainRecipe, report: Reporter) -> dict[str, Any]:
         ValueError: If there is nothing to train on, or an option does not fit the target.
     """
     if not recipe.prompts and not recipe.answers:
-        raise ValueError("nothing to train on: give prompts with `--prompts`, or the target's answers with `--answers`")
+        raise ValueError(
+            "nothing to train on: give prompts with `--prompts`, or the target's answers with `--answers`"
+        )
     prompts = read_prompts(recipe.prompts)
     target, tokenizer = load_target(recipe.target, fast_dtype() if recipe.dtype == "auto" else recipe.dtype)
     own_answers = recipe.output / "answers.jsonl"
+    state = PartialState()
     if prompts:
-        regenerate_answers(
-            target,
-            tokenizer,
-            prompts,
-            own_answers,
-            max_new_tokens=recipe.max_new_tokens,
-            progress=lambda done, total: report(done, total, "answers regenerated"),
-        )
+        with state.main_process_first():  # the other processes then find every prompt answered
+            regenerate_answers(
+                target,
+                tokenizer,
+                prompts,
+                own_answers,
+                max_new_tokens=recipe.max_new_tokens,
+                progress=lambda done, total: report(done, total, "answers regenerated"),
+            )
     answers = read_answers([*recipe.answers, *([own_answers] if own_answers.exists() else [])])
     head = new_head(recipe, target, tokenizer, answers)
     trainer = JetFlowTrainer(head, target, _training_config(recipe), answers, callbacks=[_ProgressCallback(report)])
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(recipe.output)) is not None)
     head.eval()
-    summary = {}
+    summary: dict[str, Any] = {}
+    if not state.is_main_process:
+        return summary
     for path in recipe.eval_prompts:
         ids = [encode_chat(tokenizer, prompt["messages"]) for prompt in read_prompts([path])]
         for budget in recipe.eval_node_budgets:
@@ -123,7 +130,9 @@ def new_head(
 def _mask_token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     ids = tokenizer.get_vocab()
     if token not in ids:
-        raise ValueError(f"the mask token {token!r} is not in the tokenizer's vocabulary; name an unused special token")
+        raise ValueError(
+            f"the mask token {token!r} is not in the tokenizer's vocabulary; name an unused special token"
+        )
     return ids[token]
 
 
@@ -199,7 +208,11 @@ def tokens_per_round(
 
 
 def _save(
-    recipe: TrainRecipe, head: JetFlowHead, target: PreTrainedModel, answers: list[dict[str, Any]], summary: dict[str, Any]
+    recipe: TrainRecipe,
+    head: JetFlowHead,
+    target: PreTrainedModel,
+    answers: list[dict[str, Any]],
+    summary: dict[str, Any],
 ) -> None:
     """The head in bfloat16 and its card."""
     head.generation_config.node_budget = 64

@@ -155,8 +155,8 @@ class JetFlowTrainer(Trainer):
             context_position_ids=torch.arange(features.shape[1], device=features.device).expand(features.shape[:2]),
             anchor_position_ids=block.anchor_position_ids,
         )
-        # Every drafted slot takes part, those without a target at weight zero: shapes that change from update to update
-        # would have the CPU's matrix kernels compiled anew each time.
+        # Every drafted slot takes part, those without a target at weight zero: with shapes that change from update to
+        # update, the CPU's matrix kernels would be compiled anew each time.
         is_slot = block.depths > 0
         places = (block.position_ids - 1).clamp(0, last_states.shape[1] - 1)[..., None]
         teacher = last_states.gather(1, places.expand(-1, -1, last_states.shape[-1]))[is_slot]

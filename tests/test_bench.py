@@ -33,13 +33,15 @@ def test_every_method_and_budget_has_one_row_with_the_documented_fields(pair, pr
     ]
     assert [row["temperature"] for row in rows] == [0.0] * 4 + [0.7] * 4
     fields = {
-        "prompts", "method", "node_budget", "dtype", "temperature", "num_prompts", "num_new_tokens", "tokens_per_round",
-        "tokens_per_second", "speedup", "speedup_spread", "identical_to_plain", "round_seconds",
+        "prompts", "method", "node_budget", "dtype", "temperature", "num_prompts", "num_new_tokens",
+        "tokens_per_round", "tokens_per_second", "speedup", "speedup_spread", "identical_to_plain", "round_seconds",
     }  # fmt: skip
     assert all(fields <= row.keys() for row in rows)
-    assert all(row["identical_to_plain"] == 1.0 for row in rows), "a method gave other text than plain decoding in fp32"
+    assert all(row["identical_to_plain"] == 1.0 for row in rows), (
+        "a method gave other text than plain decoding in fp32"
+    )
     assert all(row["num_new_tokens"] == 3 * 2 * 6 for row in rows)
-    assert rows[0]["speedup"] == 1.0 and rows[0]["tokens_per_round"] == 1.0
+    assert (rows[0]["speedup"], rows[0]["tokens_per_round"]) == (1.0, 1.0)
     assert set(rows[2]["round_seconds"]) == {"draft", "tree", "verify", "walk", "commit"}
     assert result["environment"]["torch"] == torch.__version__
 
@@ -52,7 +54,7 @@ def test_the_json_file_holds_the_result_and_no_partial_file_is_left(pair, prompt
 
 
 def test_an_unknown_method_is_refused_by_name():
-    with pytest.raises(ValueError, match="'warp'.*choose from plain, jetflow, chain"):
+    with pytest.raises(ValueError, match=r"'warp'.*choose from plain, jetflow, chain"):
         make_variants(["plain", "warp"], [8])
 
 

@@ -30,7 +30,17 @@ def prompts(tmp_path):
 
 
 def train(target_folder, prompts, output, max_steps, *more):
-    arguments = ["train", "--target", target_folder, "--prompts", prompts, "--output", output, "--max-steps", max_steps]
+    arguments = [
+        "train",
+        "--target",
+        target_folder,
+        "--prompts",
+        prompts,
+        "--output",
+        output,
+        "--max-steps",
+        max_steps,
+    ]
     arguments += ["--num-layers", 1, "--num-taps", 2, "--block-size", 4, "--max-new-tokens", 12, "--batch-size", 2]
     arguments += ["--anchors", 3, "--save-steps", 2, "--dtype", "float32", *more]
     return runner.invoke(app, [str(argument) for argument in arguments])
@@ -38,13 +48,17 @@ def train(target_folder, prompts, output, max_steps, *more):
 
 def test_train_writes_a_loadable_head_and_its_card_and_reports_tokens_per_round(target_folder, prompts, tmp_path):
     output = tmp_path / "run"
-    result = train(target_folder, prompts, output, 4, "--eval-prompts", prompts, "--mask-token", "t006", "--cache-features")
+    result = train(
+        target_folder, prompts, output, 4, "--eval-prompts", prompts, "--mask-token", "t006", "--cache-features"
+    )
     assert result.exit_code == 0, result.output
     assert "tokens per round on prompts, 16 nodes" in result.output
     head = JetFlowHead.from_pretrained(output)
-    assert head.config.block_size == 4 and head.config.mask_token_id == 6 and len(head.config.hidden_state_indices) == 2
+    config = head.config
+    assert (config.block_size, config.mask_token_id, len(config.hidden_state_indices)) == (4, 6, 2)
     card = (output / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: transformers") and "This is a draft head for" in card
+    assert card.startswith("---\nlibrary_name: transformers")
+    assert "This is a draft head for" in card
     assert len((output / "answers.jsonl").read_text().splitlines()) == 8
 
 
@@ -61,11 +75,30 @@ def test_a_run_continues_from_its_last_checkpoint_and_regenerates_nothing(target
 
 def test_bench_prints_a_table_and_writes_json(target_folder, prompts, tmp_path, tiny_target, random_head):
     random_head(tiny_target("llama")).save_pretrained(tmp_path / "head")
-    arguments = ["bench", "--target", target_folder, "--head", tmp_path / "head", "--prompts", prompts, "--dtype", "float32"]
-    arguments += ["--max-new-tokens", 4, "--num-prompts", 2, "--node-budgets", "4,8", "--json", tmp_path / "bench.json"]
+    arguments = [
+        "bench",
+        "--target",
+        target_folder,
+        "--head",
+        tmp_path / "head",
+        "--prompts",
+        prompts,
+        "--dtype",
+        "float32",
+    ]
+    arguments += [
+        "--max-new-tokens",
+        4,
+        "--num-prompts",
+        2,
+        "--node-budgets",
+        "4,8",
+        "--json",
+        tmp_path / "bench.json",
+    ]
     result = runner.invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
-    assert "jetflow" in result.output and "100 %" in result.output
+    assert "100 %" in result.output
     assert len(json.loads((tmp_path / "bench.json").read_text())["rows"]) == 4
 
 
@@ -75,7 +108,10 @@ def test_bench_prints_a_table_and_writes_json(target_folder, prompts, tmp_path, 
         (["train", "--target", "x.gguf", "--prompts", "PROMPTS", "--output", "run"], "`x.gguf` does not exist"),
         (["train", "--target", "TARGET", "--output", "run"], "nothing to train on"),
         (["train", "--target", "TARGET", "--prompts", "BAD", "--output", "run"], "line 1: not valid JSON"),
-        (["train", "--target", "TARGET", "--prompts", "PROMPTS", "--output", "OUT", "--mask-token", "<none>"], "'<none>'"),
+        (
+            ["train", "--target", "TARGET", "--prompts", "PROMPTS", "--output", "OUT", "--mask-token", "<none>"],
+            "'<none>'",
+        ),
         (["train", "--target", "TARGET", "--prompts", "PROMPTS", "--output", "OUT", "--dtype", "int3"], "'int3'"),
         (["bench", "--target", "TARGET", "--head", "TARGET", "--prompts", "PROMPTS"], "JetFlow layout only"),
         (["bench", "--target", "TARGET", "--head", "nowhere/at/all", "--prompts", "PROMPTS"], "nowhere/at/all"),

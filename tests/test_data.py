@@ -236,10 +236,11 @@ def collate(num_anchors: int, *sizes: tuple[int, int]) -> dict:
     return AnchorCollator(num_anchors)(list(dataset))
 
 
-def test_a_batch_is_padded_on_the_right():
-    batch = collate(2, (3, 4), (2, 2))
+def test_a_batch_is_padded_on_the_right_to_a_multiple():
+    items = list(AnswerDataset([answer("r0", 3, 4), answer("r1", 2, 2)], max_length=100))
+    batch = AnchorCollator(2, pad_to_multiple_of=4)(items)
     assert batch["ids"] == ["r0", "r1"]
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 0, 0, 0]]
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7, 0], [1, 2, 3, 4, 0, 0, 0, 0]]
     assert batch["lengths"].tolist() == [7, 4]
 
 

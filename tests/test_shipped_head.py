@@ -1,4 +1,4 @@
-"""The shipped head with the real SmolLM2-135M-Instruct: same text as plain decoding in fp32, several tokens per round."""
+"""The shipped head with the real SmolLM2-135M-Instruct: plain decoding's text in fp32, several tokens per round."""
 
 import sys
 from pathlib import Path
@@ -40,7 +40,9 @@ def head():
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
-@pytest.mark.parametrize("sampling", [{"do_sample": False}, {"do_sample": True, "temperature": 0.8}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "sampling", [{"do_sample": False}, {"do_sample": True, "temperature": 0.8}], ids=["greedy", "sampled"]
+)
 def test_the_text_is_plain_decoding_s_own(pair, head, question, sampling):
     target, tokenizer = pair
     ids = torch.tensor([encode_chat(tokenizer, [{"role": "user", "content": question}])])
