@@ -1,4 +1,4 @@
-"""Write a head's card from its config, a bench result and a description of its training.
+r"""Write a head's card from its config, a bench result and a description of its training.
 
     python examples/write_card.py --head examples/heads/smollm2-135m-instruct \
         --results examples/results/bench_smollm2.json \

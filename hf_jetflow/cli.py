@@ -184,4 +184,3 @@ class _readable_errors:
 def main() -> None:
     """Entry point of `hf-jetflow` and `python -m hf_jetflow`."""
     app(prog_name="hf-jetflow")
-
