@@ -26,5 +26,5 @@ hf-jetflow train \
     --mask-token "<reponame>" \
     --draft-vocab 12288 \
     --num-layers 3 --num-taps 5 --block-size 8 \
-    --batch-size 8 --anchors 16 --learning-rate 1e-2 --max-steps 5200 --seed 1 \
+    --batch-size 8 --anchors 16 --learning-rate 1e-2 --max-steps 3300 --seed 1 \
     --cache-features
