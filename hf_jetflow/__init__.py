@@ -1,5 +1,6 @@
 """Tree speculative decoding with causal parallel draft heads, inside transformers' `generate`."""
 
+from . import versions as versions  # first: it says what to do when transformers is too old
 from .configuration_jetflow import JetFlowConfig
 from .drafting import JetFlowCandidateGenerator
 from .integration import disable, enable

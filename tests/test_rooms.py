@@ -17,7 +17,7 @@ PACKAGE = "hf_jetflow"
 
 # The table of CONTRIBUTING.md. A file imports from its own room or from one further up.
 ROOMS = {
-    "words": ("configuration_jetflow", "stats"),
+    "words": ("versions", "configuration_jetflow", "stats"),
     "pure": ("tree", "walk", "losses", "formats", "model_card"),
     "models": ("modeling_jetflow", "target", "caches", "drafting"),
     "loop": ("emit", "policy", "decoding"),
