@@ -2,7 +2,7 @@ r"""Write a head's card from its config, a bench result and a description of its
 
     python examples/write_card.py --head examples/heads/smollm2-135m-instruct \
         --results examples/results/bench_smollm2.json \
-        --training examples/heads/training_smollm2.md --output MODEL_CARD.md
+        --training examples/results/training_smollm2.md --output MODEL_CARD.md
 """
 
 import argparse

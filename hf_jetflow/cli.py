@@ -1,5 +1,6 @@
 """The command line: `hf-jetflow train` and `hf-jetflow bench`. Parsing and printing only."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -115,7 +116,7 @@ def bench(
                 repeats=repeats,
                 progress=reporter,
             )
-    Console().print(_bench_table(result))
+    Console(width=None if sys.stdout.isatty() else 120).print(_bench_table(result))
     if json is not None:
         write_json(result, json)
         console.print(f"written to {json}")
@@ -125,7 +126,7 @@ def _bench_table(result: dict[str, Any]) -> Table:
     facts = result["environment"]
     table = Table(title=f"{facts['processor']}, {facts['num_threads']} threads, torch {facts['torch']}")
     for column in ("prompts", "T", "method", "nodes", "tokens/round", "tokens/s", "speedup", "quartiles", "identical"):
-        table.add_column(column, justify="left" if column in ("prompts", "method") else "right")
+        table.add_column(column, no_wrap=True, justify="left" if column in ("prompts", "method") else "right")
     for row in result["rows"]:
         low, high = row["speedup_spread"]
         table.add_row(

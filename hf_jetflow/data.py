@@ -4,6 +4,7 @@ Answers lie on disk as JSON lines of token ids, features as one safetensors file
 atomically per record, so that a killed run continues where it stopped.
 """
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -11,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -193,7 +193,7 @@ class AnswerDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.records[index]
         ids = (record["prompt_ids"] + record["answer_ids"])[: self.max_length]
-        return {"id": record["id"], "ids": ids, "num_prompt": len(record["prompt_ids"])}
+        return {"ids": ids, "num_prompt": len(record["prompt_ids"])}
 
 
 @dataclass
@@ -205,7 +205,7 @@ class AnchorCollator:
     pad_to_multiple_of: int = 64  # few different shapes, so that kernels are compiled once
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        """`ids`, `input_ids` (batch, seq), `lengths` (batch,), `anchors` (batch, num_anchors), -1 where none is."""
+        """`input_ids` (batch, seq), `lengths` (batch,), `anchors` (batch, num_anchors), -1 where none is."""
         longest = max(len(item["ids"]) for item in items)
         longest = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
         input_ids = torch.full((len(items), longest), self.pad_token_id)
@@ -217,7 +217,7 @@ class AnchorCollator:
             drawn = item["num_prompt"] + torch.randperm(length - 1 - item["num_prompt"])[: self.num_anchors]
             anchors[row, : len(drawn)] = drawn.sort().values
         lengths = torch.tensor([len(item["ids"]) for item in items])
-        return {"ids": [item["id"] for item in items], "input_ids": input_ids, "lengths": lengths, "anchors": anchors}
+        return {"input_ids": input_ids, "lengths": lengths, "anchors": anchors}
 
 
 class FeatureStore:
@@ -233,11 +233,11 @@ class FeatureStore:
         """Features (batch, seq, taps x hidden) and normed last hidden states (batch, seq, hidden) of a batch."""
         if self._folder is None:
             return self._compute(batch["input_ids"])
-        paths = [self._folder / f"{quote(record_id, safe='')}.safetensors" for record_id in batch["ids"]]
         lengths = batch["lengths"].tolist()
+        sequences = [ids[:length] for ids, length in zip(batch["input_ids"].cpu(), lengths, strict=True)]
+        paths = [self._folder / f"{_content_hash(sequence)}.safetensors" for sequence in sequences]
         stored = [load_file(path) if path.exists() else {} for path in paths]
-        # A record kept by a run with a smaller `max_length` is too short: computed anew.
-        missing = [row for row, length in enumerate(lengths) if len(stored[row].get("features", ())) < length]
+        missing = [row for row, record in enumerate(stored) if not record]
         if missing:
             computed = self._compute(batch["input_ids"][missing])
             for place, row in enumerate(missing):
@@ -248,6 +248,11 @@ class FeatureStore:
         longest = batch["input_ids"].shape[1]
         features, last = ([record[key] for record in stored] for key in ("features", "last_hidden_state"))
         return _pad_rows(features, longest).to(device), _pad_rows(last, longest).to(device)
+
+
+def _content_hash(token_ids: torch.Tensor) -> str:
+    """Name of a sequence's features: the same tokens have the same ones, whatever the record is called."""
+    return hashlib.sha256(token_ids.numpy().tobytes()).hexdigest()[:32]
 
 
 def _save_atomically(tensors: dict[str, torch.Tensor], path: Path) -> None:

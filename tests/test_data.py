@@ -228,7 +228,7 @@ def test_the_dataset_leaves_out_what_holds_no_anchor():
     answers = [answer("good", 3, 2), answer("short", 3, 1), answer("long prompt", 9, 5), answer("cut", 8, 5)]
     dataset = AnswerDataset(answers, max_length=10)
     assert [item["id"] for item in dataset] == ["good", "cut"]
-    assert dataset[1] == {"id": "cut", "ids": list(range(1, 11)), "num_prompt": 8}
+    assert dataset[1] == {"ids": list(range(1, 11)), "num_prompt": 8}
 
 
 def collate(num_anchors: int, *sizes: tuple[int, int]) -> dict:
@@ -239,7 +239,6 @@ def collate(num_anchors: int, *sizes: tuple[int, int]) -> dict:
 def test_a_batch_is_padded_on_the_right_to_a_multiple():
     items = list(AnswerDataset([answer("r0", 3, 4), answer("r1", 2, 2)], max_length=100))
     batch = AnchorCollator(2, pad_to_multiple_of=4)(items)
-    assert batch["ids"] == ["r0", "r1"]
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7, 0], [1, 2, 3, 4, 0, 0, 0, 0]]
     assert batch["lengths"].tolist() == [7, 4]
 
@@ -304,8 +303,8 @@ def test_features_are_computed_once(tmp_path):
 def test_only_missing_features_are_computed_after_a_killed_run(tmp_path):
     batch = collate(2, (3, 4), (2, 2), (5, 9))
     FeatureStore(Compute(), tmp_path).get(batch)
-    (tmp_path / "r1.safetensors").unlink()
-    (tmp_path / "r1.123.partial").write_bytes(b"half a file")
+    next(tmp_path.glob("*.safetensors")).unlink()
+    (tmp_path / "some.123.partial").write_bytes(b"half a file")
     compute = Compute()
     got = FeatureStore(compute, tmp_path).get(batch)
     assert compute.num_sequences == 1
@@ -333,12 +332,9 @@ def test_features_of_a_record_that_was_cut_shorter_are_computed_anew(tmp_path):
     assert compute.num_sequences == 2
 
 
-def test_ids_of_any_characters_are_kept_apart_on_disk(tmp_path):
-    items = [
-        {"id": name, "ids": [1, 2, 3 + i], "num_prompt": 1} for i, name in enumerate(("a/b", "a b", "../c.d", "c"))
-    ]
-    batch = AnchorCollator(1)(items)
-    store = FeatureStore(Compute(), tmp_path)
-    store.get(batch)
-    assert len(list(tmp_path.glob("*.safetensors"))) == 4
-    assert_same_features(batch, store.get(batch), Compute()(batch["input_ids"]))
+def test_features_of_other_tokens_under_the_same_record_id_are_not_mixed_up(tmp_path):
+    for answer_ids in ([5, 6, 7], [8, 9, 7]):
+        records = [{"id": "same", "prompt_ids": [1, 2], "answer_ids": answer_ids}]
+        batch = AnchorCollator(1)(list(AnswerDataset(records, 16)))
+        got = FeatureStore(Compute(), tmp_path).get(batch)
+        assert_same_features(batch, got, Compute()(batch["input_ids"]))
