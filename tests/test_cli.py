@@ -48,11 +48,13 @@ def train(target_folder, prompts, output, max_steps, *more):
 
 def test_train_writes_a_loadable_head_and_its_card_and_reports_tokens_per_round(target_folder, prompts, tmp_path):
     output = tmp_path / "run"
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(json.dumps({"prompt": "t030 t031"}) + "\n")
     result = train(
-        target_folder, prompts, output, 4, "--eval-prompts", prompts, "--mask-token", "t006", "--cache-features"
+        target_folder, prompts, output, 4, "--eval-prompts", held_out, "--mask-token", "t006", "--cache-features"
     )
     assert result.exit_code == 0, result.output
-    assert "tokens per round on prompts, 16 nodes" in result.output
+    assert "tokens per round on held_out, 16 nodes" in result.output
     head = JetFlowHead.from_pretrained(output)
     config = head.config
     assert (config.block_size, config.mask_token_id, len(config.hidden_state_indices)) == (4, 6, 2)
