@@ -27,8 +27,8 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         self.head = head
         self.target = target
         self._cache = HeadCache(head.config.num_hidden_layers)
-        self._pending: list[TargetStates] = []
-        self._position = 0
+        self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # features and positions the head has not read
+        self._newest_position: torch.Tensor | None = None  # (1,), of the newest committed token that was observed
         self._projection = target.output_rows(head.draft_token_ids)
         self._slots = torch.arange(head.config.block_size, device=head.device)
 
@@ -37,7 +37,8 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         features, position_ids = states.features, states.position_ids
         if rows is not None:
             features, position_ids = features[:, rows], position_ids[:, rows]
-        self._pending.append(TargetStates(states.logits[:0], features, position_ids))
+        self._pending.append((features, position_ids))
+        self._newest_position = position_ids[0, -1:]
 
     @torch.no_grad()
     def propose(self, anchor_id: torch.Tensor, position: int, max_depth: int, width: int) -> Candidates:
@@ -62,9 +63,8 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         mask_embedding = head.mask_embedding
         block_ids = anchor_id[:, None].expand(1, num_rows)
         embeds = self.target.embed_block(block_ids, (slots == 0).to(device), mask_embedding)
-        features = torch.cat([states.features for states in self._pending], dim=1)
-        context_position_ids = torch.cat([states.position_ids for states in self._pending], dim=1)
-        self._pending = []
+        features, context_position_ids = (torch.cat(parts, dim=1) for parts in zip(*self._pending, strict=True))
+        self._pending = [(features[:, :0], context_position_ids[:, :0])]
         rows = head(
             inputs_embeds=embeds.to(head.device, head.dtype),
             features=features.to(head.device, head.dtype),
@@ -91,9 +91,10 @@ class JetFlowCandidateGenerator(CandidateGenerator):
 
         No draft probabilities are returned: nothing is sampled from the head, and verification never needs them.
         """
-        last = int(self._pending[-1].position_ids[0, -1]) if self._pending else self._position
-        self._position = last
-        candidates = self.propose(input_ids[:, -1], last + 1, self.head.config.block_size - 1, width=1)
+        if self._newest_position is None:
+            raise ValueError("nothing was observed yet; call `observe` with the target's states of the prompt first")
+        position = int(self._newest_position) + 1
+        candidates = self.propose(input_ids[:, -1], position, self.head.config.block_size - 1, width=1)
         return torch.cat([input_ids, candidates.tokens[:, 0][None]], dim=1), None
 
     def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:

@@ -564,11 +564,19 @@ def test_the_candidate_generator_drafts_the_best_token_of_every_depth(target, he
     generator = JetFlowCandidateGenerator(head, Target(target, head.config))
     observe_all(generator, target, plain[:, :20])
     chain, _ = generator.get_candidates(plain[:, :20])
+    again, _ = generator.get_candidates(plain[:, :20])
+    assert again.tolist() == chain.tolist(), "asking twice with nothing observed in between drafted something else"
     other = JetFlowCandidateGenerator(head, Target(target, head.config))
     observe_all(other, target, plain[:, :20])
     best = other.propose(plain[:, 19], 19, 7, width=5)
     assert chain[0, 20:].tolist() == best.tokens[:, 0].tolist()
     assert best.tokens.shape == best.logprobs.shape == (7, 5)
+
+
+def test_the_candidate_generator_says_what_to_do_before_anything_was_observed(target, head, plain):
+    generator = JetFlowCandidateGenerator(head, Target(target, head.config))
+    with pytest.raises(ValueError, match="call `observe`"):
+        generator.get_candidates(plain[:, :20])
 
 
 def test_the_package_exports_its_public_names():
