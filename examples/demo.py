@@ -108,9 +108,8 @@ def main() -> None:
         stats = head.last_stats
         rates = len(plain) / plain_seconds, len(drafted) / head_seconds
         summary.append(
-            f"{name:6} plain {rates[0]:6.1f} tokens/s   with head {rates[1]:6.1f} tokens/s   "
-            f"speedup {rates[1] / rates[0]:.2f}   tokens per round {stats.tokens_per_round:.2f}   "
-            f"{'identical text' if plain == drafted else 'texts differ'}"
+            f"{name:5} {rates[0]:5.1f} -> {rates[1]:5.1f} tokens/s  speedup {rates[1] / rates[0]:.2f}  "
+            f"{stats.tokens_per_round:.2f} tokens per round  {'identical' if plain == drafted else 'texts part'}"
         )
         console.print("\n" + summary[-1], style="green")
         if plain != drafted:
