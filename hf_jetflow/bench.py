@@ -1,6 +1,6 @@
 """Measure heads against plain decoding on the user's machine, through the public `generate`.
 
-Every prompt is answered by all methods in turn, in one process, several times over; speedups are ratios of
+Every prompt is answered by all methods in turn, in one process, one or more times over; speedups are ratios of
 neighbouring runs, and the table quotes their median and quartiles.
 """
 

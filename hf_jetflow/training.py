@@ -23,7 +23,7 @@ from .target import Target
 
 # Start of the query and key norms where the target has none to copy: the root mean square of the queries and keys in
 # SmolLM2's late layers. With 1.0 the attention starts too flat over the context to learn from: top-1 at depth 1 was
-# 0.09 after 100 updates instead of 0.15.
+# 0.09 after 100 updates of 16 sequences, with this scale 0.15 after 100 updates of 8.
 QUERY_KEY_SCALE = 2.2
 
 
