@@ -36,7 +36,20 @@ def train(
     ],
     prompts: PromptsOption = [],  # noqa: B006
     answers: Annotated[
-        list[Path], typer.Option(help="JSON lines of `prompt_ids` and `answer_ids` that the target gave already.")
+        list[Path],
+        typer.Option(
+            help="JSON lines of the target's own answers: `prompt_ids` and `answer_ids`, or `messages` that end in "
+            "the answer; may be given several times."
+        ),
+    ] = [],  # noqa: B006
+    weight: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME=WEIGHT",
+            help="How often per epoch the answers of a source occur, 1 if not given; 0.5 is every second epoch. The "
+            "source is a record's field `source`, or the name of its file without the ending; may be given several "
+            "times.",
+        ),
     ] = [],  # noqa: B006
     eval_prompts: Annotated[
         list[Path], typer.Option(help="Held-out prompts, decoded with the head to report tokens per round.")
@@ -50,6 +63,8 @@ def train(
         str | None, typer.Option(help="Unused special token for the MASK rows; a learned embedding if not given.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest regenerated answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="Temperature of regenerated answers, 0 for greedy.")] = 0.0,
+    generation_batch_size: Annotated[int, typer.Option(help="Prompts answered at one time.")] = 32,
     max_steps: Annotated[int, typer.Option(help="Updates of the head.")] = 4000,
     batch_size: Annotated[int, typer.Option(help="Sequences per device and update.")] = 8,
     accumulation: Annotated[int, typer.Option(help="Micro-batches per update.")] = 1,
@@ -59,7 +74,7 @@ def train(
     max_length: Annotated[int, typer.Option(help="Longest training sequence.")] = 512,
     cache_features: Annotated[bool, typer.Option(help="Keep the target's features on disk between epochs.")] = False,
     save_steps: Annotated[int, typer.Option(help="Updates between checkpoints.")] = 200,
-    seed: Annotated[int, typer.Option(help="Seed of initialisation, order and anchors.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of sampled answers, initialisation, order and anchors.")] = 0,
     dtype: DtypeOption = "auto",
 ) -> None:
     """
@@ -69,10 +84,22 @@ def train(
     """
     from .recipe import TrainRecipe, train_head
 
-    options = {key: value for key, value in locals().items() if key != "TrainRecipe" and key != "train_head"}
+    options = {key: value for key, value in locals().items() if key not in ("TrainRecipe", "train_head", "weight")}
     with _readable_errors(), _progress() as bars:
-        summary = train_head(TrainRecipe(**options), _Reporter(bars))
+        summary = train_head(TrainRecipe(**options, weights=_weights(weight)), _Reporter(bars))
     console.print(f"head saved in {output}" + "".join(f"\n  {name}: {value}" for name, value in summary.items()))
+
+
+def _weights(texts: list[str]) -> dict[str, float]:
+    """Weights by source from `NAME=WEIGHT`."""
+    weights = {}
+    for text in texts:
+        name, _, weight = text.rpartition("=")
+        try:
+            weights[name] = float(weight)
+        except ValueError:
+            raise ValueError(f"the weight is {text!r}, but NAME=WEIGHT is needed, such as `code=2.0`") from None
+    return weights
 
 
 @app.command()

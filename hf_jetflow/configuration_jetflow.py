@@ -24,7 +24,10 @@ SIZES = (
     "sliding_window",
     "target_hidden_size",
     "num_target_layers",
+    "branch_intermediate_size",
+    "branch_candidates",
 )
+BRANCH_CORRECTIONS = ("parent", "path")
 
 
 def spaced_layer_ids(num_target_layers: int, num_taps: int) -> list[int]:
@@ -66,6 +69,11 @@ class JetFlowConfig(PreTrainedConfig):
         num_target_layers (`int`): Number of layers of the target.
         draft_vocab_size (`int`, *optional*): Number of target tokens the head scores (see `JetFlowHead.d2t`); all of
             them when `None`.
+        branch_correction (`str`, *optional*): What corrects a node's scores: `"parent"`, its parent's token, or
+            `"path"`, all its ancestors' tokens. `None` leaves one distribution per depth, shared by all branches.
+        branch_intermediate_size (`int`, *optional*): Width of the correction's gated layer; `2 * hidden_size` when
+            `None`.
+        branch_candidates (`int`): Tokens per depth that the correction re-scores, the depth's own best.
         target_model_type (`str`, *optional*): `model_type` of the target the head was trained for.
         target_name (`str`, *optional*): Name of the target the head was trained for.
 
@@ -98,6 +106,9 @@ class JetFlowConfig(PreTrainedConfig):
     target_hidden_size: int | None = None
     num_target_layers: int = 32
     draft_vocab_size: int | None = None
+    branch_correction: str | None = None
+    branch_intermediate_size: int | None = None
+    branch_candidates: int = 128
     target_model_type: str | None = None
     target_name: str | None = None
 
@@ -109,6 +120,8 @@ class JetFlowConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.target_hidden_size is None:
             self.target_hidden_size = self.hidden_size
+        if self.branch_intermediate_size is None:
+            self.branch_intermediate_size = 2 * self.hidden_size
         if self.layer_types is None:
             self.layer_types = ["full_attention"] * self.num_hidden_layers
         if isinstance(self.is_causal, bool):
@@ -192,6 +205,11 @@ class JetFlowConfig(PreTrainedConfig):
         if self.draft_vocab_size is not None and not 1 <= self.draft_vocab_size <= self.vocab_size:
             raise ValueError(
                 f"`draft_vocab_size` {self.draft_vocab_size} must lie in 1 .. `vocab_size` ({self.vocab_size})"
+            )
+        if self.branch_correction not in (None, *BRANCH_CORRECTIONS):
+            raise ValueError(
+                f"`branch_correction` {self.branch_correction!r} is not known; choose from {BRANCH_CORRECTIONS}, or "
+                "None for a head without one"
             )
 
     @classmethod

@@ -59,7 +59,7 @@ def decode(
         with _timed(stats, "draft"):
             candidates = drafter.propose(emitter.anchor_id, context.position, plan.max_depth, plan.width)
         with _timed(stats, "tree"):
-            tree = build_tree(emitter.anchor_id, candidates, plan.node_budget)
+            tree = build_tree(emitter.anchor_id, candidates, plan.node_budget, drafter.branch_scorer, plan.width)
         with _timed(stats, "verify"):
             states = target.verify(context, tree)
         with _timed(stats, "walk"):

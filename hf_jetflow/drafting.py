@@ -1,14 +1,57 @@
 """`JetFlowCandidateGenerator`: anchor and context features -> block -> head -> candidates per depth."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from .caches import HeadCache
-from .modeling_jetflow import JetFlowHead
+from .modeling_jetflow import BranchCorrection, JetFlowHead
 from .target import Target, TargetStates
-from .tree import Candidates
+from .tree import BranchScorer, Candidates, build_tree, corrected_logprobs
+
+
+CandidateLogits = Callable[[int, torch.Tensor], torch.Tensor]
+
+
+class _CorrectedScores:
+    """
+    The branch scorer of one proposal: once per depth, over all branches of the frontier (see `tree.BranchScorer`).
+
+    Args:
+        correction ([`BranchCorrection`]): The head's.
+        target ([`Target`]): Whose embeddings it reads.
+        rows (`torch.Tensor`, (depth, hidden)): The head's rows.
+        candidates ([`Candidates`]): Of the same depths.
+        candidate_logits: Turns shifts of a depth into logit changes of its candidates.
+    """
+
+    def __init__(
+        self,
+        correction: BranchCorrection,
+        target: Target,
+        rows: torch.Tensor,
+        candidates: Candidates,
+        candidate_logits: CandidateLogits,
+    ):
+        self._correction, self._target = correction, target
+        self._slots = correction.project_slots(rows)
+        self._logprobs = candidates.logprobs
+        self._candidate_logits = candidate_logits
+        self._state: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        logprobs = self._logprobs[depth][None]
+        if depth == 0:  # the anchor is the only branch, and the block was drafted after it
+            return logprobs
+        slots = self._slots
+        embeds = self._target.embed(tokens.to(self._target.model.device)).to(slots.device, slots.dtype)
+        state = None if self._state is None else self._state[parents.to(slots.device)]
+        shifts, self._state = self._correction(slots[depth], embeds, state)
+        adjustments = self._candidate_logits(depth, shifts).to(logprobs.device, torch.float32)
+        return corrected_logprobs(logprobs, adjustments)[0]
 
 
 class JetFlowCandidateGenerator(CandidateGenerator):
@@ -31,6 +74,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         self._newest_position: torch.Tensor | None = None  # (1,), of the newest committed token that was observed
         self._projection = target.output_rows(head.draft_token_ids)
         self._slots = torch.arange(head.config.block_size, device=head.device)
+        self.branch_scorer: BranchScorer | None = None  # of the newest proposal, for a head with a branch correction
 
     def observe(self, states: TargetStates, rows: list[int] | None = None) -> None:
         """Take over the states of newly committed tokens; of `rows` only, where a tree was verified."""
@@ -49,10 +93,10 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             anchor_id (`torch.Tensor`, (1,)): The newest committed token.
             position (`int`): Its absolute position.
             max_depth (`int`): Depths to draft; 0 drafts nothing and leaves the head alone.
-            width (`int`): Candidates per depth.
+            width (`int`): Candidates per depth; a head with a branch correction proposes those it re-scores.
 
         Returns:
-            `Candidates`: (max_depth, width), on the anchor's device.
+            `Candidates`: (max_depth, width), on the anchor's device; `branch_scorer` then re-scores them.
         """
         head, device = self.head, anchor_id.device
         if max_depth == 0:
@@ -72,10 +116,20 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             context_position_ids=context_position_ids.to(head.device),
             past_key_values=self._cache,
         )[0, 1 : max_depth + 1]
-        return self._candidates(rows, width, device)
+        return self.rank(rows, width, device)
 
-    def _candidates(self, rows: torch.Tensor, width: int, device: torch.device) -> Candidates:
-        """Best `width` tokens of each row (depth, hidden) under the target's output embedding."""
+    def rank(self, rows: torch.Tensor, width: int, device: torch.device) -> Candidates:
+        """The candidates of drafted rows (depth, hidden), on `device`; `branch_scorer` is then theirs."""
+        correction = self.head.branch_correction
+        if correction is None:
+            return self._candidates(rows, width, device)[0]
+        candidates, places = self._candidates(rows, self.head.config.branch_candidates, device)
+        self.branch_scorer = _CorrectedScores(correction, self.target, rows, candidates, self._output(places))
+        return candidates
+
+    def _candidates(self, rows: torch.Tensor, width: int, device: torch.device) -> tuple[Candidates, torch.Tensor]:
+        """Best `width` tokens of each row (depth, hidden) under the target's output embedding; places in the draft
+        vocabulary."""
         token_ids = self.head.draft_token_ids
         if self._projection is not None:
             logits = rows.to(self._projection.device, self._projection.dtype) @ self._projection.T
@@ -83,7 +137,22 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             logits = self.target.output_logits(rows.to(self.target.model.device, self.target.model.dtype), token_ids)
         best = torch.log_softmax(logits.float(), dim=-1).topk(min(width, logits.shape[-1]))
         tokens = best.indices if token_ids is None else token_ids.to(best.indices.device)[best.indices]
-        return Candidates(tokens.to(device), best.values.to(device))
+        return Candidates(tokens.to(device), best.values.to(device)), best.indices
+
+    def _output(self, places: torch.Tensor) -> CandidateLogits:
+        """What turns shifts (branches, hidden) of a depth into logit changes of its candidates (branches, width)."""
+        if self._projection is not None:
+            columns = self._projection[places].transpose(1, 2)
+            return lambda depth, shifts: shifts.to(columns.device, columns.dtype) @ columns[depth]
+        model, token_ids = self.target.model, self.head.draft_token_ids
+
+        def changes(depth: int, shifts: torch.Tensor) -> torch.Tensor:
+            shifts = shifts.to(model.device, model.dtype)
+            rows = torch.cat([shifts, torch.zeros_like(shifts[:1])])  # the zero row yields what is no shift: the bias
+            logits = self.target.output_logits(rows, token_ids)[:, places[depth]]
+            return logits[:-1] - logits[-1]
+
+        return changes
 
     def get_candidates(self, input_ids: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
         """
@@ -94,8 +163,10 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         if self._newest_position is None:
             raise ValueError("nothing was observed yet; call `observe` with the target's states of the prompt first")
         position = int(self._newest_position) + 1
-        candidates = self.propose(input_ids[:, -1], position, self.head.config.block_size - 1, width=1)
-        return torch.cat([input_ids, candidates.tokens[:, 0][None]], dim=1), None
+        block_size = self.head.config.block_size
+        candidates = self.propose(input_ids[:, -1], position, block_size - 1, width=1)
+        chain = build_tree(input_ids[:, -1], candidates, block_size, self.branch_scorer, width=1)
+        return torch.cat([input_ids, chain.tokens[None, 1:]], dim=1), None
 
     def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:
         """Nothing to update: the loop plans every round anew."""

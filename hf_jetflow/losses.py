@@ -8,27 +8,47 @@ from dataclasses import dataclass
 
 import torch
 
+from .tree import MIN_REST, corrected_logprobs
+
 
 @dataclass
 class KLResult:
-    """What one call of `chunked_forward_kl` yields, per row."""
+    """What one call of `chunked_forward_kl` yields, per row. Tokens are places in the projection."""
 
     loss: torch.Tensor  # scalar, weighted sum over rows, differentiable
     divergence: torch.Tensor  # (rows,), unweighted KL in nats
-    is_top1: torch.Tensor  # (rows,), whether head and target rank the same token first
+    teacher_tokens: torch.Tensor  # (rows,), the token that the target ranks first
+    candidates: torch.Tensor  # (rows, num_candidates), the tokens that the head ranks first, best first
+    logprobs: torch.Tensor  # (rows, num_candidates), the head's log-probabilities of them
+    teacher_logprobs: torch.Tensor  # (rows, num_candidates), the target's
+
+    @property
+    def is_top1(self) -> torch.Tensor:
+        """Whether head and target rank the same token first, (rows,)."""
+        return self.candidates[:, 0] == self.teacher_tokens
 
 
 class _ChunkedForwardKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, teacher_rows, projection, row_weights, temperature, chunk_size):  # type: ignore[no-untyped-def]
-        divergence = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
-        is_top1 = torch.empty(rows.shape[0], dtype=torch.bool, device=rows.device)
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, rows, teacher_rows, projection, row_weights, temperature, num_candidates, chunk_size
+    ):
+        new = rows.new_empty
+        divergence = new(rows.shape[0], dtype=torch.float32)
+        teacher_tokens = new(rows.shape[0], dtype=torch.long)
+        candidates = new(rows.shape[0], num_candidates, dtype=torch.long)
+        logprobs = new(rows.shape[0], num_candidates, dtype=torch.float32)
+        teacher_logprobs = torch.empty_like(logprobs)
         gradient = torch.empty_like(rows)
         for start in range(0, rows.shape[0], chunk_size):
             part = slice(start, start + chunk_size)
             logits = (rows[part].to(projection.dtype) @ projection.T).float()
             teacher = (teacher_rows[part].to(projection.dtype) @ projection.T).float()
-            is_top1[part] = logits.argmax(-1) == teacher.argmax(-1)
+            teacher_tokens[part] = teacher.argmax(-1)
+            best = logits.topk(num_candidates)
+            candidates[part] = best.indices
+            logprobs[part] = best.values - logits.logsumexp(-1, keepdim=True)
+            teacher_logprobs[part] = teacher.gather(-1, best.indices) - teacher.logsumexp(-1, keepdim=True)
             log_q = torch.log_softmax(logits / temperature, -1)
             log_p = torch.log_softmax(teacher / temperature, -1)
             p = log_p.exp()
@@ -37,13 +57,14 @@ class _ChunkedForwardKL(torch.autograd.Function):
             slope = (log_q.exp() - p) * (temperature * row_weights[part])[:, None]
             gradient[part] = (slope.to(projection.dtype) @ projection).to(gradient.dtype)
         ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(divergence, is_top1)
-        return (divergence * row_weights).sum() * temperature**2, divergence, is_top1
+        facts = divergence, teacher_tokens, candidates, logprobs, teacher_logprobs
+        ctx.mark_non_differentiable(*facts)
+        return (divergence * row_weights).sum() * temperature**2, *facts
 
     @staticmethod
-    def backward(ctx, grad_loss, _grad_divergence, _grad_top1):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_loss, None, None, None, None, None
+        return gradient * grad_loss, *[None] * 6
 
 
 def chunked_forward_kl(
@@ -53,6 +74,7 @@ def chunked_forward_kl(
     row_weights: torch.Tensor,
     temperature: float = 1.0,
     chunk_size: int = 1024,
+    num_candidates: int = 1,
 ) -> KLResult:
     """
     Weighted sum over rows of T^2 KL(target || head), both seen through the same frozen output projection.
@@ -64,14 +86,61 @@ def chunked_forward_kl(
         row_weights (`torch.Tensor`, (rows,)): Weight of each row; they should sum to one for a mean.
         temperature (`float`): Distillation temperature T.
         chunk_size (`int`): Rows whose logits exist at a time.
+        num_candidates (`int`): Tokens of each row whose log-probabilities are returned, at most the draft vocabulary.
 
     Returns:
         `KLResult`: The loss and per-row figures.
     """
-    loss, divergence, is_top1 = _ChunkedForwardKL.apply(
-        rows, teacher_rows, projection, row_weights, temperature, chunk_size
+    return KLResult(
+        *_ChunkedForwardKL.apply(rows, teacher_rows, projection, row_weights, temperature, num_candidates, chunk_size)
     )
-    return KLResult(loss, divergence, is_top1)
+
+
+class _CandidateLogits(torch.autograd.Function):
+    """Logits of chosen tokens only, by way of all of them, chunk by chunk: faster than gathering their embeddings."""
+
+    @staticmethod
+    def forward(ctx, rows, tokens, projection, chunk_size):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(tokens, projection)
+        ctx.chunk_size, ctx.dtype = chunk_size, rows.dtype
+        parts = zip(rows.to(projection.dtype).split(chunk_size), tokens.split(chunk_size), strict=True)
+        return torch.cat([(part @ projection.T).gather(1, chosen) for part, chosen in parts]).float()
+
+    @staticmethod
+    def backward(ctx, grad_logits):  # type: ignore[no-untyped-def]
+        tokens, projection = ctx.saved_tensors
+        gradient = []
+        for part, chosen in zip(grad_logits.split(ctx.chunk_size), tokens.split(ctx.chunk_size), strict=True):
+            spread = projection.new_zeros(len(part), len(projection))
+            gradient.append(spread.scatter_(1, chosen, part.to(projection.dtype)) @ projection)
+        return torch.cat(gradient).to(ctx.dtype), None, None, None
+
+
+def correction_kl(
+    kl: KLResult, shifts: torch.Tensor, projection: torch.Tensor, chunk_size: int = 1024
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Forward KL of the scores that a branch correction gives to a row's candidates.
+
+    The distributions have `num_candidates + 1` outcomes, as in drafting: the candidates, and any other token.
+
+    Args:
+        kl ([`KLResult`]): The rows' candidates and both sides' log-probabilities of them.
+        shifts (`torch.Tensor`, (rows, hidden)): The correction's shift of each row, differentiable.
+        projection (`torch.Tensor`, (draft_vocab, hidden)): Rows of the target's output embedding that are scored.
+        chunk_size (`int`): Rows whose logits exist at a time.
+
+    Returns:
+        Divergences (rows,) in nats, differentiable, and whether the corrected scores and the target rank the same
+        token first (rows,).
+    """
+    adjustments = _CandidateLogits.apply(shifts, kl.candidates, projection, chunk_size)
+    log_q, log_q_rest = corrected_logprobs(kl.logprobs, adjustments)
+    p = kl.teacher_logprobs.exp()
+    p_rest = (1 - p.sum(-1)).clamp_min(MIN_REST)
+    divergence = (p * (kl.teacher_logprobs - log_q)).sum(-1) + p_rest * (p_rest.log() - log_q_rest[..., 0])
+    best = kl.candidates.gather(1, log_q.argmax(-1, keepdim=True))[:, 0]
+    return divergence, best == kl.teacher_tokens
 
 
 def feature_loss(rows: torch.Tensor, teacher_rows: torch.Tensor, row_weights: torch.Tensor) -> torch.Tensor:

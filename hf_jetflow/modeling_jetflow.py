@@ -103,6 +103,60 @@ class JetFlowDecoderLayer(GradientCheckpointingLayer):
         return block + self.mlp(self.post_attention_layernorm(block))
 
 
+class BranchCorrection(nn.Module):
+    """
+    Conditions a node's scores on the tokens of its branch, which the block, all MASK behind the anchor, cannot see.
+
+    A gated layer reads the hidden row of the node's depth and the embedding of its parent's token, for
+    `branch_correction="path"` also a state carried down the branch, and yields a shift of that row: the node's logits
+    change by the shift times the output embedding. The last projection starts at zero, and with it every shift. This
+    is the conditioning of arXiv 2606.18394, Eq. 5-7, which the head published with it does not have.
+    """
+
+    def __init__(self, config: JetFlowConfig):
+        super().__init__()
+        assert config.branch_intermediate_size is not None
+        hidden, width = config.hidden_size, config.branch_intermediate_size
+        self.slot_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
+        self.token_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
+        self.slot_proj = nn.Linear(hidden, 2 * width, bias=False)
+        self.token_proj = nn.Linear(hidden, 2 * width, bias=False)
+        self.down_proj = nn.Linear(width, hidden, bias=False)
+        self.has_state = config.branch_correction == "path"
+        if self.has_state:
+            self.state_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
+            self.state_proj = nn.Linear(hidden, 2 * width, bias=False)
+            self.carry_proj = nn.Linear(width, hidden, bias=False)
+
+    def project_slots(self, slots: torch.Tensor) -> torch.Tensor:
+        """The part of the gated layer that all branches of a depth share: (..., hidden) to (..., 2 x width)."""
+        return self.slot_proj(self.slot_norm(slots))
+
+    def forward(
+        self, projected_slots: torch.Tensor, parent_embeds: torch.Tensor, state: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        One depth of the branches.
+
+        Args:
+            projected_slots (`torch.Tensor`, (..., 2 x width)): `project_slots` of the depth's row.
+            parent_embeds (`torch.Tensor`, (..., hidden)): The target's embedding of the branches' last tokens.
+            state (`torch.Tensor`, (..., hidden)): State of the branches so far; `None` at their start.
+
+        Returns:
+            Shifts (..., hidden) of the depth's row and the branches' new state (`None` for the parent kind).
+        """
+        inner = projected_slots + self.token_proj(self.token_norm(parent_embeds))
+        if state is not None:
+            inner = inner + self.state_proj(self.state_norm(state))
+        gate, up = inner.chunk(2, dim=-1)
+        inner = nn.functional.silu(gate) * up
+        if self.has_state:
+            carried = self.carry_proj(inner)
+            state = carried if state is None else state + carried
+        return self.down_proj(inner), state
+
+
 class JetFlowHead(PreTrainedModel):
     r"""
     The draft head. It owns neither embedding nor LM head: it borrows the target's modules.
@@ -126,7 +180,7 @@ class JetFlowHead(PreTrainedModel):
     config: JetFlowConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["JetFlowDecoderLayer"]
+    _no_split_modules = ["JetFlowDecoderLayer", "BranchCorrection"]
     _supports_sdpa = True
     _supports_attention_backend = True
 
@@ -141,6 +195,7 @@ class JetFlowHead(PreTrainedModel):
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config)
         self.mask_embedding = nn.Parameter(torch.zeros(config.hidden_size)) if config.mask_token_id is None else None
+        self.branch_correction = BranchCorrection(config) if config.branch_correction is not None else None
         if config.draft_vocab_size is not None:
             # Target ids of the draft vocabulary, ascending, (draft_vocab_size,); int64 and saved with the weights.
             self.register_buffer("d2t", torch.arange(config.draft_vocab_size))
@@ -152,6 +207,8 @@ class JetFlowHead(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, JetFlowHead) and module.mask_embedding is not None:
             nn.init.normal_(module.mask_embedding, std=self.config.initializer_range)
+        if isinstance(module, BranchCorrection):
+            nn.init.zeros_(module.down_proj.weight)
 
     @property
     def draft_token_ids(self) -> torch.Tensor | None:
@@ -166,7 +223,8 @@ class JetFlowHead(PreTrainedModel):
         context_position_ids: torch.Tensor,
         anchor_position_ids: torch.Tensor | None = None,
         past_key_values: HeadCacheLike | None = None,
-    ) -> torch.Tensor:
+        parent_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         r"""
         Hidden rows for one block, or for many independent blocks of one sequence at once (training).
 
@@ -181,9 +239,12 @@ class JetFlowHead(PreTrainedModel):
             anchor_position_ids (`torch.Tensor`, (batch, rows), *optional*): Position of each row's anchor; by default
                 all rows belong to one block that starts with row 0.
             past_key_values (*optional*): Cache of the context rows' keys and values.
+            parent_embeds (`torch.Tensor`, (batch, rows, hidden), *optional*): Embeddings of the true tokens before
+                each row (training). Rows must then be whole blocks of `config.block_size`.
 
         Returns:
-            `torch.Tensor`: (batch, rows, hidden), after the final norm, ready for the target's output embedding.
+            `torch.Tensor`: (batch, rows, hidden), after the final norm, ready for the target's output embedding. With
+            `parent_embeds` a pair of them and the branch correction's shifts, of the same shape.
         """
         if anchor_position_ids is None:
             anchor_position_ids = position_ids[:, :1].expand_as(position_ids)
@@ -199,7 +260,21 @@ class JetFlowHead(PreTrainedModel):
                 mask = visibility(position_ids, context_position_ids, anchor_position_ids, *kind)
                 masks[kind] = self._mask_for_backend(mask, block.dtype)
             block = layer(block, context, cos_sin, masks[kind], past_key_values)
-        return self.norm(block)
+        rows = self.norm(block)
+        return rows if parent_embeds is None else (rows, self._shifts(rows, parent_embeds))
+
+    def _shifts(self, rows: torch.Tensor, parent_embeds: torch.Tensor) -> torch.Tensor:
+        """Shifts of whole blocks along the true path; depth 1 has but one parent, the anchor, and is not shifted."""
+        assert self.branch_correction is not None
+        batch, num_rows, hidden = rows.shape
+        blocks = (batch, num_rows // self.config.block_size, self.config.block_size, hidden)
+        slots = self.branch_correction.project_slots(rows).view(*blocks[:3], -1)
+        parents = parent_embeds.view(blocks)
+        shifts, state = [torch.zeros_like(parents[:, :, 0])] * 2, None
+        for slot in range(2, self.config.block_size):
+            shift, state = self.branch_correction(slots[:, :, slot], parents[:, :, slot], state)
+            shifts.append(shift)
+        return torch.stack(shifts, dim=2).flatten(1, 2)
 
     def _mask_for_backend(self, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """SDPA takes booleans; eager attention adds the mask to its scores."""

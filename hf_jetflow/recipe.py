@@ -1,6 +1,6 @@
 """The whole way from prompts to a saved head: what `hf-jetflow train` runs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,8 +10,9 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from .answers import FOREIGN_SURPRISE, regenerate_answers, surprise, with_token_ids
 from .configuration_jetflow import JetFlowConfig, spaced_layer_ids
-from .data import encode_chat, frequent_tokens, read_answers, read_prompts, regenerate_answers
+from .data import Answers, check_weights, encode_chat, frequent_tokens, read_answers, read_prompts
 from .loading import fast_dtype, load_target
 from .model_card import card_text
 from .modeling_jetflow import JetFlowHead
@@ -34,6 +35,7 @@ class TrainRecipe:
     output: Path
     prompts: Sequence[Path] = ()
     answers: Sequence[Path] = ()
+    weights: Mapping[str, float] = field(default_factory=dict)
     eval_prompts: Sequence[Path] = ()
     target_name: str | None = None
     num_layers: int = 3
@@ -42,6 +44,8 @@ class TrainRecipe:
     draft_vocab: int = 0
     mask_token: str | None = None
     max_new_tokens: int = 256
+    temperature: float = 0.0
+    generation_batch_size: int = 32
     max_steps: int = 4000
     batch_size: int = 8
     accumulation: int = 1
@@ -74,21 +78,14 @@ def train_head(recipe: TrainRecipe, report: Reporter) -> dict[str, Any]:
         )
     prompts = read_prompts(recipe.prompts)
     target, tokenizer = load_target(recipe.target, fast_dtype() if recipe.dtype == "auto" else recipe.dtype)
-    own_answers = recipe.output / "answers.jsonl"
     state = PartialState()
-    if prompts:
-        with state.main_process_first():  # the other processes then find every prompt answered
-            regenerate_answers(
-                target,
-                tokenizer,
-                prompts,
-                own_answers,
-                max_new_tokens=recipe.max_new_tokens,
-                progress=lambda done, total: report(done, total, "answers regenerated"),
-            )
-    answers = read_answers([*recipe.answers, *([own_answers] if own_answers.exists() else [])])
+    with state.main_process_first():  # the other processes then find every answer written
+        answers = _answers(recipe, target, tokenizer, prompts, report)
+    del prompts
     head = new_head(recipe, target, tokenizer, answers)
     trainer = JetFlowTrainer(head, target, _training_config(recipe), answers, callbacks=[_ProgressCallback(report)])
+    if trainer.train_dataset.left_out:
+        report.say(f"of {len(answers)} answers: {trainer.train_dataset.left_out} (see --max-length)")
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(recipe.output)) is not None)
     head.eval()
     summary: dict[str, Any] = {}
@@ -103,8 +100,57 @@ def train_head(recipe: TrainRecipe, report: Reporter) -> dict[str, Any]:
     return summary
 
 
+def _answers(
+    recipe: TrainRecipe,
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[dict[str, Any]],
+    report: Reporter,
+) -> Answers:
+    """The given answers, checked before the target writes those to the prompts."""
+    given = [with_token_ids(path, target, tokenizer, recipe.output / "tokenized") for path in recipe.answers]
+    answers = read_answers(given, target.get_input_embeddings().num_embeddings)
+    own_answers = recipe.output / "answers.jsonl"
+    check_weights(recipe.weights, {*answers.sources, *(prompt["source"] for prompt in prompts)})
+    ends = [*answers.starts, len(answers)][1:]
+    for path, start, end in zip(recipe.answers, answers.starts, ends, strict=True):
+        _warn_of_foreign_answers(path, target, answers, range(start, end), recipe.max_length, report)
+    if prompts:
+        too_long = regenerate_answers(
+            target,
+            tokenizer,
+            prompts,
+            own_answers,
+            temperature=recipe.temperature,
+            seed=recipe.seed,
+            batch_size=recipe.generation_batch_size,
+            max_new_tokens=recipe.max_new_tokens,
+            max_prompt_tokens=recipe.max_length - 2,  # room for an anchor and a drafted token
+            progress=lambda done, total: report(done, total, "answers regenerated"),
+        )
+        if too_long:
+            report.say(f"{too_long} of {len(prompts)} prompts left out: they fill --max-length {recipe.max_length}")
+    if own_answers.exists():
+        answers.add(own_answers)
+    return answers
+
+
+def _warn_of_foreign_answers(
+    path: Path, target: PreTrainedModel, answers: Answers, indices: range, max_length: int, report: Reporter
+) -> None:
+    """Look at 32 answers spread over a file, and say it if they are not the target's own."""
+    sample = indices[:: max(len(indices) // 32, 1)][:32]
+    figure = surprise(target, [answers[index] for index in sample], max_length)
+    if figure > FOREIGN_SURPRISE:
+        report.say(
+            f"warning: {path}: these answers surprise the target by {figure:.2f} nats per token more than its own "
+            f"would (limit {FOREIGN_SURPRISE}); a head trained on them learns text that the target does not write: "
+            "regenerate them with this target, by giving their prompts with --prompts"
+        )
+
+
 def new_head(
-    recipe: TrainRecipe, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, answers: list[dict[str, Any]]
+    recipe: TrainRecipe, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, answers: Answers
 ) -> JetFlowHead:
     """A head for the target, initialised from the target's own layers."""
     num_target_layers = target.config.get_text_config(decoder=True).num_hidden_layers
@@ -146,6 +192,7 @@ def _training_config(recipe: TrainRecipe) -> JetFlowTrainingConfig:
         learning_rate=recipe.learning_rate,
         feature_loss_weight=recipe.feature_loss,
         max_length=recipe.max_length,
+        source_weights=dict(recipe.weights),
         features_dir=str(recipe.output / "features") if recipe.cache_features else None,
         save_steps=recipe.save_steps,
         warmup_steps=20,
@@ -211,13 +258,13 @@ def _save(
     recipe: TrainRecipe,
     head: JetFlowHead,
     target: PreTrainedModel,
-    answers: list[dict[str, Any]],
+    answers: Answers,
     summary: dict[str, Any],
 ) -> None:
     """The head in bfloat16 and its card."""
     head.generation_config.node_budget = 64
     head.to(torch.bfloat16).save_pretrained(recipe.output)
-    num_tokens = sum(len(answer["answer_ids"]) for answer in answers)
+    num_tokens = sum(answers.num_answer)
     facts = "".join(f"\n- {name}: {value}" for name, value in summary.items())
     training = (
         f"{len(answers)} answers of the target ({num_tokens} tokens), {recipe.max_steps} updates of "

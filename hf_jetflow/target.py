@@ -186,15 +186,18 @@ class Target:
         shift = len(hidden_states) - 1 - self.head_config.num_target_layers  # -1 where index 0 is the first layer's
         return torch.cat([hidden_states[index + shift] for index in self._tapped], dim=-1)
 
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The target's embeddings of tokens, (..., hidden)."""
+        return self.model.get_input_embeddings()(input_ids)
+
     def embed_block(
         self, input_ids: torch.Tensor, is_anchor: torch.Tensor, mask_embedding: torch.Tensor | None
     ) -> torch.Tensor:
         """Input rows of the head, (batch, rows, hidden): `input_ids` where `is_anchor`, MASK elsewhere."""
-        embedding = self.model.get_input_embeddings()
         if mask_embedding is None:
             assert self.head_config.mask_token_id is not None
-            return embedding(torch.where(is_anchor, input_ids, self.head_config.mask_token_id))
-        embeds = embedding(input_ids)
+            return self.embed(torch.where(is_anchor, input_ids, self.head_config.mask_token_id))
+        embeds = self.embed(input_ids)
         return torch.where(is_anchor[..., None], embeds, mask_embedding.to(embeds.dtype))
 
     def output_rows(self, token_ids: torch.Tensor | None) -> torch.Tensor | None:
@@ -203,6 +206,17 @@ class Target:
         if type(module) is not nn.Linear or module.bias is not None:
             return None
         return module.weight if token_ids is None else module.weight[token_ids.to(module.weight.device)]
+
+    def plain_output_rows(self, token_ids: torch.Tensor | None) -> torch.Tensor:
+        """`output_rows`, for uses that cannot do without them."""
+        rows = self.output_rows(token_ids)
+        if rows is None:
+            kind = type(self.model.get_output_embeddings()).__name__
+            raise ValueError(
+                f"the target's output embedding is a `{kind}`, but the loss needs a plain linear layer without bias; "
+                "load the target unquantized"
+            )
+        return rows
 
     def output_logits(self, rows: torch.Tensor, token_ids: torch.Tensor | None) -> torch.Tensor:
         """Logits (rows, draft_vocab) by the target's own output module, whatever it is (quantized, biased, ...)."""

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
+from .blocks import Agreement, draft_blocks, score_candidates
 from .configuration_jetflow import JetFlowConfig
-from .data import AnchorCollator, AnswerDataset, FeatureStore
-from .losses import KLResult, chunked_forward_kl, depth_weights, feature_loss
+from .data import AnchorCollator, AnswerDataset, Answers, EpochSampler, FeatureStore
+from .losses import depth_weights, feature_loss
 from .modeling_jetflow import JetFlowHead
 from .target import Target
 
@@ -41,6 +43,9 @@ class JetFlowTrainingConfig(TrainingArguments):
     per_device_train_batch_size: int = 8
     anchors_per_sequence: int = field(default=16, metadata={"help": "Random anchors per sequence and update."})
     max_length: int = field(default=512, metadata={"help": "Longest training sequence in tokens."})
+    source_weights: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "How often per epoch answers of a source occur, 1 if not given."}
+    )
     distillation_temperature: float = field(default=1.0, metadata={"help": "Temperature T_KD of the KL."})
     feature_loss_weight: float = field(default=0.5, metadata={"help": "Weight of the feature loss, 0 for none."})
     depth_gamma: float | None = field(default=None, metadata={"help": "Depth weight exp(-(depth - 1) / gamma)."})
@@ -92,6 +97,16 @@ class MuonAdamW(torch.optim.Optimizer):
         self._share_groups()
 
 
+class _SamplerCallback(TrainerCallback):
+    """Tells the sampler the epoch: accelerate does so in some cases only, not after a resume on several devices."""
+
+    def __init__(self, sampler: EpochSampler):
+        self._sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._sampler.epoch = int(state.epoch or 0)
+
+
 class JetFlowTrainer(Trainer):
     """
     Trains a head against a frozen target.
@@ -100,10 +115,11 @@ class JetFlowTrainer(Trainer):
         head ([`JetFlowHead`]): The head; only its parameters are trained.
         target (`PreTrainedModel`): The frozen target.
         args ([`JetFlowTrainingConfig`]): Options.
-        answers (`list[dict]`): Answers of the target (`id`, `prompt_ids`, `answer_ids`).
+        answers (`Answers` or `list[dict]`): Answers of the target (`id`, `prompt_ids`, `answer_ids`).
 
     Raises:
-        ValueError: If no answer can be trained on, or the target's output embedding is not a plain matrix.
+        ValueError: If no answer can be trained on, a source weight does not fit the answers, or the target's output
+            embedding is not a plain matrix.
     """
 
     optimizer: torch.optim.Optimizer | None
@@ -113,7 +129,7 @@ class JetFlowTrainer(Trainer):
         head: JetFlowHead,
         target: PreTrainedModel,
         args: JetFlowTrainingConfig,
-        answers: list[dict[str, Any]],
+        answers: Answers | list[dict[str, Any]],
         **kwargs: Any,
     ):
         dataset = AnswerDataset(answers, args.max_length)
@@ -122,20 +138,32 @@ class JetFlowTrainer(Trainer):
                 f"none of the {len(answers)} answers can be trained on: each needs two answer tokens and a prompt "
                 f"shorter than `max_length` = {args.max_length}"
             )
-        super().__init__(head, args, AnchorCollator(args.anchors_per_sequence), dataset, **kwargs)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        self.sampler = EpochSampler(dataset, args.train_batch_size * args.world_size, seed, args.source_weights)
+        super().__init__(head, args, AnchorCollator(args.anchors_per_sequence, seed), dataset, **kwargs)
+        self.add_callback(_SamplerCallback(self.sampler))
         self.model_accepts_loss_kwargs = False
         self.target = Target(target.requires_grad_(False).eval(), head.config)
         folder = Path(args.features_dir) / features_fingerprint(head.config) if args.features_dir else None
         self.features = FeatureStore(self.target.states, folder)
-        projection = self.target.output_rows(head.draft_token_ids)
-        if projection is None:
-            kind = type(target.get_output_embeddings()).__name__
-            raise ValueError(
-                f"the target's output embedding is a `{kind}`, but the loss needs a plain linear layer without bias; "
-                "load the target unquantized"
-            )
-        self.projection = projection
-        self._depth_sums: dict[str, torch.Tensor] = {}
+        self.projection = self.target.plain_output_rows(head.draft_token_ids)
+        self._agreement = Agreement()
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches in the sampler's order."""
+        args = self.args
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=args.train_batch_size,
+            sampler=self.sampler,
+            collate_fn=self.data_collator,
+            drop_last=args.dataloader_drop_last,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        return self.accelerator.prepare(loader)
 
     def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -145,75 +173,31 @@ class JetFlowTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        args, config = self.args, self.accelerator.unwrap_model(model).config
+        args, head = self.args, self.accelerator.unwrap_model(model)
+        num_depths = head.config.block_size - 1
         features, last_states = self.features.get(inputs)
-        block = make_blocks(inputs, config.block_size)
-        rows = model(
-            inputs_embeds=self._embed_blocks(model, inputs, block),
-            features=features,
-            position_ids=block.position_ids,
-            context_position_ids=torch.arange(features.shape[1], device=features.device).expand(features.shape[:2]),
-            anchor_position_ids=block.anchor_position_ids,
-        )
-        # Every drafted slot takes part, those without a target at weight zero: with shapes that change from update to
-        # update, the CPU's matrix kernels would be compiled anew each time.
-        is_slot = block.depths > 0
-        places = (block.position_ids - 1).clamp(0, last_states.shape[1] - 1)[..., None]
-        teacher = last_states.gather(1, places.expand(-1, -1, last_states.shape[-1]))[is_slot]
-        drafted, depths, has_target = rows[is_slot], block.depths[is_slot], block.is_drafted[is_slot]
-        weights = depth_weights(config.block_size - 1, args.depth_gamma, rows.device)[depths - 1] * has_target
+        drafted = draft_blocks(model, head, self.target, inputs, features, last_states)
+        weights = depth_weights(num_depths, args.depth_gamma, features.device)[drafted.depths - 1] * drafted.has_target
         weights = weights / weights.sum()
-        kl = chunked_forward_kl(drafted, teacher, self.projection, weights, args.distillation_temperature)
+        kl, corrected, is_top1_corrected = score_candidates(
+            drafted, self.projection, weights, args.distillation_temperature, head.config.branch_candidates
+        )
         loss = kl.loss
         if args.feature_loss_weight:
-            loss = loss + args.feature_loss_weight * feature_loss(drafted, teacher, weights)
-        self._count_depths(depths, has_target, kl, config.block_size - 1)
+            loss = loss + args.feature_loss_weight * feature_loss(drafted.rows, drafted.teacher, weights)
+        if corrected is not None:
+            loss = loss + ((drafted.depths > 1) * weights * corrected).sum()
+        self._agreement.add(drafted, kl, is_top1_corrected, head.draft_token_ids, num_depths)
         return (loss, {"loss": loss}) if return_outputs else loss
-
-    def _embed_blocks(self, model: nn.Module, inputs: dict[str, Any], block: "Blocks") -> torch.Tensor:
-        """Embeddings of the block rows: the true token at each anchor, MASK behind it."""
-        head = self.accelerator.unwrap_model(model)
-        anchors = inputs["input_ids"].gather(1, block.anchor_position_ids.clamp_min(0))
-        return self.target.embed_block(anchors, block.depths == 0, head.mask_embedding)
-
-    def _count_depths(self, depths: torch.Tensor, has_target: torch.Tensor, kl: KLResult, num_depths: int) -> None:
-        for name, values in (("count", torch.ones_like(kl.divergence)), ("top1", kl.is_top1), ("kl", kl.divergence)):
-            sums = torch.zeros(num_depths, device=values.device).index_add_(0, depths - 1, values * has_target.float())
-            self._depth_sums[name] = self._depth_sums.get(name, 0) + sums
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add agreement with the target and divergence by depth to the training log."""
-        if "loss" in logs and self._depth_sums:
-            count = self._depth_sums["count"].clamp_min(1)
-            for name in ("top1", "kl"):
-                for depth, value in enumerate((self._depth_sums[name] / count).tolist(), 1):
+        if "loss" in logs and self._agreement.sums:
+            for name, values in self._agreement.rates().items():
+                for depth, value in enumerate(values, 1):
                     logs[f"{name}_depth_{depth}"] = round(value, 4)
-            self._depth_sums = {}
+            self._agreement = Agreement()
         super().log(logs, *args, **kwargs)
-
-
-@dataclass
-class Blocks:
-    """Block rows of a batch, (batch, anchors x block_size) each."""
-
-    position_ids: torch.Tensor  # absolute position of each row
-    anchor_position_ids: torch.Tensor  # position of its anchor; negative where there is no block
-    depths: torch.Tensor  # slot in the block, 0 = anchor
-    is_drafted: torch.Tensor  # bool: has a target to learn (not an anchor, not past the end)
-
-
-def make_blocks(inputs: dict[str, Any], block_size: int) -> Blocks:
-    """The blocks that start at `inputs["anchors"]` (batch, anchors)."""
-    anchors = inputs["anchors"]
-    # Absent anchors get distinct negative positions, so that their rows see one another's blocks as little as any.
-    filler = -(1 + torch.arange(anchors.shape[1], device=anchors.device)) * block_size
-    anchors = torch.where(anchors < 0, filler, anchors)
-    slots = torch.arange(block_size, device=anchors.device)
-    position_ids = (anchors[..., None] + slots).flatten(1)
-    anchor_position_ids = anchors.repeat_interleave(block_size, dim=1)
-    depths = slots.repeat(anchors.shape[1]).expand_as(position_ids)
-    is_drafted = (depths > 0) & (anchor_position_ids >= 0) & (position_ids < inputs["lengths"][:, None])
-    return Blocks(position_ids, anchor_position_ids, depths, is_drafted)
 
 
 def features_fingerprint(config: JetFlowConfig) -> str:

@@ -11,6 +11,9 @@ from functools import lru_cache
 import torch
 
 
+MIN_REST = 1e-6  # least probability of the tokens that are no candidates
+
+
 @dataclass
 class Candidates:
     """Proposals of one draft, best first at every depth."""
@@ -38,8 +41,29 @@ class DraftTree:
 BranchScorer = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+def corrected_logprobs(logprobs: torch.Tensor, adjustments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Log-probabilities of candidates whose logits change by `adjustments`, while all other tokens keep theirs.
+
+    Args:
+        logprobs (`torch.Tensor`, (..., width)): Of the candidates, float32.
+        adjustments (`torch.Tensor`, (..., width)): Changes of their logits.
+
+    Returns:
+        Those of the candidates (..., width), and that of all other tokens together (..., 1).
+    """
+    rest = (1 - logprobs.exp().sum(-1, keepdim=True)).clamp_min(MIN_REST).log()
+    scores = logprobs + adjustments
+    total = torch.logaddexp(scores.logsumexp(-1, keepdim=True), rest)
+    return scores - total, (rest - total).expand(*scores.shape[:-1], 1)
+
+
 def build_tree(
-    anchor_id: torch.Tensor, candidates: Candidates, node_budget: int, scorer: BranchScorer | None = None
+    anchor_id: torch.Tensor,
+    candidates: Candidates,
+    node_budget: int,
+    scorer: BranchScorer | None = None,
+    width: int | None = None,
 ) -> DraftTree:
     """
     The best tree of at most `node_budget` nodes over the candidates.
@@ -53,6 +77,7 @@ def build_tree(
         node_budget (`int`): Most nodes of the tree, root included; at least 1.
         scorer (*optional*): Re-scores the candidates after each branch; without one every branch of a depth shares
             the depth's own row.
+        width (`int`, *optional*): Most children of a node, for a scorer; all candidates by default, 1 is a chain.
 
     Returns:
         `DraftTree`: With exactly `min(node_budget, nodes on offer)` nodes.
@@ -71,6 +96,9 @@ def build_tree(
         else:
             grid = logprobs[-1][:, None] + scorer(depth, places, tokens[-1])
             rows, columns = _grid(*grid.shape, device)
+            if width is not None and width < min(most, grid.shape[1]):
+                grid, best = grid.topk(width, dim=1)
+                rows, columns = rows.view(len(grid), -1)[:, :width].flatten(), best.flatten()
             scores = grid.flatten()
         scores, chosen = scores.topk(min(most, scores.shape[0]))
         places = rows[chosen]

@@ -5,6 +5,7 @@ shared between tests: do not change them.
 """
 
 import functools
+from functools import partial
 from typing import Any
 
 import pytest
@@ -165,9 +166,28 @@ def noisy_head():
 
 
 @pytest.fixture(scope="session")
-def head_of_kind(random_head, echo_head, wrong_head, noisy_head):
-    """`head_of_kind(kind, target, continuation)`: one of the heads above by its first word."""
+def corrected_head(noisy_head):
+    """`corrected_head(kind, target, continuation)`: a noisy head whose branch correction re-ranks what it drafts."""
+
+    def build(kind: str, target: PreTrainedModel, continuation: torch.Tensor, **config: Any) -> OracleHead:
+        head = noisy_head(target, continuation, branch_correction=kind, **config)
+        generator = torch.Generator().manual_seed(6)
+        with torch.no_grad():
+            for name, parameter in head.branch_correction.named_parameters():
+                if parameter.ndim == 2:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[1] ** -0.5)
+                if "down_proj" in name:
+                    parameter.mul_(4)
+        return head
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def head_of_kind(random_head, echo_head, wrong_head, noisy_head, corrected_head):
+    """`head_of_kind(kind, target, continuation)`: one of the heads above by its first word, or by its correction."""
     heads = {"echo": echo_head, "wrong": wrong_head, "noisy": noisy_head}
+    heads |= {kind: partial(corrected_head, kind) for kind in ("parent", "path")}
 
     def build(kind: str, target: PreTrainedModel, continuation: torch.Tensor, **config: Any) -> JetFlowHead:
         return random_head(target, **config) if kind == "random" else heads[kind](target, continuation, **config)

@@ -1,5 +1,7 @@
 """Small heads, trees and inputs that several test files share; the targets come from `conftest.py`."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,3 +108,15 @@ def tiny_tokenizer(vocab_size: int, eos_id: int | None = None) -> PreTrainedToke
 
 def word(token: int) -> str:
     return f"t{token:03d}"
+
+
+def write_lines(path: Path, *records: object, end: str = "\n") -> Path:
+    """A JSON lines file; a record that is text is written as it is."""
+    path.write_text("\n".join(record if isinstance(record, str) else json.dumps(record) for record in records) + end)
+    return path
+
+
+def answer(record_id: str, num_prompt: int, num_answer: int) -> dict:
+    """An answer whose token ids count up from 1."""
+    ids = list(range(1, 1 + num_prompt + num_answer))
+    return {"id": record_id, "prompt_ids": ids[:num_prompt], "answer_ids": ids[num_prompt:]}

@@ -1,5 +1,7 @@
 """The command line, end to end on a tiny target: train, resume, bench, and one-line errors."""
 
+import dataclasses
+import inspect
 import json
 
 import pytest
@@ -8,6 +10,8 @@ from typer.testing import CliRunner
 
 from hf_jetflow import JetFlowHead
 from hf_jetflow.cli import app
+from hf_jetflow.cli import train as train_command
+from hf_jetflow.recipe import TrainRecipe
 
 
 runner = CliRunner()
@@ -75,6 +79,28 @@ def test_a_run_continues_from_its_last_checkpoint_and_regenerates_nothing(target
     assert max(state["global_step"] for state in states) == 4
 
 
+def test_answers_made_elsewhere_are_trained_on_with_weights_and_a_warning(target_folder, prompts, tmp_path):
+    made = tmp_path / "made.jsonl"
+    records = [{"prompt_ids": [5, 6], "answer_ids": list(range(n, n + 9))} for n in range(40, 44)]
+    made.write_text("".join(json.dumps(record) + "\n" for record in [*records, {**records[0], "answer_ids": [7]}]))
+    result = train(
+        target_folder, prompts, tmp_path / "run", 2, "--answers", made, "--weight", "made=0.5", "--weight", "prompts=2"
+    )
+    assert result.exit_code == 0, result.output
+    output = " ".join(result.output.split())
+    assert "made.jsonl: these answers surprise the target by" in output
+    assert "of 13 answers: 1 left out, fewer than two answer tokens (see --max-length)" in output
+
+
+def test_the_command_and_the_recipe_have_the_same_options_and_defaults():
+    fields = {field.name: field for field in dataclasses.fields(TrainRecipe)}
+    options = dict(inspect.signature(train_command).parameters)
+    assert options.keys() - {"weight"} == fields.keys() - {"weights", "eval_node_budgets"}
+    for name, option in options.items():
+        if name in fields and option.default not in (inspect.Parameter.empty, []):
+            assert option.default == fields[name].default, name
+
+
 def test_bench_prints_a_table_and_writes_json(target_folder, prompts, tmp_path, tiny_target, random_head):
     random_head(tiny_target("llama")).save_pretrained(tmp_path / "head")
     arguments = [
@@ -115,6 +141,18 @@ def test_bench_prints_a_table_and_writes_json(target_folder, prompts, tmp_path, 
             "'<none>'",
         ),
         (["train", "--target", "TARGET", "--prompts", "PROMPTS", "--output", "OUT", "--dtype", "int3"], "'int3'"),
+        (
+            ["train", "--target", "TARGET", "--prompts", "PROMPTS", "--output", "OUT", "--weight", "code=2"],
+            "given for 'code', but the sources are ['prompts']",
+        ),
+        (
+            ["train", "--target", "TARGET", "--prompts", "PROMPTS", "--output", "OUT", "--weight", "prompts"],
+            "the weight is 'prompts', but NAME=WEIGHT is needed",
+        ),
+        (
+            ["train", "--target", "TARGET", "--answers", "PROMPTS", "--output", "OUT"],
+            "record 1: needs `prompt_ids` and `answer_ids`",
+        ),
         (["bench", "--target", "TARGET", "--head", "TARGET", "--prompts", "PROMPTS"], "JetFlow layout only"),
         (["bench", "--target", "TARGET", "--head", "nowhere/at/all", "--prompts", "PROMPTS"], "nowhere/at/all"),
     ],

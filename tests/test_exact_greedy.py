@@ -12,7 +12,7 @@ from hf_jetflow import JetFlowHead
 
 
 SLIDING = ["mistral-sliding", "gemma2", "gemma3_text", "gpt_oss"]
-KINDS = ["random", "echo", "wrong", "noisy"]
+KINDS = ["random", "echo", "wrong", "noisy", "parent", "path"]
 BUDGETS = [1, 2, 7, 64, 256]
 NUM_TOKENS = 33  # the prefill's token and four whole blocks
 
@@ -62,7 +62,7 @@ def test_every_family_and_node_budget_gives_the_plain_text(
 
 
 @pytest.mark.parametrize("node_budget", BUDGETS)
-@pytest.mark.parametrize("kind", ["random", "echo", "wrong"])
+@pytest.mark.parametrize("kind", ["random", "echo", "wrong", "parent", "path"])
 @pytest.mark.parametrize("family", ["qwen3", "mistral-sliding"])
 def test_every_head_gives_the_plain_text(kind, node_budget, family, tiny_target, head_of_kind, plain_text, prompt):
     target, plain = tiny_target(family), plain_text(family, prompt)
@@ -127,6 +127,8 @@ HEAD_LAYOUTS = {
     "one tapped layer": dict(hidden_state_indices=[3]),
     "embedding output tapped": dict(hidden_state_indices=[0, 5]),
     "attention biases": dict(attention_bias=True),
+    "few candidates to correct": dict(branch_correction="path", branch_candidates=3),
+    "more candidates to correct than tokens": dict(branch_correction="parent", branch_candidates=1000),
 }
 
 
@@ -169,6 +171,16 @@ def test_a_bf16_head_on_an_fp32_target_gives_the_plain_text(kind, tiny_target, h
     assert_same_text(plain, generate(target, prompt, head))
 
 
+@pytest.mark.parametrize("kind", ["parent", "path"])
+def test_a_corrected_draft_vocabulary_gives_the_plain_text(kind, tiny_target, corrected_head, plain_text, prompt):
+    target, plain = tiny_target("llama"), plain_text("llama", prompt)
+    token_ids = plain[0].unique()
+    head = corrected_head(kind, target, plain, draft_vocab_size=len(token_ids))
+    head.d2t.copy_(token_ids)
+    assert_same_text(plain, generate(target, prompt, head))
+    assert head.last_stats.num_accepted
+
+
 def test_a_target_with_tied_embeddings_gives_the_plain_text(tiny_target, noisy_head, prompt):
     target = tiny_target("llama", tie_word_embeddings=True)
     plain = generate(target, prompt)
@@ -182,6 +194,22 @@ def test_an_output_layer_with_a_bias_is_asked_as_a_module(tiny_target, echo_head
     head = echo_head(target, plain)
     assert_same_text(plain, generate(target, prompt, head))
     assert head.last_stats.tokens_per_round == head.config.block_size
+
+
+@pytest.mark.parametrize("kind", ["parent", "path"])
+def test_an_output_layer_with_a_bias_corrects_as_one_without(kind, tiny_target, corrected_head, prompt):
+    target = copy.deepcopy(tiny_target("llama"))
+    plain = generate(target, prompt)
+    head = corrected_head(kind, target, plain)
+    assert_same_text(plain, generate(target, prompt, head))
+    as_matrix = head.last_stats
+    output = target.get_output_embeddings()
+    with_bias = nn.Linear(output.in_features, output.out_features)
+    with_bias.weight = output.weight
+    nn.init.zeros_(with_bias.bias)
+    target.set_output_embeddings(with_bias)
+    assert_same_text(plain, generate(target, prompt, head))
+    assert head.last_stats.accepted_by_depth == as_matrix.accepted_by_depth
 
 
 def left_padded(prompt, num_pads):

@@ -79,7 +79,7 @@ def check_same(target, prompt, head_of_kind, kind, **kwargs):
     return head
 
 
-@pytest.mark.parametrize("kind", ["noisy", "echo"])
+@pytest.mark.parametrize("kind", ["noisy", "echo", "path"])
 @pytest.mark.parametrize("settings", [*WARPERS, *PROCESSORS])
 def test_sampling_draws_the_same_text_from_the_same_seed(settings, kind, tiny_target, head_of_kind, prompt):
     kwargs = (WARPERS | PROCESSORS)[settings]
@@ -96,7 +96,7 @@ def test_greedy_decoding_runs_every_processor_on_the_true_prefix(settings, tiny_
     check_same(target, prompt, head_of_kind, "noisy", **kwargs)
 
 
-@pytest.mark.parametrize("kind", ["random", "echo", "wrong", "noisy"])
+@pytest.mark.parametrize("kind", ["random", "echo", "wrong", "noisy", "parent", "path"])
 @pytest.mark.parametrize("do_sample", [True, False])
 def test_a_custom_processor_is_called_once_per_token(do_sample, kind, tiny_target, head_of_kind, prompt):
     check_same(tiny_target("llama"), prompt, head_of_kind, kind, custom_processor=True, do_sample=do_sample)

@@ -1,0 +1,92 @@
+"""Replay: the rounds that decoding would take over a text of the target, without decoding it again.
+
+The text is known, so one target forward and one head forward per text are enough for every round of every node budget.
+In exact arithmetic the figures are those of greedy decoding.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from .blocks import forward_blocks, make_blocks
+from .drafting import JetFlowCandidateGenerator
+from .modeling_jetflow import JetFlowHead
+from .policy import RoundPlan, plan_round, read_limits
+from .stats import GenerationStats
+from .target import Target
+from .tree import DraftTree, build_tree
+
+
+@torch.no_grad()
+def replay(
+    target: Target,
+    head: JetFlowHead,
+    texts: Iterable[tuple[Sequence[int], int]],
+    node_budgets: Sequence[int],
+    *,
+    width: int | None = None,
+    tree_builder: Callable[..., DraftTree] = build_tree,
+    progress: Callable[[int], None] | None = None,
+) -> dict[int, GenerationStats]:
+    """
+    Statistics of greedy decoding over known texts.
+
+    Args:
+        texts: Token ids of each text, prompt and greedy answer of the target, and how many of them are the prompt.
+        node_budgets: Node budgets to replay, each from 2.
+        width (`int`, *optional*): Children considered per node; 1 is a chain.
+        tree_builder: What builds the trees, for comparisons.
+        progress: Called with the number of texts done.
+
+    Returns:
+        `GenerationStats` by node budget, without times.
+    """
+    block_size = head.config.block_size
+    stats = {budget: GenerationStats() for budget in node_budgets}
+    for number, (ids, num_prompt) in enumerate(texts, 1):
+        drafter = JetFlowCandidateGenerator(head, target)
+        blocks = _rows_of_all_anchors(target, head, ids, num_prompt)
+        for budget in node_budgets:
+            settings = {**head.generation_config.to_dict(), "node_budget": budget, "width": width}
+            limits = read_limits(type(head.generation_config)(**settings), block_size)
+            _replay_text(drafter, blocks, list(ids[num_prompt:]), limits, tree_builder, stats[budget])
+        if progress is not None:
+            progress(number)
+    return stats
+
+
+def _rows_of_all_anchors(target: Target, head: JetFlowHead, ids: Sequence[int], num_prompt: int) -> torch.Tensor:
+    """Drafted rows behind every answer token but the last, (anchors, block_size - 1, hidden)."""
+    input_ids = torch.tensor([list(ids)], device=target.model.device)
+    anchors = torch.arange(num_prompt, len(ids) - 1, device=input_ids.device)[None]
+    lengths = torch.tensor([len(ids)], device=input_ids.device)
+    blocks = make_blocks({"anchors": anchors, "lengths": lengths}, head.config.block_size)
+    features, _ = target.states(input_ids)
+    rows = forward_blocks(head, head, target, input_ids, blocks, features.to(head.dtype))
+    return rows.view(-1, head.config.block_size, rows.shape[-1])[:, 1:]
+
+
+def _replay_text(
+    drafter: JetFlowCandidateGenerator,
+    blocks: torch.Tensor,
+    answer: list[int],
+    limits: RoundPlan,
+    tree_builder: Callable[..., DraftTree],
+    stats: GenerationStats,
+) -> None:
+    place = 0  # of the anchor in the answer
+    while place < len(answer) - 1:
+        plan = plan_round(limits, len(answer) - 1 - place)
+        anchor_id = torch.tensor(answer[place : place + 1], device=blocks.device)
+        candidates = drafter.rank(blocks[place, : plan.max_depth], plan.width, blocks.device)
+        tree = tree_builder(anchor_id, candidates, plan.node_budget, drafter.branch_scorer, plan.width)
+        parents, tokens = tree.parents.tolist(), tree.tokens.tolist()
+        children = {pair: node for node, pair in enumerate(zip(parents, tokens, strict=True))}
+        node, num_accepted = 0, 0
+        while (child := children.get((node, answer[place + num_accepted + 1]))) is not None:
+            node, num_accepted = child, num_accepted + 1
+            if place + num_accepted + 1 == len(answer):
+                break
+        stats.count_round(len(tokens) - 1, tree.max_depth, num_accepted)
+        place += num_accepted + 1
+    stats.num_new_tokens += len(answer)
