@@ -19,9 +19,11 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import __version__
+from .blocks import measure_agreement
 from .data import encode_chat, read_prompts
 from .modeling_jetflow import JetFlowHead
 from .stats import GenerationStats
+from .target import Target
 
 
 METHODS = ("plain", "jetflow", "chain")
@@ -81,10 +83,12 @@ def run_bench(
         progress: Called with (runs done, runs in all, what runs).
 
     Returns:
-        `dict`: `environment` and `rows`, as described in the README.
+        `dict`: `environment` and `rows`, as described in the README, and `agreement`: by prompt set and depth, how
+            often the head ranks the target's token first on plain greedy texts (see [`~blocks.Agreement`]).
     """
     groups = [(path.stem, read_prompts([path])[:num_prompts]) for path in prompts]
     rows: list[dict[str, Any]] = []
+    agreement: dict[str, dict[str, list[float]]] = {}
     num_variants = len(make_variants(methods, node_budgets))
     total = repeats * len(temperatures) * num_variants * sum(len(group) for _, group in groups)
     done = 0
@@ -96,16 +100,30 @@ def run_bench(
             variants = make_variants(methods, node_budgets)
             for variant in variants:  # warm-up, not counted
                 _timed_run(target, head, variant, encoded[0], temperature, min(max_new_tokens, 16), seed=0)
+            texts: list[tuple[list[int], int]] = []
             for repeat in range(repeats):
                 for index, input_ids in enumerate(encoded):
-                    _measure_prompt(
+                    plain_ids = _measure_prompt(
                         target, head, variants, input_ids, temperature, max_new_tokens, seed=repeat * 1000 + index
                     )
+                    texts.append((input_ids[0].tolist() + plain_ids, input_ids.shape[1]))
                     done += len(variants)
                     if progress is not None:
                         progress(done, total, name)
             rows += [_row(name, variant, target, temperature, len(group)) for variant in variants]
-    return {"environment": environment(), "rows": rows}
+            if temperature == 0:
+                agreement[name] = _agreement(target, head, texts[: len(group)])
+    return {"environment": environment(), "rows": rows, "agreement": agreement}
+
+
+def _agreement(
+    target: PreTrainedModel, head: JetFlowHead, texts: list[tuple[list[int], int]]
+) -> dict[str, list[float]]:
+    view = Target(target, head.config)
+    if view.output_rows(None) is None:  # a packed output embedding: its rows cannot be compared
+        return {}
+    rates = measure_agreement(view, head, texts).rates()
+    return {name: [round(value, 4) for value in values] for name, values in rates.items()}
 
 
 def _measure_prompt(
@@ -116,8 +134,8 @@ def _measure_prompt(
     temperature: float,
     max_new_tokens: int,
     seed: int,
-) -> None:
-    """Answer one prompt with each variant, one after the other, and add the figures to the variants."""
+) -> list[int]:
+    """Answer one prompt with each variant in turn, add the figures to the variants; returns the plain answer."""
     plain_ids: list[int] = []
     plain_seconds = 1.0
     for variant in variants:
@@ -130,6 +148,7 @@ def _measure_prompt(
         variant.num_tokens += len(new_ids)
         variant.num_identical += new_ids == plain_ids
         variant.ratios.append((plain_seconds / len(plain_ids)) / (seconds / len(new_ids)))
+    return plain_ids
 
 
 def _timed_run(

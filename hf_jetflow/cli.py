@@ -52,8 +52,23 @@ def train(
         ),
     ] = [],  # noqa: B006
     eval_prompts: Annotated[
-        list[Path], typer.Option(help="Held-out prompts, decoded with the head to report tokens per round.")
+        list[Path],
+        typer.Option(help="Held-out prompts, decoded during training to keep the best head, and at the end."),
     ] = [],  # noqa: B006
+    eval_steps: Annotated[
+        int, typer.Option(help="Updates between two evaluations; 0 for as many as between checkpoints.")
+    ] = 0,
+    eval_num_prompts: Annotated[int, typer.Option(help="Prompts of each file decoded during training.")] = 8,
+    eval_max_new_tokens: Annotated[int, typer.Option(help="Tokens decoded of each during training.")] = 64,
+    patience: Annotated[
+        int, typer.Option(help="Evaluations without a better figure after which training stops; 0 for never.")
+    ] = 0,
+    head: Annotated[
+        str | None, typer.Option(help="Trained head to continue from: a Hub id or a folder; a new one if not given.")
+    ] = None,
+    train_only: Annotated[
+        str | None, typer.Option(help="`correction` freezes all of the head but its branch correction.")
+    ] = None,
     target_name: Annotated[str | None, typer.Option(help="Name of the target for the head's config and card.")] = None,
     num_layers: Annotated[int, typer.Option(help="Layers of the head.")] = 3,
     num_taps: Annotated[int, typer.Option(help="Target layers the head listens to.")] = 5,
@@ -62,6 +77,9 @@ def train(
     mask_token: Annotated[
         str | None, typer.Option(help="Unused special token for the MASK rows; a learned embedding if not given.")
     ] = None,
+    branch_correction: Annotated[
+        str, typer.Option(help="What corrects the scores of a branch: path, parent (its last token only), or none.")
+    ] = "path",
     max_new_tokens: Annotated[int, typer.Option(help="Longest regenerated answer.")] = 256,
     temperature: Annotated[float, typer.Option(help="Temperature of regenerated answers, 0 for greedy.")] = 0.0,
     generation_batch_size: Annotated[int, typer.Option(help="Prompts answered at one time.")] = 32,
@@ -76,6 +94,9 @@ def train(
     save_steps: Annotated[int, typer.Option(help="Updates between checkpoints.")] = 200,
     seed: Annotated[int, typer.Option(help="Seed of sampled answers, initialisation, order and anchors.")] = 0,
     dtype: DtypeOption = "auto",
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="ORG/NAME", help="Repository on the Hub that the head is uploaded to.")
+    ] = None,
 ) -> None:
     """
     Train a draft head for a target. Example:
@@ -143,7 +164,10 @@ def bench(
                 repeats=repeats,
                 progress=reporter,
             )
-    Console(width=None if sys.stdout.isatty() else 120).print(_bench_table(result))
+    output = Console(width=None if sys.stdout.isatty() else 120)
+    output.print(_bench_table(result))
+    if any(result["agreement"].values()):
+        output.print(_agreement_table(result["agreement"]))
     if json is not None:
         write_json(result, json)
         console.print(f"written to {json}")
@@ -167,6 +191,27 @@ def _bench_table(result: dict[str, Any]) -> Table:
             f"{low:.2f} - {high:.2f}",
             f"{100 * row['identical_to_plain']:.0f} %",
         )
+    return table
+
+
+def _agreement_table(agreement: dict[str, dict[str, list[float]]]) -> Table:
+    """How often the head ranks the target's token first, by depth."""
+    measures = {
+        "spine_top1": "on the greedy spine",
+        "spine_corrected_top1": "the same, corrected",
+        "sibling_top1": "after an accepted sibling",
+        "sibling_corrected_top1": "the same, corrected",
+    }
+    depths = max(len(values) for rates in agreement.values() for values in rates.values())
+    table = Table(title="Share of the target's tokens that the head ranks first, by depth")
+    for column in ("prompts", "where", *map(str, range(1, depths + 1))):
+        table.add_column(column, no_wrap=True, justify="left" if column in ("prompts", "where") else "right")
+    for prompts, rates in agreement.items():
+        for name, words in measures.items():
+            if name in rates:
+                start = 1 if name.startswith("sibling") else 0  # depth 1 follows the anchor, which has no sibling
+                cells = ["-"] * start + [f"{value:.2f}" for value in rates[name][start:]]
+                table.add_row(prompts, words, *cells)
     return table
 
 

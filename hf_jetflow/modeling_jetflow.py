@@ -103,6 +103,10 @@ class JetFlowDecoderLayer(GradientCheckpointingLayer):
         return block + self.mlp(self.post_attention_layernorm(block))
 
 
+class ZeroLinear(nn.Linear):
+    """A projection whose weights start at zero."""
+
+
 class BranchCorrection(nn.Module):
     """
     Conditions a node's scores on the tokens of its branch, which the block, all MASK behind the anchor, cannot see.
@@ -121,7 +125,7 @@ class BranchCorrection(nn.Module):
         self.token_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
         self.slot_proj = nn.Linear(hidden, 2 * width, bias=False)
         self.token_proj = nn.Linear(hidden, 2 * width, bias=False)
-        self.down_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = ZeroLinear(width, hidden, bias=False)
         self.has_state = config.branch_correction == "path"
         if self.has_state:
             self.state_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
@@ -207,8 +211,8 @@ class JetFlowHead(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, JetFlowHead) and module.mask_embedding is not None:
             nn.init.normal_(module.mask_embedding, std=self.config.initializer_range)
-        if isinstance(module, BranchCorrection):
-            nn.init.zeros_(module.down_proj.weight)
+        if isinstance(module, ZeroLinear):
+            nn.init.zeros_(module.weight)
 
     @property
     def draft_token_ids(self) -> torch.Tensor | None:

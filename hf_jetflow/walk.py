@@ -81,16 +81,21 @@ def walk_tree(
     Returns:
         `Walk`: The path and the token after it, all of them pushed.
     """
-    if chooser.is_plain_argmax:
+    if chooser.is_plain_argmax and logits.device.type != "cpu":
         choices, tokens, parents = torch.stack([logits.argmax(dim=-1), tree.tokens, tree.parents]).tolist()
-    else:
+    else:  # on the CPU nothing is gained by choosing at nodes off the path too
         tokens, parents = torch.stack([tree.tokens, tree.parents]).tolist()
         choices = None
     children = {pair: node for node, pair in enumerate(zip(parents, tokens, strict=True))}
     path = [0]
     while True:
         node = path[-1]
-        token = choices[node] if choices else chooser.choose(logits[node : node + 1], prefix_ids())
+        if choices:
+            token = choices[node]
+        elif chooser.is_plain_argmax:
+            token = int(logits[node].argmax())
+        else:
+            token = chooser.choose(logits[node : node + 1], prefix_ids())
         is_finished = push(token)
         child = children.get((node, token))
         if is_finished or child is None:
