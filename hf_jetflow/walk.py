@@ -81,19 +81,19 @@ def walk_tree(
     Returns:
         `Walk`: The path and the token after it, all of them pushed.
     """
-    if chooser.is_plain_argmax and logits.device.type != "cpu":
+    choices: list[int] | None = None
+    if chooser.is_plain_argmax and _transfer_is_dear(logits):
         choices, tokens, parents = torch.stack([logits.argmax(dim=-1), tree.tokens, tree.parents]).tolist()
-    else:  # on the CPU nothing is gained by choosing at nodes off the path too
+    else:
         tokens, parents = torch.stack([tree.tokens, tree.parents]).tolist()
-        choices = None
     children = {pair: node for node, pair in enumerate(zip(parents, tokens, strict=True))}
     path = [0]
     while True:
         node = path[-1]
-        if choices:
+        if choices is not None:
             token = choices[node]
         elif chooser.is_plain_argmax:
-            token = int(logits[node].argmax())
+            token = int(logits[node].float().argmax())
         else:
             token = chooser.choose(logits[node : node + 1], prefix_ids())
         is_finished = push(token)
@@ -101,3 +101,8 @@ def walk_tree(
         if is_finished or child is None:
             return Walk(path, token)
         path.append(child)
+
+
+def _transfer_is_dear(logits: torch.Tensor) -> bool:
+    """Whether one argmax over all nodes and one transfer beat a choice at each node of the path."""
+    return logits.device.type != "cpu"

@@ -93,7 +93,9 @@ def test_the_path_s_tokens_and_the_bonus_token_are_pushed_in_order():
 
 @pytest.mark.parametrize(("last", "path", "bonus_id"), [(1, [0], 7), (2, [0, 2], 2), (3, [0, 2, 4], 8)])
 @pytest.mark.parametrize("is_general", [False, True], ids=["plain argmax", "processors"])
-def test_the_walk_stops_where_push_says_so(last, path, bonus_id, is_general):
+@pytest.mark.parametrize("is_ahead", [False, True], ids=["node by node", "all nodes at once"])
+def test_the_walk_stops_where_push_says_so(last, path, bonus_id, is_general, is_ahead, monkeypatch):
+    monkeypatch.setattr("hf_jetflow.walk._transfer_is_dear", lambda _logits: is_ahead)
     committed = Committed(last)
     chooser = Chooser(LogitsProcessorList([Spy()]), do_sample=False) if is_general else plain_chooser()
     # The last token's node is not on the path although the tree has it: its logits were not used.
@@ -131,8 +133,10 @@ def test_a_processor_that_writes_in_place_leaves_the_target_s_logits_alone():
     assert torch.equal(logits, before)
 
 
+@pytest.mark.parametrize("is_ahead", [False, True], ids=["node by node", "all nodes at once"])
 @pytest.mark.parametrize("seed", range(6))
-def test_plain_argmax_and_the_general_path_agree(seed):
+def test_plain_argmax_and_the_general_path_agree(seed, is_ahead, monkeypatch):
+    monkeypatch.setattr("hf_jetflow.walk._transfer_is_dear", lambda _logits: is_ahead)
     generator = torch.Generator().manual_seed(seed)
     parents = random_parents(20, generator)
     # Tokens by place among the siblings: few enough that the target often chooses one of them.
