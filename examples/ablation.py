@@ -27,12 +27,14 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_jetflow import JetFlowConfig, JetFlowHead
+from hf_jetflow.answers import regenerate_answers
 from hf_jetflow.configuration_jetflow import spaced_layer_ids
-from hf_jetflow.data import frequent_tokens, read_answers, read_prompts, regenerate_answers
+from hf_jetflow.data import frequent_tokens, read_answers, read_prompts
 from hf_jetflow.loading import fast_dtype, load_target
 from hf_jetflow.replay import replay
+from hf_jetflow.starting import initialize_from_target
 from hf_jetflow.target import Target
-from hf_jetflow.training import JetFlowTrainer, JetFlowTrainingConfig, initialize_from_target
+from hf_jetflow.training import JetFlowTrainer, JetFlowTrainingConfig
 from hf_jetflow.tree import Candidates, DraftTree, ancestor_mask, build_tree
 
 
@@ -91,8 +93,9 @@ def algorithm_1_tree(
 ) -> DraftTree:
     """Algorithm 1 of arXiv 2606.18394: the likeliest leaf gets all its children at once, until the budget is spent."""
     assert scorer is None
-    tokens, parents, depths, scores, open_nodes = [int(anchor_id)], [-1], [0], [0.0], [0]
+    tokens, parents, depths, scores = [int(anchor_id)], [-1], [0], [0.0]
     max_depth, children = len(candidates.tokens), min(8, candidates.tokens.shape[1])  # W = 8
+    open_nodes = [0] if max_depth else []
     all_tokens, all_scores = candidates.tokens.tolist(), candidates.logprobs.tolist()
     while open_nodes and len(tokens) < node_budget:
         node = max(open_nodes, key=scores.__getitem__)
@@ -142,7 +145,7 @@ def train_row(
     if not how.is_random_start:
         initialize_from_target(head, target)
     if how.draft_vocab:
-        head.d2t.copy_(frequent_tokens(answers, how.draft_vocab, always=[target.generation_config.eos_token_id]))
+        head.d2t.copy_(frequent_tokens(answers, how.draft_vocab))
     training = JetFlowTrainingConfig(
         output_dir=str(args.output / "runs" / name.replace(" ", "-")),
         max_steps=args.steps,

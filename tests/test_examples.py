@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import torch
+from helpers import tiny_tokenizer
+
+from hf_jetflow.tree import Candidates, build_tree
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -72,6 +75,59 @@ def test_tree_timing_writes_its_figures(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "tree.json").read_text())["rows"]
     assert {(row["node_budget"], row["max_depth"]) for row in rows} >= {(64, 7), (256, 15)}
+
+
+def test_the_ablation_trains_and_measures_rows_by_name(tiny_target, tmp_path, monkeypatch):
+    target = tiny_target("llama")
+    target.save_pretrained(tmp_path / "target")
+    tiny_tokenizer(target.config.vocab_size).save_pretrained(tmp_path / "target")
+    answers = [
+        dict(id=str(i), prompt_ids=[3, 10 + i, 5], answer_ids=[20 + i + j for j in range(12)]) for i in range(8)
+    ]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+    prompts = [dict(id=f"p{i}", prompt=f"t0{i + 40} t020") for i in range(3)]
+    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    ablation = load_example("ablation")
+    for training in ablation.TRAININGS.values():
+        training.draft_vocab, training.batch_size, training.anchors = None, 2, 2
+    monkeypatch.setattr(ablation, "NODE_BUDGETS", (4, 9))
+    results = tmp_path / "results" / "ablation.json"
+    arguments = ["--target", tmp_path / "target", "--answers", tmp_path / "answers.jsonl", "--steps", "2"]
+    arguments += ["--prompts", tmp_path / "dev.jsonl", "--output", tmp_path / "run", "--results", results]
+    arguments += ["--num-prompts", "2", "--max-new-tokens", "12"]
+
+    def run(*rows):
+        monkeypatch.setattr(sys, "argv", ["ablation.py", *map(str, arguments), "--rows", *rows])
+        ablation.main()
+        return json.loads(results.read_text())
+
+    chain, released, path = (name for name, row in ablation.ROWS.items() if row in WANTED_ROWS)
+    rows = run(chain, released)
+    assert [(row["name"], row["prompts"], row["node_budget"]) for row in rows] == [
+        (chain, "dev", 8),
+        (released, "dev", 4),
+        (released, "dev", 9),
+    ]
+    assert all(row["tokens_per_round"] >= 1 and row["speedup"] > 0 for row in rows)
+    more = run(path, released)  # one row more, one anew
+    assert [row["name"] for row in more] == [chain, *[path] * 2, *[released] * 2]
+    assert [row["tokens_per_round"] for row in more[3:]] == [row["tokens_per_round"] for row in rows[1:]]
+    assert results.with_suffix(".png").exists()
+    assert path in results.with_suffix(".md").read_text()
+
+
+WANTED_ROWS = [("bidirectional", "chain"), ("causal", "algorithm 1"), ("path", "exact")]
+
+
+def test_algorithm_1_gives_a_node_all_its_children():
+    ablation = load_example("ablation")
+    logprobs = torch.log_softmax(torch.randn(3, 10, generator=torch.Generator().manual_seed(0)), -1)
+    candidates = Candidates(torch.arange(30).view(3, 10), logprobs.sort(descending=True).values)
+    tree = ablation.algorithm_1_tree(torch.tensor([99]), candidates, 17)
+    assert tree.parents.tolist() == [-1, *[0] * 8, *[1] * 8]
+    assert tree.tokens.tolist() == [99, *range(8), *range(10, 18)]
+    best = build_tree(torch.tensor([99]), candidates, 17)
+    assert best.logprobs.exp().sum() > tree.logprobs.exp().sum()
 
 
 def load_example(name):
