@@ -165,8 +165,8 @@ def train_row(
         disable_tqdm=True,
     )
     JetFlowTrainer(head, target, training, answers).train()
-    head.eval().save_pretrained(folder)
-    return head
+    head.save_pretrained(folder)
+    return JetFlowHead.from_pretrained(folder)  # without what the trainer wrapped around it
 
 
 def greedy_texts(
