@@ -34,7 +34,7 @@ class Variant:
     """One way to decode: a method and, where it applies, a node budget."""
 
     method: str
-    node_budget: int | None = None
+    node_budget: int | str | None = None
     seconds: list[float] = field(default_factory=list)  # one entry per run
     ratios: list[float] = field(default_factory=list)  # plain time per token / own time per token, run by run
     num_tokens: int = 0
@@ -46,7 +46,7 @@ class Variant:
         return self.method if self.node_budget is None else f"{self.method} {self.node_budget}"
 
 
-def make_variants(methods: Sequence[str], node_budgets: Sequence[int]) -> list[Variant]:
+def make_variants(methods: Sequence[str], node_budgets: Sequence[int | str]) -> list[Variant]:
     """Plain first, then every method with every node budget (a chain takes none)."""
     unknown = sorted(set(methods) - set(METHODS))
     if unknown:
@@ -66,7 +66,7 @@ def run_bench(
     prompts: Sequence[Path],
     *,
     methods: Sequence[str] = METHODS,
-    node_budgets: Sequence[int] = (16, 32, 64),
+    node_budgets: Sequence[int | str] = (16, 32, 64, "auto"),
     temperatures: Sequence[float] = (0.0,),
     max_new_tokens: int = 128,
     num_prompts: int = 20,
@@ -99,7 +99,8 @@ def run_bench(
         for temperature in temperatures:
             variants = make_variants(methods, node_budgets)
             for variant in variants:  # warm-up, not counted
-                _timed_run(target, head, variant, encoded[0], temperature, min(max_new_tokens, 16), seed=0)
+                tokens = 64 if variant.node_budget == "auto" else 16  # "auto" tries what it chooses from
+                _timed_run(target, head, variant, encoded[0], temperature, min(max_new_tokens, tokens), seed=0)
             texts: list[tuple[list[int], int]] = []
             for repeat in range(repeats):
                 for index, input_ids in enumerate(encoded):

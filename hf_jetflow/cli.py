@@ -129,7 +129,9 @@ def bench(
     head: Annotated[str, typer.Option(help="Draft head: a Hub id or a folder.")],
     prompts: PromptsOption,
     methods: Annotated[str, typer.Option(help="Comma-separated: plain, chain, jetflow.")] = "plain,chain,jetflow",
-    node_budgets: Annotated[str, typer.Option(help="Comma-separated node budgets of jetflow.")] = "16,32,64",
+    node_budgets: Annotated[
+        str, typer.Option(help="Comma-separated node budgets of jetflow; auto is one.")
+    ] = "16,32,64,auto",
     temperature: Annotated[str, typer.Option(help="Comma-separated temperatures, 0 for greedy.")] = "0",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens generated per prompt.")] = 128,
     num_prompts: Annotated[int, typer.Option(help="Prompts taken from each file.")] = 20,
@@ -157,7 +159,7 @@ def bench(
                 draft_head,
                 prompts,
                 methods=methods.split(","),
-                node_budgets=[int(budget) for budget in node_budgets.split(",")],
+                node_budgets=[budget if budget == "auto" else int(budget) for budget in node_budgets.split(",")],
                 temperatures=[float(value) for value in temperature.split(",")],
                 max_new_tokens=max_new_tokens,
                 num_prompts=num_prompts,

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
@@ -18,7 +19,7 @@ from .caches import cache_windows
 from .drafting import JetFlowCandidateGenerator
 from .emit import Emitter
 from .modeling_jetflow import JetFlowHead
-from .policy import plan_round, read_limits
+from .policy import AutoPolicy, FixedPolicy, RoundCosts, read_limits
 from .stats import GenerationStats
 from .target import Target
 from .tree import build_tree
@@ -40,7 +41,7 @@ def decode(
 
     Takes what `generate` hands to a decoding method, prepared, and returns what `generate` returns.
     """
-    limits = read_limits(head.generation_config, head.config.block_size)
+    policy = choose_policy(head, model)
     wants = {name: getattr(generation_config, name) for name in OUTPUT_FLAGS}
     keeps = [wants["return_dict_in_generate"] and wants[name] for name in ("output_scores", "output_logits")]
     chooser = Chooser(logits_processor, generation_config.do_sample, *keeps)
@@ -55,11 +56,12 @@ def decode(
         drafter.observe(states)
         emitter.push(chooser.choose(states.logits, emitter.committed_ids()))
     while not emitter.is_finished:
-        plan = plan_round(limits, emitter.num_remaining)
+        plan = policy.plan(emitter.num_remaining)
         with _timed(stats, "draft"):
             candidates = drafter.propose(emitter.anchor_id, context.position, plan.max_depth, plan.width)
         with _timed(stats, "tree"):
             tree = build_tree(emitter.anchor_id, candidates, plan.node_budget, drafter.branch_scorer, plan.width)
+            tree = policy.fit(tree)
         with _timed(stats, "verify"):
             states = target.verify(context, tree)
         with _timed(stats, "walk"):
@@ -68,9 +70,24 @@ def decode(
             emitter.record_path(states, walk.path, cache_windows(context.cache))
             target.commit(context, tree, walk.path)
             drafter.observe(states, walk.path)
+        policy.record(tree, len(walk.path) - 1)
         stats.count_round(len(tree.tokens) - 1, tree.max_depth, len(walk.path) - 1)
-    stats.num_new_tokens = emitter.num_new_tokens
+    stats.num_new_tokens, stats.policy = emitter.num_new_tokens, policy.report()
     return emitter.finish(context.cache, wants)
+
+
+# What rounds cost, learned where `node_budget` is "auto", for each head and target that are still in use.
+ROUND_COSTS: WeakKeyDictionary[JetFlowHead, WeakKeyDictionary[PreTrainedModel, dict]] = WeakKeyDictionary()
+
+
+def choose_policy(head: JetFlowHead, model: PreTrainedModel) -> AutoPolicy | FixedPolicy:
+    """The policy that the head's generation config asks for; what rounds cost is remembered."""
+    limits = read_limits(head.generation_config, head.config.block_size)
+    if getattr(head.generation_config, "node_budget", None) != "auto":
+        return FixedPolicy(limits)
+    of_head = ROUND_COSTS.setdefault(head, WeakKeyDictionary())
+    costs = of_head.setdefault(model, {}).setdefault((model.device, model.dtype, head.dtype, limits), RoundCosts())
+    return AutoPolicy(limits, costs)
 
 
 OUTPUT_FLAGS = (

@@ -1,6 +1,7 @@
 """`GenerationStats`: what one `generate` call drafted and what the target kept of it."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -17,6 +18,8 @@ class GenerationStats:
     num_accepted: int = 0  # drafted tokens kept, bonus tokens excluded
     offered_by_depth: list[int] = field(default_factory=list)  # rounds whose tree reached depth 1, 2, ...
     accepted_by_depth: list[int] = field(default_factory=list)  # rounds that kept a token at depth 1, 2, ...
+    rounds_by_nodes: dict[int, int] = field(default_factory=dict)  # rounds by nodes verified; 1 is a plain step
+    policy: dict[str, Any] = field(default_factory=dict)  # what `node_budget="auto"` chose by, see `AutoPolicy.report`
     # Host seconds of "prefill" and of the rounds' "draft", "tree", "verify", "walk" and "commit". On an accelerator
     # the host runs ahead, and a step's time shows up where the host next waits.
     seconds_by_step: dict[str, float] = field(default_factory=dict)
@@ -24,6 +27,7 @@ class GenerationStats:
     def count_round(self, num_drafted: int, tree_depth: int, num_accepted: int) -> None:
         """Add one round whose tree had `num_drafted` nodes down to `tree_depth`, of which `num_accepted` were kept."""
         self.num_rounds += 1
+        self.rounds_by_nodes[num_drafted + 1] = self.rounds_by_nodes.get(num_drafted + 1, 0) + 1
         self.num_drafted += num_drafted
         self.num_accepted += num_accepted
         missing = tree_depth - len(self.offered_by_depth)

@@ -136,6 +136,22 @@ def _best_nodes(
     )
 
 
+def trim_tree(tree: DraftTree, node_budget: int) -> DraftTree:
+    """The best `node_budget` nodes of a tree, which is what `build_tree` would have built with that budget."""
+    kept = tree.logprobs.sort(descending=True, stable=True).indices[:node_budget].sort().values
+    new_place = torch.empty_like(tree.parents).scatter_(0, kept, torch.arange(len(kept), device=kept.device))
+    parents = new_place[tree.parents[kept].clamp_min(0)]
+    parents[0] = -1
+    return DraftTree(
+        tokens=tree.tokens[kept],
+        parents=parents,
+        depths=tree.depths[kept],
+        logprobs=tree.logprobs[kept],
+        ancestor_mask=tree.ancestor_mask[kept][:, kept],
+        max_depth=tree.max_depth,
+    )
+
+
 def ancestor_mask(parents: torch.Tensor, max_depth: int) -> torch.Tensor:
     """Visibility among nodes, (nodes, nodes) bool: each node sees its ancestors and itself."""
     num_nodes = len(parents)

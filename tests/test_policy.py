@@ -1,0 +1,188 @@
+"""`node_budget="auto"`: on made-up machines, the budget that yields most tokens per second, and no less than plain."""
+
+import pytest
+import torch
+from helpers import make_tree
+from reference import assert_same_text
+
+from hf_jetflow import policy as policy_module
+from hf_jetflow.policy import FIRST_TRIALS, AutoPolicy, RoundCosts, RoundPlan
+from hf_jetflow.tree import Candidates, build_tree, trim_tree
+
+
+LIMITS = RoundPlan(node_budget=128, max_depth=7, width=64)
+
+
+class Machine:
+    """
+    A clock, a target whose forward costs what `seconds(nodes)` says, and a head right with the given probability.
+
+    Its drafts are shared rows: `top` is the probability of each depth's best token, the rest falls off by halves.
+    """
+
+    def __init__(self, monkeypatch, seconds, top, claimed=None, seed=0):
+        self.now = 0.0
+        self.seconds, self.top, self.claimed = seconds, top, claimed or top
+        self.generator = torch.Generator().manual_seed(seed)
+        monkeypatch.setattr(policy_module.time, "perf_counter", lambda: self.now)
+
+    def shares(self, top):
+        rest = 0.5 ** torch.arange(1, 64)
+        return torch.cat([torch.tensor([top]), (1 - top) * rest / rest.sum()])
+
+    def run(self, policy, num_tokens):
+        """Tokens and seconds of a generation."""
+        done, start = 0, self.now
+        while done < num_tokens:
+            plan = policy.plan(num_tokens - done)
+            if plan.max_depth:
+                row = self.shares(self.claimed).log()[: plan.width]
+                tokens = torch.arange(len(row)).repeat(plan.max_depth, 1)
+                candidates = Candidates(tokens, row.repeat(plan.max_depth, 1))
+                tree = build_tree(torch.tensor([0]), candidates, plan.node_budget, width=plan.width)
+                self.now += 0.2  # the draft
+            else:
+                tree = make_tree([0], [-1])
+            tree = policy.fit(tree)
+            self.now += self.seconds(len(tree.tokens))
+            node = accepted = 0
+            children = {
+                pair: i for i, pair in enumerate(zip(tree.parents.tolist(), tree.tokens.tolist(), strict=True))
+            }
+            while True:
+                choice = int(torch.multinomial(self.shares(self.top), 1, generator=self.generator))
+                if (node := children.get((node, choice), -1)) < 0:
+                    break
+                accepted += 1
+            policy.record(tree, accepted)
+            done += accepted + 1
+        return done, self.now - start
+
+
+def rate(monkeypatch, seconds, top, node_budget, claimed=None):
+    """Tokens per second with a fixed budget, or with "auto" once it has had its trials."""
+    machine = Machine(monkeypatch, seconds, top, claimed)
+    if node_budget != "auto":
+        limits = RoundPlan(node_budget, LIMITS.max_depth, max(min(64, node_budget - 1), 1))
+        tokens, spent = machine.run(policy_module.FixedPolicy(limits), 1000)
+        return tokens / spent
+    costs = RoundCosts()
+    machine.run(AutoPolicy(LIMITS, costs), 100)
+    totals = [machine.run(AutoPolicy(LIMITS, costs), 400) for _ in range(4)]
+    return sum(tokens for tokens, _ in totals) / sum(spent for _, spent in totals)
+
+
+MACHINES = {
+    "rows are nearly free": lambda nodes: 1 + 0.001 * nodes,
+    "rows cost a little": lambda nodes: 1 + 0.02 * nodes,
+    "rows cost much": lambda nodes: 1 + 0.1 * nodes,
+    "free up to 32 rows": lambda nodes: 1 + 0.1 * max(nodes - 32, 0),
+}
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("top", [0.5, 0.8])
+def test_auto_is_close_to_the_best_fixed_budget(machine, top, monkeypatch):
+    fixed = {budget: rate(monkeypatch, MACHINES[machine], top, budget) for budget in (1, 4, 8, 16, 32, 64, 128)}
+    assert rate(monkeypatch, MACHINES[machine], top, "auto") > 0.92 * max(fixed.values())
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_a_head_that_is_never_right_costs_next_to_nothing(machine, monkeypatch):
+    plain = rate(monkeypatch, MACHINES[machine], 1e-9, 1)
+    assert rate(monkeypatch, MACHINES[machine], 1e-9, "auto", claimed=0.7) > 0.96 * plain
+
+
+def test_drafting_is_taken_up_again_when_it_pays(monkeypatch):
+    machine, costs = Machine(monkeypatch, MACHINES["rows cost a little"], 1e-9, claimed=0.7), RoundCosts()
+    policy = AutoPolicy(LIMITS, costs)
+    machine.run(policy, 300)
+    assert costs.pause > policy_module.SHORTEST_PAUSE
+    machine.top = 0.9
+    machine.run(policy, 400)
+    tokens, spent = machine.run(policy, 400)
+    assert tokens / spent > 1.5
+
+
+def test_every_trial_is_made_first_and_once(monkeypatch):
+    machine, costs = Machine(monkeypatch, MACHINES["rows cost a little"], 0.6), RoundCosts()
+    sizes = []
+    policy = AutoPolicy(LIMITS, costs)
+    record = policy.record
+    monkeypatch.setattr(policy, "record", lambda tree, kept: (sizes.append(len(tree.tokens)), record(tree, kept)))
+    machine.run(policy, 200)
+    assert sizes[: 2 * len(FIRST_TRIALS)] == [size for size in FIRST_TRIALS for _ in range(2)]
+    assert costs.untried(128) is None
+    sizes.clear()
+    machine.run(AutoPolicy(LIMITS, costs), 20)  # the next generation chooses at once
+    assert costs.untried(128) is None
+
+
+@pytest.mark.parametrize(("max_depth", "width"), [(7, 1), (3, 1), (1, 2), (2, 3)])
+def test_trees_that_cannot_be_large_do_not_wait_for_large_trials(max_depth, width, monkeypatch):
+    machine, costs = Machine(monkeypatch, MACHINES["rows are nearly free"], 0.8), RoundCosts()
+    policy = AutoPolicy(RoundPlan(128, max_depth, width), costs)
+    machine.run(policy, 200)
+    most = sum(width**depth for depth in range(max_depth + 1))
+    assert costs.untried(most) is None
+    assert policy.report()["round_seconds"].keys() <= set(range(1, most + 1))
+    assert policy.report()["drafted_over_plain"] > 1
+
+
+def test_seconds_lie_on_the_line_between_what_was_measured():
+    costs = RoundCosts()
+    for nodes, seconds in ((1, 1.0), (16, 2.0), (64, 8.0)):
+        for value in (99.0, seconds, seconds, 50.0):  # the first one does not count, and one disturbed one does little
+            costs.add(nodes, value)
+    assert [costs.seconds(nodes) for nodes in (1, 16, 64)] == [1.0, 2.0, 8.0]
+    assert costs.seconds(40) == pytest.approx(5.0)
+    assert costs.seconds(128) == pytest.approx(16.0)
+
+
+def test_calibration_follows_what_was_kept():
+    costs = RoundCosts()
+    for _ in range(300):
+        costs.count(2.0, 1)
+    assert costs.calibration == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("node_budget", [1, 2, 5, 17, 30])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_trimmed_tree_is_the_one_built_with_that_budget(node_budget, seed):
+    logprobs = torch.log_softmax(torch.randn(5, 40, generator=torch.Generator().manual_seed(seed)), -1)
+    best = logprobs.topk(20)
+    candidates = Candidates(best.indices, best.values)
+    large, small = (build_tree(torch.tensor([7]), candidates, budget) for budget in (40, node_budget))
+    trimmed = trim_tree(large, node_budget)
+    for name in ("tokens", "parents", "depths", "logprobs"):
+        assert torch.equal(getattr(trimmed, name), getattr(small, name)), name
+    assert torch.equal(trimmed.ancestor_mask, small.ancestor_mask)
+
+
+@pytest.mark.parametrize("kind", ["random", "echo", "noisy", "path"])
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_auto_gives_the_plain_text(kind, do_sample, tiny_target, head_of_kind, prompt):
+    target = tiny_target("llama")
+
+    def generate(head=None):
+        torch.manual_seed(5)
+        return target.generate(prompt, max_new_tokens=40, do_sample=do_sample, assistant_model=head)
+
+    plain = generate()
+    head = head_of_kind(kind, target, plain)
+    head.generation_config.node_budget = "auto"
+    for _ in range(3):  # with trials, and without
+        assert_same_text(plain, generate(head))
+    stats = head.last_stats
+    assert sum(stats.rounds_by_nodes.values()) == stats.num_rounds
+    assert {1, 16} <= stats.policy["round_seconds"].keys()
+
+
+def test_a_fixed_budget_reports_no_choice(tiny_target, echo_head, prompt):
+    target = tiny_target("llama")
+    plain = target.generate(prompt, max_new_tokens=20, do_sample=False)
+    head = echo_head(target, plain)
+    head.generation_config.node_budget = 8
+    target.generate(prompt, max_new_tokens=20, do_sample=False, assistant_model=head)
+    assert head.last_stats.policy == {}
+    assert max(head.last_stats.rounds_by_nodes) <= 8
