@@ -101,12 +101,24 @@ def build_tree(
                 rows, columns = rows.view(len(grid), -1)[:, :width].flatten(), best.flatten()
             scores = grid.flatten()
         scores, chosen = scores.topk(min(most, scores.shape[0]))
+        if scorer is not None and device.type == "cpu":  # elsewhere the host would have to wait for the count
+            num_in_reach = _count_in_reach(scores, logprobs, most)
+            if not num_in_reach:
+                break
+            scores, chosen = scores[:num_in_reach], chosen[:num_in_reach]
         places = rows[chosen]
         tokens.append(candidates.tokens[depth][columns[chosen]])
         parents.append(places + (sum(sizes) - sizes[-1]))
         logprobs.append(scores)
         sizes.append(scores.shape[0])
     return _best_nodes(tokens, parents, logprobs, sizes, node_budget, max_depth)
+
+
+def _count_in_reach(scores: torch.Tensor, logprobs: list[torch.Tensor], most: int) -> int:
+    """How many of a frontier's scores, best first, are among the best `most` of all so far: the others, and all below
+    them, are no part of the tree."""
+    known = torch.cat([*logprobs[1:], scores])
+    return int((scores >= known.topk(most).values[-1]).sum()) if len(known) > most else len(scores)
 
 
 def _best_nodes(

@@ -211,7 +211,20 @@ def test_the_scorer_is_not_asked_below_what_the_budget_can_reach():
 def test_the_scorer_sees_no_more_branches_than_the_budget_has_nodes():
     scorer = PathScorer(width=4)
     build_tree(ANCHOR, make_candidates(depth=4, width=4), 7, scorer)
-    assert len(scorer.paths) == 6
+    assert 1 <= len(scorer.paths) <= 6
+
+
+def test_the_scorer_is_spared_branches_that_have_fallen_out_of_the_tree():
+    scores = {1: [-0.1, -9.0, -9.0, -9.0], 0: [-0.1, -8.0, -8.0, -8.0]}  # one likely path, all else far behind
+    asked = []
+
+    def scorer(depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        asked.append(len(tokens))
+        return torch.tensor([scores[depth % 2]] * len(tokens))
+
+    tree = build_tree(ANCHOR, make_candidates(depth=4, width=4), 5, scorer)
+    assert asked == [1, 4, 1, 1]
+    assert tree.depths.tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("num_nodes", [1, 2, 9, 40])
