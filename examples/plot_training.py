@@ -25,19 +25,23 @@ def main() -> None:
         raise SystemExit(f"error: {args.state} holds no training log of a head")
     updates = [log["step"] for log in logs]
     num_depths = sum(name.startswith("top1_depth_") for name in logs[0])
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
-    for panel, name, title in (
-        (panels[0], "top1", "same first choice as the target"),
-        (panels[1], "kl", "KL in nats"),
-    ):
-        for depth in range(1, num_depths + 1):
+    panels = [("top1", "corrected_top1", "same first choice as the target"), ("kl", None, "KL in nats")]
+    if "sibling_corrected_top1_depth_2" in logs[0]:
+        panels.insert(1, ("sibling_top1", "sibling_corrected_top1", "the same after an accepted sibling"))
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.2), constrained_layout=True)
+    for axis, (name, corrected, title) in zip(axes, panels, strict=True):
+        for depth in range(1 + name.startswith("sibling"), num_depths + 1):
             color = plt.get_cmap("viridis")((depth - 1) / num_depths)
-            panel.plot(
-                updates, [log[f"{name}_depth_{depth}"] for log in logs], label=f"depth {depth}", color=color, lw=1
-            )
-        panel.set(title=title, xlabel="update", ylim=(0, 1) if name == "top1" else (0, 8))
-        panel.grid(alpha=0.3)
-    panels[1].legend()
+            is_corrected = f"{corrected}_depth_{depth}" in logs[0]
+            values = [log[f"{name}_depth_{depth}"] for log in logs]
+            axis.plot(updates, values, ":" if is_corrected else "-", color=color, lw=1, label=f"depth {depth}")
+            if is_corrected:
+                axis.plot(updates, [log[f"{corrected}_depth_{depth}"] for log in logs], color=color, lw=1)
+        axis.set(title=title, xlabel="update", ylim=(0, 1) if name != "kl" else (0, None))
+        axis.grid(alpha=0.3)
+    if len(panels) > 2:
+        axes[0].set_title("same first choice as the target; dotted: before correction")
+    axes[-1].legend()
     figure.savefig(args.output, dpi=110)
 
 
