@@ -88,11 +88,12 @@ def main() -> None:
     head = JetFlowHead.from_pretrained(HEAD, dtype=target.dtype).to(target.device)
     if args.node_budget is not None:
         head.generation_config.node_budget = args.node_budget
-    settings = f"{str(target.dtype).removeprefix('torch.')}, {head.generation_config.node_budget} nodes"
+    settings = f"{str(target.dtype).removeprefix('torch.')}, node budget {head.generation_config.node_budget}"
     console.print(f"{settings}, {torch.get_num_threads()} threads\n")
     warm_up = torch.tensor([tokenizer("Hello").input_ids], device=target.device)
-    for assistant in (None, head):
-        target.generate(warm_up, attention_mask=torch.ones_like(warm_up), max_new_tokens=8, assistant_model=assistant)
+    warm = dict(attention_mask=torch.ones_like(warm_up), min_new_tokens=48, max_new_tokens=48)
+    for assistant in (None, head):  # the node budget "auto" tries what it chooses from
+        target.generate(warm_up, assistant_model=assistant, **warm)
 
     summary = []
     for name, prompt in PROMPTS.items():
@@ -112,6 +113,8 @@ def main() -> None:
             f"{stats.tokens_per_round:.2f} tokens per round  {'identical' if plain == drafted else 'texts part'}"
         )
         console.print("\n" + summary[-1], style="green")
+        sizes = ", ".join(f"{count} of {nodes}" for nodes, count in sorted(stats.rounds_by_nodes.items()))
+        console.print(f"rounds by nodes verified: {sizes}", style="dim")
         if plain != drafted:
             console.print(explain_difference(target, input_ids, plain, drafted), style="yellow")
         console.print()

@@ -62,3 +62,25 @@ def test_progress_reaches_the_number_of_runs(pair, prompts):
     calls = []
     run_bench(*pair, [prompts], node_budgets=(4,), max_new_tokens=3, progress=lambda *call: calls.append(call))
     assert calls[-1][:2] == (9, 9)
+
+
+@pytest.mark.parametrize("kind", [None, "path"])
+def test_agreement_by_depth_is_told_for_greedy_texts(kind, tiny_target, random_head, prompts):
+    target = tiny_target("llama")
+    head = random_head(target, branch_correction=kind)
+    tokenizer = tiny_tokenizer(target.config.vocab_size)
+    result = run_bench(
+        target, tokenizer, head, [prompts], methods=["chain"], temperatures=(0.0, 1.0), max_new_tokens=9, num_prompts=2
+    )
+    rates = result["agreement"][prompts.stem]
+    names = {f"{group}{measure}" for group in ("", "spine_", "sibling_") for measure in ("top1", "corrected_top1")}
+    assert rates.pop("kl")
+    assert set(rates) == {name for name in names if kind or "corrected" not in name}
+    assert all(len(values) == 7 and all(0 <= value <= 1 for value in values) for values in rates.values())
+    if kind:  # a new correction changes nothing
+        assert rates["corrected_top1"] == rates["top1"]
+
+
+def test_no_agreement_is_told_where_nothing_was_greedy(pair, prompts):
+    result = run_bench(*pair, [prompts], methods=["chain"], temperatures=(1.0,), max_new_tokens=4, num_prompts=1)
+    assert result["agreement"] == {}

@@ -120,14 +120,16 @@ def test_bench_prints_a_table_and_writes_json(target_folder, prompts, tmp_path, 
         "--num-prompts",
         2,
         "--node-budgets",
-        "4,8",
+        "4,8,auto",
         "--json",
         tmp_path / "bench.json",
     ]
     result = runner.invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
     assert "100 %" in result.output
-    assert len(json.loads((tmp_path / "bench.json").read_text())["rows"]) == 4
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [row["node_budget"] for row in rows if row["method"] == "jetflow"] == [4, 8, "auto"]
+    assert "after an accepted sibling" in result.output
 
 
 @pytest.mark.parametrize(

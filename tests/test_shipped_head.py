@@ -57,11 +57,12 @@ def test_the_text_is_plain_decoding_s_own(pair, head, question, sampling):
 def test_the_head_drafts_several_tokens_per_round_on_a_maths_question(pair, head):
     target, tokenizer = pair
     ids = torch.tensor([encode_chat(tokenizer, [{"role": "user", "content": QUESTIONS[0]}])])
+    head.generation_config.node_budget = 32
     target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=False, assistant_model=head)
-    assert head.last_stats.tokens_per_round > 2
+    assert head.last_stats.tokens_per_round > 2.5
 
 
 def test_the_shipped_folder_is_small_and_holds_safetensors_only():
     names = sorted(path.name for path in HEAD.iterdir())
     assert names == ["README.md", "config.json", "generation_config.json", "model.safetensors"]
-    assert sum(path.stat().st_size for path in HEAD.iterdir()) < 32 * 2**20
+    assert sum(path.stat().st_size for path in HEAD.iterdir()) < 40 * 2**20
