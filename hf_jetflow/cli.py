@@ -55,9 +55,7 @@ def train(
         list[Path],
         typer.Option(help="Held-out prompts, decoded during training to keep the best head, and at the end."),
     ] = [],  # noqa: B006
-    eval_steps: Annotated[
-        int, typer.Option(help="Updates between two evaluations; 0 for as many as between checkpoints.")
-    ] = 0,
+    eval_steps: Annotated[int, typer.Option(help="Updates between two evaluations; 0 for --save-steps.")] = 0,
     eval_num_prompts: Annotated[int, typer.Option(help="Prompts of each file decoded during training.")] = 8,
     eval_max_new_tokens: Annotated[int, typer.Option(help="Tokens decoded of each during training.")] = 64,
     patience: Annotated[
@@ -89,6 +87,7 @@ def train(
     anchors: Annotated[int, typer.Option(help="Random anchors per sequence and update.")] = 16,
     learning_rate: Annotated[float, typer.Option(help="Learning rate of Muon.")] = 1e-2,
     feature_loss: Annotated[float, typer.Option(help="Weight of the feature loss, 0 for none.")] = 0.5,
+    depth_gamma: Annotated[float | None, typer.Option(help="Weight exp(-(depth - 1) / gamma) in the loss.")] = None,
     max_length: Annotated[int, typer.Option(help="Longest training sequence.")] = 512,
     cache_features: Annotated[bool, typer.Option(help="Keep the target's features on disk between epochs.")] = False,
     save_steps: Annotated[int, typer.Option(help="Updates between checkpoints.")] = 200,

@@ -16,6 +16,7 @@ AUTO_BUDGETS = (1, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # what "auto" chooses
 FIRST_TRIALS = (16, 1, 32, 8, 64)  # tried in the first rounds of a process; the other budgets are read off these
 NUM_TRIALS = 2  # rounds per trial; each budget's first round is not counted (kernels are made ready in it)
 SHORTEST_PAUSE, LONGEST_PAUSE = 8, 128  # plain rounds after which drafting is tried again where it did not pay
+EVIDENCE = 4.0  # drafted rounds by which it is decided that drafting does not pay
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,9 @@ class RoundCosts:
     samples: dict[int, deque[float]] = field(default_factory=dict)  # seconds of the latest rounds, by nodes
     expected: float = 1.0  # tokens that the draft probabilities promised in recent rounds
     accepted: float = 1.0  # tokens that were accepted in them
-    pause: int = SHORTEST_PAUSE  # plain rounds the next time that drafting does not pay
+    tokens: float = 0.0  # mean yield of drafted rounds, the latest weighing most
+    drafted_seconds: float = 0.0  # mean time of them
+    num_drafted: int = 0
 
     def add(self, num_nodes: int, seconds: float) -> None:
         """Count a round; the first one of each size is left out."""
@@ -109,10 +112,14 @@ class RoundCosts:
         (low, low_seconds), (high, high_seconds) = known[max(above - 1, 0)], known[max(above, 1)]
         return low_seconds + (high_seconds - low_seconds) * (num_nodes - low) / (high - low)
 
-    def count(self, expected: float, num_accepted: int) -> None:
-        """Compare a round's promise with what was kept of it."""
+    def count(self, expected: float, num_accepted: int, seconds: float) -> None:
+        """Compare a drafted round's promise with what was kept of it, and what it yielded with what it took."""
         self.expected = 0.98 * self.expected + expected
         self.accepted = 0.98 * self.accepted + num_accepted
+        self.num_drafted += 1
+        share = max(1 / self.num_drafted, 0.02)
+        self.tokens += share * (num_accepted + 1 - self.tokens)
+        self.drafted_seconds += share * (seconds - self.drafted_seconds)
 
     @property
     def calibration(self) -> float:
@@ -134,8 +141,10 @@ class AutoPolicy:
         self._most_nodes = sum(limits.width**depth for depth in range(limits.max_depth + 1))  # that a tree can have
         self._ceiling = 64  # nodes drafted: about twice of what was chosen last
         self._plain_rounds_left = 0
-        self._tokens = self._seconds = 0.0  # of recent drafted rounds
-        self._num_drafted = 0
+        self._pause = SHORTEST_PAUSE
+        # Yield and time of drafted rounds: of earlier generations at first, more and more of this one's latest.
+        self._weight = EVIDENCE if costs.num_drafted else 0.0
+        self._tokens, self._seconds = self._weight * costs.tokens, self._weight * costs.drafted_seconds
         self._is_trial = False
         self._start = 0.0
 
@@ -143,6 +152,8 @@ class AutoPolicy:
         self._start = time.perf_counter()
         untried = self._costs.untried(self._most_nodes)
         self._is_trial = untried is not None
+        if not (self._is_trial or self._plain_rounds_left):
+            self._pause_if_drafting_does_not_pay()
         budget = untried or (1 if self._plain_rounds_left else self._ceiling)
         limits = self._limits
         return plan_round(RoundPlan(budget, limits.max_depth, min(limits.width, max(budget - 1, 1))), num_remaining)
@@ -166,17 +177,21 @@ class AutoPolicy:
         if num_nodes == 1:
             self._plain_rounds_left = max(self._plain_rounds_left - 1, 0)
             return
-        costs.count(float(tree.logprobs.exp().sum()) - 1, num_accepted)
-        if self._is_trial:
+        costs.count(float(tree.logprobs.exp().sum()) - 1, num_accepted, seconds)
+        self._weight = 0.9 * self._weight + 1
+        self._tokens = 0.9 * self._tokens + num_accepted + 1
+        self._seconds = 0.9 * self._seconds + seconds
+
+    def _pause_if_drafting_does_not_pay(self) -> None:
+        if self._weight < EVIDENCE:
             return
-        self._num_drafted += 1
-        self._tokens = 0.95 * self._tokens + num_accepted + 1
-        self._seconds = 0.95 * self._seconds + seconds
-        if self._num_drafted >= 3 and self._tokens * costs.seconds(1) < self._seconds:
-            self._plain_rounds_left = costs.pause
-            costs.pause = min(2 * costs.pause, LONGEST_PAUSE)
-        elif self._num_drafted >= 3:
-            costs.pause = SHORTEST_PAUSE
+        if self._tokens * self._costs.seconds(1) >= self._seconds:
+            self._pause = SHORTEST_PAUSE
+            return
+        self._plain_rounds_left = self._pause
+        self._pause = min(2 * self._pause, LONGEST_PAUSE)
+        for name in ("_weight", "_tokens", "_seconds"):  # so that the next try counts as much as all before it
+            setattr(self, name, getattr(self, name) / 2)
 
     def report(self) -> dict[str, Any]:
         """Seconds of a round by nodes, the calibration, and the yield of recent drafted rounds against plain ones."""
