@@ -268,13 +268,18 @@ def write_table(results: list[dict[str, Any]], path: Path) -> None:
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
     """Left: the main rows by node budget. Right: the variations at 32 nodes."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
     mean: dict[tuple[str, int], float] = {}
     for name in ROWS:
         for budget in (8, *NODE_BUDGETS):
             found = [result for result in results if (result["name"], result["node_budget"]) == (name, budget)]
             if found:
                 mean[name, budget] = statistics.mean(result["tokens_per_round"] for result in found)
+    kept = "causal, path correction"
+    names = [name for name in ROWS if name not in MAIN_ROWS and (name, 32) in mean]
+    figure, axes = plt.subplots(
+        1, 1 + bool(names), figsize=(13 if names else 7.5, 5.5), layout="constrained", squeeze=False
+    )
+    left, right = axes[0, 0], axes[0, -1]
     for name in MAIN_ROWS:
         points = [(budget, mean[name, budget]) for budget in (8, *NODE_BUDGETS) if (name, budget) in mean]
         if points:
@@ -283,13 +288,12 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     left.set_xticks([8, *NODE_BUDGETS], [str(budget) for budget in (8, *NODE_BUDGETS)])
     left.legend(fontsize=8)
     left.grid(alpha=0.3)
-    kept = "causal, path correction"
-    bars = [name for name in ROWS if name not in MAIN_ROWS and (name, 32) in mean]
-    names = ([kept] if (kept, 32) in mean else []) + bars
-    right.barh([name.removeprefix("path correction, ") for name in names], [mean[name, 32] for name in names])
-    right.invert_yaxis()
-    right.set(xlabel="tokens per round at 32 nodes, mean over prompt sets", xlim=(1, None))
-    right.grid(axis="x", alpha=0.3)
+    if names:
+        names = ([kept] if (kept, 32) in mean else []) + names
+        right.barh([name.removeprefix("path correction, ") for name in names], [mean[name, 32] for name in names])
+        right.invert_yaxis()
+        right.set(xlabel="tokens per round at 32 nodes, mean over prompt sets", xlim=(1, None))
+        right.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=110)
 
 
