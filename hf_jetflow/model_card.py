@@ -30,7 +30,7 @@ target.generate(**inputs, assistant_model=head)
 ## The head
 
 {layers} layers of width {hidden}, {parameters:.1f} M parameters, block of {block} rows ({depth} drafted depths); it
-listens to `hidden_states` {indices} of the target, {causality}, {vocabulary}.
+listens to `hidden_states` {indices} of the target, {causality}, {vocabulary}. {correction}
 
 ## Measured
 
@@ -57,6 +57,7 @@ def card_text(
     training: str,
     rows: list[dict[str, Any]] | None = None,
     hardware: str | None = None,
+    tokens_per_round: dict[str, dict[int, float]] | None = None,
     license: str = "apache-2.0",
 ) -> str:
     """
@@ -69,6 +70,8 @@ def card_text(
         training (`str`): Data and length of the training, in Markdown.
         rows (`list[dict]`, *optional*): Rows of a bench result.
         hardware (`str`, *optional*): Where they were measured.
+        tokens_per_round (`dict[str, dict[int, float]]`, *optional*): Figures of greedy decoding by prompt set and node
+            budget, where there is no bench result.
     """
     target = config.target_name or "an unnamed target"
     is_hub_id = config.target_name is not None and config.target_name.count("/") == 1
@@ -91,7 +94,18 @@ def card_text(
             if config.draft_vocab_size
             else "scores the whole vocabulary"
         ),
-        measured=measured_table(rows, hardware) if rows else "Nothing was measured yet; run `hf-jetflow bench`.",
+        correction={
+            None: "It has no branch correction: all branches of a depth share one distribution.",
+            "parent": "A branch correction re-scores candidates given their parent's token.",
+            "path": "A branch correction re-scores candidates given all tokens of their branch.",
+        }[config.branch_correction],
+        measured=(
+            measured_table(rows, hardware)
+            if rows
+            else rounds_table(tokens_per_round)
+            if tokens_per_round
+            else "Nothing was measured yet; run `hf-jetflow bench`."
+        ),
         training=training,
     )
 
@@ -114,3 +128,16 @@ def measured_table(rows: list[dict[str, Any]], hardware: str | None = None) -> s
     first = rows[0]
     setting = f"{first['dtype']}, {first['num_prompts']} prompts each, batch 1, medians of interleaved runs"
     return "\n".join(lines) + f"\n\n{setting}{', ' + hardware if hardware else ''}."
+
+
+def rounds_table(tokens_per_round: dict[str, dict[int, float]]) -> str:
+    """Tokens per round by prompt set and node budget as a Markdown table."""
+    budgets = sorted({budget for figures in tokens_per_round.values() for budget in figures})
+    lines = [
+        f"| tokens per round | {' | '.join(f'{budget} nodes' for budget in budgets)} |",
+        "|---" * (len(budgets) + 1) + "|",
+    ]
+    for name, figures in tokens_per_round.items():
+        cells = [f"{figures[budget]:.2f}" if budget in figures else "-" for budget in budgets]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n\nGreedy decoding of held-out prompts, batch 1; plain decoding is 1.00."
