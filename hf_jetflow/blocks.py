@@ -50,8 +50,10 @@ def forward_blocks(
 ) -> Any:
     """One forward of `model` (the head, or what wraps it) over all blocks; returns what `JetFlowHead.forward` does."""
     anchors = input_ids.gather(1, blocks.anchor_position_ids.clamp_min(0))
+    is_anchor, has_mask_token = blocks.depths == 0, head.config.mask_token_id is not None
     return model(
-        inputs_embeds=target.embed_block(anchors, blocks.depths == 0, head.mask_embedding),
+        inputs_embeds=target.embed_block(anchors, is_anchor, None) if has_mask_token else target.embed(anchors),
+        is_mask=None if has_mask_token else ~is_anchor,
         features=features,
         position_ids=blocks.position_ids,
         context_position_ids=torch.arange(features.shape[1], device=features.device).expand(features.shape[:2]),

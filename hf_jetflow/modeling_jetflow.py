@@ -219,6 +219,10 @@ class JetFlowHead(PreTrainedModel):
         """Target ids that the head scores, (draft_vocab_size,); `None` when it scores the whole vocabulary."""
         return self.d2t if self.config.draft_vocab_size is not None else None
 
+    def get_input_embeddings(self) -> None:
+        """None: the head borrows the target's; FSDP asks."""
+        return None
+
     def forward(
         self,
         inputs_embeds: torch.Tensor,
@@ -228,6 +232,7 @@ class JetFlowHead(PreTrainedModel):
         anchor_position_ids: torch.Tensor | None = None,
         past_key_values: HeadCacheLike | None = None,
         parent_embeds: torch.Tensor | None = None,
+        is_mask: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         r"""
         Hidden rows for one block, or for many independent blocks of one sequence at once (training).
@@ -245,6 +250,8 @@ class JetFlowHead(PreTrainedModel):
             past_key_values (*optional*): Cache of the context rows' keys and values.
             parent_embeds (`torch.Tensor`, (batch, rows, hidden), *optional*): Embeddings of the true tokens before
                 each row (training). Rows must then be whole blocks of `config.block_size`.
+            is_mask (`torch.Tensor`, (batch, rows), *optional*): Rows that take the head's own mask embedding in place
+                of `inputs_embeds` (training, where what wraps the head must see each of its tensors used).
 
         Returns:
             `torch.Tensor`: (batch, rows, hidden), after the final norm, ready for the target's output embedding. With
@@ -252,6 +259,9 @@ class JetFlowHead(PreTrainedModel):
         """
         if anchor_position_ids is None:
             anchor_position_ids = position_ids[:, :1].expand_as(position_ids)
+        if is_mask is not None:
+            assert self.mask_embedding is not None
+            inputs_embeds = torch.where(is_mask[..., None], self.mask_embedding.to(inputs_embeds.dtype), inputs_embeds)
         context = self.hidden_norm(self.fc(features))
         cos_sin = self.rotary_emb(inputs_embeds, torch.cat([context_position_ids, position_ids], dim=1))
         if past_key_values is not None:

@@ -6,27 +6,31 @@ is forward KL to the target's distribution plus an optional feature loss (arXiv 
 
 import hashlib
 import json
+import logging
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
-from .blocks import Agreement, draft_blocks, score_candidates
+from .blocks import Agreement, draft_blocks, make_blocks, score_candidates
+from .checkpoints import checkpoint_fault, find_checkpoints, is_write_failure
 from .configuration_jetflow import JetFlowConfig
 from .data import AnchorCollator, AnswerDataset, Answers, EpochSampler, FeatureStore
+from .evaluation import tokens_per_round
 from .losses import depth_weights, feature_loss
 from .modeling_jetflow import JetFlowHead
 from .target import Target
 
 
-# Start of the query and key norms where the target has none to copy: the root mean square of the queries and keys in
-# SmolLM2's late layers. With 1.0 the attention starts too flat over the context to learn from: top-1 at depth 1 was
-# 0.09 after 100 updates of 16 sequences, with this scale 0.15 after 100 updates of 8.
-QUERY_KEY_SCALE = 2.2
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -53,6 +57,8 @@ class JetFlowTrainingConfig(TrainingArguments):
         default=None,
         metadata={"help": "Folder that keeps target features between epochs; computed online if not set."},
     )
+    eval_node_budget: int = field(default=32, metadata={"help": "Nodes of a tree where held-out prompts are decoded."})
+    eval_max_new_tokens: int = field(default=64, metadata={"help": "Tokens decoded of each held-out prompt."})
     remove_unused_columns: bool | None = False
     logging_steps: float = 20
     save_total_limit: int | None = 2
@@ -76,25 +82,35 @@ class MuonAdamW(torch.optim.Optimizer):
             torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.0),
             torch.optim.AdamW(others, lr=adamw_lr, betas=(0.9, 0.95), weight_decay=0.0),
         ]
-        super().__init__([{"params": parameters}], {})
-        self._share_groups()
+        super().__init__([group for part in self._parts for group in part.param_groups], {})
+        self._share()
 
-    def _share_groups(self) -> None:
-        """Let schedulers act on the parts' own groups."""
-        self.param_groups = [group for part in self._parts for group in part.param_groups]
+    def _share(self) -> None:
+        """Let the parts act on this optimizer's groups and state, which schedulers and checkpoints see."""
+        for part, group in zip(self._parts, self.param_groups, strict=True):
+            part.param_groups, part.state = [group], self.state
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for part in self._parts:
             part.step()
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"parts": [part.state_dict() for part in self._parts]}
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for part, state in zip(self._parts, state_dict["parts"], strict=True):
-            part.load_state_dict(state)
-        self._share_groups()
+        super().load_state_dict(_joined(state_dict["parts"]) if "parts" in state_dict else state_dict)
+        self._share()
+
+
+def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """One state dict of those of both parts, as the first checkpoints hold them."""
+    groups: list[dict[str, Any]] = []
+    state: dict[int, Any] = {}
+    start = 0
+    for part in parts:
+        (group,) = part["param_groups"]
+        groups.append({**group, "params": [start + number for number in group["params"]]})
+        state.update({start + number: value for number, value in part["state"].items()})
+        start += len(group["params"])
+    return {"state": state, "param_groups": groups}
 
 
 class _SamplerCallback(TrainerCallback):
@@ -116,13 +132,19 @@ class JetFlowTrainer(Trainer):
         target (`PreTrainedModel`): The frozen target.
         args ([`JetFlowTrainingConfig`]): Options.
         answers (`Answers` or `list[dict]`): Answers of the target (`id`, `prompt_ids`, `answer_ids`).
+        eval_dataset (`dict[str, list[list[int]]]`, *optional*): Held-out prompts as token ids, by name of the set.
+            Evaluation decodes them; its metric is `tokens_per_round`, the mean over the sets.
+
+    Every drafted row of an update counts alike, on whatever process and in whatever micro-batch it is. The feature
+    loss alone is scaled by the variance within its own micro-batch.
 
     Raises:
-        ValueError: If no answer can be trained on, a source weight does not fit the answers, or the target's output
-            embedding is not a plain matrix.
+        ValueError: If no answer can be trained on, a source weight does not fit the answers, the target's output
+            embedding is not a plain matrix, or the FSDP configuration does not suit Muon or the head's layout.
     """
 
     optimizer: torch.optim.Optimizer | None
+    control: TrainerControl
 
     def __init__(
         self,
@@ -141,12 +163,15 @@ class JetFlowTrainer(Trainer):
         seed = args.seed if args.data_seed is None else args.data_seed
         self.sampler = EpochSampler(dataset, args.train_batch_size * args.world_size, seed, args.source_weights)
         super().__init__(head, args, AnchorCollator(args.anchors_per_sequence, seed), dataset, **kwargs)
+        if self.is_fsdp_enabled:
+            _check_fsdp(self.accelerator.state.fsdp_plugin)
         self.add_callback(_SamplerCallback(self.sampler))
         self.model_accepts_loss_kwargs = False
         self.target = Target(target.requires_grad_(False).eval(), head.config)
         folder = Path(args.features_dir) / features_fingerprint(head.config) if args.features_dir else None
         self.features = FeatureStore(self.target.states, folder)
         self.projection = self.target.plain_output_rows(head.draft_token_ids)
+        self.block_size = head.config.block_size
         self._agreement = Agreement()
 
     def get_train_dataloader(self) -> DataLoader:
@@ -171,14 +196,20 @@ class JetFlowTrainer(Trainer):
         return self.optimizer
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         args, head = self.args, self.accelerator.unwrap_model(model)
-        num_depths = head.config.block_size - 1
         features, last_states = self.features.get(inputs)
         drafted = draft_blocks(model, head, self.target, inputs, features, last_states)
-        weights = depth_weights(num_depths, args.depth_gamma, features.device)[drafted.depths - 1] * drafted.has_target
-        weights = weights / weights.sum()
+        weights = self._row_weights(drafted.depths, drafted.has_target)
+        if num_items_in_batch is None:
+            weights = weights / weights.sum()
+        else:  # the trainer takes the mean over micro-batches and processes
+            weights = weights * (self.current_gradient_accumulation_steps * args.world_size / num_items_in_batch)
         kl, corrected, is_top1_corrected = score_candidates(
             drafted, self.projection, weights, args.distillation_temperature, head.config.branch_candidates
         )
@@ -187,8 +218,136 @@ class JetFlowTrainer(Trainer):
             loss = loss + args.feature_loss_weight * feature_loss(drafted.rows, drafted.teacher, weights)
         if corrected is not None:
             loss = loss + ((drafted.depths > 1) * weights * corrected).sum()
-        self._agreement.add(drafted, kl, is_top1_corrected, head.draft_token_ids, num_depths)
+        self._agreement.add(drafted, kl, is_top1_corrected, head.draft_token_ids, self.block_size - 1)
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _row_weights(self, depths: torch.Tensor, has_target: torch.Tensor) -> torch.Tensor:
+        """Weights by depth of rows that have a target, 0 for the others; of the shape of both."""
+        by_depth = depth_weights(self.block_size - 1, self.args.depth_gamma, depths.device)
+        return by_depth[(depths - 1).clamp_min(0)] * has_target
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
+        """Called before each update: the weight of all its rows, over micro-batches and processes."""
+        total = torch.zeros((), device=device)
+        for batch in batch_samples:
+            blocks = make_blocks(batch, self.block_size)
+            total += self._row_weights(blocks.depths, blocks.is_drafted).sum().to(device)
+        return self.accelerator.reduce(total, "sum")
+
+    def whole_head(self) -> JetFlowHead | None:
+        """
+        The head with all its tensors, `None` where another process has it. All processes must call this together.
+
+        It is the trained head itself, except under FSDP, where it is gathered on the main process.
+        """
+        head = self.accelerator.unwrap_model(self.model)
+        if not self.is_fsdp_enabled:
+            return head
+        state = {name: _gathered(tensor) for name, tensor in head.state_dict().items()}
+        if not self.accelerator.is_main_process:
+            return None
+        whole = JetFlowHead(head.config).to(self.args.device)
+        whole.load_state_dict(state)
+        whole.generation_config = head.generation_config
+        return whole.eval()
+
+    def evaluate(
+        self,
+        eval_dataset: dict[str, list[list[int]]] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """
+        Decode held-out prompts greedily, on the main process.
+
+        Returns:
+            `dict`: `eval_tokens_per_round`, the mean over the sets, and `eval_<set>_tokens_per_round` of each.
+
+        Raises:
+            ValueError: If there are no prompts.
+        """
+        sets = eval_dataset or self.eval_dataset
+        if not sets or not all(sets.values()):
+            raise ValueError(
+                "evaluation decodes held-out prompts, but there are none, or none in one of the sets; give them as "
+                "`eval_dataset={name: [token ids, ...]}`"
+            )
+        head = self.whole_head()
+        figures: dict[str, float] = {}
+        if head is not None and self.accelerator.is_main_process:
+            figures = {name: self._tokens_per_round(head, prompts) for name, prompts in sets.items()}
+        (figures,) = broadcast_object_list([figures])
+        metrics = {f"{metric_key_prefix}_tokens_per_round": sum(figures.values()) / len(figures)}
+        metrics.update({f"{metric_key_prefix}_{name}_tokens_per_round": value for name, value in figures.items()})
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _tokens_per_round(self, head: JetFlowHead, prompts: list[list[int]]) -> float:
+        args = self.args
+        return tokens_per_round(
+            self.target.model, head, prompts, args.eval_node_budget, max_new_tokens=args.eval_max_new_tokens
+        )
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Save at once what is the best so far: between two checkpoints it would be lost."""
+        is_best = super()._determine_best_metric(metrics, trial)
+        self.control.should_save |= is_best and self.args.load_best_model_at_end
+        return is_best
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """
+        As the parent's, but an incomplete checkpoint is never continued from.
+
+        Args:
+            resume_from_checkpoint: A checkpoint's folder, or `True` for the last complete one of the output folder;
+                incomplete ones are then removed, and without a complete one training starts from the beginning.
+
+        Raises:
+            ValueError: If the given checkpoint is incomplete.
+            OSError: If a checkpoint cannot be written.
+        """
+        if resume_from_checkpoint is True:
+            with self.accelerator.main_process_first():
+                resume_from_checkpoint = self._last_complete_checkpoint()
+        elif resume_from_checkpoint and (fault := checkpoint_fault(Path(resume_from_checkpoint))):
+            raise ValueError(
+                f"{resume_from_checkpoint} cannot be continued from: {fault}; give another checkpoint, or `True` for "
+                "the last complete one"
+            )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _last_complete_checkpoint(self) -> str | None:
+        complete, faults = find_checkpoints(Path(self.args.output_dir))
+        last = complete[-1] if complete else None
+        if self.accelerator.is_main_process:
+            for folder, fault in faults.items():
+                logger.warning(
+                    "%s is left out and removed: %s, so its save was cut short; continuing from %s",
+                    *(folder, fault, last or "the beginning"),
+                )
+                shutil.rmtree(folder)
+        return None if last is None else str(last)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The last that other processes write: after it the main process completes the checkpoint."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            shutil.rmtree(folder, ignore_errors=True)
+            if not is_write_failure(error):
+                raise
+            complete, _ = find_checkpoints(folder.parent)
+            kept = f"the last complete one, {complete[-1]}, is kept" if complete else "there is no earlier one"
+            raise OSError(
+                f"{folder} could not be written ({error}) and is removed; {kept}: see to free disk space and write "
+                "permission, then start the same command again"
+            ) from error
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add agreement with the target and divergence by depth to the training log."""
@@ -206,38 +365,19 @@ def features_fingerprint(config: JetFlowConfig) -> str:
     return hashlib.sha256(json.dumps([*facts, config.hidden_state_indices]).encode()).hexdigest()[:16]
 
 
-def initialize_from_target(head: JetFlowHead, target: PreTrainedModel) -> int:
-    """
-    Start the head from the target: its layers from late target layers, its norms from the target's, the fusion from
-    the mean of the tapped states.
+def _check_fsdp(plugin: Any) -> None:
+    if plugin.fsdp_version != 2:
+        raise ValueError(
+            f"`fsdp_version` is {plugin.fsdp_version}, which flattens the matrices that Muon must see whole; set it "
+            "to 2 (see examples/accelerate/fsdp.yaml)"
+        )
+    if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+        raise ValueError(
+            f"`fsdp_state_dict_type` is {plugin.state_dict_type}, which saves the head in pieces; set it "
+            "FULL_STATE_DICT (see examples/accelerate/fsdp.yaml)"
+        )
 
-    Tensors whose names or shapes the target does not share keep their random start.
 
-    Returns:
-        `int`: Number of tensors copied.
-    """
-    states = target.base_model.state_dict()
-    for name, parameter in head.named_parameters():
-        if name.endswith(("q_norm.weight", "k_norm.weight")):
-            parameter.data.fill_(QUERY_KEY_SCALE)
-    num_layers, num_target = head.config.num_hidden_layers, head.config.num_target_layers
-    sources = [max(num_target - 1 - 4 * (num_layers - 1 - i), 0) for i in range(num_layers)]
-    pairs = [
-        (parameter, states.get(f"layers.{source}.{name}"))
-        for layer, source in zip(head.layers, sources, strict=True)
-        for name, parameter in layer.named_parameters()
-    ]
-    pairs.append((head.norm.weight, states.get("norm.weight")))
-    # The context takes the place of the normed input of the copied key and value projections.
-    pairs.append((head.hidden_norm.weight, states.get(f"layers.{sources[0]}.input_layernorm.weight")))
-    copied = 0
-    with torch.no_grad():
-        for parameter, source_tensor in pairs:
-            if source_tensor is not None and source_tensor.shape == parameter.shape:
-                parameter.copy_(source_tensor)
-                copied += 1
-        if head.config.target_hidden_size == head.config.hidden_size:
-            num_taps = head.fc.in_features // head.config.hidden_size
-            head.fc.weight.copy_(torch.eye(head.config.hidden_size).repeat(1, num_taps) / num_taps)
-            copied += 1
-    return copied
+def _gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that may be spread over the processes, which must call this together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

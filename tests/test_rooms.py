@@ -22,7 +22,21 @@ ROOMS = {
     "models": ("modeling_jetflow", "target", "caches", "drafting"),
     "loop": ("emit", "policy", "decoding"),
     "door": ("integration",),
-    "workshop": ("data", "answers", "loading", "blocks", "replay", "training", "recipe", "bench", "cli"),
+    "workshop": (
+        "data",
+        "answers",
+        "loading",
+        "blocks",
+        "cost",
+        "replay",
+        "starting",
+        "checkpoints",
+        "evaluation",
+        "training",
+        "recipe",
+        "bench",
+        "cli",
+    ),
 }
 ROOM_OF = {module: room for room, modules in ROOMS.items() for module in modules}
 ORDER = list(ROOMS)

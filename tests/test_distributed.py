@@ -1,0 +1,76 @@
+"""Two processes on the CPU, started with the configurations of `examples/accelerate`."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
+from distributed_worker import make_start, train
+
+from hf_jetflow import JetFlowHead
+from hf_jetflow.checkpoints import find_checkpoints
+from hf_jetflow.training import _check_fsdp
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def launch(kind: str, folder: Path) -> dict:
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    command += ["--config_file", ROOT / "examples" / "accelerate" / f"{kind}.yaml"]
+    command += [ROOT / "tests" / "distributed_worker.py", folder]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return json.loads((folder / "facts.json").read_text())
+
+
+def logged(history: list[dict], name: str) -> list[float]:
+    return [entry[name] for entry in history if name in entry]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_with_half_the_batch_train_the_same_head(tmp_path, kind):
+    alone = train(tmp_path / "alone", batch_size=4)
+    together = launch(kind, tmp_path / "together")
+    assert (together["kind"], together["world"]) == ({"ddp": "MULTI_CPU", "fsdp": "FSDP"}[kind], 2)
+    for name in ("loss", "grad_norm"):
+        assert logged(together["history"], name) == pytest.approx(logged(alone.state.log_history, name), rel=2e-4)
+    assert logged(together["history"], "eval_tokens_per_round") == logged(
+        alone.state.log_history, "eval_tokens_per_round"
+    )
+    heads = [JetFlowHead.from_pretrained(tmp_path / name / "final") for name in ("alone", "together")]
+    assert set(heads[0].state_dict()) == set(heads[1].state_dict())
+    start = make_start(alone.target.model).state_dict()
+    for name, tensor in heads[0].state_dict().items():
+        # Muon makes much of rounding where a gradient is nearly zero, as behind a projection that starts at zero.
+        if not name.startswith("branch_correction.") or name.endswith("down_proj.weight"):
+            difference, movement = (heads[1].state_dict()[name] - tensor).norm(), (tensor - start[name]).norm()
+            assert difference < 0.3 * movement, f"{name}: {difference} of {movement}"
+
+    checkpoints, faults = find_checkpoints(tmp_path / "together")
+    assert ([path.name for path in checkpoints], faults) == (["checkpoint-2", "checkpoint-3"], {})
+    shutil.rmtree(checkpoints[-1])  # the run was killed in the third update
+    launch(kind, tmp_path / "together")
+    resumed = JetFlowHead.from_pretrained(tmp_path / "together" / "final").state_dict()
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in heads[1].state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"fsdp_version": 1, "state_dict_type": "FULL_STATE_DICT"},
+            "`fsdp_version` is 1, which flattens .* set it to 2",
+        ),
+        ({"fsdp_version": 2, "state_dict_type": "SHARDED_STATE_DICT"}, "in pieces; set it to FULL_STATE_DICT"),
+    ],
+)
+def test_configurations_that_cannot_work_are_refused_by_name(settings, message):
+    with pytest.raises(ValueError, match=message):
+        _check_fsdp(FullyShardedDataParallelPlugin(**settings))

@@ -1,0 +1,463 @@
+"""The recipe around the updates: where a head starts, what is trained, evaluation, checkpoints, the Hub."""
+
+import copy
+import errno
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import alter
+from huggingface_hub import HfApi, ModelCard
+from safetensors import SafetensorError
+from test_training import copied_state, make_answers, make_head, make_trainer
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback
+
+from hf_jetflow import JetFlowHead, recipe
+from hf_jetflow.checkpoints import checkpoint_fault, find_checkpoints
+from hf_jetflow.evaluation import tokens_per_round
+from hf_jetflow.recipe import TrainRecipe, train_head
+from hf_jetflow.starting import initialize_from_target, start_from_head, train_correction_only
+
+
+@pytest.fixture
+def target(tiny_target) -> PreTrainedModel:
+    """A copy: training freezes its target."""
+    return copy.deepcopy(tiny_target("llama"))
+
+
+# Where a head starts, and what of it is trained
+
+
+class SecondGradients(TrainerCallback):
+    """Keeps the gradients of the second update: in the first, zero output projections let none through."""
+
+    def __init__(self):
+        self.by_name: dict[str, torch.Tensor | None] = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model, **_):
+        if state.global_step == 1:
+            self.by_name = {name: parameter.grad for name, parameter in model.named_parameters()}
+            self.by_name = {name: None if grad is None else grad.clone() for name, grad in self.by_name.items()}
+
+
+@pytest.mark.parametrize("kind", ["path", "parent"])
+def test_the_correction_learns_with_the_head_and_the_target_stays(target, tmp_path, kind):
+    trainer = make_trainer(target, tmp_path, make_head(target, branch_correction=kind), max_steps=2)
+    frozen = copied_state(target)
+    gradients = SecondGradients()
+    trainer.add_callback(gradients)
+    trainer.train()
+    silent = [name for name, gradient in gradients.by_name.items() if gradient is None or not gradient.abs().sum() > 0]
+    assert silent == []
+    assert all(torch.equal(tensor, frozen[name]) for name, tensor in target.state_dict().items())
+
+
+def test_training_the_correction_only_leaves_every_other_bit_as_it_was(target, tmp_path):
+    head = make_head(target, branch_correction="path")
+    train_correction_only(head)
+    before = copied_state(head)
+    gradients = SecondGradients()
+    trainer = make_trainer(target, tmp_path, head, max_steps=2)
+    trainer.add_callback(gradients)
+    trainer.train()
+    for name, tensor in head.state_dict().items():
+        assert torch.equal(tensor, before[name]) != name.startswith("branch_correction."), name
+        assert (gradients.by_name[name] is None) != name.startswith("branch_correction."), name
+
+
+def test_a_head_without_a_correction_cannot_train_it_only(target):
+    with pytest.raises(ValueError, match=r"only the branch correction .* the head has none; give `--branch"):
+        train_correction_only(make_head(target))
+
+
+def test_a_correction_is_added_to_a_head_and_everything_else_is_loaded(target, tmp_path):
+    old = make_head(target, draft_vocab_size=100)
+    alter(old)
+    old.generation_config.node_budget = 17
+    old.save_pretrained(tmp_path / "old")
+    head = start_from_head(str(tmp_path / "old"), target, "path", seed=1)
+    assert (head.config.branch_correction, head.generation_config.node_budget) == ("path", 17)
+    assert all(torch.equal(head.state_dict()[name], tensor) for name, tensor in old.state_dict().items())
+    fresh = head.branch_correction.state_dict()
+    assert not fresh["down_proj.weight"].any()
+    assert fresh["token_proj.weight"].any()
+    again = start_from_head(str(tmp_path / "old"), target, "path", seed=1).branch_correction.state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in fresh.items())
+
+
+def test_a_head_is_continued_as_it_is_where_its_correction_is_the_one_asked_for(target, tmp_path):
+    old = make_head(target, branch_correction="parent")
+    alter(old)
+    old.to(torch.bfloat16).save_pretrained(tmp_path / "old")
+    head = start_from_head(str(tmp_path / "old"), target, "parent", seed=1)
+    assert head.dtype == torch.float32
+    assert all(torch.equal(head.state_dict()[name], tensor.float()) for name, tensor in old.state_dict().items())
+
+
+@pytest.mark.parametrize("asked", ["path", None])
+def test_a_correction_of_another_kind_is_not_exchanged(target, tmp_path, asked):
+    make_head(target, branch_correction="parent").save_pretrained(tmp_path / "old")
+    with pytest.raises(
+        ValueError, match=r"of kind 'parent', but .* is asked for; .* give `--branch-correction parent`"
+    ):
+        start_from_head(str(tmp_path / "old"), target, asked, seed=1)
+
+
+def test_a_head_of_another_target_is_not_continued(target, tmp_path, tiny_target):
+    make_head(tiny_target("llama", hidden_size=32)).save_pretrained(tmp_path / "old")
+    with pytest.raises(ValueError, match="expects a target with hidden size 32, but this target has 64"):
+        start_from_head(str(tmp_path / "old"), target, None, seed=1)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "llama"])
+def test_norms_of_a_new_head_compute_what_the_target_s_do(tiny_target, name):
+    target = copy.deepcopy(tiny_target(name))
+    with torch.no_grad():
+        for parameter in target.parameters():
+            if parameter.ndim == 1:
+                parameter.uniform_(-0.5, 0.5)
+    head = make_head(target)
+    initialize_from_target(head, target)
+    last, x = target.model.layers[-1], torch.randn(3, target.config.hidden_size)
+    before_mlp = getattr(last, "pre_feedforward_layernorm", last.post_attention_layernorm)
+    pairs = [
+        (head.norm, target.model.norm),
+        (head.layers[-1].input_layernorm, last.input_layernorm),
+        (head.layers[-1].post_attention_layernorm, before_mlp),
+    ]
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours(x), theirs(x))
+    if hasattr(last.self_attn, "q_norm"):
+        x = torch.randn(3, head.config.head_dim)
+        torch.testing.assert_close(head.layers[-1].self_attn.q_norm(x), last.self_attn.q_norm(x))
+
+
+def test_a_norm_behind_the_attention_is_not_taken_for_one_before_the_mlp(tiny_target):
+    target = copy.deepcopy(tiny_target("olmo2"))
+    with torch.no_grad():
+        target.model.layers[-1].post_attention_layernorm.weight.fill_(3.0)
+    head = make_head(target)
+    initialize_from_target(head, target)
+    assert torch.equal(head.layers[-1].post_attention_layernorm.weight, torch.ones(64))
+
+
+# Evaluation by decoding
+
+PROMPTS = {"chat": [[5, 6, 7], [8, 9]], "code": [[10, 11, 12, 13]]}
+KEEP_BEST = dict(
+    eval_strategy="steps",
+    eval_steps=1,
+    save_strategy="steps",
+    save_steps=100,
+    metric_for_best_model="tokens_per_round",
+    greater_is_better=True,
+    load_best_model_at_end=True,
+)
+
+
+def evaluating_trainer(target, folder, figures=None, monkeypatch=None, **args):
+    """A trainer with held-out prompts; `figures` are what evaluation finds, one after the other."""
+    trainer = make_trainer(target, folder, eval_dataset=PROMPTS, **{**KEEP_BEST, **args})
+    if figures is not None:
+        steps = iter(figures)
+        monkeypatch.setattr(trainer, "_tokens_per_round", lambda head, prompts: next(steps))
+        trainer.eval_dataset = {"chat": PROMPTS["chat"]}
+    return trainer
+
+
+def evaluations(trainer) -> list[float]:
+    return [entry["eval_tokens_per_round"] for entry in trainer.state.log_history if "eval_tokens_per_round" in entry]
+
+
+def test_evaluation_decodes_each_set_and_logs_their_mean(target, tmp_path):
+    trainer = evaluating_trainer(target, tmp_path, max_steps=1, eval_node_budget=8, eval_max_new_tokens=6)
+    trainer.train()
+    (entry,) = [entry for entry in trainer.state.log_history if "eval_tokens_per_round" in entry]
+    figures = [tokens_per_round(target, trainer.model, prompts, 8, max_new_tokens=6) for prompts in PROMPTS.values()]
+    assert [entry["eval_chat_tokens_per_round"], entry["eval_code_tokens_per_round"]] == figures
+    assert entry["eval_tokens_per_round"] == pytest.approx(sum(figures) / 2)
+    assert all(figure >= 1 for figure in figures)
+
+
+def test_evaluation_changes_nothing_of_the_training(target, tmp_path):
+    heads = []
+    for number, args in enumerate((KEEP_BEST, {})):
+        settings = {**args, "load_best_model_at_end": False, "eval_max_new_tokens": 5}
+        trainer = make_trainer(target, tmp_path / str(number), eval_dataset=PROMPTS, max_steps=3, **settings)
+        trainer.train()
+        heads.append(trainer.model)
+    assert len(evaluations(trainer)) == 0
+    assert all(torch.equal(tensor, heads[1].state_dict()[name]) for name, tensor in heads[0].state_dict().items())
+
+
+def test_evaluation_leaves_mode_settings_and_statistics_of_the_head(target, tmp_path, monkeypatch):
+    trainer = evaluating_trainer(target, tmp_path, eval_node_budget=8, eval_max_new_tokens=4)
+    head = trainer.model.train()
+    head.generation_config.node_budget, head.last_stats = 17, "earlier"
+    settings = head.generation_config
+    trainer.evaluate()
+    monkeypatch.setattr(target, "generate", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.evaluate()
+    assert head.training
+    assert head.generation_config is settings
+    assert (settings.node_budget, head.last_stats) == (17, "earlier")
+
+
+def test_the_best_head_is_kept_between_checkpoints_and_loaded_at_the_end(target, tmp_path, monkeypatch):
+    trainer = evaluating_trainer(target, tmp_path, [1.0, 3.0, 2.0, 2.5], monkeypatch, save_total_limit=1)
+    states = {}
+    determine = trainer._determine_best_metric
+    monkeypatch.setattr(
+        trainer,
+        "_determine_best_metric",
+        lambda metrics, trial: (
+            states.update({trainer.state.global_step: copied_state(trainer.model)}) or determine(metrics, trial)
+        ),
+    )
+    trainer.train()
+    assert evaluations(trainer) == [1.0, 3.0, 2.0, 2.5]
+    assert [path.name for path in find_checkpoints(tmp_path)[0]] == ["checkpoint-2"]
+    assert all(torch.equal(tensor, states[2][name]) for name, tensor in trainer.model.state_dict().items())
+    assert not all(torch.equal(tensor, states[2][name]) for name, tensor in states[4].items())
+
+
+def test_training_stops_early_and_a_resumed_run_goes_on_counting(target, tmp_path, monkeypatch):
+    figures = [2.0, 1.0, 1.5, 1.9, 1.0]
+    settings = dict(max_steps=9, save_steps=2, restore_callback_states_from_checkpoint=True)
+    trainer = evaluating_trainer(target, tmp_path, figures[:2], monkeypatch, **{**settings, "max_steps": 2})
+    trainer.add_callback(EarlyStoppingCallback(3))
+    trainer.train()
+    resumed = evaluating_trainer(target, tmp_path, figures[2:], monkeypatch, **settings)
+    resumed.add_callback(EarlyStoppingCallback(3))
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+    assert evaluations(resumed) == figures[:4]
+
+
+@pytest.mark.parametrize("prompts", [None, {"chat": []}])
+def test_evaluation_without_prompts_is_refused(target, tmp_path, prompts):
+    trainer = make_trainer(target, tmp_path, eval_dataset=prompts)
+    with pytest.raises(ValueError, match="evaluation decodes held-out prompts, but there are none"):
+        trainer.evaluate()
+
+
+# Checkpoints
+
+EVERY_TWO = dict(max_steps=4, save_strategy="steps", save_steps=2)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("harm", "fault"),
+    [
+        (
+            lambda folder: (folder / "trainer_state.json").unlink(),
+            "trainer_state.json, which is written last, is missing",
+        ),
+        (lambda folder: cut(folder / "trainer_state.json"), "trainer_state.json is cut off"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (lambda folder: cut(folder / "model.safetensors"), "model.safetensors cut off"),
+        (lambda folder: cut(folder / "optimizer.pt"), "optimizer.pt cut off"),
+        (lambda folder: cut(folder / "rng_state.pth"), "rng_state.pth cut off"),
+    ],
+)
+def test_a_half_written_checkpoint_is_left_out_and_the_one_before_is_continued_from(
+    target, tmp_path, caplog, harm, fault
+):
+    whole = make_trainer(target, tmp_path, **EVERY_TWO)
+    whole.train()
+    last = tmp_path / "checkpoint-4"
+    harm(last)
+    assert checkpoint_fault(last) == fault
+    with pytest.raises(ValueError, match=f"checkpoint-4 cannot be continued from: {fault}; give another checkpoint"):
+        make_trainer(target, tmp_path, **EVERY_TWO).train(resume_from_checkpoint=str(last))
+    trainer = make_trainer(target, tmp_path, **EVERY_TWO)
+    with caplog.at_level(logging.WARNING, "hf_jetflow"):
+        trainer.train(resume_from_checkpoint=True)
+    (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("hf_jetflow")]
+    assert f"{last} is left out and removed: {fault}" in message
+    assert message.endswith(f"continuing from {tmp_path / 'checkpoint-2'}")
+    assert all(
+        torch.equal(tensor, whole.model.state_dict()[name]) for name, tensor in trainer.model.state_dict().items()
+    )
+    assert checkpoint_fault(last) == ""
+
+
+def test_training_begins_anew_where_the_only_checkpoint_is_broken(target, tmp_path, caplog):
+    (tmp_path / "checkpoint-2").mkdir()
+    trainer = make_trainer(target, tmp_path, max_steps=1)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 1
+    assert "continuing from the beginning" in caplog.text
+    assert not (tmp_path / "checkpoint-2").exists()
+
+
+FULL_DISK = [
+    ("safetensors.torch.save_file", SafetensorError("I/O error: No space left on device (os error 28)")),
+    ("torch.save", RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")),
+    ("transformers.trainer_callback.TrainerState.save_to_json", OSError(errno.ENOSPC, "No space left on device")),
+]
+
+
+@pytest.mark.parametrize(("writer", "error"), FULL_DISK, ids=["tensors", "optimizer", "state"])
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_full_disk_is_told_and_leaves_no_part_of_a_checkpoint(target, tmp_path, monkeypatch, writer, error, step):
+    if writer.startswith("safetensors"):
+        writer = "transformers.modeling_utils.safe_save_file"
+    trainer = make_trainer(target, tmp_path, **EVERY_TWO)
+
+    class FillDisk(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == step:
+                monkeypatch.setattr(writer, fail)
+
+    def fail(*_, **__):
+        raise error
+
+    trainer.add_callback(FillDisk())
+    kept = "is kept" if step == 4 else "there is no earlier one"
+    with pytest.raises(
+        OSError, match=f"checkpoint-{step} could not be written .* and is removed; .*{kept}.* free disk"
+    ):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == (["checkpoint-2"] if step == 4 else [])
+
+
+def test_an_error_that_is_no_full_disk_keeps_its_own_words(target, tmp_path, monkeypatch):
+    trainer = make_trainer(target, tmp_path, **EVERY_TWO)
+
+    def fail(*_):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(trainer, "_save_rng_state", fail)
+    with pytest.raises(RuntimeError, match="something else"):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+# The whole recipe, from files to a head and its card
+
+
+class Report:
+    def __init__(self):
+        self.said: list[str] = []
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+@pytest.fixture
+def run(target, tmp_path, monkeypatch):
+    """`run(**options)`: the recipe on the tiny target and ready answers; returns its summary and what it said."""
+    monkeypatch.setattr(recipe, "load_target", lambda *_: (target, None))
+    monkeypatch.setattr(recipe, "with_token_ids", lambda path, *_: path)
+    monkeypatch.setattr(recipe, "encode_chat", lambda _, messages: [5, 6, len(messages[0]["content"])])
+    monkeypatch.setattr(recipe, "fast_dtype", lambda: "float32")
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text("".join(json.dumps(record) + "\n" for record in make_answers()))
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text('{"prompt": "one"}\n{"prompt": "three"}\n')
+
+    def run(output="run", **options):
+        settings = dict(max_steps=2, save_steps=1, batch_size=2, anchors=3, num_layers=1, num_taps=2, block_size=4)
+        settings |= dict(eval_prompts=[held_out], eval_max_new_tokens=4, eval_node_budgets=(4, 8))
+        if "head" in options:
+            settings = {key: value for key, value in settings.items() if key not in recipe.LAYOUT_OPTIONS}
+        report = Report()
+        options = {**settings, "answers": [answers], "target_name": "org/target", **options}
+        return train_head(TrainRecipe("org/target", tmp_path / output, **options), report), report.said
+
+    return run
+
+
+def test_a_head_with_a_path_correction_is_the_default(run, tmp_path):
+    summary, said = run()
+    assert JetFlowHead.from_pretrained(tmp_path / "run").config.branch_correction == "path"
+    assert list(summary) == [f"tokens per round on held_out, {budget} nodes" for budget in (4, 8)]
+    assert any(text.startswith("update 2: tokens per round: mean ") for text in said)
+
+
+def test_a_correction_is_trained_onto_a_finished_head(run, tmp_path):
+    run(branch_correction="none")
+    old = JetFlowHead.from_pretrained(tmp_path / "run").state_dict()
+    assert not any(name.startswith("branch_correction") for name in old)
+    run("more", head=str(tmp_path / "run"), train_only="correction", eval_prompts=[])
+    new = JetFlowHead.from_pretrained(tmp_path / "more").state_dict()
+    assert all(torch.equal(new[name], tensor) for name, tensor in old.items())
+    assert new["branch_correction.down_proj.weight"].any()
+    assert "only the branch correction was trained" in (tmp_path / "more" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(branch_correction="tree"), r"`--branch-correction` is 'tree', but one of \['parent', 'path', 'none'\]"),
+        (dict(train_only="norms"), "`--train-only` is 'norms', but only 'correction'"),
+        (dict(train_only="correction"), "a trained one is needed: give it with `--head`"),
+        (dict(patience=3, eval_prompts=[]), "`--patience` 3 .* but there are none: give them with `--eval-prompts`"),
+        (dict(save_steps=10, eval_steps=3), "`--save-steps` 10 is no multiple of `--eval-steps` 3"),
+        (dict(push_to_hub="org/head"), "`--push-to-hub` org/head needs a token .* but there is none; run `hf auth"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_before_the_target_is_loaded(run, monkeypatch, options, message):
+    monkeypatch.setattr(recipe, "get_token", lambda: None)
+    monkeypatch.setattr(recipe, "load_target", lambda *_: 1 / 0)
+    with pytest.raises(ValueError, match=message):
+        run(**options)
+
+
+def test_layout_options_that_differ_from_a_given_head_are_named(run, target, tmp_path):
+    make_head(target).save_pretrained(tmp_path / "old")
+    with pytest.raises(ValueError, match=r"`--block-size` is 16, but the head .*old has 4; leave the option out"):
+        run(head=str(tmp_path / "old"), block_size=16)
+
+
+@pytest.fixture
+def uploads(monkeypatch) -> dict[str, dict[str, bytes]]:
+    """Files uploaded to the Hub, by repository; nothing leaves the machine."""
+    repositories: dict[str, dict[str, bytes]] = {}
+
+    def create_commit(self, repo_id, operations, **_):
+        for operation in operations:
+            repositories[repo_id][operation.path_in_repo] = Path(operation.path_or_fileobj).read_bytes()
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda _, repo_id, **__: repositories.setdefault(repo_id, {}))
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    monkeypatch.setattr(recipe, "get_token", lambda: "token")
+    return repositories
+
+
+def test_the_head_and_its_card_are_uploaded(run, uploads, tmp_path):
+    summary, _ = run(push_to_hub="org/head")
+    files = uploads["org/head"]
+    assert sorted(files) == sorted(recipe.HEAD_FILES)
+    assert files["model.safetensors"] == (tmp_path / "run" / "model.safetensors").read_bytes()
+    card = ModelCard(files["README.md"].decode())
+    assert (card.data.library_name, card.data.base_model, card.data.license) == (
+        "transformers",
+        "org/target",
+        "apache-2.0",
+    )
+    assert "speculative-decoding" in card.data.tags
+    figures = " | ".join(f"{value:.2f}" for value in summary.values())
+    assert f"| tokens per round | 4 nodes | 8 nodes |\n|---|---|---|\n| held_out | {figures} |" in card.text
+    assert 'from_pretrained("org/head")' in card.text
+
+
+def test_a_repository_that_the_hub_refuses_is_known_before_training(run, uploads, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("403 Forbidden")
+
+    monkeypatch.setattr(HfApi, "create_repo", refuse)
+    monkeypatch.setattr(recipe, "load_target", lambda *_: 1 / 0)
+    with pytest.raises(OSError, match="403 Forbidden"):
+        run(push_to_hub="org/head")
