@@ -374,7 +374,7 @@ def _check_fsdp(plugin: Any) -> None:
     if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
         raise ValueError(
             f"`fsdp_state_dict_type` is {plugin.state_dict_type}, which saves the head in pieces; set it "
-            "FULL_STATE_DICT (see examples/accelerate/fsdp.yaml)"
+            "to FULL_STATE_DICT (see examples/accelerate/fsdp.yaml)"
         )
 
 
