@@ -184,7 +184,7 @@ class JetFlowHead(PreTrainedModel):
     config: JetFlowConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["JetFlowDecoderLayer", "BranchCorrection"]
+    _no_split_modules = ["JetFlowDecoderLayer"]
     _supports_sdpa = True
     _supports_attention_backend = True
 

@@ -96,21 +96,8 @@ class MuonAdamW(torch.optim.Optimizer):
             part.step()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(_joined(state_dict["parts"]) if "parts" in state_dict else state_dict)
+        super().load_state_dict(state_dict)
         self._share()
-
-
-def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """One state dict of those of both parts, as the first checkpoints hold them."""
-    groups: list[dict[str, Any]] = []
-    state: dict[int, Any] = {}
-    start = 0
-    for part in parts:
-        (group,) = part["param_groups"]
-        groups.append({**group, "params": [start + number for number in group["params"]]})
-        state.update({start + number: value for number, value in part["state"].items()})
-        start += len(group["params"])
-    return {"state": state, "param_groups": groups}
 
 
 class _SamplerCallback(TrainerCallback):

@@ -316,19 +316,6 @@ def test_a_restored_optimizer_continues_as_if_nothing_had_happened(tmp_path):
     assert all(torch.equal(tensor, head.state_dict()[name]) for name, tensor in whole.state_dict().items())
 
 
-def test_an_optimizer_state_of_the_first_checkpoints_is_still_read():
-    optimizer = MuonAdamW(JetFlowHead(tiny_config()), muon_lr=1e-2, adamw_lr=1e-2)
-    take_steps(optimizer, 1)
-    parts = [type(part)(part.param_groups[0]["params"], lr=1e-2) for part in optimizer._parts]
-    for part, own in zip(parts, optimizer._parts, strict=True):
-        part.state.update({each: dict(optimizer.state[each]) for each in own.param_groups[0]["params"]})
-    restored = MuonAdamW(JetFlowHead(tiny_config()), muon_lr=1e-2, adamw_lr=1e-2)
-    restored.load_state_dict({"parts": [part.state_dict() for part in parts]})
-    ours, theirs = restored.state_dict()["state"], optimizer.state_dict()["state"]
-    for number, moments in theirs.items():
-        assert all(torch.equal(ours[number][name], tensor) for name, tensor in moments.items())
-
-
 def test_a_scheduler_changes_the_learning_rates_of_both_parts():
     optimizer = MuonAdamW(JetFlowHead(tiny_config()), muon_lr=4.0, adamw_lr=1.0)
     for rates in ([2.0, 0.5], [1.0, 0.25]):  # before and after a restore
