@@ -64,9 +64,7 @@ def train(
     head: Annotated[
         str | None, typer.Option(help="Trained head to continue from: a Hub id or a folder; a new one if not given.")
     ] = None,
-    train_only: Annotated[
-        str | None, typer.Option(help="`correction` freezes all of the head but its branch correction.")
-    ] = None,
+    train_only: Annotated[str | None, typer.Option(help="`correction` freezes all but the branch correction.")] = None,
     target_name: Annotated[str | None, typer.Option(help="Name of the target for the head's config and card.")] = None,
     num_layers: Annotated[int, typer.Option(help="Layers of the head.")] = 3,
     num_taps: Annotated[int, typer.Option(help="Target layers the head listens to.")] = 5,
@@ -103,10 +101,12 @@ def train(
     hf-jetflow train --target Qwen/Qwen3-0.6B --prompts prompts.jsonl --output runs/qwen3-0.6b
     """
     from .recipe import TrainRecipe, train_head
+    from .training import leave_together
 
-    options = {key: value for key, value in locals().items() if key not in ("TrainRecipe", "train_head", "weight")}
+    options = {name: value for name, value in locals().items() if name in TrainRecipe.__dataclass_fields__}
     with _readable_errors(), _progress() as bars:
         summary = train_head(TrainRecipe(**options, weights=_weights(weight)), _Reporter(bars))
+        leave_together()
     console.print(f"head saved in {output}" + "".join(f"\n  {name}: {value}" for name, value in summary.items()))
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import nn
@@ -368,3 +369,14 @@ def _check_fsdp(plugin: Any) -> None:
 def _gathered(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor that may be spread over the processes, which must call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def leave_together() -> None:
+    """
+    Wait for the other processes and take the connection to them down; without them, nothing.
+
+    A process that ends with the connection up can abort, and its launcher then calls the whole run failed.
+    """
+    state = PartialState()
+    state.wait_for_everyone()
+    state.destroy_process_group()

@@ -14,7 +14,7 @@ from test_training import make_answers, make_head, make_trainer
 from transformers import PreTrainedModel
 
 from hf_jetflow import JetFlowHead
-from hf_jetflow.training import JetFlowTrainer
+from hf_jetflow.training import JetFlowTrainer, leave_together
 
 
 def make_start(target: PreTrainedModel) -> JetFlowHead:
@@ -55,6 +55,7 @@ def main(folder: Path) -> None:
     if trainer.is_world_process_zero():
         facts = dict(history=trainer.state.log_history, kind=str(trainer.accelerator.distributed_type.value))
         (folder / "facts.json").write_text(json.dumps({**facts, "world": trainer.args.world_size}))
+    leave_together()
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from accelerate.utils import FullyShardedDataParallelPlugin
 from distributed_worker import make_start, train
+from packaging.version import Version
 
 from hf_jetflow import JetFlowHead
 from hf_jetflow.checkpoints import find_checkpoints
@@ -55,6 +57,8 @@ def test_two_processes_with_half_the_batch_train_the_same_head(tmp_path, kind):
 
     checkpoints, faults = find_checkpoints(tmp_path / "together")
     assert ([path.name for path in checkpoints], faults) == (["checkpoint-2", "checkpoint-3"], {})
+    if kind == "ddp" and Version(transformers.__version__) < Version("5.18"):
+        pytest.skip("this Trainer maps the optimizer's state to 'cpu:0', which torch cannot restore")
     shutil.rmtree(checkpoints[-1])  # the run was killed in the third update
     launch(kind, tmp_path / "together")
     resumed = JetFlowHead.from_pretrained(tmp_path / "together" / "final").state_dict()
