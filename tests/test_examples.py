@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from helpers import tiny_tokenizer
 
@@ -114,6 +115,30 @@ def test_the_ablation_trains_and_measures_rows_by_name(tiny_target, tmp_path, mo
     assert [row["tokens_per_round"] for row in more[3:]] == [row["tokens_per_round"] for row in rows[1:]]
     assert results.with_suffix(".png").exists()
     assert path in results.with_suffix(".md").read_text()
+
+
+def test_the_gain_of_a_correction_is_replayed_with_it_on_and_off(tiny_target, random_head, tmp_path, monkeypatch):
+    target = tiny_target("llama")
+    target.save_pretrained(tmp_path / "target")
+    tiny_tokenizer(target.config.vocab_size).save_pretrained(tmp_path / "target")
+    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(dict(id=i, prompt=f"t0{i + 40}")) + "\n" for i in range(2)))
+    gain = load_example("correction_gain")
+    for kind in ("path", None):
+        random_head(target, branch_correction=kind).save_pretrained(tmp_path / f"head {kind}")
+
+    def run(kind):
+        arguments = ["--target", tmp_path / "target", "--head", tmp_path / f"head {kind}", "--prompts"]
+        arguments += [tmp_path / "dev.jsonl", "--texts", tmp_path / "texts", "--max-new-tokens", 9]
+        arguments += ["--node-budgets", 4, 8, "--json", tmp_path / "gain.json"]
+        monkeypatch.setattr(sys, "argv", ["correction_gain.py", *map(str, arguments)])
+        gain.main()
+        return json.loads((tmp_path / "gain.json").read_text())["rows"]
+
+    rows = run("path")
+    assert [(row["prompts"], row["num_prompts"], row["node_budget"]) for row in rows] == [("dev", 2, 4), ("dev", 2, 8)]
+    assert all(row["tokens_per_round"] == row["without_correction"] >= 1 for row in rows), "a new correction is none"
+    with pytest.raises(SystemExit, match="no branch correction"):
+        run(None)
 
 
 WANTED_ROWS = [("bidirectional", "chain"), ("causal", "algorithm 1"), ("path", "exact")]
