@@ -27,7 +27,9 @@ def launch(kind: str, folder: Path) -> dict:
     command += ["--config_file", ROOT / "examples" / "accelerate" / f"{kind}.yaml"]
     command += [ROOT / "tests" / "distributed_worker.py", folder]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        list(map(str, command)), env=environment, capture_output=True, text=True, check=False, timeout=150
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return json.loads((folder / "facts.json").read_text())
 
@@ -36,6 +38,7 @@ def logged(history: list[dict], name: str) -> list[float]:
     return [entry[name] for entry in history if name in entry]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_with_half_the_batch_train_the_same_head(tmp_path, kind):
     alone = train(tmp_path / "alone", batch_size=4)
