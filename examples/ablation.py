@@ -27,7 +27,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_jetflow import JetFlowConfig, JetFlowHead
-from hf_jetflow.answers import regenerate_answers
+from hf_jetflow.answers import greedy_texts, regenerate_answers
 from hf_jetflow.configuration_jetflow import spaced_layer_ids
 from hf_jetflow.data import frequent_tokens, read_answers, read_prompts
 from hf_jetflow.loading import fast_dtype, load_target
@@ -169,18 +169,6 @@ def train_row(
     return JetFlowHead.from_pretrained(folder)  # without what the trainer wrapped around it
 
 
-def greedy_texts(
-    target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, args: argparse.Namespace
-) -> list[tuple[list[int], int]]:
-    """The target's own answers to development prompts, made once."""
-    answers = args.output / "texts" / path.name
-    prompts = read_prompts([path])[: args.num_prompts]
-    regenerate_answers(target, tokenizer, prompts, answers, batch_size=32, max_new_tokens=args.max_new_tokens)
-    wanted = {prompt["id"] for prompt in prompts}
-    records = [record for record in read_answers([answers]) if record["id"] in wanted]
-    return [(record["prompt_ids"] + record["answer_ids"], len(record["prompt_ids"])) for record in records]
-
-
 def time_ratios(
     target: PreTrainedModel, head: JetFlowHead, texts: list[tuple[list[int], int]], budgets: list[int], is_chain: bool
 ) -> dict[int, float]:
@@ -215,10 +203,14 @@ def measure_row(
     head = train_row(training, target, tokenizer, args).to(target.dtype).eval()
     is_chain = drafts == "chain"
     budgets = [head.config.block_size] if is_chain else list(NODE_BUDGETS)
-    texts = {path.stem: greedy_texts(target, tokenizer, path, args) for path in args.prompts}
+    texts = {}
+    for path in args.prompts:
+        prompts = read_prompts([path])[: args.num_prompts]
+        kept = args.output / "texts" / path.name
+        texts[path.stem] = greedy_texts(target, tokenizer, prompts, kept, args.max_new_tokens)
     ratios = time_ratios(target, head, [group[0] for group in texts.values()], budgets, is_chain)
     results = []
-    for prompts, group in texts.items():
+    for set_name, group in texts.items():
         stats = replay(
             Target(target, head.config),
             head,
@@ -232,7 +224,7 @@ def measure_row(
             results.append(
                 {
                     "name": name,
-                    "prompts": prompts,
+                    "prompts": set_name,
                     "node_budget": budget,
                     "tokens_per_round": round(figure, 3),
                     "speedup": round(figure * ratios[budget], 3),

@@ -8,9 +8,9 @@ import argparse
 from pathlib import Path
 
 from hf_jetflow import JetFlowHead
-from hf_jetflow.answers import regenerate_answers
+from hf_jetflow.answers import greedy_texts
 from hf_jetflow.bench import environment, write_json
-from hf_jetflow.data import read_answers, read_prompts
+from hf_jetflow.data import read_prompts
 from hf_jetflow.loading import fast_dtype, load_target
 from hf_jetflow.replay import replay
 from hf_jetflow.target import Target
@@ -36,12 +36,7 @@ def main() -> None:
     rows = []
     for path in args.prompts:
         prompts = read_prompts([path])[: args.num_prompts]
-        regenerate_answers(
-            target, tokenizer, prompts, args.texts / path.name, batch_size=40, max_new_tokens=args.max_new_tokens
-        )
-        wanted = {prompt["id"] for prompt in prompts}
-        answers = [answer for answer in read_answers([args.texts / path.name]) if answer["id"] in wanted]
-        texts = [(answer["prompt_ids"] + answer["answer_ids"], len(answer["prompt_ids"])) for answer in answers]
+        texts = greedy_texts(target, tokenizer, prompts, args.texts / path.name, args.max_new_tokens)
         figures = {}
         for is_on in (True, False):
             head.branch_correction = correction if is_on else None

@@ -11,7 +11,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import derived_seed, encode_chat, read_jsonl
+from .data import derived_seed, encode_chat, read_answers, read_jsonl
 
 
 def regenerate_answers(
@@ -89,6 +89,21 @@ def regenerate_answers(
 
 
 @torch.inference_mode()
+def greedy_texts(
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[dict[str, Any]],
+    output: str | os.PathLike,
+    max_new_tokens: int,
+) -> list[tuple[list[int], int]]:
+    """The target's greedy answers to prompts, kept in `output`: token ids of prompt and answer, and of how many the
+    prompt is."""
+    regenerate_answers(target, tokenizer, prompts, output, max_new_tokens=max_new_tokens)
+    wanted = {prompt["id"] for prompt in prompts}
+    records = (record for record in read_answers([output]) if record["id"] in wanted)
+    return [(record["prompt_ids"] + record["answer_ids"], len(record["prompt_ids"])) for record in records]
+
+
 def _generate(
     target: PreTrainedModel, prompt_ids: list[list[int]], pad_id: int, settings: dict[str, Any]
 ) -> list[list[int]]:
