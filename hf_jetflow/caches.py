@@ -1,5 +1,7 @@
 """Everything that moves keys and values: the head's context cache, and commits in the target's cache."""
 
+from typing import Any
+
 import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -44,6 +46,58 @@ class HeadCache:
         return self._position_ids
 
 
+class GrowingLayer(DynamicLayer):
+    """
+    A layer of the target's cache in buffers with room to grow, so that a forward copies its new rows only.
+
+    transformers' own layer copies all rows in every forward. `keys` and `values` are views of the buffers: what lies
+    behind their end, such as rows that were cropped, is overwritten by the next `update`.
+    """
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self._buffers = [key_states[:, :, :0], value_states[:, :, :0]]
+        self.keys, self.values = self._buffers
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append rows (batch, heads, rows, dim); returns all rows."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        for place, (known, rows) in enumerate(((self.keys, key_states), (self.values, value_states))):
+            if not _lies_in(known, self._buffers[place]) or self._buffers[place].shape[2] < end:
+                batch, heads, _, dim = rows.shape
+                self._buffers[place] = rows.new_empty(batch, heads, end + max(end // 4, 256), dim)
+                self._buffers[place][:, :, :start] = known
+            self._buffers[place][:, :, start:end] = rows
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
+        return self.keys, self.values
+
+
+def grow_layers(cache: DynamicCache) -> None:
+    """Give the rows of the cache's ordinary layers room to grow, for the time of a generation."""
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and layer.get_seq_length():
+            cache.layers[index] = grown = GrowingLayer()
+            grown.update(layer.keys, layer.values)
+
+
+def settle_layers(cache: DynamicCache) -> None:
+    """The ordinary layers again, as the caller knows them, with the same rows."""
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, GrowingLayer):
+            cache.layers[index] = settled = DynamicLayer()
+            settled.lazy_initialization(layer.keys, layer.values)
+            settled.keys, settled.values = layer.keys, layer.values
+
+
+def _lies_in(rows: torch.Tensor, buffer: torch.Tensor) -> bool:
+    """Whether `rows` are the buffer's first; they are not once a caller has reordered or replaced them."""
+    return rows.data_ptr() == buffer.data_ptr() and rows.stride() == buffer.stride()
+
+
 def check_target_cache(cache: Cache | None) -> DynamicCache:
     """
     Refuse caches that cannot hold a tree and roll back; returns the others.
@@ -59,7 +113,8 @@ def check_target_cache(cache: Cache | None) -> DynamicCache:
             f"draft trees are not supported with {kind} yet; leave `cache_implementation` unset to use the dynamic "
             "cache, or generate without `assistant_model`"
         )
-    foreign = {type(layer).__name__ for layer in cache.layers} - {"DynamicLayer", "DynamicSlidingWindowLayer"}
+    known = (DynamicLayer, DynamicSlidingWindowLayer, GrowingLayer)
+    foreign = {type(layer).__name__ for layer in cache.layers if type(layer) not in known}
     if foreign:
         raise ValueError(
             f"the target's cache has {sorted(foreign)} layers, whose state cannot be rolled back after a draft tree; "

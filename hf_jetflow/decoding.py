@@ -15,7 +15,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .caches import cache_windows
+from .caches import cache_windows, settle_layers
 from .drafting import JetFlowCandidateGenerator
 from .emit import Emitter
 from .modeling_jetflow import JetFlowHead
@@ -73,6 +73,7 @@ def decode(
         policy.record(tree, len(walk.path) - 1)
         stats.count_round(len(tree.tokens) - 1, tree.max_depth, len(walk.path) - 1)
     stats.num_new_tokens, stats.policy = emitter.num_new_tokens, policy.report()
+    settle_layers(context.cache)
     return emitter.finish(context.cache, wants)
 
 

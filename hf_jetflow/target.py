@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from .caches import check_target_cache, commit_path
+from .attention import grouped_attention
+from .caches import check_target_cache, commit_path, grow_layers
 from .configuration_jetflow import JetFlowConfig
 from .tree import DraftTree
 
@@ -83,6 +84,7 @@ class Target:
             is_padding = model_kwargs["attention_mask"][0] == 0
             keep = ~is_padding[-num_rows:].to(features.device)
             features, position_ids = features[:, keep], position_ids[:, keep]
+        grow_layers(cache)
         context = Context(cache, last_position + 1, is_padding, wants_states, forward_kwargs)
         states = TargetStates(
             logits=outputs.logits[0, -1:],
@@ -118,15 +120,16 @@ class Target:
         device = self.model.device
         position_ids = (context.position + tree.depths)[None].to(device)
         context.cache.activate_past_recording()  # sliding layers keep all rows until the commit
-        outputs = self.model(
-            input_ids=tree.tokens[None].to(device),
-            attention_mask=self._tree_masks(context, tree),
-            position_ids=position_ids,
-            past_key_values=context.cache,
-            use_cache=True,
-            return_dict=True,
-            **context.forward_kwargs,
-        )
+        with grouped_attention(self.model.config.get_text_config(decoder=True)):
+            outputs = self.model(
+                input_ids=tree.tokens[None].to(device),
+                attention_mask=self._tree_masks(context, tree),
+                position_ids=position_ids,
+                past_key_values=context.cache,
+                use_cache=True,
+                return_dict=True,
+                **context.forward_kwargs,
+            )
         return TargetStates(
             logits=outputs.logits[0],
             features=self._fuse(outputs.hidden_states),

@@ -4,10 +4,10 @@ import pytest
 import torch
 from helpers import NUM_TAPS, random_parents
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import LinearAttentionLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from hf_jetflow import JetFlowConfig
-from hf_jetflow.caches import HeadCache, check_target_cache, commit_path
+from hf_jetflow.caches import GrowingLayer, HeadCache, check_target_cache, commit_path, grow_layers, settle_layers
 from hf_jetflow.target import Context, Target
 from hf_jetflow.tree import DraftTree, ancestor_mask
 
@@ -59,6 +59,53 @@ def test_layers_are_extended_one_after_another_without_mixing():
         for layer in range(3):
             keys, _ = cache.extend(layer, rows(length, length + 300, layer), rows(0, 300), num_context=300)
             assert torch.equal(keys, rows(0, length + 300, layer))
+
+
+def test_a_growing_layer_holds_what_an_ordinary_one_holds():
+    generator = torch.Generator().manual_seed(3)
+    layers = [DynamicLayer(), GrowingLayer()]
+    for step in range(60):  # 60 steps outgrow the first buffer
+        new = torch.randn(2, HEADS, int(torch.randint(1, 20, (1,), generator=generator)), DIM, generator=generator)
+        removed = int(torch.randint(0, 8, (1,), generator=generator))
+        for layer in layers:
+            layer.update(new, new + 0.5)
+            layer.crop(-min(removed, layer.get_seq_length()))
+            if step == 20:
+                layer.reorder_cache(torch.tensor([1, 0]))
+        assert torch.equal(layers[0].keys, layers[1].keys)
+        assert torch.equal(layers[0].values, layers[1].values)
+    assert layers[1].get_seq_length() > 300
+    for layer in layers:
+        layer.reset()
+        layer.update(new, new)
+    assert torch.equal(layers[0].keys, layers[1].keys)
+
+
+def test_a_growing_layer_leaves_its_rows_where_they_are():
+    layer = GrowingLayer()
+    layer.update(rows(0, 10), rows(0, 10))
+    place = layer.keys.data_ptr()
+    for start in range(10, 200, 10):
+        layer.update(rows(start, start + 10), rows(start, start + 10))
+    assert layer.keys.data_ptr() == place
+    assert torch.equal(layer.keys, rows(0, 200))
+
+
+def test_a_cache_grows_and_settles_with_the_rows_of_the_caller_untouched():
+    cache = DynamicCache()
+    for layer in range(2):
+        cache.update(rows(0, 10, layer), rows(0, 10, layer), layer)
+    held = cache.layers[0].keys
+    grow_layers(cache)
+    assert {type(layer) for layer in cache.layers} == {GrowingLayer}
+    cache.update(rows(10, 14), rows(10, 14), 0)
+    settle_layers(cache)
+    assert {type(layer) for layer in cache.layers} == {DynamicLayer}
+    assert torch.equal(held, rows(0, 10))
+    assert torch.equal(cache.layers[0].keys, rows(0, 14))
+    cache.update(rows(14, 15), rows(14, 15), 0)
+    assert torch.equal(cache.layers[0].keys, rows(0, 15))
+    assert cache.layers[1].get_seq_length() == 10
 
 
 def test_positions_of_the_context_accumulate():

@@ -19,7 +19,7 @@ PACKAGE = "hf_jetflow"
 ROOMS = {
     "words": ("versions", "configuration_jetflow", "stats"),
     "pure": ("tree", "walk", "losses", "formats", "model_card"),
-    "models": ("modeling_jetflow", "target", "caches", "drafting"),
+    "models": ("modeling_jetflow", "attention", "target", "caches", "drafting"),
     "loop": ("emit", "policy", "decoding"),
     "door": ("integration",),
     "workshop": (

@@ -1,0 +1,88 @@
+"""SDPA for many rows under an explicit mask, without copies of keys and values, registered with transformers."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+
+NAME = "jetflow_sdpa"
+
+
+def grouped_sdpa(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """
+    Attention whose query heads of one key/value head are rows of one head, so that nothing is repeated per query head.
+
+    transformers' own function copies all keys and values per query head as soon as there is a mask. Same arguments and
+    same result; calls of any other kind go to it.
+
+    Args:
+        query (`torch.Tensor`, (batch, heads, rows, dim)).
+        key, value (`torch.Tensor`, (batch, key_value_heads, keys, dim)).
+        attention_mask (`torch.Tensor`, (batch, 1, rows, keys), *optional*): Boolean, or added to the scores.
+
+    Returns:
+        (batch, rows, heads, dim), and `None` for the attention weights.
+    """
+    batch, heads, rows, dim = query.shape
+    groups = heads // key.shape[1]
+    is_plain = all(kwargs.get(name) is None for name in ("position_bias", "softcap", "s_aux", "cache"))
+    if attention_mask is None or groups == 1 or rows == 1 or attention_mask.shape[1] != 1 or not is_plain:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    output = scaled_dot_product_attention(
+        query.reshape(batch, -1, groups * rows, dim),
+        key,
+        value,
+        attn_mask=_repeated_mask(attention_mask, groups, query.dtype),
+        dropout_p=dropout,
+        scale=scaling,
+    )
+    return output.reshape(batch, heads, rows, -1).transpose(1, 2).contiguous(), None
+
+
+def _repeated_mask(mask: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
+    """The mask for all rows of a key/value head; made by the first layer and kept with the mask for the others."""
+    known = getattr(mask, "_jetflow_repeated", None)
+    if known is None or known[0] != (groups, dtype):
+        added = mask
+        if mask.dtype == torch.bool:  # SDPA would turn it into numbers again in every layer
+            added = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
+        known = ((groups, dtype), added.repeat(1, 1, groups, 1))
+        mask._jetflow_repeated = known  # type: ignore[attr-defined]
+    return known[1]
+
+
+@contextmanager
+def grouped_attention(config: PretrainedConfig) -> Iterator[None]:
+    """
+    Lets the model of `config` attend by `grouped_sdpa` inside, where it uses SDPA.
+
+    Another thread that runs the same model meanwhile gets the same results, by either function.
+    """
+    if config._attn_implementation != "sdpa":
+        yield
+        return
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = "sdpa"
+
+
+AttentionInterface.register(NAME, grouped_sdpa)
+AttentionMaskInterface.register(NAME, sdpa_mask)
