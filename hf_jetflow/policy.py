@@ -15,8 +15,11 @@ MAX_WIDTH = 64  # children considered per node; a child ranked lower has a proba
 AUTO_BUDGETS = (1, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # what "auto" chooses from; 1 is plain decoding
 FIRST_TRIALS = (16, 1, 32, 8, 64)  # tried in the first rounds of a process; the other budgets are read off these
 NUM_TRIALS = 2  # rounds per trial; each budget's first round is not counted (kernels are made ready in it)
-SHORTEST_PAUSE, LONGEST_PAUSE = 8, 128  # plain rounds after which drafting is tried again where it did not pay
-EVIDENCE = 4.0  # drafted rounds by which it is decided that drafting does not pay
+EVIDENCE = 4.0  # drafted rounds by which it is decided whether drafting pays
+MARGIN = 1.03  # drafted rounds must yield so many times what plain ones would
+EXPLORING_SHARE = 0.02  # of all time that drafting may lose where it does not pay, to notice when it does
+LEAST_CREDIT, MOST_CREDIT = -1.0, 6.0  # plain rounds whose time may be owed, and saved up, for that
+REFRESH_EVERY = 16  # drafted rounds after which a neighbour of the best budget is taken, to learn its seconds anew
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class RoundCosts:
     tokens: float = 0.0  # mean yield of drafted rounds, the latest weighing most
     drafted_seconds: float = 0.0  # mean time of them
     num_drafted: int = 0
+    credit: float = 0.0  # seconds that drafting may lose
 
     def add(self, num_nodes: int, seconds: float) -> None:
         """Count a round; the first one of each size is left out."""
@@ -111,6 +115,11 @@ class RoundCosts:
         above = next((i for i, (nodes, _) in enumerate(known) if nodes >= num_nodes), len(known) - 1)
         (low, low_seconds), (high, high_seconds) = known[max(above - 1, 0)], known[max(above, 1)]
         return low_seconds + (high_seconds - low_seconds) * (num_nodes - low) / (high - low)
+
+    def earn(self, seconds: float) -> None:
+        """Add to the credit, or take from it."""
+        plain = self.seconds(1)
+        self.credit = min(max(self.credit + seconds, LEAST_CREDIT * plain), MOST_CREDIT * plain)
 
     def count(self, expected: float, num_accepted: int, seconds: float) -> None:
         """Compare a drafted round's promise with what was kept of it, and what it yielded with what it took."""
@@ -133,65 +142,70 @@ class AutoPolicy:
 
     A tree is drafted, then cut to the `n` likeliest nodes that maximise (1 + c x sum of their path probabilities) /
     seconds(n), with the seconds of earlier rounds and the calibration c of `RoundCosts` (arXiv 2606.01813 chooses a
-    budget likewise). Where drafted rounds yield less than plain ones would, plain rounds follow, and another try.
+    budget likewise). Where drafted rounds yield less than plain ones would, plain rounds follow; drafting is tried
+    again as often as its loss stays within a small share of all time.
     """
 
     def __init__(self, limits: RoundPlan, costs: RoundCosts):
         self._limits, self._costs = limits, costs
         self._most_nodes = sum(limits.width**depth for depth in range(limits.max_depth + 1))  # that a tree can have
         self._ceiling = 64  # nodes drafted: about twice of what was chosen last
-        self._plain_rounds_left = 0
-        self._pause = SHORTEST_PAUSE
         # Yield and time of drafted rounds: of earlier generations at first, more and more of this one's latest.
         self._weight = EVIDENCE if costs.num_drafted else 0.0
         self._tokens, self._seconds = self._weight * costs.tokens, self._weight * costs.drafted_seconds
         self._is_trial = False
+        self._promised = 0.0  # drafted tokens that this round's tree promises
         self._start = 0.0
 
     def plan(self, num_remaining: int | None) -> RoundPlan:
         self._start = time.perf_counter()
         untried = self._costs.untried(self._most_nodes)
         self._is_trial = untried is not None
-        if not (self._is_trial or self._plain_rounds_left):
-            self._pause_if_drafting_does_not_pay()
-        budget = untried or (1 if self._plain_rounds_left else self._ceiling)
+        drafts = self._drafting_pays() or self._costs.credit > 0
+        budget = untried or (self._ceiling if drafts else 1)
         limits = self._limits
         return plan_round(RoundPlan(budget, limits.max_depth, min(limits.width, max(budget - 1, 1))), num_remaining)
+
+    def _drafting_pays(self) -> bool:
+        return self._weight < EVIDENCE or self._tokens * self._costs.seconds(1) >= MARGIN * self._seconds
 
     def fit(self, tree: DraftTree) -> DraftTree:
         """The part of the tree that is worth its verification."""
         num_nodes = len(tree.tokens)
-        if self._is_trial or num_nodes <= AUTO_BUDGETS[1]:
+        if num_nodes == 1:
             return tree
         gains = tree.logprobs.exp().sort(descending=True).values.cumsum(0).tolist()  # the root's 1 comes first
-        budgets = [budget for budget in AUTO_BUDGETS[1:] if budget < num_nodes] + [num_nodes]
-        best = max(budgets, key=lambda n: (1 + self._costs.calibration * (gains[n - 1] - 1)) / self._costs.seconds(n))
-        self._ceiling = next((budget for budget in AUTO_BUDGETS if budget >= 2 * best), AUTO_BUDGETS[-1])
+        best = num_nodes if self._is_trial else self._best_budget(gains)
+        self._promised = gains[best - 1] - 1
         return tree if best == num_nodes else trim_tree(tree, best)
+
+    def _best_budget(self, gains: list[float]) -> int:
+        """Of a tree whose best `n` nodes have path probabilities that sum to `gains[n - 1]`, the root's 1 included."""
+        costs, most = self._costs, len(gains)
+        budgets = [budget for budget in AUTO_BUDGETS[1:] if budget < most] + [most]
+        rates = [(1 + costs.calibration * (gains[n - 1] - 1)) / costs.seconds(n) for n in budgets]
+        place = rates.index(max(rates))
+        self._ceiling = next((budget for budget in AUTO_BUDGETS if budget >= 2 * budgets[place]), AUTO_BUDGETS[-1])
+        turn, is_between = divmod(costs.num_drafted, REFRESH_EVERY)
+        if not is_between:
+            place = min(max(place + (1 if turn % 2 else -1), 0), len(budgets) - 1)
+        return budgets[place]
 
     def record(self, tree: DraftTree, num_accepted: int) -> None:
         """Learn from a round that is over."""
         seconds, costs = time.perf_counter() - self._start, self._costs
         num_nodes = len(tree.tokens)
         costs.add(num_nodes, seconds)
-        if num_nodes == 1:
-            self._plain_rounds_left = max(self._plain_rounds_left - 1, 0)
+        if self._is_trial:
             return
-        costs.count(float(tree.logprobs.exp().sum()) - 1, num_accepted, seconds)
+        costs.earn(EXPLORING_SHARE * seconds)
+        if num_nodes == 1:
+            return
+        costs.earn((num_accepted + 1) * costs.seconds(1) - seconds)
+        costs.count(self._promised, num_accepted, seconds)
         self._weight = 0.9 * self._weight + 1
         self._tokens = 0.9 * self._tokens + num_accepted + 1
         self._seconds = 0.9 * self._seconds + seconds
-
-    def _pause_if_drafting_does_not_pay(self) -> None:
-        if self._weight < EVIDENCE:
-            return
-        if self._tokens * self._costs.seconds(1) >= self._seconds:
-            self._pause = SHORTEST_PAUSE
-            return
-        self._plain_rounds_left = self._pause
-        self._pause = min(2 * self._pause, LONGEST_PAUSE)
-        for name in ("_weight", "_tokens", "_seconds"):  # so that the next try counts as much as all before it
-            setattr(self, name, getattr(self, name) / 2)
 
     def report(self) -> dict[str, Any]:
         """Seconds of a round by nodes, the calibration, and the yield of recent drafted rounds against plain ones."""

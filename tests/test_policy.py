@@ -95,15 +95,23 @@ def test_a_head_that_is_never_right_costs_next_to_nothing(machine, monkeypatch):
     assert rate(monkeypatch, MACHINES[machine], 0.0, "auto", claimed=0.7) > 0.96 * plain
 
 
+def share_drafted(machine, policy, costs, num_tokens):
+    """Of the rounds of a generation, in per cent."""
+    sizes, record = [], policy.record
+    policy.record = lambda tree, kept: (sizes.append(len(tree.tokens)), record(tree, kept))
+    machine.run(policy, num_tokens)
+    policy.record = record
+    return 100 * sum(size > 1 for size in sizes) / len(sizes)
+
+
 def test_drafting_is_taken_up_again_when_it_pays(monkeypatch):
     machine, costs = Machine(monkeypatch, MACHINES["rows cost a little"], 0.0, claimed=0.7), RoundCosts()
     policy = AutoPolicy(LIMITS, costs)
     machine.run(policy, 300)
-    assert policy._pause > policy_module.SHORTEST_PAUSE
+    assert 0 < share_drafted(machine, policy, costs, 300) < 12
     machine.top = 0.9
     machine.run(policy, 400)
-    tokens, spent = machine.run(policy, 400)
-    assert tokens / spent > 1.5
+    assert share_drafted(machine, policy, costs, 300) == 100
 
 
 def test_a_few_poor_rounds_do_not_stop_a_head_that_has_paid(monkeypatch):
@@ -111,10 +119,41 @@ def test_a_few_poor_rounds_do_not_stop_a_head_that_has_paid(monkeypatch):
     machine.run(AutoPolicy(LIMITS, costs), 400)
     policy = AutoPolicy(LIMITS, costs)
     machine.top = 0.0
-    machine.run(policy, 3)
-    assert policy.plan(100).node_budget > 1
-    machine.run(policy, 30)
-    assert policy._pause > policy_module.SHORTEST_PAUSE
+    assert share_drafted(machine, policy, costs, 3) > 60
+    machine.run(policy, 60)
+    assert share_drafted(machine, policy, costs, 100) < 12
+
+
+def test_short_answers_of_a_poor_head_stay_plain(monkeypatch):
+    machine, costs = Machine(monkeypatch, MACHINES["rows cost a little"], 0.0, claimed=0.7), RoundCosts()
+    machine.run(AutoPolicy(LIMITS, costs), 200)
+    machine.now = 0.0
+    spent = sum(machine.run(AutoPolicy(LIMITS, costs), 4)[1] for _ in range(100))
+    assert spent < 1.04 * 400 * MACHINES["rows cost a little"](1)
+
+
+def test_a_trial_that_was_disturbed_is_forgotten(monkeypatch):
+    """Its budget is not chosen, but now and then as the neighbour of the best one, and so learned anew."""
+    seconds = MACHINES["rows cost much"]
+    best = max((4, 8, 16), key=lambda budget: rate(monkeypatch, seconds, 0.8, budget))
+    machine, costs = Machine(monkeypatch, seconds, 0.8), RoundCosts()
+    machine.run(AutoPolicy(LIMITS, costs), 100)
+    costs.samples[best].clear()
+    costs.samples[best].append(5 * seconds(best))
+    machine.run(AutoPolicy(LIMITS, costs), 3000)
+    assert costs.seconds(best) < 1.5 * seconds(best)
+
+
+def test_seconds_that_scatter_do_not_mislead(monkeypatch):
+    """A fifth of all rounds are slowed down by something else."""
+    noise = torch.Generator().manual_seed(2)
+    steady = MACHINES["rows cost a little"]
+
+    def seconds(nodes):
+        return steady(nodes) * (1 + 0.5 * float(torch.rand(1, generator=noise) < 0.2))
+
+    fixed = max(rate(monkeypatch, seconds, 0.7, budget) for budget in (1, 8, 16, 32, 64))
+    assert rate(monkeypatch, seconds, 0.7, "auto") > 0.9 * fixed
 
 
 def test_every_trial_is_made_first_and_once(monkeypatch):
