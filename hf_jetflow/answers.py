@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from .caches import grow_layers
 from .data import derived_seed, encode_chat, read_answers, read_jsonl
 
 
@@ -114,7 +115,11 @@ def _generate(
     for row, ids in enumerate(prompt_ids):
         input_ids[row, longest - len(ids) :] = torch.tensor(ids, device=target.device)
         attention_mask[row, longest - len(ids) :] = 1
-    generated = target.generate(input_ids, attention_mask=attention_mask, pad_token_id=pad_id, **settings)
+    cache = DynamicCache(config=target.config.get_text_config(decoder=True))
+    grow_layers(cache)
+    generated = target.generate(
+        input_ids, attention_mask=attention_mask, past_key_values=cache, pad_token_id=pad_id, **settings
+    )
     return generated[:, longest:].tolist()
 
 

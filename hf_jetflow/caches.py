@@ -79,15 +79,16 @@ class GrowingLayer(DynamicLayer):
 def grow_layers(cache: DynamicCache) -> None:
     """Give the rows of the cache's ordinary layers room to grow, for the time of a generation."""
     for index, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer and layer.get_seq_length():
+        if type(layer) is DynamicLayer:
             cache.layers[index] = grown = GrowingLayer()
-            grown.update(layer.keys, layer.values)
+            if layer.get_seq_length():
+                grown.update(layer.keys, layer.values)
 
 
 def settle_layers(cache: DynamicCache) -> None:
     """The ordinary layers again, as the caller knows them, with the same rows."""
     for index, layer in enumerate(cache.layers):
-        if isinstance(layer, GrowingLayer):
+        if isinstance(layer, GrowingLayer) and layer.is_initialized:
             cache.layers[index] = settled = DynamicLayer()
             settled.lazy_initialization(layer.keys, layer.values)
             settled.keys, settled.values = layer.keys, layer.values
