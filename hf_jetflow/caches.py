@@ -144,9 +144,10 @@ def commit_path(cache: DynamicCache, path: torch.Tensor, num_nodes: int) -> None
         assert isinstance(layer, DynamicLayer)
         start = layer.keys.shape[2] - num_nodes
         end = start + len(path)
-        rows = path.to(layer.keys.device) + start
-        for states in (layer.keys, layer.values):
-            states[:, :, start:end] = states[:, :, rows]
+        if len(path) > 1:  # the root is in its place already
+            rows = path[1:].to(layer.keys.device) + start
+            for states in (layer.keys, layer.values):
+                states[:, :, start + 1 : end] = states[:, :, rows]
         layer.keys, layer.values = layer.keys[:, :, :end], layer.values[:, :, :end]
         if isinstance(layer, DynamicSlidingWindowLayer):
             layer.cumulative_length -= num_nodes - len(path)

@@ -144,7 +144,12 @@ class Target:
         context.position += len(path)
 
     def _tree_masks(self, context: Context, tree: DraftTree) -> Any:
-        """The 4-D mask for the model's forward: one tensor, or one per kind of layer where the model has several."""
+        """The 4-D mask for the model's forward: one tensor, or one per kind of layer where the model has several.
+
+        A root alone needs none, as in plain decoding, unless there is padding.
+        """
+        if len(tree.tokens) == 1 and context.is_padding is None:
+            return None
         if self._windows.keys() == {"full_attention"}:
             return self._tree_mask(context, tree, None)
         masks = {kind: self._tree_mask(context, tree, window) for kind, window in self._windows.items()}
