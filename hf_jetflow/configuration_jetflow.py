@@ -70,12 +70,12 @@ class JetFlowConfig(PreTrainedConfig):
             layout does not say.
         draft_vocab_size (`int`, *optional*): Number of target tokens the head scores (see `JetFlowHead.d2t`); all of
             them when `None`.
-        anchor_predicts (`bool`): Whether every row predicts the token after its own position, the anchor's row the
-            first one: a block then has one row less (DeepSpec). Otherwise a row predicts the token at its own position.
-        own_embedding (`bool`): Whether the head embeds its rows itself instead of borrowing the target's embedding.
-        own_lm_head (`bool`): Whether the head scores its rows itself instead of borrowing the target's output embedding.
-        embedding_scale (`float`, *optional*): Factor on the rows of the target's embedding matrix, in place of whatever
-            its embedding module does with them; `None` takes the module as it is.
+        anchor_predicts (`bool`): Whether every row, the anchor's included, predicts the token after its own position:
+            a block then has one row less (DeepSpec). Otherwise a row predicts the token at its own position.
+        own_embedding (`bool`): Whether the head has an embedding of its own instead of borrowing the target's.
+        own_lm_head (`bool`): Whether the head has an LM head of its own instead of borrowing the target's.
+        embedding_scale (`float`, *optional*): Factor on the rows of the target's embedding matrix, in place of
+            whatever its embedding module does with them; `None` takes the module as it is.
         logit_scale (`float`): Factor on the logits.
         logit_softcap (`float`, *optional*): The scaled logits `x` become `cap * tanh(x / cap)`.
         branch_correction (`str`, *optional*): What corrects a node's scores: `"parent"`, its parent's token, or
@@ -143,15 +143,14 @@ class JetFlowConfig(PreTrainedConfig):
             self.is_causal = [self.is_causal] * self.num_hidden_layers
         if self.hidden_state_indices is None:
             if self.num_target_layers is None:
-                raise ValueError(
-                    "`hidden_state_indices` is not set, and without `num_target_layers` there is no default"
-                )
+                raise ValueError("`hidden_state_indices` and `num_target_layers` are not set; give the indices")
             layer_ids = spaced_layer_ids(self.num_target_layers, self.num_hidden_layers)
             self.hidden_state_indices = [layer_id + 1 for layer_id in layer_ids]
         if self.rope_parameters is None:
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
         super().__post_init__(**kwargs)
         self._check()
+        self._check_own_modules()
 
     @property
     def num_rows(self) -> int:
@@ -223,19 +222,14 @@ class JetFlowConfig(PreTrainedConfig):
             )
         if "sliding_attention" in self.layer_types and not self.sliding_window:
             raise ValueError("`layer_types` has sliding layers, but `sliding_window` is not set")
-        last = max(self.hidden_state_indices, default=0) if self.num_target_layers is None else self.num_target_layers
-        bad = [i for i in self.hidden_state_indices if not 0 <= i <= last]
+        last = self.num_target_layers
+        bad = [i for i in self.hidden_state_indices if i < 0 or (last is not None and i > last)]
         if bad or not self.hidden_state_indices:
             raise ValueError(
-                f"`hidden_state_indices` {self.hidden_state_indices} must be non-empty and lie in 0 .. {last} (0 is the embedding output, the output of layer l is l + 1); "
-                "an offset of one is the usual cause"
+                f"`hidden_state_indices` {self.hidden_state_indices} must be non-empty and lie in 0 .. "
+                f"{'the number of layers' if last is None else last} (0 is the embedding output, the output of layer "
+                "l is l + 1); an offset of one is the usual cause"
             )
-        if self.own_embedding and self.mask_token_id is None:
-            raise ValueError(
-                "`own_embedding` needs a `mask_token_id`, whose embedding fills the rows after the anchor"
-            )
-        if self.logit_softcap is not None and self.logit_softcap <= 0:
-            raise ValueError(f"`logit_softcap` is {self.logit_softcap}, but a positive number is needed, or None")
         if self.mask_token_id is not None and not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(f"`mask_token_id` {self.mask_token_id} is outside the vocabulary of {self.vocab_size}")
         if self.draft_vocab_size is not None and not 1 <= self.draft_vocab_size <= self.vocab_size:
@@ -247,10 +241,17 @@ class JetFlowConfig(PreTrainedConfig):
                 f"`branch_correction` {self.branch_correction!r} is not known; choose from {BRANCH_CORRECTIONS}, or "
                 "None for a head without one"
             )
+
+    def _check_own_modules(self) -> None:
+        """Reject what heads with embeddings or logits of their own cannot have."""
+        if self.own_embedding and self.mask_token_id is None:
+            raise ValueError("`own_embedding` needs a `mask_token_id`: its embedding fills the rows after the anchor")
+        if self.logit_softcap is not None and self.logit_softcap <= 0:
+            raise ValueError(f"`logit_softcap` is {self.logit_softcap}, but a positive number is needed, or None")
         if self.branch_correction is not None and not self.is_plain:
             raise ValueError(
                 f"`branch_correction` {self.branch_correction!r} needs a head that borrows the target's embedding and "
-                "output embedding as they are and whose anchor's row predicts nothing; set it to None"
+                "LM head, takes its logits as they are and whose anchor's row predicts nothing; set it to None"
             )
 
     @classmethod

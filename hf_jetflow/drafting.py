@@ -135,7 +135,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         return candidates
 
     def _candidates(self, rows: torch.Tensor, width: int, device: torch.device) -> tuple[Candidates, torch.Tensor]:
-        """Best `width` tokens of each row (depth, hidden) under the output embedding; places in the draft vocabulary."""
+        """Best `width` tokens of each row (depth, hidden) and their places in the draft vocabulary."""
         token_ids = self.head.draft_token_ids
         if self._projection is not None:
             logits = rows.to(self._projection.device, self._projection.dtype) @ self._projection.T

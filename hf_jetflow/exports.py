@@ -155,12 +155,11 @@ def write_speculators(config: JetFlowConfig, tensors: Tensors, target: TargetFac
 def _speculators_windows(config: JetFlowConfig) -> tuple[list[str], int | None, bool]:
     """Kinds of the layers, the window of the sliding ones, and whether these are causal."""
     kinds = list(zip(config.causal_layers, config.layer_windows, strict=True))
-    sliding = {
-        (flag, window or config.max_position_embeddings) for flag, window in kinds if (flag, window) != (False, None)
-    }
+    longest = config.max_position_embeddings
+    sliding = {(flag, window or longest) for flag, window in kinds if flag or window is not None}
     if len(sliding) > 1:
         raise _no_place("speculators", f"`is_causal` {config.is_causal} with layers {config.layer_types}")
-    layer_types = ["full_attention" if kind == (False, None) else "sliding_attention" for kind in kinds]
+    layer_types = ["sliding_attention" if flag or window else "full_attention" for flag, window in kinds]
     is_causal, window = sliding.pop() if sliding else (True, None)
     return layer_types, window, is_causal
 

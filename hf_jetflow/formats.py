@@ -245,8 +245,8 @@ def _check_windows(fields: Config) -> None:
     )
     if is_open and window and window < fields["block_size"]:
         raise ValueError(
-            f"`sliding_window` {window} is shorter than a block of {fields['block_size']} in a layer that is not causal, "
-            "and implementations disagree on what such rows see"
+            f"`sliding_window` {window} is shorter than a block of {fields['block_size']} in a layer that is not "
+            "causal, and implementations disagree on what such rows see"
         )
 
 

@@ -103,8 +103,8 @@ def read_dflash(
     if settings.get("target_hidden_size", fields["hidden_size"]) != fields["hidden_size"]:
         raise ValueError(
             f"`{section}.target_hidden_size` is {settings['target_hidden_size']} and `hidden_size` "
-            f"{fields['hidden_size']}: a head with a `hidden_dim_adapter` is as wide as another target and cannot borrow "
-            "this one's embedding; train a head for this target"
+            f"{fields['hidden_size']}: a head with a `hidden_dim_adapter` is not as wide as its target and cannot "
+            "borrow its embedding; train a head for this target"
         )
     if values["is_neox_style"] is False:
         raise ValueError("`is_neox_style` is false, but heads rotate halves only; convert the checkpoint first")
@@ -241,8 +241,9 @@ def read_body(config: Config) -> Config:
     if rope.pop("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("`partial_rotary_factor` is not 1, and implementations of these heads disagree about it")
     fields["rope_parameters"] = rope
-    fields["layer_types"] = getattr(body, "layer_types", None) or ["full_attention"] * body.num_hidden_layers
-    has_windows = "sliding_attention" in fields["layer_types"]
+    layer_types = getattr(body, "layer_types", None) or ["full_attention"] * body.num_hidden_layers
+    has_windows = "sliding_attention" in layer_types
+    fields["layer_types"] = layer_types
     fields["sliding_window"] = config.get("sliding_window", getattr(body, "sliding_window", None))
     if has_windows and fields["sliding_window"] and config.get("use_sliding_window") is False:
         raise ValueError(
@@ -272,7 +273,7 @@ def read_causality(config: Config, section: str | None, layer_types: list[str]) 
         return flags, "no flag: sliding layers are causal, full ones are not", []
     (key, value), others = stated[0], stated[1:]
     contradictions = [f"`{name}: {str(other).lower()}`" for name, other in others if other != value]
-    return [value] * len(layer_types), f"`{key}: {str(value).lower()}`", contradictions
+    return [bool(value)] * len(layer_types), f"`{key}: {str(value).lower()}`", contradictions
 
 
 def refuse_unknown_keys(config: Config, known: Collection[str], prefix: str = "") -> None:

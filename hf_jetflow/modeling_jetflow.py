@@ -263,8 +263,8 @@ class JetFlowHead(PreTrainedModel):
         Hidden rows for one block, or for many independent blocks of one sequence at once (training).
 
         A row sees the context strictly before its anchor and the rows of its own block; in causal layers only those
-        up to itself. Row `i` of a block predicts the token at its own position; row 0, the anchor, predicts nothing. With
-        `config.anchor_predicts` every row predicts the token after its own position.
+        up to itself. Row `i` of a block predicts the token at its own position; row 0, the anchor, predicts nothing.
+        With `config.anchor_predicts` every row predicts the token after its own position.
 
         Args:
             inputs_embeds (`torch.Tensor`, (batch, rows, hidden)): Embeddings of the block rows.
@@ -348,7 +348,7 @@ class JetFlowHead(PreTrainedModel):
             config, tensors = cls._read(source, layout, settings, read_tensors(folder), kwargs)
             # Misshapen tensors are let through here and refused by name below.
             kwargs |= dict(state_dict=tensors, output_loading_info=True, ignore_mismatched_sizes=True)
-            head, info = super().from_pretrained(None, *model_args, config=config, **kwargs)  # type: ignore[arg-type]
+            head, info = super().from_pretrained(None, *model_args, config=config, **kwargs)
             check_loaded_tensors(source.name, layout.name, info)
             if (folder / SETTINGS).is_file():
                 head._take_settings(GenerationConfig.from_pretrained(folder))
@@ -363,7 +363,7 @@ class JetFlowHead(PreTrainedModel):
         tensors: dict[str, torch.Tensor],
         kwargs: dict[str, Any],
     ) -> tuple[JetFlowConfig, dict[str, torch.Tensor]]:
-        """The configuration and our tensors of a checkpoint; takes the fields that the caller gives out of `kwargs`."""
+        """Configuration and tensors of a checkpoint; takes the fields that the caller gives out of `kwargs`."""
         own_fields = JetFlowConfig.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
         given = {field: kwargs.pop(field) for field in list(kwargs) if field in own_fields}
         config = kwargs.pop("config", None)
@@ -375,8 +375,8 @@ class JetFlowHead(PreTrainedModel):
             logger.warning_once(f"`{source.name}` was read as {summary(layout, reading)}.")
             if source.has(ADAPTER):
                 logger.warning_once(
-                    f"`{source.name}` is a JetSpec++ head: its adapter is not supported and was left out, the head drafts "
-                    "without it."
+                    f"`{source.name}` is a JetSpec++ head: its adapter is not supported and was left out, the head "
+                    "drafts without it."
                 )
         return config, reading.tensors
 
