@@ -121,7 +121,8 @@ def _agreement(
     target: PreTrainedModel, head: JetFlowHead, texts: list[tuple[list[int], int]]
 ) -> dict[str, list[float]]:
     view = Target(target, head.config)
-    if view.output_rows(None) is None:  # a packed output embedding: its rows cannot be compared
+    # Rows under a packed output embedding, or under one of the head's own, cannot be compared with the target's.
+    if view.output_rows(None) is None or not head.config.is_plain:
         return {}
     rates = measure_agreement(view, head, texts).rates()
     return {name: [round(value, 4) for value in values] for name, values in rates.items()}

@@ -48,7 +48,17 @@ def forward_blocks(
     features: torch.Tensor,
     parent_embeds: torch.Tensor | None = None,
 ) -> Any:
-    """One forward of `model` (the head, or what wraps it) over all blocks; returns what `JetFlowHead.forward` does."""
+    """
+    One forward of `model` (the head, or what wraps it) over all blocks; returns what `JetFlowHead.forward` does.
+
+    Raises:
+        ValueError: If the head has embeddings of its own, scaled logits, or an anchor's row that predicts.
+    """
+    if not head.config.is_plain:
+        raise ValueError(
+            "the head has an embedding or an LM head of its own, scaled logits, or an anchor's row that predicts; "
+            "heads like it draft in `generate`, but cannot be trained or replayed yet"
+        )
     anchors = input_ids.gather(1, blocks.anchor_position_ids.clamp_min(0))
     is_anchor, has_mask_token = blocks.depths == 0, head.config.mask_token_id is not None
     return model(

@@ -1,4 +1,4 @@
-"""The command line: `hf-jetflow train` and `hf-jetflow bench`. Parsing and printing only."""
+"""The command line: `hf-jetflow train`, `bench` and `convert`. Parsing and printing only."""
 
 import sys
 from pathlib import Path
@@ -172,6 +172,30 @@ def bench(
     if json is not None:
         write_json(result, json)
         console.print(f"written to {json}")
+
+
+@app.command()
+def convert(
+    head: Annotated[str, typer.Argument(help="Head to convert, in any layout that loads: a Hub id or a folder.")],
+    to: Annotated[str, typer.Option(help="Layout to write: jetspec, dflash, speculators or jetflow.")],
+    output: Annotated[Path, typer.Option(help="New folder for the converted head.")],
+    target: Annotated[
+        str | None,
+        typer.Option(help="The head's target: a Hub id, a folder, or a .gguf file; some layouts name it."),
+    ] = None,
+) -> None:
+    """
+    Write a head in another project's layout. Example:
+
+    hf-jetflow convert runs/my-head --to speculators --target org/model --output runs/my-head-speculators
+    """
+    from .convert import convert_head
+
+    with _readable_errors():
+        left_out = convert_head(head, to, output, target)
+    for what in left_out:
+        console.print(f"left out: {what}", markup=False)
+    console.print(f"head in the layout of {to} saved in {output}")
 
 
 def _bench_table(result: dict[str, Any]) -> Table:

@@ -60,15 +60,24 @@ class JetFlowConfig(PreTrainedConfig):
         sliding_window (`int`, *optional*): Window of the sliding layers, in positions.
         is_causal (`bool` or `list[bool]`): Whether a block row sees only earlier rows of its block, per layer.
             `False` everywhere is the DFlash baseline.
-        block_size (`int`): Rows of a block, the anchor included: `block_size - 1` depths are drafted in one forward.
+        block_size (`int`): Tokens of a block, the anchor included: `block_size - 1` depths are drafted in one forward.
         mask_token_id (`int`, *optional*): Token whose target embedding fills the rows after the anchor. `None` means
             that the head carries a learned mask embedding of its own.
         hidden_state_indices (`list[int]`): Tapped entries of the target's `hidden_states` (0 is the embedding output;
             the output of layer `l` is entry `l + 1`).
         target_hidden_size (`int`, *optional*): Width of the target's hidden states; `hidden_size` when `None`.
-        num_target_layers (`int`): Number of layers of the target.
+        num_target_layers (`int`, *optional*): Number of layers of the target; `None` where a checkpoint of another
+            layout does not say.
         draft_vocab_size (`int`, *optional*): Number of target tokens the head scores (see `JetFlowHead.d2t`); all of
             them when `None`.
+        anchor_predicts (`bool`): Whether every row, the anchor's included, predicts the token after its own position:
+            a block then has one row less (DeepSpec). Otherwise a row predicts the token at its own position.
+        own_embedding (`bool`): Whether the head has an embedding of its own instead of borrowing the target's.
+        own_lm_head (`bool`): Whether the head has an LM head of its own instead of borrowing the target's.
+        embedding_scale (`float`, *optional*): Factor on the rows of the target's embedding matrix, in place of
+            whatever its embedding module does with them; `None` takes the module as it is.
+        logit_scale (`float`): Factor on the logits.
+        logit_softcap (`float`, *optional*): The scaled logits `x` become `cap * tanh(x / cap)`.
         branch_correction (`str`, *optional*): What corrects a node's scores: `"parent"`, its parent's token, or
             `"path"`, all its ancestors' tokens. `None` leaves one distribution per depth, shared by all branches.
         branch_intermediate_size (`int`, *optional*): Width of the correction's gated layer; `2 * hidden_size` when
@@ -104,8 +113,14 @@ class JetFlowConfig(PreTrainedConfig):
     mask_token_id: int | None = None
     hidden_state_indices: list[int] | None = None
     target_hidden_size: int | None = None
-    num_target_layers: int = 32
+    num_target_layers: int | None = 32
     draft_vocab_size: int | None = None
+    anchor_predicts: bool = False
+    own_embedding: bool = False
+    own_lm_head: bool = False
+    embedding_scale: float | int | None = None
+    logit_scale: float | int = 1.0
+    logit_softcap: float | int | None = None
     branch_correction: str | None = None
     branch_intermediate_size: int | None = None
     branch_candidates: int = 128
@@ -127,12 +142,26 @@ class JetFlowConfig(PreTrainedConfig):
         if isinstance(self.is_causal, bool):
             self.is_causal = [self.is_causal] * self.num_hidden_layers
         if self.hidden_state_indices is None:
+            if self.num_target_layers is None:
+                raise ValueError("`hidden_state_indices` and `num_target_layers` are not set; give the indices")
             layer_ids = spaced_layer_ids(self.num_target_layers, self.num_hidden_layers)
             self.hidden_state_indices = [layer_id + 1 for layer_id in layer_ids]
         if self.rope_parameters is None:
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
         super().__post_init__(**kwargs)
         self._check()
+        self._check_own_modules()
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of a block in the head's forward."""
+        return self.block_size - 1 if self.anchor_predicts else self.block_size
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the head borrows both of the target's embeddings, and its anchor's row predicts nothing."""
+        has_own = self.own_embedding or self.own_lm_head or self.anchor_predicts
+        return not has_own and self.logit_scale == 1 and self.logit_softcap is None
 
     @property
     def causal_layers(self) -> list[bool]:
@@ -193,12 +222,13 @@ class JetFlowConfig(PreTrainedConfig):
             )
         if "sliding_attention" in self.layer_types and not self.sliding_window:
             raise ValueError("`layer_types` has sliding layers, but `sliding_window` is not set")
-        bad = [i for i in self.hidden_state_indices if not 0 <= i <= self.num_target_layers]
+        last = self.num_target_layers
+        bad = [i for i in self.hidden_state_indices if i < 0 or (last is not None and i > last)]
         if bad or not self.hidden_state_indices:
             raise ValueError(
                 f"`hidden_state_indices` {self.hidden_state_indices} must be non-empty and lie in 0 .. "
-                f"{self.num_target_layers} (0 is the embedding output, the output of layer l is l + 1); "
-                "an offset of one is the usual cause"
+                f"{'the number of layers' if last is None else last} (0 is the embedding output, the output of layer "
+                "l is l + 1); an offset of one is the usual cause"
             )
         if self.mask_token_id is not None and not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(f"`mask_token_id` {self.mask_token_id} is outside the vocabulary of {self.vocab_size}")
@@ -210,6 +240,18 @@ class JetFlowConfig(PreTrainedConfig):
             raise ValueError(
                 f"`branch_correction` {self.branch_correction!r} is not known; choose from {BRANCH_CORRECTIONS}, or "
                 "None for a head without one"
+            )
+
+    def _check_own_modules(self) -> None:
+        """Reject what heads with embeddings or logits of their own cannot have."""
+        if self.own_embedding and self.mask_token_id is None:
+            raise ValueError("`own_embedding` needs a `mask_token_id`: its embedding fills the rows after the anchor")
+        if self.logit_softcap is not None and self.logit_softcap <= 0:
+            raise ValueError(f"`logit_softcap` is {self.logit_softcap}, but a positive number is needed, or None")
+        if self.branch_correction is not None and not self.is_plain:
+            raise ValueError(
+                f"`branch_correction` {self.branch_correction!r} needs a head that borrows the target's embedding and "
+                "LM head, takes its logits as they are and whose anchor's row predicts nothing; set it to None"
             )
 
     @classmethod

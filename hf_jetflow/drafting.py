@@ -72,8 +72,8 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         self._cache = HeadCache(head.config.num_hidden_layers)
         self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # features and positions the head has not read
         self._newest_position: torch.Tensor | None = None  # (1,), of the newest committed token that was observed
-        self._projection = target.output_rows(head.draft_token_ids)
-        self._slots = torch.arange(head.config.block_size, device=head.device)
+        self._projection = target.output_rows(head.draft_token_ids) if head.lm_head is None else head.lm_head.weight
+        self._slots = torch.arange(head.config.num_rows, device=head.device)
         self.branch_scorer: BranchScorer | None = None  # of the newest proposal, for a head with a branch correction
 
     def observe(self, states: TargetStates, rows: list[int] | None = None) -> None:
@@ -102,11 +102,10 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         if max_depth == 0:
             return Candidates(anchor_id.new_empty(0, width), torch.empty(0, width, device=device))
         # Rows behind the deepest drafted one are invisible to it when every layer is causal.
-        num_rows = max_depth + 1 if all(head.config.causal_layers) else head.config.block_size
+        first = 0 if head.config.anchor_predicts else 1  # row that drafts depth 1
+        num_rows = first + max_depth if all(head.config.causal_layers) else head.config.num_rows
         slots = self._slots[None, :num_rows]
-        mask_embedding = head.mask_embedding
-        block_ids = anchor_id[:, None].expand(1, num_rows)
-        embeds = self.target.embed_block(block_ids, (slots == 0).to(device), mask_embedding)
+        embeds = self._embed_block(anchor_id[:, None].expand(1, num_rows), (slots == 0).to(device))
         features, context_position_ids = (torch.cat(parts, dim=1) for parts in zip(*self._pending, strict=True))
         self._pending = [(features[:, :0], context_position_ids[:, :0])]
         rows = head(
@@ -115,8 +114,16 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             position_ids=position + slots,
             context_position_ids=context_position_ids.to(head.device),
             past_key_values=self._cache,
-        )[0, 1 : max_depth + 1]
+        )[0, first : first + max_depth]
         return self.rank(rows, width, device)
+
+    def _embed_block(self, block_ids: torch.Tensor, is_anchor: torch.Tensor) -> torch.Tensor:
+        """Input rows of the head (1, rows, hidden), by its own embedding or the target's."""
+        head = self.head
+        if head.embed_tokens is None:
+            return self.target.embed_block(block_ids, is_anchor, head.mask_embedding)
+        assert head.config.mask_token_id is not None
+        return head.embed_tokens(torch.where(is_anchor, block_ids, head.config.mask_token_id).to(head.device))
 
     def rank(self, rows: torch.Tensor, width: int, device: torch.device) -> Candidates:
         """The candidates of drafted rows (depth, hidden), on `device`; `branch_scorer` is then theirs."""
@@ -128,14 +135,13 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         return candidates
 
     def _candidates(self, rows: torch.Tensor, width: int, device: torch.device) -> tuple[Candidates, torch.Tensor]:
-        """Best `width` tokens of each row (depth, hidden) under the target's output embedding; places in the draft
-        vocabulary."""
+        """Best `width` tokens of each row (depth, hidden) and their places in the draft vocabulary."""
         token_ids = self.head.draft_token_ids
         if self._projection is not None:
             logits = rows.to(self._projection.device, self._projection.dtype) @ self._projection.T
         else:
             logits = self.target.output_logits(rows.to(self.target.model.device, self.target.model.dtype), token_ids)
-        best = torch.log_softmax(logits.float(), dim=-1).topk(min(width, logits.shape[-1]))
+        best = torch.log_softmax(self.head.shape_logits(logits.float()), dim=-1).topk(min(width, logits.shape[-1]))
         tokens = best.indices if token_ids is None else token_ids.to(best.indices.device)[best.indices]
         return Candidates(tokens.to(device), best.values.to(device)), best.indices
 

@@ -1,94 +1,270 @@
-"""Which checkpoint layouts a head loads from, and what is said about the rest.
+"""Which checkpoint layouts are known: how each is recognised, what reads it, and what is said about the rest.
 
-Reads `config.json` itself, before any class is chosen from it, so that a foreign layout is refused by its name.
+Reads `config.json` itself, before any class is chosen from it, so that a foreign layout is refused by its name. To add
+a layout, add one entry to `LAYOUTS`.
 """
 
-import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from transformers.utils.hub import cached_file
+from .fetching import Tensors
+from .layouts import (
+    Config,
+    Reading,
+    read_deepspec,
+    read_dflash,
+    read_jetflow,
+    read_jetspec,
+    read_speculators,
+    read_tensorrt,
+)
 
 
-HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+@dataclass(frozen=True)
+class Layout:
+    """A layout that loads."""
+
+    name: str
+    matches: Callable[[Config], bool]
+    read: Callable[[Config, Tensors], Reading]
+    checked: str  # against what, for the README
 
 
-def require_jetflow_layout(source: str, kwargs: dict[str, Any]) -> None:
-    """Refuse any `config.json` that does not describe a JetFlow head, naming the layout that was found."""
-    if not os.path.isdir(source) and (os.path.exists(source) or os.path.isabs(source) or source.startswith(".")):
-        raise OSError(f"`{source}` is not a folder; give the folder or Hub id of a saved head")
-    path = find_file(source, "config.json", kwargs)
-    if path is None:
-        raise OSError(f"`{source}` holds no config.json; give the folder or Hub id of a saved head")
-    with open(path, encoding="utf-8") as file:
-        config = json.load(file)
-    if not isinstance(config, dict):
-        raise ValueError(f"`{source}`: config.json holds a {type(config).__name__}, but a JSON object is needed")
-    if config.get("model_type") != "jetflow":
+@dataclass(frozen=True)
+class Refusal:
+    """A layout that does not load, by its config or by the names of its tensors."""
+
+    name: str
+    matches: Callable[[Config], bool]
+    tensors: tuple[str, ...]  # parts of tensor names that no other layout has
+    reason: str
+
+
+def _architecture(config: Config) -> str:
+    return (config.get("architectures") or [""])[0] or ""
+
+
+def _is_speculators(*kinds: str) -> Callable[[Config], bool]:
+    return lambda config: config.get("speculators_model_type") in kinds
+
+
+def _has(key: str, nested: str | None = None) -> Callable[[Config], bool]:
+    """Whether a config has a key, or a section with that key."""
+    return lambda config: key in config and (nested is None or nested in (config[key] or {}))
+
+
+def _setting(config: Config, key: str) -> Any:
+    """A key of the config or of its `dflash_config`."""
+    return (config.get("dflash_config") or {}).get(key) or config.get(key)
+
+
+OWN_WEIGHTS = "a miniature with this layout's keys and tensor names"
+
+# The first entry that matches reads the file.
+LAYOUTS = (
+    Layout(
+        "JetFlow", lambda config: config.get("model_type") == "jetflow", read_jetflow, "saved and loaded by itself"
+    ),
+    Layout(
+        "speculators dflash",
+        _is_speculators("dflash"),
+        read_speculators,
+        f"{OWN_WEIGHTS}; logits of the speculators package, both ways",
+    ),
+    Layout("TensorRT-Edge-LLM JetSpec", _has("jetspec_config"), read_tensorrt, OWN_WEIGHTS),
+    Layout("JetSpec", _has("dflash_config", "causal_head"), read_jetspec, OWN_WEIGHTS),
+    Layout(
+        "NeMo Automodel",
+        lambda config: _architecture(config) == "Qwen3DFlashDraftModel",
+        read_jetspec,
+        OWN_WEIGHTS,
+    ),
+    Layout("DeepSpec dflash", lambda config: _architecture(config) == "Qwen3DSparkModel", read_deepspec, OWN_WEIGHTS),
+    Layout(
+        "DFlash",
+        lambda config: "dflash_config" in config or _architecture(config) == "DFlashDraftModel",
+        read_dflash,
+        f"{OWN_WEIGHTS}; logits and chains of the dflash package, both ways",
+    ),
+)
+
+REFUSED = (
+    Refusal(
+        "quantized (compressed-tensors and others)",
+        lambda config: bool(config.get("quantization_config") or config.get("compression_config")),
+        ("weight_packed", "weight_scale"),
+        "its weights are packed; load the unquantized head",
+    ),
+    Refusal(
+        "DFlash 2",
+        lambda config: (
+            "DFlash2" in _architecture(config)
+            or _is_speculators("dflash2")(config)
+            or bool(_setting(config, "selector_rank") or _setting(config, "conv_kernel_size"))
+        ),
+        ("candidate_selector.", "attention_conv.", "mlp_conv."),
+        "its convolutions and candidate selector are not built here; use the first DFlash head of that target",
+    ),
+    Refusal(
+        "DeepSpec for Gemma 4",
+        lambda config: _architecture(config) == "Gemma4DSparkModel",
+        (),
+        "its layers are Gemma's, not the common body; use a head of another layout",
+    ),
+    Refusal(
+        "DSpark",
+        lambda config: (
+            _is_speculators("dspark", "dsv4_dspark")(config)
+            or _architecture(config) == "DSparkDraftModel"
+            or bool(config.get("markov_rank") or config.get("enable_confidence_head"))
+        ),
+        ("markov_", "confidence_head."),
+        "its Markov and confidence heads are not built here; DeepSpec publishes dflash heads of the same targets",
+    ),
+    Refusal(
+        "Domino",
+        lambda config: "Domino" in _architecture(config) or _setting(config, "projector_type") == "domino",
+        ("prefix_gru", "embed_proj", "logit_head."),
+        "its recurrent correction is not built here; use a plain DFlash or JetSpec head",
+    ),
+    Refusal(
+        "Laguna DFlash",
+        lambda config: "Laguna" in _architecture(config),
+        ("qkv_proj", "g_proj", "aux_hidden_norms"),
+        "its layers have gates and further norms; use the target's speculators dflash head",
+    ),
+    Refusal(
+        "MiMo DFlash",
+        lambda config: (
+            "MiMo" in _architecture(config)
+            or bool(_setting(config, "attention_sink_bias") or _setting(config, "add_swa_attention_sink_bias"))
+        ),
+        ("sink_bias", "mask_embed"),
+        "its attention sinks and mask embedding are not built here",
+    ),
+    Refusal(
+        "EAGLE",
+        lambda config: (
+            "eagle" in _architecture(config).lower()
+            or _is_speculators("eagle", "eagle3", "peagle")(config)
+            or "eagle_config" in config
+        ),
+        ("midlayer.",),
+        "it drafts one token after another; use a head that drafts a block",
+    ),
+    Refusal(
+        "Medusa",
+        lambda config: "medusa" in _architecture(config).lower() or "medusa_num_heads" in config,
+        ("medusa_head",),
+        "it has one head per depth and no attention to the context; use a head that drafts a block",
+    ),
+)
+ADAPTER = "adapter/head.safetensors"  # marks the root of a JetSpec++ repository
+
+
+def recognise(config: Config) -> Layout:
+    """
+    The layout of a `config.json`.
+
+    Raises:
+        ValueError: Naming a layout that is not supported, and what to do.
+    """
+    for refusal in REFUSED:
+        if refusal.matches(config):
+            raise ValueError(_refused(refusal))
+    for layout in LAYOUTS:
+        if layout.matches(config):
+            return layout
+    kind = config.get("speculators_model_type")
+    found = (
+        f"a speculators `{kind}`"
+        if kind
+        else f"`{_architecture(config) or 'no architecture'}` (`model_type: {config.get('model_type')}`)"
+    )
+    known = ", ".join(layout.name for layout in LAYOUTS)
+    raise ValueError(f"config.json describes {found}, which is no draft head of a known layout ({known})")
+
+
+def refuse_foreign_tensors(names: Iterable[str]) -> None:
+    """
+    Refuse a checkpoint whose config passed but whose tensors are those of a layout that does not load.
+
+    Raises:
+        ValueError: Naming the layout and a tensor.
+    """
+    for name in sorted(names):
+        for refusal in REFUSED:
+            if any(part in name for part in refusal.tensors):
+                raise ValueError(f"{_refused(refusal)} (it holds `{name}`)")
+        if "hidden_dim_adapter" in name:
+            raise ValueError(f"it holds `{name}`: a head for a target of another width, train one for this target")
+
+
+def _refused(refusal: Refusal) -> str:
+    return f"this is a checkpoint of the layout {refusal.name}, which does not load: {refusal.reason}"
+
+
+def read_checkpoint(layout: Layout, config: Config, tensors: Tensors, given: Config) -> Reading:
+    """
+    A checkpoint in our terms.
+
+    Args:
+        layout ([`Layout`]): What `recognise` made of the config.
+        config (`dict`), tensors (`dict`): The checkpoint.
+        given (`dict`): Fields of `JetFlowConfig` that the caller sets; they win over the file.
+
+    Raises:
+        ValueError: If the file says something that is not known here, or too little; the message names it.
+    """
+    is_own = layout.read is read_jetflow
+    if not is_own:
+        refuse_foreign_tensors(tensors)
+    reading = layout.read(config, tensors)
+    reading.fields = {**reading.fields, **given}
+    if is_own:
+        return reading
+    if "is_causal" in given:
+        reading.causality, reading.contradictions = "given by the caller", []
+    for name in ("block_size", "mask_token_id", "hidden_state_indices"):
+        if reading.fields[name] is None:
+            raise ValueError(
+                f"config.json does not say what the head's `{name}` is; if you know it, give `{name}=` to "
+                "`from_pretrained`"
+            )
+    _check_windows(reading.fields)
+    return reading
+
+
+def _check_windows(fields: Config) -> None:
+    """Refuse windows that implementations read differently."""
+    flags, window = fields["is_causal"], fields["sliding_window"]
+    flags = [flags] * len(fields["layer_types"]) if isinstance(flags, bool) else flags
+    is_open = any(
+        kind == "sliding_attention" and not flag for kind, flag in zip(fields["layer_types"], flags, strict=False)
+    )
+    if is_open and window and window < fields["block_size"]:
         raise ValueError(
-            f"`{source}` holds {layout_name(config)}, but this version loads heads in the JetFlow layout only "
-            '(`"model_type": "jetflow"` in config.json)'
+            f"`sliding_window` {window} is shorter than a block of {fields['block_size']} in a layer that is not "
+            "causal, and implementations disagree on what such rows see"
         )
 
 
-def find_file(source: str, name: str, kwargs: dict[str, Any]) -> str | None:
-    """Path of a file of a local folder or Hub id, downloaded if need be; `None` where there is no such file."""
-    hub_kwargs = {key: kwargs[key] for key in HUB_KEYWORDS if key in kwargs}
-    return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+def summary(layout: Layout, reading: Reading) -> str:
+    """One line on what was read, for the log."""
+    flags = reading.fields["is_causal"]
+    flags = [flags] if isinstance(flags, bool) else flags
+    kinds = ", ".join("causal" if flag else "bidirectional" for flag in flags)
+    layers = kinds.split(", ")[0] if len(set(flags)) == 1 else f"layers {kinds}"
+    text = f"a {layout.name} head, {layers} inside the block ({reading.causality})"
+    if reading.contradictions:
+        text += f"; {' and '.join(reading.contradictions)} says otherwise and was overruled"
+    return f"{text}. Give `is_causal=` to `from_pretrained` if this is wrong"
 
 
-def layout_name(config: dict[str, Any]) -> str:
-    """What a foreign `config.json` describes, in words for an error message."""
-    if "speculators_model_type" in config:
-        return f"a speculators checkpoint (`speculators_model_type: {config['speculators_model_type']}`)"
-    for key, name in (("dflash_config", "a JetSpec / DFlash head"), ("jetspec_config", "a TensorRT JetSpec head")):
-        if key in config:
-            return name
-    architectures = config.get("architectures") or ["no architecture"]
-    return f"`{architectures[0]}` (`model_type: {config.get('model_type')}`)"
-
-
-def check_loaded_tensors(source: str, info: dict[str, Any]) -> None:
-    """Raise a `ValueError` naming the tensors when a load was not exact."""
-    problems = []
-    for kind in ("missing", "unexpected"):
-        names = sorted(info[f"{kind}_keys"])
-        if names:
-            problems.append(f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
-    mismatched = [
-        f"{name}: {tuple(found)} in the file, {tuple(wanted)} by config.json"
-        for name, found, wanted in sorted(info["mismatched_keys"])
-    ]
-    if mismatched:
-        problems.append(f"{len(mismatched)} misshapen ({'; '.join(mismatched[:3])})")
-    if problems:
-        raise ValueError(
-            f"`{source}`: the tensors do not match config.json: {'; '.join(problems)}. Nothing was loaded; "
-            "the checkpoint is incomplete, or its config.json belongs to another head"
-        )
-
-
-@contextmanager
-def readable_load_errors(source: str) -> Iterator[None]:
-    """Turn whatever goes wrong while loading into one line that names the source and the cause."""
-    try:
-        yield
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise OSError(
-            f"`{source}`: config.json is not valid JSON ({error}); download or save the head again"
-        ) from error
-    except SafetensorError as error:
-        raise OSError(
-            f"`{source}`: model.safetensors is damaged or cut off ({error}); download or save the head again"
-        ) from error
-    except StrictDataclassError as error:
-        cause = " ".join(str(error).split())
-        raise ValueError(f"`{source}`: config.json has a wrong field: {cause}") from error
-    except (OSError, ValueError) as error:
-        kind = OSError if isinstance(error, OSError) else ValueError
-        cause = " ".join(str(error).split())
-        raise kind(cause if source in cause else f"`{source}`: {cause}") from error
+def layout_table() -> str:
+    """The README's table of layouts, in Markdown."""
+    lines = ["| Layout | Heads of it |", "|---|---|"]
+    lines += [f"| {layout.name} | load; checked with {layout.checked} |" for layout in LAYOUTS]
+    lines += [f"| {refusal.name} | refused: {refusal.reason} |" for refusal in REFUSED]
+    return "\n".join(lines)

@@ -112,16 +112,23 @@ def check_pairing(model: PreTrainedModel, head: JetFlowHead) -> None:
     made_for = (
         f"; this head was made for {config.target_name or config.target_model_type or 'another target'}, load that one"
     )
+    borrows = not (config.own_embedding and config.own_lm_head)
     for name, of_head, of_target in (
         ("hidden size", config.target_hidden_size, text.hidden_size),
-        ("embedding width", config.hidden_size, model.get_input_embeddings().weight.shape[-1]),
+        ("embedding width", config.hidden_size if borrows else None, model.get_input_embeddings().weight.shape[-1]),
         ("vocabulary size", config.vocab_size, text.vocab_size),
         ("number of layers", config.num_target_layers, text.num_hidden_layers),
     ):
-        if of_head != of_target:
+        if of_head is not None and of_head != of_target:
             raise ValueError(
                 f"the head expects a target with {name} {of_head}, but this target has {of_target}{made_for}"
             )
+    assert config.hidden_state_indices is not None
+    if max(config.hidden_state_indices) > text.num_hidden_layers:
+        raise ValueError(
+            f"the head listens to `hidden_states` {config.hidden_state_indices}, but this target ends at "
+            f"{text.num_hidden_layers}{made_for}"
+        )
 
 
 def check_mode(generation_config: GenerationConfig) -> None:

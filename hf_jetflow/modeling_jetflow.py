@@ -2,7 +2,7 @@
 
 One forward reads a block `[anchor, MASK, ..., MASK]` against the target's context features and yields a hidden row per
 drafted depth. Knows nothing about trees, targets or the decoding loop. Saved with remote code, this file travels
-with `configuration_jetflow.py` and `formats.py` only.
+with `configuration_jetflow.py`, `formats.py`, `layouts.py` and `fetching.py` only.
 """
 
 import os
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import (
@@ -21,9 +21,24 @@ from transformers.models.qwen3.modeling_qwen3 import (
     eager_attention_forward,
     rotate_half,
 )
+from transformers.utils import logging
 
 from .configuration_jetflow import JetFlowConfig
-from .formats import check_loaded_tensors, find_file, readable_load_errors, require_jetflow_layout
+from .fetching import (
+    SETTINGS,
+    WEIGHT_PATTERNS,
+    Source,
+    check_loaded_tensors,
+    locate,
+    read_config,
+    read_tensors,
+    readable_load_errors,
+)
+from .formats import ADAPTER, Layout, read_checkpoint, recognise, summary
+from .layouts import read_jetflow
+
+
+logger = logging.get_logger(__name__)
 
 
 class HeadCacheLike(Protocol):
@@ -163,7 +178,7 @@ class BranchCorrection(nn.Module):
 
 class JetFlowHead(PreTrainedModel):
     r"""
-    The draft head. It owns neither embedding nor LM head: it borrows the target's modules.
+    The draft head. It borrows the target's embedding and output embedding, unless it came with its own.
 
     Pass it to `generate` as `assistant_model=head`. `head.generation_config` holds `node_budget` (rows the target
     verifies per round, root included) and `max_depth` (1 .. `config.block_size - 1`); after a call
@@ -200,6 +215,9 @@ class JetFlowHead(PreTrainedModel):
         self.rotary_emb = Qwen3RotaryEmbedding(config)
         self.mask_embedding = nn.Parameter(torch.zeros(config.hidden_size)) if config.mask_token_id is None else None
         self.branch_correction = BranchCorrection(config) if config.branch_correction is not None else None
+        num_scored = config.draft_vocab_size or config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size) if config.own_embedding else None
+        self.lm_head = nn.Linear(config.hidden_size, num_scored, bias=False) if config.own_lm_head else None
         if config.draft_vocab_size is not None:
             # Target ids of the draft vocabulary, ascending, (draft_vocab_size,); int64 and saved with the weights.
             self.register_buffer("d2t", torch.arange(config.draft_vocab_size))
@@ -219,9 +237,16 @@ class JetFlowHead(PreTrainedModel):
         """Target ids that the head scores, (draft_vocab_size,); `None` when it scores the whole vocabulary."""
         return self.d2t if self.config.draft_vocab_size is not None else None
 
-    def get_input_embeddings(self) -> None:
-        """None: the head borrows the target's; FSDP asks."""
-        return None
+    def get_input_embeddings(self) -> nn.Module | None:
+        """The head's own embedding; `None` where it borrows the target's. FSDP asks."""
+        return self.embed_tokens
+
+    def shape_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits (..., draft_vocab) of the output embedding, scaled and soft-capped as the head was trained with."""
+        if self.config.logit_scale != 1:
+            logits = logits * self.config.logit_scale
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def forward(
         self,
@@ -239,6 +264,7 @@ class JetFlowHead(PreTrainedModel):
 
         A row sees the context strictly before its anchor and the rows of its own block; in causal layers only those
         up to itself. Row `i` of a block predicts the token at its own position; row 0, the anchor, predicts nothing.
+        With `config.anchor_predicts` every row predicts the token after its own position.
 
         Args:
             inputs_embeds (`torch.Tensor`, (batch, rows, hidden)): Embeddings of the block rows.
@@ -301,28 +327,65 @@ class JetFlowHead(PreTrainedModel):
         cls, pretrained_model_name_or_path: str | os.PathLike, *model_args: Any, **kwargs: Any
     ) -> "JetFlowHead":
         r"""
-        Load a head from a local folder or a Hub id. Only `config.json` and safetensors files are read.
+        Load a head of any known layout from a local folder or a Hub id. Only config files and safetensors are read.
 
         Takes the arguments of [`~transformers.PreTrainedModel.from_pretrained`] (`dtype`, `device_map`, `revision`,
-        `subfolder`, `token`, ...).
+        `subfolder`, `token`, ...), and fields of [`JetFlowConfig`], which win over what the file says:
+        `is_causal=True`. A subfolder may also be spelled `id::subfolder`. What was made of a foreign layout is logged.
 
         Raises:
-            ValueError: If the layout is not a JetFlow head, or tensors are missing, unexpected or misshapen: nothing
-                is ever initialised at random.
+            ValueError: If the layout or something in its config is not known, or tensors are missing, unexpected or
+                misshapen: nothing is ever initialised at random.
             OSError: If a file is missing or damaged.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        source = str(pretrained_model_name_or_path)
-        with readable_load_errors(source):
-            require_jetflow_layout(source, kwargs)
+        name = str(pretrained_model_name_or_path)
+        with readable_load_errors(name.partition("::")[0]):
+            source = locate(name, kwargs)
+            settings = read_config(source)
+            layout = recognise(settings)
+            folder = source.folder(*WEIGHT_PATTERNS)
+            config, tensors = cls._read(source, layout, settings, read_tensors(folder), kwargs)
             # Misshapen tensors are let through here and refused by name below.
-            kwargs.update(use_safetensors=True, ignore_mismatched_sizes=True)
-            head, info = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
-            check_loaded_tensors(source, info)
-            settings = find_file(source, "generation_config.json", kwargs)
-            if settings is not None:
-                head.generation_config = GenerationConfig.from_pretrained(os.path.dirname(settings))
+            kwargs |= dict(state_dict=tensors, output_loading_info=True, ignore_mismatched_sizes=True)
+            head, info = super().from_pretrained(None, *model_args, config=config, **kwargs)
+            check_loaded_tensors(source.name, layout.name, info)
+            if (folder / SETTINGS).is_file():
+                head._take_settings(GenerationConfig.from_pretrained(folder))
         return (head, info) if wants_info else head  # type: ignore[return-value]  # a pair only when asked for
+
+    @classmethod
+    def _read(
+        cls,
+        source: Source,
+        layout: Layout,
+        settings: dict[str, Any],
+        tensors: dict[str, torch.Tensor],
+        kwargs: dict[str, Any],
+    ) -> tuple[JetFlowConfig, dict[str, torch.Tensor]]:
+        """Configuration and tensors of a checkpoint; takes the fields that the caller gives out of `kwargs`."""
+        own_fields = JetFlowConfig.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
+        given = {field: kwargs.pop(field) for field in list(kwargs) if field in own_fields}
+        config = kwargs.pop("config", None)
+        reading = read_checkpoint(layout, settings, tensors, given)
+        if not isinstance(config, JetFlowConfig):
+            config = JetFlowConfig.from_dict(reading.fields)
+        config.name_or_path = source.name
+        if layout.read is not read_jetflow:
+            logger.warning_once(f"`{source.name}` was read as {summary(layout, reading)}.")
+            if source.has(ADAPTER):
+                logger.warning_once(
+                    f"`{source.name}` is a JetSpec++ head: its adapter is not supported and was left out, the head "
+                    "drafts without it."
+                )
+        return config, reading.tensors
+
+    def _take_settings(self, settings: GenerationConfig) -> None:
+        """Saved node budget, depth and width; a file of another layout may not have them."""
+        for name in ("node_budget", "max_depth"):
+            if getattr(settings, name, None) is None:
+                setattr(settings, name, getattr(self.generation_config, name))
+        self.generation_config = settings
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, *args: Any, push_to_hub: bool = False, **kwargs: Any

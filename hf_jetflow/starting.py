@@ -30,6 +30,7 @@ def initialize_from_target(head: JetFlowHead, target: PreTrainedModel) -> int:
             parameter.data.fill_(QUERY_KEY_SCALE)
     base = target.base_model
     num_layers, num_target = head.config.num_hidden_layers, head.config.num_target_layers
+    assert num_target is not None
     sources = [f"layers.{max(num_target - 1 - 4 * (num_layers - 1 - i), 0)}" for i in range(num_layers)]
     pairs = [
         (parameter, _tensor(base, f"{source}.{_name_in_target(base, source, name)}"))
@@ -88,11 +89,17 @@ def start_from_head(source: str, target: PreTrainedModel, branch_correction: str
         branch_correction (`str`, *optional*): Kind of correction that the trained head is to have.
 
     Raises:
-        ValueError: If the head does not fit the target, or has another correction than the one asked for.
+        ValueError: If the head does not fit the target, is of a kind that cannot be trained, or has another correction
+            than the one asked for.
         OSError: If a file is missing or damaged.
     """
     head = JetFlowHead.from_pretrained(source, dtype=torch.float32)
     check_pairing(target, head)
+    if not head.config.is_plain:
+        raise ValueError(
+            f"the head {source} has an embedding or an LM head of its own, scaled logits, or an anchor's row that "
+            "predicts; heads like it draft in `generate`, but cannot be trained further yet"
+        )
     own = head.config.branch_correction
     if own is not None and own != branch_correction:
         raise ValueError(

@@ -191,12 +191,14 @@ class Target:
         return self._fuse(outputs.hidden_states), outputs.last_hidden_state
 
     def _fuse(self, hidden_states: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        shift = len(hidden_states) - 1 - self.head_config.num_target_layers  # -1 where index 0 is the first layer's
+        num_layers = self.model.config.get_text_config(decoder=True).num_hidden_layers
+        shift = len(hidden_states) - 1 - num_layers  # -1 where index 0 is the first layer's
         return torch.cat([hidden_states[index + shift] for index in self._tapped], dim=-1)
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """The target's embeddings of tokens, (..., hidden)."""
-        return self.model.get_input_embeddings()(input_ids)
+        """The target's embeddings of tokens, (..., hidden), scaled as the head was trained with."""
+        module, scale = self.model.get_input_embeddings(), self.head_config.embedding_scale
+        return module(input_ids) if scale is None else nn.functional.embedding(input_ids, module.weight) * scale
 
     def embed_block(
         self, input_ids: torch.Tensor, is_anchor: torch.Tensor, mask_embedding: torch.Tensor | None

@@ -155,7 +155,10 @@ def test_bench_prints_a_table_and_writes_json(target_folder, prompts, tmp_path, 
             ["train", "--target", "TARGET", "--answers", "PROMPTS", "--output", "OUT"],
             "record 1: needs `prompt_ids` and `answer_ids`",
         ),
-        (["bench", "--target", "TARGET", "--head", "TARGET", "--prompts", "PROMPTS"], "JetFlow layout only"),
+        (
+            ["bench", "--target", "TARGET", "--head", "TARGET", "--prompts", "PROMPTS"],
+            "no draft head of a known layout",
+        ),
         (["bench", "--target", "TARGET", "--head", "nowhere/at/all", "--prompts", "PROMPTS"], "nowhere/at/all"),
     ],
 )

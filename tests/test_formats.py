@@ -191,24 +191,3 @@ def test_pickled_weights_are_not_read_on_request_either(folder):
 def test_pickled_weights_beside_safetensors_are_left_alone(folder):
     (folder / "pytorch_model.bin").write_bytes(b"not a pickle")
     JetFlowHead.from_pretrained(folder)
-
-
-FOREIGN = {
-    "a JetSpec / DFlash head": dict(
-        architectures=["DFlashDraftModel"], model_type="qwen3", dflash_config=dict(mask_token_id=1, causal_head=True)
-    ),
-    "a TensorRT JetSpec head": dict(model_type="qwen3", jetspec_config=dict(block_size=16, causal_head=True)),
-    "a speculators checkpoint (`speculators_model_type: dflash`)": dict(
-        architectures=["DFlashDraftModel"], speculators_model_type="dflash", auto_map={"": "x.Y"}
-    ),
-    "`LlamaForCausalLM` (`model_type: llama`)": dict(architectures=["LlamaForCausalLM"], model_type="llama"),
-    "`no architecture` (`model_type: None`)": dict(hidden_size=8),
-}
-
-
-@pytest.mark.parametrize("name", FOREIGN)
-def test_a_foreign_layout_is_refused_by_name(folder, name):
-    (folder / "config.json").write_text(json.dumps(FOREIGN[name]))
-    message = refusal(folder, ValueError)
-    assert f"holds {name}" in message
-    assert "JetFlow layout only" in message

@@ -1,0 +1,225 @@
+"""Writing public layouts: a head's configuration and tensors in, another project's `config.json` and tensors out.
+
+Pure functions, the reverse of `layouts`. What a layout has no place for is refused, or left out and said so.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from .configuration_jetflow import JetFlowConfig
+from .fetching import Tensors
+from .layouts import BODY_KEYS, Config
+
+
+SPECULATORS_VERSION = "0.9.0"  # whose format is written
+
+
+@dataclass(frozen=True)
+class TargetFacts:
+    """What an export says about the target."""
+
+    name: str | None = None
+    architectures: list[str] = field(default_factory=list)
+    num_layers: int | None = None
+    scales_embeddings: bool = False  # whether its embedding module does more than look rows up
+    output_rows: torch.Tensor | None = None  # (draft_vocab, hidden), rows of its output embedding
+
+
+@dataclass
+class Export:
+    """A head in another layout."""
+
+    config: Config
+    tensors: Tensors
+    left_out: list[str]  # what the layout has no place for, in words
+
+
+def write_jetspec(config: JetFlowConfig, tensors: Tensors, target: TargetFacts) -> Export:
+    """
+    JetSpec's layout.
+
+    Raises:
+        ValueError: If the head has something the layout cannot say; the message names it.
+    """
+    if len(set(config.causal_layers)) > 1:
+        raise _no_place("JetSpec", f"layers of both kinds (`is_causal` {config.is_causal})")
+    if config.logit_scale != 1 or config.logit_softcap is not None:
+        raise _no_place("JetSpec", "a logit scale or soft cap")
+    if config.embedding_scale is not None and (config.embedding_scale != 1 or target.scales_embeddings):
+        raise _no_place("JetSpec", f"an `embedding_scale` of {config.embedding_scale}")
+    export = _dflash_body(config, tensors, target, "JetSpec")
+    export.config["block_size"] = config.block_size
+    export.config["dflash_config"]["causal_head"] = config.causal_layers[0]
+    return export
+
+
+def write_dflash(config: JetFlowConfig, tensors: Tensors, target: TargetFacts) -> Export:
+    """
+    DFlash's layout, `block_size` at both places where readers look.
+
+    Raises:
+        ValueError: If the head has something the layout cannot say; the message names it.
+    """
+    export = _dflash_body(config, tensors, target, "DFlash")
+    settings = export.config["dflash_config"]
+    export.config["block_size"] = settings["block_size"] = config.block_size
+    flags = config.causal_layers
+    if flags != [window is not None for window in config.layer_windows]:
+        if len(set(flags)) > 1:
+            raise _no_place("DFlash", f"`is_causal` {flags} with layers {config.layer_types}")
+        export.config["is_causal"] = flags[0]
+    scale = _raw_embedding_scale(config, target, "DFlash")
+    settings |= {"input_embedding_scale": scale} if scale != 1 else {}
+    settings |= {"output_multiplier": config.logit_scale} if config.logit_scale != 1 else {}
+    settings |= {"final_logit_softcapping": config.logit_softcap} if config.logit_softcap is not None else {}
+    return export
+
+
+def _dflash_body(config: JetFlowConfig, tensors: Tensors, target: TargetFacts, layout: str) -> Export:
+    if config.own_embedding or config.own_lm_head or config.anchor_predicts:
+        raise _no_place(layout, "an embedding or LM head of the head's own, or an anchor's row that predicts")
+    num_target_layers = config.num_target_layers or target.num_layers
+    if num_target_layers is None:
+        raise ValueError(f"{layout} names the target's number of layers, which this head does not know; give --target")
+    assert config.hidden_state_indices is not None
+    kept, left_out = _portable(config, tensors, layout)
+    if "d2t" in kept:
+        left_out.append(
+            f"the draft vocabulary of {len(kept.pop('d2t'))} tokens: in {layout} a head scores all {config.vocab_size}"
+        )
+    settings = {
+        "mask_token_id": config.mask_token_id,
+        "target_layer_ids": [index - 1 for index in config.hidden_state_indices],
+    }
+    described = {
+        "architectures": ["DFlashDraftModel"],
+        **_body(config, config.layer_types or [], config.sliding_window),
+        "num_target_layers": num_target_layers,
+        "dflash_config": settings,
+        "dtype": _dtype_name(kept),
+    }
+    return Export(described, kept, left_out)
+
+
+def write_speculators(config: JetFlowConfig, tensors: Tensors, target: TargetFacts) -> Export:
+    """
+    speculators' dflash layout. Its full-attention layers are never causal, so a causal layer is written as a sliding
+    one whose window is the longest sequence; a reduced vocabulary takes the target's rows along.
+
+    Raises:
+        ValueError: If the head has something the layout cannot say, or the target is not named.
+    """
+    name = target.name or config.target_name
+    if name is None:
+        raise ValueError("speculators names the target of a head, which this head does not know; give --target")
+    if config.logit_scale != 1 or config.logit_softcap is not None:
+        raise _no_place("speculators", "a logit scale or soft cap")
+    if not config.own_embedding and _raw_embedding_scale(config, target, "speculators") != 1:
+        raise _no_place("speculators", f"an `embedding_scale` of {config.embedding_scale}")
+    layer_types, window, is_causal = _speculators_windows(config)
+    kept, left_out = _portable(config, tensors, "speculators")
+    num_drafted = config.draft_vocab_size or config.vocab_size
+    if "d2t" in kept:
+        kept |= _vocabulary_maps(kept["d2t"], config.vocab_size)
+        if not config.own_lm_head:
+            if target.output_rows is None:
+                raise ValueError(
+                    "speculators keeps the LM head of a reduced vocabulary; give --target to copy it from"
+                )
+            kept["lm_head.weight"] = target.output_rows.to(kept["fc.weight"].dtype)
+    proposal = {"proposal_type": "greedy", "speculative_tokens": config.block_size - 1}
+    described = {
+        "architectures": ["DFlashSpeculator"],
+        "speculators_model_type": "dflash",
+        "speculators_version": SPECULATORS_VERSION,
+        "speculators_config": {
+            "algorithm": "dflash",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [proposal | {"verifier_accept_k": 1, "accept_tolerance": 0.0}],
+            "verifier": {"name_or_path": name, "architectures": target.architectures},
+        },
+        "transformer_layer_config": _body(config, layer_types, window),
+        "draft_vocab_size": num_drafted,
+        "block_size": config.num_rows,
+        "aux_hidden_state_layer_ids": config.hidden_state_indices,
+        "mask_token_id": config.mask_token_id,
+        "sliding_window_non_causal": not is_causal,
+        "sample_from_anchor": config.anchor_predicts,
+        "dtype": _dtype_name(kept),
+    }
+    return Export(described, kept, left_out)
+
+
+def _speculators_windows(config: JetFlowConfig) -> tuple[list[str], int | None, bool]:
+    """Kinds of the layers, the window of the sliding ones, and whether these are causal."""
+    kinds = list(zip(config.causal_layers, config.layer_windows, strict=True))
+    longest = config.max_position_embeddings
+    sliding = {(flag, window or longest) for flag, window in kinds if flag or window is not None}
+    if len(sliding) > 1:
+        raise _no_place("speculators", f"`is_causal` {config.is_causal} with layers {config.layer_types}")
+    layer_types = ["sliding_attention" if flag or window else "full_attention" for flag, window in kinds]
+    is_causal, window = sliding.pop() if sliding else (True, None)
+    return layer_types, window, is_causal
+
+
+def _vocabulary_maps(token_ids: torch.Tensor, vocab_size: int) -> Tensors:
+    """speculators' two views of a draft vocabulary: offsets (draft_vocab,) and membership (vocab,)."""
+    is_drafted = torch.zeros(vocab_size, dtype=torch.bool)
+    is_drafted[token_ids] = True
+    return {"d2t": token_ids - torch.arange(len(token_ids)), "t2d": is_drafted}
+
+
+def _portable(config: JetFlowConfig, tensors: Tensors, layout: str) -> tuple[Tensors, list[str]]:
+    """The tensors that other layouts know, and what is left out."""
+    if config.mask_token_id is None:
+        raise _no_place(layout, "a learned mask embedding; train with --mask-token")
+    if config.target_hidden_size != config.hidden_size:
+        raise _no_place(layout, f"a target of another width ({config.target_hidden_size})")
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("branch_correction.")}
+    left_out = []
+    if config.branch_correction is not None:
+        left_out.append(
+            f"the branch correction ({config.branch_correction}): all branches of a depth share one distribution there"
+        )
+    return kept, left_out
+
+
+def _body(config: JetFlowConfig, layer_types: list[str], window: int | None) -> Config:
+    """The layers as a Qwen3 configuration; rotary parameters in the older spelling, which old and new readers take."""
+    assert config.rope_parameters is not None
+    rope = {key: value for key, value in config.rope_parameters.items() if key != "rope_theta"}
+    return {
+        "model_type": "qwen3",
+        **{key: getattr(config, key) for key in BODY_KEYS},
+        "rope_theta": config.rope_parameters["rope_theta"],
+        "rope_scaling": None if rope["rope_type"] == "default" else rope,
+        "layer_types": layer_types,
+        "sliding_window": window,
+        "use_sliding_window": "sliding_attention" in layer_types,
+        "max_window_layers": config.num_hidden_layers,
+        "tie_word_embeddings": False,
+    }
+
+
+def _raw_embedding_scale(config: JetFlowConfig, target: TargetFacts, layout: str) -> float:
+    """The head's factor on the rows of the target's embedding matrix."""
+    if config.embedding_scale is None and target.scales_embeddings:
+        raise _no_place(layout, "the scale that this target's embedding module applies")
+    return 1.0 if config.embedding_scale is None else config.embedding_scale
+
+
+def _dtype_name(tensors: Tensors) -> str:
+    return str(tensors["fc.weight"].dtype).removeprefix("torch.")
+
+
+def _no_place(layout: str, what: str) -> ValueError:
+    return ValueError(f"the layout of {layout} has no place for {what}; choose another one with --to")
+
+
+EXPORTS: dict[str, Callable[[JetFlowConfig, Tensors, TargetFacts], Export]] = {
+    "jetspec": write_jetspec,
+    "dflash": write_dflash,
+    "speculators": write_speculators,
+}

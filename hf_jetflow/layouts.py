@@ -1,0 +1,306 @@
+"""Reading public layouts: a `config.json` and tensors in, the fields of a `JetFlowConfig` and our tensors out.
+
+Pure functions. What a file says and these do not know is an error, never a warning: a head that drafts rubbish looks
+like one that loads.
+"""
+
+import copy
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING
+
+from .configuration_jetflow import spaced_layer_ids
+from .fetching import Tensors
+
+
+Config = dict[str, Any]
+
+BODIES = ("qwen3", "llama")  # whose defaults a file may leave out; all layouts share Qwen3's layer
+BODY_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "attention_bias",
+    "attention_dropout",
+)
+ROPE_KEYS = ("rope_parameters", "rope_theta", "rope_scaling")
+WINDOW_KEYS = ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers")
+# What says nothing about how a head drafts.
+DESCRIPTIVE_KEYS = {
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "dtype",
+    "eos_token_id",
+    "id2label",
+    "is_encoder_decoder",
+    "label2id",
+    "model_type",
+    "name_or_path",
+    "num_anchors",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "pretraining_tp",
+    "problem_type",
+    "return_dict",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+# Text has one position per token, for which these make no difference.
+NEUTRAL_ROPE_KEYS = {"mrope_section", "mrope_interleaved"}
+
+
+@dataclass
+class Reading:
+    """A checkpoint in our terms."""
+
+    fields: Config  # of `JetFlowConfig`
+    tensors: Tensors  # by our names
+    causality: str = ""  # where it was read from
+    contradictions: list[str] = field(default_factory=list)  # flags that say otherwise and were overruled
+
+
+def read_jetflow(config: Config, tensors: Tensors) -> Reading:
+    """Our own layout."""
+    return Reading(config, tensors)
+
+
+def read_dflash(
+    config: Config, tensors: Tensors, section: str = "dflash_config", scale: float | None = 1.0
+) -> Reading:
+    """
+    The body that DFlash, JetSpec, Automodel and TensorRT-Edge-LLM share: settings in a section of its own.
+
+    Args:
+        section (`str`): Name of that section.
+        scale (`float`, *optional*): `embedding_scale` where the file gives none.
+    """
+    settings = config.get(section) or {}
+    shared = ("input_embedding_scale", "output_multiplier", "logit_scale", "final_logit_softcapping", "is_neox_style")
+    block = ("block_size", "mask_token_id", "target_layer_ids")
+    refuse_unknown_keys(config, {section, *shared, *block, "is_causal", "num_target_layers"})
+    refuse_unknown_keys(settings, {*shared, *block, "causal_head", "causal", "target_hidden_size"}, f"{section}.")
+    values = {key: _one_value(config, section, key) for key in (*shared, *block)}
+    fields = read_body(config)
+    if settings.get("target_hidden_size", fields["hidden_size"]) != fields["hidden_size"]:
+        raise ValueError(
+            f"`{section}.target_hidden_size` is {settings['target_hidden_size']} and `hidden_size` "
+            f"{fields['hidden_size']}: a head with a `hidden_dim_adapter` is not as wide as its target and cannot "
+            "borrow its embedding; train a head for this target"
+        )
+    if values["is_neox_style"] is False:
+        raise ValueError("`is_neox_style` is false, but heads rotate halves only; convert the checkpoint first")
+    num_target_layers, layer_ids = config.get("num_target_layers"), values["target_layer_ids"]
+    if layer_ids is None and num_target_layers is not None:
+        layer_ids = spaced_layer_ids(num_target_layers, fields["num_hidden_layers"])
+    flags, causality, contradictions = read_causality(config, section, fields["layer_types"])
+    fields |= {
+        "block_size": values["block_size"],
+        "mask_token_id": values["mask_token_id"],
+        "hidden_state_indices": None if layer_ids is None else [layer_id + 1 for layer_id in layer_ids],
+        "num_target_layers": num_target_layers,
+        "is_causal": flags,
+        "embedding_scale": values["input_embedding_scale"] or scale,
+        "logit_scale": (values["output_multiplier"] or 1.0) * (values["logit_scale"] or 1.0),
+        "logit_softcap": values["final_logit_softcapping"] or None,
+    }
+    return Reading(fields, tensors, causality, contradictions)
+
+
+def read_jetspec(config: Config, tensors: Tensors) -> Reading:
+    """JetSpec and Automodel: DFlash's keys, the target's embedding module taken as it is."""
+    return read_dflash(config, tensors, scale=None)
+
+
+def read_tensorrt(config: Config, tensors: Tensors) -> Reading:
+    """TensorRT-Edge-LLM: JetSpec's keys in a section `jetspec_config`."""
+    return read_dflash(config, tensors, section="jetspec_config", scale=None)
+
+
+def read_deepspec(config: Config, tensors: Tensors) -> Reading:
+    """DeepSpec's dflash: every row predicts, embedding and LM head are in the file; ids from -1, the embeddings."""
+    block = ("block_size", "mask_token_id", "target_layer_ids")
+    refuse_unknown_keys(config, {*block, "num_target_layers", "is_causal"})
+    fields = read_body(config)
+    layer_ids, block_size = config.get("target_layer_ids"), config.get("block_size")
+    flags, causality, contradictions = read_causality(config, None, fields["layer_types"])
+    fields |= {
+        "block_size": None if block_size is None else block_size + 1,
+        "mask_token_id": config.get("mask_token_id"),
+        "hidden_state_indices": None if layer_ids is None else [layer_id + 1 for layer_id in layer_ids],
+        "num_target_layers": config.get("num_target_layers"),
+        "is_causal": flags,
+        "anchor_predicts": True,
+        "own_embedding": True,
+        "own_lm_head": True,
+    }
+    return Reading(fields, tensors, causality, contradictions)
+
+
+def read_speculators(config: Config, tensors: Tensors) -> Reading:
+    """speculators' dflash: layer ids count `hidden_states` directly, the draft vocabulary is kept as offsets."""
+    known = {
+        "speculators_model_type",
+        "speculators_version",
+        "speculators_config",
+        "transformer_layer_config",
+        "draft_vocab_size",
+        "block_size",
+        "aux_hidden_state_layer_ids",
+        "mask_token_id",
+        "target_hidden_size",
+        "sliding_window_non_causal",
+        "sample_from_anchor",
+    }
+    refuse_unknown_keys(config, known)
+    layer_config = copy.deepcopy(config.get("transformer_layer_config") or {})
+    rope = layer_config.get("rope_parameters") or {}
+    layer_config["rope_parameters"] = rope.get("sliding_attention", rope) or None  # what speculators itself takes
+    refuse_unknown_keys(layer_config, set(), "transformer_layer_config.")
+    fields = read_body(layer_config)
+    flags, causality = _speculators_causality(config, fields["layer_types"])
+    if (fields["sliding_window"] or 0) >= fields["max_position_embeddings"]:
+        fields |= {"sliding_window": None, "layer_types": ["full_attention"] * len(flags)}
+    draft_vocab_size = config.get("draft_vocab_size", 32000)
+    is_reduced = draft_vocab_size != fields["vocab_size"]
+    verifier = (config.get("speculators_config") or {}).get("verifier") or {}
+    block_size, predicts = config.get("block_size", 8), bool(config.get("sample_from_anchor", False))
+    fields |= {
+        "block_size": block_size + predicts,
+        "mask_token_id": config.get("mask_token_id"),
+        "hidden_state_indices": config.get("aux_hidden_state_layer_ids"),
+        "num_target_layers": None,
+        "target_name": verifier.get("name_or_path"),
+        "draft_vocab_size": draft_vocab_size if is_reduced else None,
+        "is_causal": flags,
+        "anchor_predicts": predicts,
+        "embedding_scale": 1.0,
+        "own_embedding": "embed_tokens.weight" in tensors,
+        "own_lm_head": "lm_head.weight" in tensors,
+    }
+    return Reading(fields, _speculators_tensors(tensors, is_reduced), causality)
+
+
+def _speculators_causality(config: Config, layer_types: list[str]) -> tuple[list[bool], str]:
+    key = "sliding_window_non_causal"
+    is_sliding = [kind == "sliding_attention" for kind in layer_types]
+    if config.get(key):
+        return [False] * len(layer_types), f"`{key}: true`"
+    return is_sliding, f"`{key}: false`" if key in config else f"no `{key}`, which is false in speculators"
+
+
+def _speculators_tensors(tensors: Tensors, is_reduced: bool) -> Tensors:
+    """Offsets become token ids; what only the training of the head used is left out."""
+    unused = ("t2d", "d2t", "verifier_lm_head.weight", "verifier_norm.weight")
+    kept = {name: tensor for name, tensor in tensors.items() if name not in unused}
+    if "d2t" not in tensors:
+        return kept
+    offsets = tensors["d2t"].long()
+    token_ids = torch.arange(len(offsets)) + offsets
+    if "t2d" in tensors:
+        is_drafted = tensors["t2d"].bool()
+        fits = len(token_ids) == int(is_drafted.sum()) and int(token_ids.max()) < len(is_drafted)
+        if not fits or not bool(is_drafted[token_ids].all()):
+            raise ValueError("`d2t` and `t2d` name different draft vocabularies; the checkpoint is damaged")
+    if is_reduced:
+        kept["d2t"] = token_ids
+    elif bool(offsets.any()):
+        raise ValueError("`d2t` reorders a draft vocabulary that is as large as the target's, which is not supported")
+    return kept
+
+
+def read_body(config: Config) -> Config:
+    """Sizes, rotary parameters and windows of the layers, with the defaults of the body the file names."""
+    model_type = config.get("model_type", "qwen3")
+    if model_type not in BODIES:
+        raise ValueError(f"`model_type` of the layers is {model_type!r}, but one of {BODIES} is needed")
+    given = {key: copy.deepcopy(config[key]) for key in (*BODY_KEYS, *ROPE_KEYS, *WINDOW_KEYS) if key in config}
+    if any(isinstance(value, dict) for value in (given.get("rope_parameters") or {}).values()):
+        raise ValueError("`rope_parameters` differ by kind of layer, but all layers of a head share them")
+    body = CONFIG_MAPPING[model_type](**given)
+    fields = {key: getattr(body, key, None) for key in BODY_KEYS}
+    rope = {key: value for key, value in body.rope_parameters.items() if key not in NEUTRAL_ROPE_KEYS}
+    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError("`partial_rotary_factor` is not 1, and implementations of these heads disagree about it")
+    fields["rope_parameters"] = rope
+    layer_types = getattr(body, "layer_types", None) or ["full_attention"] * body.num_hidden_layers
+    has_windows = "sliding_attention" in layer_types
+    fields["layer_types"] = layer_types
+    fields["sliding_window"] = config.get("sliding_window", getattr(body, "sliding_window", None))
+    if has_windows and fields["sliding_window"] and config.get("use_sliding_window") is False:
+        raise ValueError(
+            "`use_sliding_window` is false, but `layer_types` has sliding layers and `sliding_window` is "
+            f"{fields['sliding_window']}; correct config.json"
+        )
+    if not has_windows:
+        fields["sliding_window"] = None
+    return fields
+
+
+def read_causality(config: Config, section: str | None, layer_types: list[str]) -> tuple[list[bool], str, list[str]]:
+    """
+    In-block causality by layer, where it was read from, and the flags that say otherwise.
+
+    Nested flags win over `is_causal`, which shared recipes stamp on heads of either kind. Without any, sliding layers
+    are causal and full ones bidirectional.
+    """
+    settings = (config.get(section) or {}) if section else {}
+    stated = [(f"{section}.{key}", settings.get(key)) for key in ("causal_head", "causal")]
+    stated = [(key, value) for key, value in [*stated, ("is_causal", config.get("is_causal"))] if value is not None]
+    wrong = [f"`{key}: {value}`" for key, value in stated if not isinstance(value, bool)]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)}: a causality flag must be true or false")
+    if not stated:
+        flags = [kind == "sliding_attention" for kind in layer_types]
+        return flags, "no flag: sliding layers are causal, full ones are not", []
+    (key, value), others = stated[0], stated[1:]
+    contradictions = [f"`{name}: {str(other).lower()}`" for name, other in others if other != value]
+    return [bool(value)] * len(layer_types), f"`{key}: {str(value).lower()}`", contradictions
+
+
+def refuse_unknown_keys(config: Config, known: Collection[str], prefix: str = "") -> None:
+    """Raise a `ValueError` naming the keys of a config that are not known and do not say nothing."""
+    body = set() if prefix.endswith("_config.") and prefix != "transformer_layer_config." else _TOP_KEYS
+    unknown = sorted(
+        f"`{prefix}{key}: {value}`"
+        for key, value in config.items()
+        if key not in known and key not in body and not _is_neutral(value)
+    )
+    if unknown:
+        raise ValueError(
+            f"config.json has {', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}, and what that asks of a "
+            "head is not known here; a head that ignored it might draft rubbish"
+        )
+
+
+_TOP_KEYS = {*BODY_KEYS, *ROPE_KEYS, *WINDOW_KEYS, *DESCRIPTIVE_KEYS}
+
+
+def _is_neutral(value: Any) -> bool:
+    return value is None or value is False or value in ("", 0, [], {})
+
+
+def _one_value(config: Config, section: str, key: str) -> Any:
+    """A setting that may stand in the section or at the top, old and new files differ; both must agree."""
+    inner, outer = (config.get(section) or {}).get(key), config.get(key)
+    if inner is not None and outer is not None and inner != outer:
+        raise ValueError(f"`{section}.{key}` is {inner}, but `{key}` is {outer}; correct config.json")
+    return outer if inner is None else inner
