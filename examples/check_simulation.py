@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import json
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,8 @@ from transformers import AutoConfig
 from hf_jetflow import JetFlowConfig
 from hf_jetflow.bench import write_json
 from hf_jetflow.hardware import PRESETS
-from hf_jetflow.simulate import (
-    HeadShape,
-    ModelShape,
-    expected_tokens,
-    fit_hardware,
-    forward_seconds,
-    head_shape,
-    round_seconds,
-    simulate,
-    target_shape,
-)
+from hf_jetflow.roofline import HeadShape, ModelShape, forward_seconds, head_shape, round_seconds, target_shape
+from hf_jetflow.simulate import expected_tokens, fit_hardware, simulate
 
 
 EXAMPLES = Path(__file__).resolve().parent
@@ -40,8 +32,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
     result = run_checks()
+    for line in table_lines(result):
+        print(line)
     for name, check in result.items():
-        print(f"{name}: {json.dumps(check['errors_percent'])}" if "errors_percent" in check else name)
+        if "errors_percent" in check:
+            print(f"{name}: {json.dumps(check['errors_percent'])}")
     write_json(result, args.json)
 
 
@@ -229,6 +224,38 @@ def _errors(groups: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, floa
         name: {"mean_absolute": round(statistics.mean(map(abs, values)), 1), "from": min(values), "to": max(values)}
         for name, values in errors.items()
     }
+
+
+def table_lines(result: dict[str, Any]) -> Iterator[str]:
+    """Rows of the tables of docs/cost-model.md."""
+    for row in result["this_cpu"]["rows"]:
+        kind = "chain of 8" if row["method"] == "chain" else row["node_budget"]
+        errors = f"{row['error_percent']:+.1f} % | {row['error_percent_of_median']:+.1f} %"
+        speedups = f"{row['predicted_speedup']:.2f} | {row['measured_speedup']:.2f} | {row['median_of_prompts']:.2f}"
+        kept = f"{row['tokens_per_round']:.2f}"
+        yield f"| {row['prompts']} | {kind} | {kept} | {speedups} | {'fitted | ' if row['is_fitted'] else errors} |"
+    for row in result["eager_plain_h20"]["rows"]:
+        error = "fitted" if row["is_fitted"] else f"{row['error_percent']:+.1f} %"
+        rates = f"{row['predicted_tokens_per_second']:.2f} | {row['published_tokens_per_second']:.2f}"
+        yield f"| {row['target']} | {row['num_layers']} | {rates} | {error} |"
+    for row in result["published_h100_eager"]["rows"]:
+        method = f"{row['method']} ({row['node_budget']}), T = {row['temperature']}"
+        speedups = f"{row['predicted_speedup']:.2f} | {row['published_speedup']:.2f} | {row['error_percent']:+.1f} %"
+        yield f"| {row['target']} | {method} | {row['prompts']} | {row['tokens_per_round']:.2f} | {speedups} |"
+    for row in result["trees_from_ranks"]["rows"]:
+        tokens = f"{row['predicted_tokens_per_round']:.2f} | {row['measured_tokens_per_round']:.2f}"
+        yield f"| {row['prompts']} | {row['node_budget']} | {tokens} | {row['error_percent']:+.1f} % |"
+    gains: dict[tuple[Any, ...], list[float]] = {}
+    rows = result["predicted_h100_graphed"]["rows"]
+    for row in rows:
+        place = row["target"], row["batch_size"], row["node_budget"]
+        gains.setdefault(place, []).append(row["speedup_per_token_of_a_round"])
+    for row in rows:
+        if row["matrix_efficiency"] == MATRIX_EFFICIENCIES[1]:
+            place = row["target"], row["batch_size"], row["node_budget"]
+            low, middle, high = gains[place]
+            times = f"{row['plain_milliseconds']:.1f} | {row['verify_milliseconds']:.1f}"
+            yield f"| {' | '.join(map(str, place))} | {times} | {middle:.2f} | {low:.2f} - {high:.2f} |"
 
 
 if __name__ == "__main__":

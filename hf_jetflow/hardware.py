@@ -1,4 +1,4 @@
-"""`Hardware`: what a machine does per second, for the cost model of `simulate`; rated figures of some of them."""
+"""`Hardware`: what a machine does per second, for the cost model in `roofline`; rated figures of some of them."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -47,7 +47,7 @@ class Hardware:
         if unknown := sorted(figures.keys() - fields.keys()):
             raise ValueError(f"{unknown} are not hardware figures; known are {', '.join(fields)}")
         if missing := sorted(required - figures.keys()):
-            raise ValueError(f"hardware figures {missing} are missing; `Hardware` in simulate.py describes each")
+            raise ValueError(f"hardware figures {missing} are missing; `Hardware` in hardware.py describes each")
         for name, value in figures.items():
             wanted: Any = fields[name].type
             if isinstance(value, bool) != (wanted is bool) or not isinstance(
@@ -60,7 +60,7 @@ class Hardware:
 _DATASHEETS = "rated figures: NVIDIA's datasheets, dense bf16; "
 _EFFICIENCIES = (
     "memory: 1397 of 2039 GB/s, Llama-2-7B with torch.compile on an A100 (gpt-fast's README); matrices: assumed, "
-    "where the best shape reaches 780 of 989 TFLOP/s on an H100 (github gist Chillee/2ec89696b8db7ed1c24461159e325405); "
+    "where the best shape reaches 780 of 989 TFLOP/s on an H100 (gist Chillee/2ec89696b8db7ed1c24461159e325405); "
 )
 _HOST = "host: tree of 256 nodes in 0.5 ms, measured on a CPU (examples/results/tree_building.json)"
 _H100_LAUNCH = "launch: Qwen3-8B in transformers on an H20, 45.32 tokens/s, 36 layers (Qwen's speed benchmark); "

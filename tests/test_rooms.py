@@ -29,6 +29,7 @@ ROOMS = {
         "blocks",
         "cost",
         "replay",
+        "roofline",
         "simulate",
         "simulation_report",
         "starting",
