@@ -24,9 +24,16 @@ def speedup_table(result: dict[str, Any]) -> Table:
 
 
 def plot_speedup(result: dict[str, Any], path: Path) -> None:
-    """Lines of speedup over the node budget, one panel per prompt set, one line per batch size."""
-    import matplotlib
+    """
+    Lines of speedup over the node budget, one panel per prompt set, one line per batch size.
 
+    Raises:
+        ValueError: If matplotlib is not installed, or does not know the ending of `path`.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ValueError("drawing needs matplotlib: `pip install matplotlib`, or leave `--plot` out") from error
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -413,22 +414,34 @@ def folders(tiny_target, random_head, tmp_path):
     return tmp_path
 
 
-def test_the_command_prints_a_table_and_writes_json_and_lines_from_configurations_alone(folders):
+def test_the_command_prints_a_table_and_writes_json_from_configurations_alone(folders):
     arguments = ["--target", folders / "target" / "config.json", "--head", folders / "head"]
     arguments += ["--acceptance", folders / "ranks.json", "--node-budgets", "2,5", "--batch-sizes", "1,8"]
-    result = run_command(*arguments, "--json", folders / "out.json", "--plot", folders / "out.svg")
+    result = run_command(*arguments, "--json", folders / "out.json")
     assert result.exit_code == 0, result.output
     written = json.loads((folders / "out.json").read_text())
     assert [(row["node_budget"], row["batch_size"]) for row in written["rows"]] == [(2, 1), (2, 8), (5, 1), (5, 8)]
     assert [row["tokens_per_round"] for row in written["rows"]] == pytest.approx([1.6, 1.6, 2.2, 2.2])
     assert all(f"{row['speedup']:.2f}" in result.output for row in written["rows"])
     assert Hardware.from_dict(written["hardware"]) == PRESETS["h100"]
-    assert "<svg" in (folders / "out.svg").read_text()
     (folders / "mine.json").write_text(json.dumps({**written["hardware"], "name": "mine", "host_seconds": 1.0}))
     slow = run_command(*arguments, "--hardware", folders / "mine.json", "--json", folders / "slow.json")
     assert "Predicted speedup on mine" in slow.output
     row = json.loads((folders / "slow.json").read_text())["rows"][2]
     assert 0 < row["speedup"] < 2.2 * row["seconds"]["plain"]  # the round takes over a second
+
+
+def test_the_command_draws_lines_or_says_what_it_needs_to(folders, monkeypatch):
+    arguments = ["--target", folders / "target", "--head", folders / "head", "--acceptance", folders / "ranks.json"]
+    if importlib.util.find_spec("matplotlib"):
+        result = run_command(*arguments, "--plot", folders / "out.svg")
+        assert result.exit_code == 0, result.output
+        assert "<svg" in (folders / "out.svg").read_text()
+        assert "Format 'jpx' is not supported" in run_command(*arguments, "--plot", folders / "out.jpx").output
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = run_command(*arguments, "--plot", folders / "none.svg")
+    assert result.exit_code == 1
+    assert "drawing needs matplotlib: `pip install matplotlib`" in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize(
