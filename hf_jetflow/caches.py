@@ -3,8 +3,11 @@
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+
+
+STATIC_ROWS = (1, 4, 8, 16, 32, 64, 128, 256)  # rows of a forward with a static cache: one compiled graph for each
 
 
 class HeadCache:
@@ -44,6 +47,58 @@ class HeadCache:
         known = self._position_ids
         self._position_ids = position_ids if known is None else torch.cat([known, position_ids], dim=1)
         return self._position_ids
+
+
+class StaticHeadCache:
+    """
+    The same in buffers of one size, for forwards of one shape: context rows first, the block behind the last slot.
+
+    Context rows that are padding are written, too, and overwritten by the next forward, as `keep` does not count them.
+
+    Args:
+        num_layers (`int`): Layers of the head.
+        capacity (`int`): Context rows that fit, padding included.
+    """
+
+    def __init__(self, num_layers: int, capacity: int):
+        self._capacity = capacity
+        self._layers: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_layers
+        self._length = torch.zeros((), dtype=torch.long)
+        self._position_ids: torch.Tensor | None = None  # (batch, capacity), beyond every anchor where no row is
+
+    def extend(
+        self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor, num_context: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write rows (batch, heads, rows, dim), the first `num_context` of them context; returns whole buffers."""
+        if self._layers[layer_idx] is None:
+            batch, heads, rows, dim = keys.shape
+            shape = (batch, heads, self._capacity + rows - num_context, dim)
+            self._layers[layer_idx] = (keys.new_zeros(shape), keys.new_zeros(shape))
+        buffers = self._layers[layer_idx]
+        assert buffers is not None
+        places = torch.arange(num_context, device=keys.device) + self._length
+        for buffer, rows_of in zip(buffers, (keys, values), strict=True):
+            buffer.index_copy_(2, places, rows_of[:, :, :num_context])
+            buffer[:, :, self._capacity :] = rows_of[:, :, num_context:]
+        return buffers
+
+    def extend_positions(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """Write the positions (batch, rows) of new context rows; returns those of all slots."""
+        if self._position_ids is None:
+            shape, device = (len(position_ids), self._capacity), position_ids.device
+            self._position_ids = torch.full(shape, torch.iinfo(torch.long).max, device=device)
+            self._length = self._length.to(device)
+        places = torch.arange(position_ids.shape[1], device=position_ids.device) + self._length
+        return self._position_ids.index_copy_(1, places, position_ids)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was written yet."""
+        return self._position_ids is None
+
+    def keep(self, num_rows: int) -> None:
+        """Count the first of the newest context rows; the others were padding."""
+        self._length.add_(num_rows)
 
 
 class GrowingLayer(DynamicLayer):
@@ -99,7 +154,7 @@ def _lies_in(rows: torch.Tensor, buffer: torch.Tensor) -> bool:
     return rows.data_ptr() == buffer.data_ptr() and rows.stride() == buffer.stride()
 
 
-def check_target_cache(cache: Cache | None) -> DynamicCache:
+def check_target_cache(cache: Cache | None) -> DynamicCache | StaticCache:
     """
     Refuse caches that cannot hold a tree and roll back; returns the others.
 
@@ -108,48 +163,83 @@ def check_target_cache(cache: Cache | None) -> DynamicCache:
     """
     if cache is None:
         raise ValueError("this call runs without a cache, but a draft tree needs one; leave `use_cache` at True")
-    if not isinstance(cache, DynamicCache) or cache.offloading:
-        kind = "an offloaded cache" if isinstance(cache, DynamicCache) else f"`{type(cache).__name__}`"
+    without = "generate without `assistant_model`"
+    if not isinstance(cache, (DynamicCache, StaticCache)) or cache.offloading:
+        kind = f"`{type(cache).__name__}`" if not getattr(cache, "offloading", False) else "an offloaded cache"
         raise ValueError(
             f"draft trees are not supported with {kind} yet; leave `cache_implementation` unset to use the dynamic "
-            "cache, or generate without `assistant_model`"
+            f"cache, or {without}"
         )
-    known = (DynamicLayer, DynamicSlidingWindowLayer, GrowingLayer)
+    known = (DynamicLayer, DynamicSlidingWindowLayer, GrowingLayer, StaticLayer)
     foreign = {type(layer).__name__ for layer in cache.layers if type(layer) not in known}
+    if "StaticSlidingWindowLayer" in foreign:
+        raise ValueError(
+            "the static cache of a sliding-window target overwrites rows that a draft tree still needs; leave "
+            f"`cache_implementation` unset, or {without}"
+        )
     if foreign:
         raise ValueError(
             f"the target's cache has {sorted(foreign)} layers, whose state cannot be rolled back after a draft tree; "
-            "hybrid and linear-attention targets are not supported yet, generate without `assistant_model`"
+            f"hybrid and linear-attention targets are not supported yet, {without}"
         )
     return cache
 
 
-def cache_windows(cache: DynamicCache) -> list[int | None]:
+def cache_windows(cache: Cache) -> list[int | None]:
     """Window of each layer of the target's cache in positions, `None` where a layer keeps every token."""
     return [layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None for layer in cache.layers]
 
 
-def commit_path(cache: DynamicCache, path: torch.Tensor, num_nodes: int) -> None:
+def static_rows(num_nodes: int) -> int:
+    """Rows of the forward that verifies `num_nodes` with a static cache: the nodes, padded to one of few sizes."""
+    return next((rows for rows in STATIC_ROWS if rows >= num_nodes), num_nodes)
+
+
+def most_static_nodes(num_free: int) -> int:
+    """Nodes that a static cache with `num_free` rows left can take, padding included; at least the root."""
+    return max(rows for rows in (*STATIC_ROWS, 1) if rows <= max(num_free, 1))
+
+
+def commit_path(cache: Cache, path: torch.Tensor, num_rows: int) -> None:
     """
     Keep the keys and values of the path, compacted behind the prefix, and drop the other nodes.
 
     Moves only the accepted rows: the prefix stays where it is.
 
     Args:
-        cache (`DynamicCache`): The target's cache, whose last `num_nodes` rows are the tree's nodes.
+        cache (`DynamicCache` or `StaticCache`): The target's cache, whose last `num_rows` rows are the tree's nodes
+            and, with a static cache, padding.
         path (`torch.Tensor`, (length,)): Accepted node ids, root first, ascending.
-        num_nodes (`int`): Nodes of the verified tree.
+        num_rows (`int`): Rows of the verifying forward.
     """
     for layer in cache.layers:
-        assert isinstance(layer, DynamicLayer)
-        start = layer.keys.shape[2] - num_nodes
-        end = start + len(path)
-        if len(path) > 1:  # the root is in its place already
-            rows = path[1:].to(layer.keys.device) + start
-            for states in (layer.keys, layer.values):
-                states[:, :, start + 1 : end] = states[:, :, rows]
-        layer.keys, layer.values = layer.keys[:, :, :end], layer.values[:, :, :end]
-        if isinstance(layer, DynamicSlidingWindowLayer):
-            layer.cumulative_length -= num_nodes - len(path)
-            layer.crop(0)  # forgets the rows that have left the window
-            layer.record_past = False  # so that a later prefill, maybe the caller's own, forgets them by itself
+        if isinstance(layer, StaticLayer):
+            _commit_static(layer, path, num_rows)
+        else:
+            assert isinstance(layer, DynamicLayer)
+            _commit_dynamic(layer, path, num_rows)
+
+
+def _commit_static(layer: StaticLayer, path: torch.Tensor, num_rows: int) -> None:
+    """Stays on the device and in place: compiled graphs hold on to these very tensors."""
+    path = path.to(layer.keys.device)
+    start = layer.cumulative_length - num_rows
+    if len(path) > 1:  # the root is in its place already
+        places = torch.arange(1, len(path), device=path.device) + start
+        for states in (layer.keys, layer.values):
+            states.index_copy_(2, places, states.index_select(2, path[1:] + start))
+    layer.cumulative_length.add_(len(path) - num_rows)
+
+
+def _commit_dynamic(layer: DynamicLayer, path: torch.Tensor, num_rows: int) -> None:
+    start = layer.keys.shape[2] - num_rows
+    end = start + len(path)
+    if len(path) > 1:
+        rows = path[1:].to(layer.keys.device) + start
+        for states in (layer.keys, layer.values):
+            states[:, :, start + 1 : end] = states[:, :, rows]
+    layer.keys, layer.values = layer.keys[:, :, :end], layer.values[:, :, :end]
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer.cumulative_length -= num_rows - len(path)
+        layer.crop(0)  # forgets the rows that have left the window
+        layer.record_past = False  # so that a later prefill, maybe the caller's own, forgets them by itself

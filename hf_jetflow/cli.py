@@ -279,6 +279,60 @@ class _readable_errors:
             raise SystemExit(1)
 
 
+@app.command()
+def simulate(
+    target: Annotated[
+        str, typer.Option(help="Target: a Hub id, a folder, its config.json, or a .gguf file; no weights are loaded.")
+    ],
+    head: Annotated[str, typer.Option(help="Draft head: a Hub id or a folder; no weights are loaded.")],
+    acceptance: Annotated[
+        Path, typer.Option(help="Tokens per round: JSON of bench, of a replay, or of examples/measure_ranks.py.")
+    ],
+    hardware: Annotated[
+        str,
+        typer.Option(
+            help="h100, h100-graphed, a100, a100-graphed, a JSON file of hardware figures, or the JSON of a bench of "
+            "this target and head, from which they are fitted."
+        ),
+    ] = "h100",
+    node_budgets: Annotated[
+        str | None, typer.Option(help="Comma-separated node budgets; those of the acceptance file if not given.")
+    ] = None,
+    batch_sizes: Annotated[
+        str, typer.Option(help="Comma-separated numbers of sequences decoded together.")
+    ] = "1,4,16",
+    context: Annotated[int, typer.Option(help="Tokens in the cache of each sequence.")] = 512,
+    json: Annotated[Path | None, typer.Option(help="File for the result as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="File for the lines as .png, .svg or .pdf.")] = None,
+) -> None:
+    """
+    Predict speedup by node budget and batch size on other hardware (docs/cost-model.md says how well). Example:
+
+    hf-jetflow simulate --target Qwen/Qwen3-8B --head runs/my-head --acceptance bench.json --hardware h100-graphed
+    """
+    from .bench import write_json
+    from .simulate import run_simulation
+    from .simulation_report import plot_speedup, speedup_table
+
+    with _readable_errors():
+        result = run_simulation(
+            target,
+            head,
+            acceptance,
+            hardware,
+            node_budgets=None if node_budgets is None else [int(budget) for budget in node_budgets.split(",")],
+            batch_sizes=[int(size) for size in batch_sizes.split(",")],
+            context=context,
+        )
+        Console(width=None if sys.stdout.isatty() else 120).print(speedup_table(result))
+        if json is not None:
+            write_json(result, json)
+            console.print(f"written to {json}")
+        if plot is not None:
+            plot_speedup(result, plot)
+            console.print(f"drawn in {plot}")
+
+
 def main() -> None:
     """Entry point of `hf-jetflow` and `python -m hf_jetflow`."""
     app(prog_name="hf-jetflow")

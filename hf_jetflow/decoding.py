@@ -47,16 +47,16 @@ def decode(
     chooser = Chooser(logits_processor, generation_config.do_sample, *keeps)
     emitter = Emitter(input_ids, stopping_criteria, streamer, chooser)
     target = Target(model, head.config)
-    drafter = JetFlowCandidateGenerator(head, target)
     stats = head.last_stats = GenerationStats()
 
     with _timed(stats, "prefill"):
         context, states = target.prefill(input_ids, generation_config, model_kwargs)
         emitter.record_prompt(states)
+        drafter = JetFlowCandidateGenerator(head, target, context)
         drafter.observe(states)
         emitter.push(chooser.choose(states.logits, emitter.committed_ids()))
     while not emitter.is_finished:
-        plan = policy.plan(emitter.num_remaining)
+        plan = policy.plan(emitter.num_remaining, context.most_nodes)
         with _timed(stats, "draft"):
             candidates = drafter.propose(emitter.anchor_id, context.position, plan.max_depth, plan.width)
         with _timed(stats, "tree"):

@@ -4,11 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from transformers.generation.candidate_generator import CandidateGenerator
 
-from .caches import HeadCache
+from .caches import HeadCache, StaticHeadCache
 from .modeling_jetflow import BranchCorrection, JetFlowHead
-from .target import Target, TargetStates
+from .target import Context, Target, TargetStates
 from .tree import BranchScorer, Candidates, build_tree, corrected_logprobs
 
 
@@ -64,12 +65,19 @@ class JetFlowCandidateGenerator(CandidateGenerator):
     Args:
         head ([`JetFlowHead`]): The draft head.
         target ([`Target`]): The target it borrows its embeddings from.
+        context ([`Context`], *optional*): The generation's. Where its cache is static, the head's forwards have one
+            shape, and are compiled where the target's are.
     """
 
-    def __init__(self, head: JetFlowHead, target: Target):
+    def __init__(self, head: JetFlowHead, target: Target, context: Context | None = None):
         self.head = head
         self.target = target
-        self._cache = HeadCache(head.config.num_hidden_layers)
+        self._context = context
+        self._path_rows = head.config.block_size  # states that a round hands over at most
+        self._cache: HeadCache | StaticHeadCache = HeadCache(head.config.num_hidden_layers)
+        if context is not None and context.num_static_slots is not None:
+            capacity = context.num_static_slots + self._path_rows
+            self._cache = StaticHeadCache(head.config.num_hidden_layers, capacity)
         self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # features and positions the head has not read
         self._newest_position: torch.Tensor | None = None  # (1,), of the newest committed token that was observed
         self._projection = target.output_rows(head.draft_token_ids) if head.lm_head is None else head.lm_head.weight
@@ -101,14 +109,16 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         head, device = self.head, anchor_id.device
         if max_depth == 0:
             return Candidates(anchor_id.new_empty(0, width), torch.empty(0, width, device=device))
-        # Rows behind the deepest drafted one are invisible to it when every layer is causal.
+        is_static = isinstance(self._cache, StaticHeadCache)
         first = 0 if head.config.anchor_predicts else 1  # row that drafts depth 1
-        num_rows = first + max_depth if all(head.config.causal_layers) else head.config.num_rows
-        slots = self._slots[None, :num_rows]
-        embeds = self._embed_block(anchor_id[:, None].expand(1, num_rows), (slots == 0).to(device))
+        # Rows behind the deepest drafted one are invisible to it when every layer is causal.
+        may_be_short = all(head.config.causal_layers) and not is_static
+        slots = self._slots[None, : first + max_depth if may_be_short else head.config.num_rows]
+        embeds = self._embed_block(anchor_id[:, None].expand_as(slots), (slots == 0).to(device))
         features, context_position_ids = (torch.cat(parts, dim=1) for parts in zip(*self._pending, strict=True))
         self._pending = [(features[:, :0], context_position_ids[:, :0])]
-        rows = head(
+        read = self._read_static if is_static else head
+        rows = read(
             inputs_embeds=embeds.to(head.device, head.dtype),
             features=features.to(head.device, head.dtype),
             position_ids=position + slots,
@@ -116,6 +126,23 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             past_key_values=self._cache,
         )[0, first : first + max_depth]
         return self.rank(rows, width, device)
+
+    def _read_static(self, features: torch.Tensor, context_position_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """The head's forward with one number of context rows: a path's, padded. More of them, as in a prompt, are read
+        as they are."""
+        assert isinstance(self._cache, StaticHeadCache)
+        assert self._context is not None
+        num_rows = features.shape[1]
+        forward: Callable = self.head
+        if not self._cache.is_empty and num_rows <= self._path_rows:
+            forward = self._context.forward_of(self.head)
+            num_pad = self._path_rows - num_rows
+            features = pad(features, (0, 0, 0, num_pad))
+            anchor_position = inputs["position_ids"][:, :1]  # no row sees a context row that is not before its anchor
+            context_position_ids = torch.cat([context_position_ids, anchor_position.expand(-1, num_pad)], dim=1)
+        rows = forward(features=features, context_position_ids=context_position_ids, **inputs)
+        self._cache.keep(num_rows)
+        return rows
 
     def _embed_block(self, block_ids: torch.Tensor, is_anchor: torch.Tensor) -> torch.Tensor:
         """Input rows of the head (1, rows, hidden), by its own embedding or the target's."""

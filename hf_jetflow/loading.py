@@ -1,11 +1,18 @@
-"""Loading a target and its tokenizer from a Hub id, a folder, or a `.gguf` file."""
+"""Loading a target, its tokenizer or its configuration alone, from a Hub id, a folder, or a `.gguf` file."""
 
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 
 try:
@@ -38,19 +45,38 @@ def load_target(source: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTok
     """
     if dtype not in DTYPES:
         raise ValueError(f"the dtype is {dtype!r}, but one of {sorted(DTYPES)} is needed")
-    path = Path(source)
-    tokenizer_kwargs: dict[str, Any] = {}
+    source, gguf = _locate(source)
     model_kwargs: dict[str, Any] = {}
-    if source.endswith(".gguf"):
-        if not path.is_file():
-            raise OSError(f"`{source}` does not exist; give the path of a .gguf file, a folder or a Hub id")
-        source, tokenizer_kwargs["gguf_file"] = str(path.parent), path.name
-        if GgufConfig is not None:  # a head borrows rows of the output embedding, which must not be packed
-            model_kwargs["quantization_config"] = GgufConfig(dequantize=True)
-    elif (os.sep in source and source.count("/") != 1) and not path.exists():
-        raise OSError(f"`{source}` does not exist; give the path of a folder, a .gguf file or a Hub id")
-    tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_kwargs)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], **tokenizer_kwargs, **model_kwargs)
+    if gguf and GgufConfig is not None:  # a head borrows rows of the output embedding, which must not be packed
+        model_kwargs["quantization_config"] = GgufConfig(dequantize=True)
+    tokenizer = AutoTokenizer.from_pretrained(source, **gguf)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], **gguf, **model_kwargs)
     if torch.cuda.is_available():
         model = model.to("cuda")
     return model.eval(), tokenizer
+
+
+def load_target_config(source: str) -> PreTrainedConfig:
+    """
+    Configuration of a target, without its weights.
+
+    Args:
+        source (`str`): Hub id, local folder, path of its `config.json`, or of a `.gguf` file.
+
+    Raises:
+        OSError: If a file is missing.
+    """
+    source, gguf = _locate(source)
+    return AutoConfig.from_pretrained(source, **gguf)
+
+
+def _locate(source: str) -> tuple[str, dict[str, str]]:
+    """What `from_pretrained` takes for a source: its first argument, and `gguf_file` for a `.gguf` file."""
+    path = Path(source)
+    if source.endswith(".gguf"):
+        if not path.is_file():
+            raise OSError(f"`{source}` does not exist; give the path of a .gguf file, a folder or a Hub id")
+        return str(path.parent), {"gguf_file": path.name}
+    if (os.sep in source and source.count("/") != 1) and not path.exists():
+        raise OSError(f"`{source}` does not exist; give the path of a folder, a .gguf file or a Hub id")
+    return source, {}

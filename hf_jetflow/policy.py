@@ -58,12 +58,14 @@ def read_limits(generation_config: GenerationConfig, block_size: int) -> RoundPl
     return RoundPlan(node_budget, max_depth, min(width or MAX_WIDTH, max(node_budget - 1, 1)))
 
 
-def plan_round(limits: RoundPlan, num_remaining: int | None) -> RoundPlan:
-    """The next round, with `num_remaining` tokens (`None`: no limit) left to emit, the bonus token included."""
-    max_depth = min(limits.max_depth, limits.node_budget - 1)
+def plan_round(limits: RoundPlan, num_remaining: int | None, most_nodes: int | None = None) -> RoundPlan:
+    """The next round, with `num_remaining` tokens left to emit, the bonus token included, in a cache that takes
+    `most_nodes` (`None`: no limit)."""
+    node_budget = limits.node_budget if most_nodes is None else min(limits.node_budget, most_nodes)
+    max_depth = min(limits.max_depth, node_budget - 1)
     if num_remaining is not None:
         max_depth = min(max_depth, num_remaining - 1)
-    return RoundPlan(limits.node_budget, max_depth, limits.width)
+    return RoundPlan(node_budget, max_depth, min(limits.width, max(node_budget - 1, 1)))
 
 
 class FixedPolicy:
@@ -72,8 +74,8 @@ class FixedPolicy:
     def __init__(self, limits: RoundPlan):
         self._limits = limits
 
-    def plan(self, num_remaining: int | None) -> RoundPlan:
-        return plan_round(self._limits, num_remaining)
+    def plan(self, num_remaining: int | None, most_nodes: int | None = None) -> RoundPlan:
+        return plan_round(self._limits, num_remaining, most_nodes)
 
     def fit(self, tree: DraftTree) -> DraftTree:
         return tree
@@ -157,14 +159,14 @@ class AutoPolicy:
         self._promised = 0.0  # drafted tokens that this round's tree promises
         self._start = 0.0
 
-    def plan(self, num_remaining: int | None) -> RoundPlan:
+    def plan(self, num_remaining: int | None, most_nodes: int | None = None) -> RoundPlan:
         self._start = time.perf_counter()
-        untried = self._costs.untried(self._most_nodes)
+        untried = self._costs.untried(min(self._most_nodes, most_nodes or self._most_nodes))
         self._is_trial = untried is not None
-        drafts = self._drafting_pays() or self._costs.credit > 0
+        drafts = self._is_trial or self._drafting_pays() or self._costs.credit > 0
         budget = untried or (self._ceiling if drafts else 1)
-        limits = self._limits
-        return plan_round(RoundPlan(budget, limits.max_depth, min(limits.width, max(budget - 1, 1))), num_remaining)
+        limits = RoundPlan(budget, self._limits.max_depth, self._limits.width)
+        return plan_round(limits, num_remaining, most_nodes)
 
     def _drafting_pays(self) -> bool:
         return self._weight < EVIDENCE or self._tokens * self._costs.seconds(1) >= MARGIN * self._seconds

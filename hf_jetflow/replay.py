@@ -4,7 +4,7 @@ The text is known, so one target forward and one head forward per text are enoug
 In exact arithmetic the figures are those of greedy decoding.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -14,7 +14,7 @@ from .modeling_jetflow import JetFlowHead
 from .policy import RoundPlan, plan_round, read_limits
 from .stats import GenerationStats
 from .target import Target
-from .tree import DraftTree, build_tree
+from .tree import Candidates, DraftTree, build_tree
 
 
 @torch.no_grad()
@@ -53,6 +53,63 @@ def replay(
         if progress is not None:
             progress(number)
     return stats
+
+
+@torch.no_grad()
+def acceptance_by_rank(
+    target: Target,
+    head: JetFlowHead,
+    texts: Iterable[tuple[Sequence[int], int]],
+    num_ranks: int,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> list[list[float]]:
+    """
+    How often the target's token is the head's first, second, ... choice, by depth, every answer token an anchor.
+
+    Scores are the corrected ones after the text itself; a depth counts where all tokens before it were among the first
+    `num_ranks` choices.
+
+    Args:
+        texts: As in `replay`.
+        num_ranks (`int`): Choices looked at per depth.
+        progress: Called with the number of texts done.
+
+    Returns:
+        Shares by depth and rank, (block_size - 1) x `num_ranks`, as [`~simulate.expected_tokens`] takes them.
+    """
+    num_depths = head.config.block_size - 1
+    hits, reached = torch.zeros(num_depths, num_ranks), torch.zeros(num_depths)
+    for number, (ids, num_prompt) in enumerate(texts, 1):
+        drafter = JetFlowCandidateGenerator(head, target)
+        for place, rows in enumerate(_rows_of_all_anchors(target, head, ids, num_prompt), num_prompt):
+            following = ids[place + 1 : place + 1 + num_depths]
+            candidates = drafter.rank(rows[: len(following)], num_ranks, rows.device)
+            for depth, rank in enumerate(_ranks(drafter, candidates, ids[place], following, num_ranks)):
+                reached[depth] += 1
+                if rank is not None:
+                    hits[depth, rank] += 1
+        if progress is not None:
+            progress(number)
+    return (hits / reached.clamp_min(1)[:, None]).tolist()
+
+
+def _ranks(
+    drafter: JetFlowCandidateGenerator, candidates: Candidates, token: int, following: Sequence[int], num_ranks: int
+) -> Iterator[int | None]:
+    """Rank of each following token among the candidates after the tokens before it, up to the first that has none."""
+    device = candidates.tokens.device
+    parents = torch.zeros(1, dtype=torch.long, device=device)
+    for depth, next_token in enumerate(following):
+        scores = candidates.logprobs[depth]
+        if drafter.branch_scorer is not None:
+            scores = drafter.branch_scorer(depth, parents, torch.tensor([token], device=device))[0]
+        choices = candidates.tokens[depth, scores.argsort(descending=True)[:num_ranks]].tolist()
+        if next_token not in choices:
+            yield None
+            return
+        yield choices.index(next_token)
+        token = next_token
 
 
 def _rows_of_all_anchors(target: Target, head: JetFlowHead, ids: Sequence[int], num_prompt: int) -> torch.Tensor:

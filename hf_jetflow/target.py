@@ -1,17 +1,18 @@
 """`Target`: the only file that calls the target model, and the only one that knows its masks and positions."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from torch.nn.functional import pad
+from transformers import CompileConfig, DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 
 from .attention import grouped_attention
-from .caches import check_target_cache, commit_path, grow_layers
+from .caches import check_target_cache, commit_path, grow_layers, most_static_nodes, static_rows
 from .configuration_jetflow import JetFlowConfig
 from .tree import DraftTree
 
@@ -31,11 +32,29 @@ class TargetStates:
 class Context:
     """The target's side of a generation. The cache holds every committed token but the anchor."""
 
-    cache: DynamicCache
+    cache: DynamicCache | StaticCache
     position: int  # absolute position of the anchor
+    num_cached: int  # tokens in the cache
     is_padding: torch.Tensor | None  # (cached at prefill,) bool, where the prompt was padded
     wants_states: bool = False  # the caller asked for hidden states
     forward_kwargs: dict[str, Any] = field(default_factory=dict)
+    is_compiled: bool = False  # `generate` would compile the target's forward
+    compile_config: CompileConfig | None = None
+
+    def forward_of(self, model: PreTrainedModel) -> Callable:
+        """The model's call, compiled by transformers' own means where `generate` would."""
+        return model.get_compiled_call(self.compile_config) if self.is_compiled else model
+
+    @property
+    def num_static_slots(self) -> int | None:
+        """Tokens that a static cache holds at most; `None` for a cache that grows."""
+        return self.cache.layers[0].max_cache_len if isinstance(self.cache, StaticCache) else None
+
+    @property
+    def most_nodes(self) -> int | None:
+        """Nodes that the cache can take in a round; `None` if any number."""
+        slots = self.num_static_slots
+        return None if slots is None else most_static_nodes(slots - self.num_cached)
 
 
 class Target:
@@ -70,13 +89,19 @@ class Target:
         wants_states = bool(generation_config.output_hidden_states)
         forward_kwargs: dict[str, Any] = {"output_hidden_states": wants_states or self._wanted_states}
         if generation_config.output_attentions:
+            if isinstance(cache, StaticCache):
+                raise ValueError(
+                    "`output_attentions` is not supported with draft trees in a static cache; leave "
+                    "`cache_implementation` unset, or generate without `assistant_model`"
+                )
             forward_kwargs["output_attentions"] = True
         with self._collected_features() as parts:
             outputs = self.model._prefill(input_ids, generation_config, {**model_kwargs, **forward_kwargs})
         features = torch.cat([part for part, _ in parts], dim=1)
         last_position = parts[-1][1]
+        num_cached = int(cache.get_seq_length())
         if last_position is None:
-            last_position = cache.get_seq_length() - 1
+            last_position = num_cached - 1
         num_rows = features.shape[1]
         position_ids = torch.arange(last_position - num_rows + 1, last_position + 1, device=features.device)[None]
         is_padding = None
@@ -84,8 +109,12 @@ class Target:
             is_padding = model_kwargs["attention_mask"][0] == 0
             keep = ~is_padding[-num_rows:].to(features.device)
             features, position_ids = features[:, keep], position_ids[:, keep]
-        grow_layers(cache)
-        context = Context(cache, last_position + 1, is_padding, wants_states, forward_kwargs)
+        context = Context(cache, last_position + 1, num_cached, is_padding, wants_states, forward_kwargs)
+        if isinstance(cache, DynamicCache):
+            grow_layers(cache)
+        else:
+            context.is_compiled = self.model._valid_auto_compile_criteria(model_kwargs, generation_config)
+            context.compile_config = generation_config.compile_config
         states = TargetStates(
             logits=outputs.logits[0, -1:],
             features=features,
@@ -117,22 +146,24 @@ class Target:
 
     def verify(self, context: Context, tree: DraftTree) -> TargetStates:
         """One target forward over all nodes; its keys and values lie in the cache until `commit`."""
-        device = self.model.device
+        device, nodes = self.model.device, len(tree.tokens)
+        num_pad = self._num_rows(context, tree) - nodes
         position_ids = (context.position + tree.depths)[None].to(device)
-        context.cache.activate_past_recording()  # sliding layers keep all rows until the commit
+        if isinstance(context.cache, DynamicCache):
+            context.cache.activate_past_recording()  # sliding layers keep all rows until the commit
         with grouped_attention(self.model.config.get_text_config(decoder=True)):
-            outputs = self.model(
-                input_ids=tree.tokens[None].to(device),
+            outputs = context.forward_of(self.model)(
+                input_ids=pad(tree.tokens[None].to(device), (0, num_pad)),
                 attention_mask=self._tree_masks(context, tree),
-                position_ids=position_ids,
+                position_ids=pad(position_ids, (0, num_pad), value=context.position),
                 past_key_values=context.cache,
                 use_cache=True,
                 return_dict=True,
                 **context.forward_kwargs,
             )
         return TargetStates(
-            logits=outputs.logits[0],
-            features=self._fuse(outputs.hidden_states),
+            logits=outputs.logits[0, :nodes],
+            features=self._fuse(outputs.hidden_states)[:, :nodes],
             position_ids=position_ids,
             hidden_states=outputs.hidden_states if context.wants_states else (),
             attentions=(outputs.attentions or ()) if "output_attentions" in context.forward_kwargs else (),
@@ -140,15 +171,20 @@ class Target:
 
     def commit(self, context: Context, tree: DraftTree, path: list[int]) -> None:
         """Keep the path in the cache and move the anchor behind it."""
-        commit_path(context.cache, torch.tensor(path), len(tree.tokens))
+        commit_path(context.cache, torch.tensor(path), self._num_rows(context, tree))
         context.position += len(path)
+        context.num_cached += len(path)
+
+    def _num_rows(self, context: Context, tree: DraftTree) -> int:
+        """Rows of the forward that verifies the tree."""
+        return len(tree.tokens) if context.num_static_slots is None else static_rows(len(tree.tokens))
 
     def _tree_masks(self, context: Context, tree: DraftTree) -> Any:
         """The 4-D mask for the model's forward: one tensor, or one per kind of layer where the model has several.
 
         A root alone needs none, as in plain decoding, unless there is padding.
         """
-        if len(tree.tokens) == 1 and context.is_padding is None:
+        if len(tree.tokens) == 1 and context.is_padding is None and context.num_static_slots is None:
             return None
         if self._windows.keys() == {"full_attention"}:
             return self._tree_mask(context, tree, None)
@@ -156,14 +192,17 @@ class Target:
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _tree_mask(self, context: Context, tree: DraftTree, window: int | None) -> torch.Tensor:
-        """(1, 1, nodes, cached + nodes): the prefix within the window in positions, ancestors, the node itself."""
+        """(1, 1, rows, keys): a node sees the prefix within the window in positions, its ancestors and itself.
+
+        With a static cache, rows that pad see what the root sees, and slots behind the nodes are seen by none.
+        """
         device, nodes = self.model.device, len(tree.tokens)
         cached = self._cached_rows(context, window)
         # A cached row's distance is counted in positions: the last one lies directly before the anchor.
         slot_positions = torch.arange(context.position - cached, context.position, device=device)
         sees_prefix = torch.ones(nodes, cached, dtype=torch.bool, device=device)
         if context.is_padding is not None:
-            num_generated = context.cache.get_seq_length() - len(context.is_padding)
+            num_generated = context.num_cached - len(context.is_padding)
             is_token = torch.cat([~context.is_padding.to(device), sees_prefix.new_ones(num_generated)])
             sees_prefix &= is_token[len(is_token) - cached :]
         node_positions = context.position + tree.depths.to(device)
@@ -171,7 +210,11 @@ class Target:
         if window is not None:
             sees_prefix &= node_positions[:, None] - slot_positions < window
             sees_node = sees_node & (node_positions[:, None] - node_positions < window)
-        mask = torch.cat([sees_prefix, sees_node], dim=1)[None, None]
+        mask = torch.cat([sees_prefix, sees_node], dim=1)
+        if (slots := context.num_static_slots) is not None:
+            mask = torch.cat([mask, mask[:1].expand(self._num_rows(context, tree) - nodes, -1)])
+            mask = pad(mask, (0, slots - mask.shape[1]))
+        mask = mask[None, None]
         if self.model.config._attn_implementation == "eager":
             dtype = self.model.dtype
             return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
@@ -179,10 +222,8 @@ class Target:
 
     def _cached_rows(self, context: Context, window: int | None) -> int:
         """Rows that a layer with this window returns from the cache in front of the nodes."""
-        for layer in context.cache.layers:
-            if getattr(layer, "sliding_window", None) == window:
-                return min(layer.get_seq_length(), window - 1) if window is not None else layer.get_seq_length()
-        return context.cache.get_seq_length()
+        forgets = any(getattr(layer, "sliding_window", None) == window for layer in context.cache.layers)
+        return min(context.num_cached, window - 1) if window is not None and forgets else context.num_cached
 
     @torch.no_grad()
     def states(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import NUM_TAPS, random_parents
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from hf_jetflow import JetFlowConfig
@@ -134,7 +134,7 @@ def prefilled(model, ids: torch.Tensor) -> tuple[Target, Context]:
     with torch.no_grad():
         model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
     forward_kwargs = {"output_hidden_states": True}
-    return target, Context(cache, ids.shape[1] - 1, is_padding=None, forward_kwargs=forward_kwargs)
+    return target, Context(cache, ids.shape[1] - 1, ids.shape[1] - 1, is_padding=None, forward_kwargs=forward_kwargs)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gemma3_text"])
@@ -181,7 +181,7 @@ def test_every_node_is_verified_as_if_its_branch_stood_alone(tiny_target, family
 def test_a_commit_moves_the_accepted_rows_only():
     cache = DynamicCache()
     cache.update(rows(0, 10), rows(0, 10) + 0.5, 0)  # 6 rows of prefix, 4 nodes
-    commit_path(cache, torch.tensor([0, 3]), num_nodes=4)
+    commit_path(cache, torch.tensor([0, 3]), num_rows=4)
     kept = torch.cat([rows(0, 7), rows(9, 10)], dim=2)
     assert torch.equal(cache.layers[0].keys, kept)
     assert torch.equal(cache.layers[0].values, kept + 0.5)
@@ -205,10 +205,15 @@ def test_a_missing_cache_is_refused():
         check_target_cache(None)
 
 
-def test_a_static_cache_is_refused_by_name(tiny_target):
-    cache = StaticCache(config=tiny_target("llama").config, max_cache_len=32)
-    with pytest.raises(ValueError, match="`StaticCache` yet; leave `cache_implementation` unset"):
+def test_the_static_cache_of_a_sliding_target_is_refused_by_name(tiny_target):
+    cache = StaticCache(config=tiny_target("gemma3_text").config, max_cache_len=32)
+    with pytest.raises(ValueError, match="static cache of a sliding-window target"):
         check_target_cache(cache)
+
+
+def test_a_cache_of_another_kind_is_refused_by_name():
+    with pytest.raises(ValueError, match="`EncoderDecoderCache` yet; leave `cache_implementation` unset"):
+        check_target_cache(EncoderDecoderCache(DynamicCache(), DynamicCache()))
 
 
 def test_an_offloaded_cache_is_refused(tiny_target):

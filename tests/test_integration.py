@@ -271,9 +271,11 @@ def test_a_call_without_cache_is_refused(way, target, head, prompt):
 
 
 @BOTH_WAYS
-def test_a_static_cache_is_refused(way, target, head, prompt):
-    message = "not supported with `StaticCache` yet; leave `cache_implementation` unset"
-    refuse(target, head, way, message, prompt, cache_implementation="static")
+def test_attentions_out_of_a_static_cache_are_refused(way, target, head, prompt):
+    target = copy.deepcopy(target)
+    target.set_attn_implementation("eager")
+    asked = dict(output_attentions=True, return_dict_in_generate=True)
+    refuse(target, head, way, "`output_attentions` is not supported", prompt, cache_implementation="static", **asked)
 
 
 @BOTH_WAYS

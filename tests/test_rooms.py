@@ -18,7 +18,7 @@ PACKAGE = "hf_jetflow"
 # The table of CONTRIBUTING.md. A file imports from its own room or from one further up.
 ROOMS = {
     "words": ("versions", "configuration_jetflow", "stats"),
-    "pure": ("tree", "walk", "losses", "fetching", "layouts", "formats", "exports", "model_card"),
+    "pure": ("tree", "walk", "losses", "fetching", "layouts", "formats", "exports", "model_card", "hardware"),
     "models": ("modeling_jetflow", "attention", "target", "caches", "drafting"),
     "loop": ("emit", "policy", "decoding"),
     "door": ("integration",),
@@ -29,6 +29,9 @@ ROOMS = {
         "blocks",
         "cost",
         "replay",
+        "roofline",
+        "simulate",
+        "simulation_report",
         "starting",
         "checkpoints",
         "evaluation",

@@ -1,0 +1,262 @@
+"""The cost model against a bench on a CPU, published tables and decoded trees; and what it predicts of graphed rounds.
+
+python examples/check_simulation.py --json examples/results/simulation.json
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from hf_jetflow import JetFlowConfig
+from hf_jetflow.bench import write_json
+from hf_jetflow.hardware import PRESETS
+from hf_jetflow.roofline import HeadShape, ModelShape, forward_seconds, head_shape, round_seconds, target_shape
+from hf_jetflow.simulate import expected_tokens, fit_hardware, simulate
+
+
+EXAMPLES = Path(__file__).resolve().parent
+BENCH_CONTEXT = 200  # tokens of a prompt and half of its answer, about
+H100_CONTEXT = 512  # assumed: the paper does not say
+MATRIX_EFFICIENCIES = (0.3, 0.5, 0.7)  # of the graphed prediction: what is not known, and what it changes
+BUDGETS, BATCH_SIZES = (16, 64, 256), (1, 4, 16)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True)
+    args = parser.parse_args()
+    result = run_checks()
+    for line in table_lines(result):
+        print(line)
+    for name, check in result.items():
+        if "errors_percent" in check:
+            print(f"{name}: {json.dumps(check['errors_percent'])}")
+    write_json(result, args.json)
+
+
+def run_checks() -> dict[str, Any]:
+    """All checks and predictions; deterministic, nothing is timed."""
+    published = _read("published_speeds.json")
+    shapes = {name: _target(fields) for name, fields in published["models"].items()}
+    heads = {name: _head(published["models"][name], fields) for name, fields in published["heads"].items()}
+    return {
+        "this_cpu": _check_cpu(shapes["SmolLM2-135M-Instruct"]),
+        "eager_plain_h20": _check_eager_plain(published["eager_plain"], shapes),
+        "published_h100_eager": _check_published(published["speedups"], shapes, heads),
+        "trees_from_ranks": _check_ranks(),
+        "predicted_h100_graphed": _predict_graphed(published["speedups"], shapes, heads),
+    }
+
+
+def _read(name: str) -> Any:
+    return json.loads((EXAMPLES / name).read_text(encoding="utf-8"))
+
+
+def _target(fields: dict[str, Any]) -> ModelShape:
+    return target_shape(AutoConfig.for_model(**fields))
+
+
+def _head(target_fields: dict[str, Any], fields: dict[str, Any]) -> HeadShape:
+    settings = {name: value for name, value in fields.items() if name not in ("parameters", "source")}
+    shape = head_shape(JetFlowConfig.for_target(AutoConfig.for_model(**target_fields), **settings))
+    if shape.backbone.dense != fields["parameters"]:
+        raise ValueError(f"the head has {shape.backbone.dense} parameters, but {fields['parameters']} were published")
+    return shape
+
+
+def _check_cpu(target: ModelShape) -> dict[str, Any]:
+    """Fitted to three rows of one prompt set; every other row is predicted from its tokens per round."""
+    bench = _read("results/bench_smollm2_bf16.json")["rows"]
+    head_config = JetFlowConfig.from_pretrained(EXAMPLES / "heads" / "smollm2-135m-instruct")
+    head = head_shape(head_config)
+    by_name = {(row["prompts"], row["method"], row["node_budget"]): row for row in bench}
+    fitted_to = [("dev_math", "plain", None), ("dev_math", "jetflow", 16), ("dev_math", "jetflow", 64)]
+    fit_rows = [by_name[name] for name in fitted_to]
+    hardware = fit_hardware("AMD EPYC, 2 cores, bf16", target, head, *fit_rows, context=BENCH_CONTEXT)
+    rows = []
+    for name, row in by_name.items():
+        if row["method"] == "plain" or row["node_budget"] == "auto":
+            continue
+        nodes = row["node_budget"] or head_config.block_size
+        seconds = round_seconds(target, head, hardware, nodes, context=BENCH_CONTEXT)
+        plain = by_name[row["prompts"], "plain", None]
+        measured = row["tokens_per_second"] / plain["tokens_per_second"]
+        predicted = row["tokens_per_round"] * seconds.plain / seconds.round
+        rows.append(
+            {
+                "prompts": row["prompts"],
+                "method": row["method"],
+                "node_budget": nodes,
+                "is_fitted": name in fitted_to,
+                "tokens_per_round": row["tokens_per_round"],
+                "predicted_speedup": round(predicted, 3),
+                "measured_speedup": round(measured, 3),
+                "error_percent": _error(predicted, measured),
+                "median_of_prompts": row["speedup"],
+                "error_percent_of_median": _error(predicted, row["speedup"]),
+                "verify_error_percent": _error(seconds.verify, row["round_seconds"]["verify"]),
+            }
+        )
+    held_out = [row for row in rows if not row["is_fitted"]]
+    groups = {
+        "held out, same prompts": [row for row in held_out if row["prompts"] == "dev_math"],
+        "held out, other prompts": [row for row in held_out if row["prompts"] != "dev_math"],
+    }
+    return {
+        "hardware": dataclasses.asdict(hardware),
+        "context": BENCH_CONTEXT,
+        "rows": rows,
+        "errors_percent": _errors(groups),
+    }
+
+
+def _check_eager_plain(published: dict[str, Any], shapes: dict[str, ModelShape]) -> dict[str, Any]:
+    """Plain steps of other models, launched at what a layer of Qwen3-8B takes."""
+    hardware = dataclasses.replace(PRESETS["h100"], name="H20, eager", **published["hardware"])
+    rows = []
+    for name, measured in published["tokens_per_second"].items():
+        predicted = 1 / forward_seconds(shapes[name], hardware, 1, context=1024)
+        rows.append(
+            {
+                "target": name,
+                "num_layers": shapes[name].num_layers,
+                "is_fitted": name == "Qwen3-8B",
+                "predicted_tokens_per_second": round(predicted, 2),
+                "published_tokens_per_second": measured,
+                "error_percent": _error(predicted, measured),
+            }
+        )
+    held_out = [row for row in rows if not row["is_fitted"]]
+    return {"source": published["source"], "rows": rows, "errors_percent": _errors({"held out": held_out})}
+
+
+def _check_published(
+    published: dict[str, Any], shapes: dict[str, ModelShape], heads: dict[str, HeadShape]
+) -> dict[str, Any]:
+    """Speedups of the paper from its tokens per round. No figure of the model was fitted to any of them."""
+    rows: list[dict[str, Any]] = []
+    for table in published["tables"]:
+        target, budget = table["target"], table["node_budget"]
+        for prompts, (speedup, tokens) in table["rows"].items():
+            (line,) = simulate(shapes[target], heads[target], PRESETS["h100"], {budget: tokens}, context=H100_CONTEXT)
+            rows.append(
+                {
+                    **{name: table[name] for name in ("target", "method", "node_budget", "temperature")},
+                    "prompts": prompts,
+                    "tokens_per_round": tokens,
+                    "predicted_speedup": round(line["speedup"], 2),
+                    "published_speedup": speedup,
+                    "error_percent": _error(line["speedup"], speedup),
+                }
+            )
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        kind = "MT-Bench" if row["prompts"] == "MT-Bench" else "maths and code"
+        groups.setdefault(f"{row['method']} on {row['target']}, {kind}", []).append(row)
+    return {
+        "source": published["source"],
+        "hardware": dataclasses.asdict(PRESETS["h100"]),
+        "context": H100_CONTEXT,
+        "rows": rows,
+        "errors_percent": _errors(groups),
+    }
+
+
+def _check_ranks() -> dict[str, Any]:
+    """Tokens per round by `expected_tokens` against those of decoding the same prompts."""
+    tables = _read("results/ranks_smollm2.json")["acceptance_by_rank"]
+    rows = []
+    for row in _read("results/bench_smollm2_bf16.json")["rows"]:
+        if row["method"] == "jetflow" and isinstance(row["node_budget"], int):
+            predicted = expected_tokens(tables[row["prompts"]], row["node_budget"])
+            rows.append(
+                {
+                    "prompts": row["prompts"],
+                    "node_budget": row["node_budget"],
+                    "predicted_tokens_per_round": round(predicted, 3),
+                    "measured_tokens_per_round": row["tokens_per_round"],
+                    "error_percent": _error(predicted, row["tokens_per_round"]),
+                }
+            )
+    return {"rows": rows, "errors_percent": _errors({"all": rows})}
+
+
+def _predict_graphed(
+    published: dict[str, Any], shapes: dict[str, ModelShape], heads: dict[str, HeadShape]
+) -> dict[str, Any]:
+    """Plain steps over rounds, the part of tokens per round that becomes speedup, if nothing waits for launches."""
+    rows = []
+    for target, head in heads.items():
+        for efficiency in MATRIX_EFFICIENCIES:
+            hardware = dataclasses.replace(PRESETS["h100-graphed"], matrix_efficiency=efficiency)
+            ones = dict.fromkeys(BUDGETS, 1.0)
+            lines = simulate(shapes[target], head, hardware, ones, batch_sizes=BATCH_SIZES, context=H100_CONTEXT)
+            rows += [
+                {
+                    "target": target,
+                    "matrix_efficiency": efficiency,
+                    "node_budget": line["node_budget"],
+                    "batch_size": line["batch_size"],
+                    "speedup_per_token_of_a_round": round(line["speedup"], 3),
+                    "plain_milliseconds": round(1e3 * line["seconds"]["plain"], 2),
+                    "verify_milliseconds": round(1e3 * line["seconds"]["verify"], 2),
+                    "draft_milliseconds": round(1e3 * line["seconds"]["draft"], 2),
+                }
+                for line in lines
+            ]
+    return {"hardware": dataclasses.asdict(PRESETS["h100-graphed"]), "context": H100_CONTEXT, "rows": rows}
+
+
+def _error(predicted: float, measured: float) -> float:
+    return round(100 * (predicted / measured - 1), 1)
+
+
+def _errors(groups: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
+    """Mean absolute, least and greatest error by group."""
+    errors = {name: [row["error_percent"] for row in rows] for name, rows in groups.items()}
+    return {
+        name: {"mean_absolute": round(statistics.mean(map(abs, values)), 1), "from": min(values), "to": max(values)}
+        for name, values in errors.items()
+    }
+
+
+def table_lines(result: dict[str, Any]) -> Iterator[str]:
+    """Rows of the tables of docs/cost-model.md."""
+    for row in result["this_cpu"]["rows"]:
+        kind = "chain of 8" if row["method"] == "chain" else row["node_budget"]
+        errors = f"{row['error_percent']:+.1f} % | {row['error_percent_of_median']:+.1f} %"
+        speedups = f"{row['predicted_speedup']:.2f} | {row['measured_speedup']:.2f} | {row['median_of_prompts']:.2f}"
+        kept = f"{row['tokens_per_round']:.2f}"
+        yield f"| {row['prompts']} | {kind} | {kept} | {speedups} | {'fitted | ' if row['is_fitted'] else errors} |"
+    for row in result["eager_plain_h20"]["rows"]:
+        error = "fitted" if row["is_fitted"] else f"{row['error_percent']:+.1f} %"
+        rates = f"{row['predicted_tokens_per_second']:.2f} | {row['published_tokens_per_second']:.2f}"
+        yield f"| {row['target']} | {row['num_layers']} | {rates} | {error} |"
+    for row in result["published_h100_eager"]["rows"]:
+        method = f"{row['method']} ({row['node_budget']}), T = {row['temperature']}"
+        speedups = f"{row['predicted_speedup']:.2f} | {row['published_speedup']:.2f} | {row['error_percent']:+.1f} %"
+        yield f"| {row['target']} | {method} | {row['prompts']} | {row['tokens_per_round']:.2f} | {speedups} |"
+    for row in result["trees_from_ranks"]["rows"]:
+        tokens = f"{row['predicted_tokens_per_round']:.2f} | {row['measured_tokens_per_round']:.2f}"
+        yield f"| {row['prompts']} | {row['node_budget']} | {tokens} | {row['error_percent']:+.1f} % |"
+    gains: dict[tuple[Any, ...], list[float]] = {}
+    rows = result["predicted_h100_graphed"]["rows"]
+    for row in rows:
+        place = row["target"], row["batch_size"], row["node_budget"]
+        gains.setdefault(place, []).append(row["speedup_per_token_of_a_round"])
+    for row in rows:
+        if row["matrix_efficiency"] == MATRIX_EFFICIENCIES[1]:
+            place = row["target"], row["batch_size"], row["node_budget"]
+            low, middle, high = gains[place]
+            times = f"{row['plain_milliseconds']:.1f} | {row['verify_milliseconds']:.1f}"
+            yield f"| {' | '.join(map(str, place))} | {times} | {middle:.2f} | {low:.2f} - {high:.2f} |"
+
+
+if __name__ == "__main__":
+    main()

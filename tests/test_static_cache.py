@@ -1,0 +1,154 @@
+"""`cache_implementation="static"`: forwards of few shapes, compiled where transformers compiles, the plain text."""
+
+import pytest
+import torch
+from conftest import make_prompt
+from reference import assert_same_text
+from transformers import CompileConfig, StaticCache
+
+from hf_jetflow.caches import STATIC_ROWS, StaticHeadCache, commit_path, most_static_nodes, static_rows
+
+
+FAMILIES = ["llama", "qwen3", "gemma"]
+
+
+def rows(start: int, stop: int) -> torch.Tensor:
+    """Keys (1, 2, rows, 3) that tell their row."""
+    return torch.arange(start, stop, dtype=torch.float32)[None, None, :, None].expand(1, 2, -1, 3)
+
+
+def generate(target, input_ids, head=None, **kwargs):
+    torch.manual_seed(5)
+    settings = dict(max_new_tokens=40, do_sample=False, cache_implementation="static", assistant_model=head)
+    return target.generate(input_ids, **{**settings, **kwargs})
+
+
+@pytest.mark.parametrize("kind", ["random", "echo", "noisy", "path"])
+@pytest.mark.parametrize("node_budget", [7, 64, "auto"])
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_the_text_is_the_plain_one(kind, node_budget, do_sample, tiny_target, head_of_kind, prompt):
+    target = tiny_target("llama")
+    plain = generate(target, prompt, do_sample=do_sample, cache_implementation=None)
+    assert_same_text(plain, generate(target, prompt, do_sample=do_sample))
+    head = head_of_kind(kind, target, plain)
+    head.generation_config.node_budget = node_budget
+    for _ in range(2):
+        assert_same_text(plain, generate(target, prompt, head, do_sample=do_sample))
+    if kind == "echo" and node_budget == 64:
+        assert head.last_stats.tokens_per_round > 3
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "olmoe"])
+@pytest.mark.parametrize("length", [1, 2, 30])
+def test_families_and_prompt_lengths(family, length, tiny_target, noisy_head):
+    target, input_ids = tiny_target(family), make_prompt(length)
+    plain = generate(target, input_ids, cache_implementation=None)
+    assert_same_text(plain, generate(target, input_ids, noisy_head(target, plain)))
+
+
+def test_padding_on_the_left_is_not_seen(tiny_target, noisy_head, prompt):
+    target = tiny_target("llama")
+    padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), prompt], dim=1)
+    mask = (torch.arange(padded.shape[1]) >= 5).long()[None]
+    plain = generate(target, padded, attention_mask=mask)
+    head = noisy_head(target, generate(target, prompt))
+    assert_same_text(plain, generate(target, padded, head, attention_mask=mask))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 9])
+def test_a_cache_with_little_room_takes_small_trees(num_tokens, tiny_target, echo_head, prompt):
+    target = tiny_target("llama")
+    plain = generate(target, prompt)
+    head = echo_head(target, plain)
+    cache = StaticCache(config=target.config, max_cache_len=prompt.shape[1] + num_tokens - 1)
+    settings = dict(past_key_values=cache, cache_implementation=None, max_new_tokens=num_tokens)
+    drafted = generate(target, prompt, head, **settings)
+    assert_same_text(plain[:, : prompt.shape[1] + num_tokens], drafted)
+    assert max(head.last_stats.rounds_by_nodes, default=1) <= 8
+
+
+def test_a_cache_of_the_caller_goes_on(tiny_target, noisy_head, prompt):
+    """Two calls with one static cache: the second goes on behind the first."""
+    target = tiny_target("llama")
+    plain = generate(target, prompt)
+    head = noisy_head(target, plain)
+    cache = StaticCache(config=target.config, max_cache_len=prompt.shape[1] + 80)
+    first = generate(target, prompt, head, max_new_tokens=15, past_key_values=cache, cache_implementation=None)
+    second = generate(target, first, head, max_new_tokens=25, past_key_values=cache, cache_implementation=None)
+    assert_same_text(plain, second)
+
+
+def test_hidden_states_are_those_of_plain_decoding(tiny_target, noisy_head, prompt):
+    target = tiny_target("llama")
+    asked = dict(output_hidden_states=True, return_dict_in_generate=True, max_new_tokens=12)
+    plain = generate(target, prompt, **asked)
+    drafted = generate(target, prompt, noisy_head(target, plain.sequences), **asked)
+    for of_plain, of_drafted in zip(plain.hidden_states[1:], drafted.hidden_states[1:], strict=False):
+        torch.testing.assert_close(of_drafted[-1], of_plain[-1], atol=1e-4, rtol=1e-4)
+
+
+def test_compiled_forwards_give_the_plain_text(tiny_target, random_head, prompt):
+    """transformers' own compile path, with the CPU's compiler."""
+    target = tiny_target("llama")
+    plain = generate(target, prompt)
+    head = random_head(target)
+    head.generation_config.node_budget = 8
+    torch._dynamo.reset()
+    num_graphs = 0
+
+    def counted(graph, inputs):
+        nonlocal num_graphs
+        num_graphs += 1
+        return torch._inductor.compile(graph, inputs)
+
+    config = CompileConfig(fullgraph=True, dynamic=False, backend=counted, mode=None)
+    config._compile_all_devices = True
+    assert_same_text(plain, generate(target, prompt, head, compile_config=config))
+    assert 2 <= num_graphs <= len(STATIC_ROWS) + 1  # one per number of rows, and the head's
+    known = num_graphs
+    assert_same_text(plain, generate(target, prompt, head, compile_config=config))
+    assert num_graphs == known  # nothing is compiled anew
+
+
+def test_rows_are_padded_to_few_numbers():
+    assert {static_rows(nodes) for nodes in range(1, 257)} == set(STATIC_ROWS)
+    assert all(static_rows(nodes) >= nodes for nodes in range(1, 600))
+    assert [most_static_nodes(free) for free in (0, 3, 4, 8, 63, 64, 1000)] == [1, 1, 4, 8, 32, 64, 256]
+
+
+def test_a_commit_stays_in_place():
+    cache = StaticCache(config=_llama_config(), max_cache_len=20)
+    cache.update(rows(0, 10), rows(0, 10) + 0.5, 0)  # 2 rows of prefix, 5 nodes, 3 rows of padding
+    layer = cache.layers[0]
+    place = layer.keys.data_ptr(), layer.cumulative_length.data_ptr()
+    cache.layers = cache.layers[:1]
+    commit_path(cache, torch.tensor([0, 2, 4]), num_rows=8)
+    assert int(cache.get_seq_length()) == 5
+    assert layer.keys[0, 0, :5, 0].tolist() == [0, 1, 2, 4, 6]
+    assert layer.values[0, 0, :5, 0].tolist() == [0.5, 1.5, 2.5, 4.5, 6.5]
+    assert (layer.keys.data_ptr(), layer.cumulative_length.data_ptr()) == place
+
+
+def _llama_config():
+    from conftest import build_target
+
+    return build_target("llama", num_attention_heads=2, num_key_value_heads=2, head_dim=3).config
+
+
+def test_the_head_s_static_cache_overwrites_padding():
+    cache = StaticHeadCache(1, capacity=10)
+    assert cache.is_empty
+    positions = cache.extend_positions(torch.tensor([[0, 1, 2]]))
+    keys, _ = cache.extend(0, torch.cat([rows(0, 3), rows(50, 52)], dim=2), rows(0, 5), num_context=3)
+    cache.keep(3)
+    assert keys[0, 0, [0, 1, 2, 10, 11], 0].tolist() == [0, 1, 2, 50, 51]
+    assert positions[0, :3].tolist() == [0, 1, 2]
+    assert (positions[0, 3:] > 10**9).all()
+    for start in (3, 4):  # one row and one of padding each
+        positions = cache.extend_positions(torch.tensor([[start, 99]]))
+        keys, values = cache.extend(0, torch.cat([rows(start, start + 2), rows(60, 62)], dim=2), rows(0, 4), 2)
+        cache.keep(1)
+    assert keys[0, 0, [3, 4, 5, 10, 11], 0].tolist() == [3, 4, 5, 60, 61]
+    assert positions[0, :6].tolist() == [0, 1, 2, 3, 4, 99]
+    assert not cache.is_empty
+    assert values.shape == keys.shape
