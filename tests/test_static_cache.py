@@ -87,8 +87,9 @@ def test_hidden_states_are_those_of_plain_decoding(tiny_target, noisy_head, prom
         torch.testing.assert_close(of_drafted[-1], of_plain[-1], atol=1e-4, rtol=1e-4)
 
 
-def test_compiled_forwards_give_the_plain_text(tiny_target, random_head, prompt):
-    """transformers' own compile path, with the CPU's compiler."""
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_forwards_give_the_plain_text(backend, tiny_target, random_head, prompt):
+    """transformers' own compile path; `inductor` takes a C++ compiler."""
     target = tiny_target("llama")
     plain = generate(target, prompt)
     head = random_head(target)
@@ -99,7 +100,7 @@ def test_compiled_forwards_give_the_plain_text(tiny_target, random_head, prompt)
     def counted(graph, inputs):
         nonlocal num_graphs
         num_graphs += 1
-        return torch._inductor.compile(graph, inputs)
+        return torch._dynamo.lookup_backend(backend)(graph, inputs)
 
     config = CompileConfig(fullgraph=True, dynamic=False, backend=counted, mode=None)
     config._compile_all_devices = True
