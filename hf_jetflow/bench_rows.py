@@ -105,7 +105,7 @@ def _quartiles(values: Sequence[float]) -> list[float] | None:
     """First and third quartile; of a single value that value twice, `None` of none."""
     if not values:
         return None
-    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
     return [round(low, 3), round(high, 3)]
 
 

@@ -195,11 +195,11 @@ def _acceptance(ax: "Axes", rows: list[Row]) -> None:
 
 def _round_times(ax: "Axes", rows: list[Row]) -> None:
     """Stacked steps of our own loop; a round of any other method is one piece."""
-    timed = [row for row in rows if row.get("seconds_per_round") is not None]
+    timed = [row for row in rows if row.get("seconds_per_round") or row["round_seconds"]]
     for place, row in enumerate(timed):
         steps = {step: seconds for step, seconds in row["round_seconds"].items() if step in STEP_COLORS}
-        rest = row["seconds_per_round"] - sum(steps.values())
-        pieces = {**steps, "rest": max(rest, 0)} if steps else {"all": row["seconds_per_round"]}
+        whole = row.get("seconds_per_round") or sum(steps.values())
+        pieces = {**steps, "rest": max(whole - sum(steps.values()), 0)} if steps else {"all": whole}
         bottom = 0.0
         for step in [step for step in STEP_COLORS if step in pieces]:
             height = 1000 * pieces[step]
