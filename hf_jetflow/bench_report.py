@@ -17,11 +17,17 @@ Row = dict[str, Any]
 def print_tables(result: dict[str, Any], console: Console) -> None:
     """The whole result as tables."""
     facts = result["environment"]
-    console.print(f"{facts['processor']}, {facts['num_threads']} threads, torch {facts['torch']}", highlight=False)
+    console.print(f"{machine(facts)}, torch {facts['torch']}, transformers {facts['transformers']}", highlight=False)
     for label, rows in row_groups(result["rows"]):
         console.print(_rows_table(label, rows))
     if any(result["agreement"].values()):
         console.print(_agreement_table(result["agreement"]))
+
+
+def machine(facts: dict[str, Any]) -> str:
+    """What the models ran on, of a result's `environment`."""
+    threads = f"{facts['num_threads']} thread" + ("s" if facts["num_threads"] > 1 else "")
+    return facts.get("cuda_device") or f"{facts['processor']}, {threads}"
 
 
 def row_groups(rows: list[Row]) -> Iterator[tuple[str, list[Row]]]:
@@ -48,25 +54,16 @@ def row_name(row: Row) -> str:
 
 
 def _nodes(budget: int | str) -> str:
-    return "auto" if budget == "auto" else f"{budget} nodes"
+    return "auto" if budget == "auto" else f"{budget} node" + ("s" if int(budget) > 1 else "")
 
 
 def _rows_table(label: str, rows: list[Row]) -> Table:
     counts = f"{rows[0]['num_prompts']} prompts of {rows[0]['prompt_tokens']:g} tokens"
     table = Table(title=f"{label} ({counts}, {rows[0]['dtype']})", caption=_auto_choices(rows))
-    columns = (
-        "method",
-        "tokens/round",
-        "tokens/s",
-        "speedup",
-        "quartiles",
-        "prefill",
-        "decoding",
-        "bare",
-        "identical",
-    )
+    columns = ("tokens/round", "tokens/s", "speedup", "quartiles", "prefill", "decoding", "loop", "identical")
+    table.add_column("method")
     for column in columns:
-        table.add_column(column, no_wrap=True, justify="left" if column == "method" else "right")
+        table.add_column(column, no_wrap=True, justify="right")
     for row in rows:
         table.add_row(
             row_name(row),
@@ -87,7 +84,7 @@ def _auto_choices(rows: list[Row]) -> str | None:
     for row in rows:
         if row["node_budget"] == "auto":
             shares = sorted(row["rounds_by_nodes"].items(), key=lambda item: -item[1])[:5]
-            return "auto: " + ", ".join(f"{nodes} nodes in {100 * share:.0f} % of rounds" for nodes, share in shares)
+            return "rounds of auto: " + ", ".join(f"{100 * share:.0f} % {_nodes(nodes)}" for nodes, share in shares)
     return None
 
 

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .bench_report import Row, row_name, temperature_words
+from .bench_report import Row, machine, row_name, temperature_words
 
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ STEP_COLORS = {  # of a round, from the bottom of a bar
     "commit": "#c44e52",
     "emit": "#937860",
     "rest": "#c8c8c8",
-    "all": "#9a9a9a",
+    "whole round": "#9a9a9a",
 }
 LINE_COLORS = ("#c44e52", "#8c613c", "#e377c2", "#17becf", "#7f7f7f")  # chain and rivals
 
@@ -101,13 +101,7 @@ def make_figure(result: dict[str, Any]) -> "Figure":
         length = column[0].get("context_length")
         at = f", {length} tokens" if length else ""
         ax.set_title(f"{column[0]['prompts']}, {temperature_words(column[0]['temperature'])}{at}", fontsize=11)
-    facts = result["environment"]
-    threads = f"{facts['num_threads']} threads"
-    words = (
-        facts.get("cuda_device") or f"{facts['processor']}, {threads}",
-        rows[0]["dtype"],
-        f"torch {facts['torch']}",
-    )
+    words = (machine(result["environment"]), rows[0]["dtype"], f"torch {result['environment']['torch']}")
     figure.suptitle(", ".join(words), fontsize=10, color="#555555")
     return figure
 
@@ -199,7 +193,7 @@ def _round_times(ax: "Axes", rows: list[Row]) -> None:
     for place, row in enumerate(timed):
         steps = {step: seconds for step, seconds in row["round_seconds"].items() if step in STEP_COLORS}
         whole = row.get("seconds_per_round") or sum(steps.values())
-        pieces = {**steps, "rest": max(whole - sum(steps.values()), 0)} if steps else {"all": whole}
+        pieces = {**steps, "rest": max(whole - sum(steps.values()), 0)} if steps else {"whole round": whole}
         bottom = 0.0
         for step in [step for step in STEP_COLORS if step in pieces]:
             height = 1000 * pieces[step]

