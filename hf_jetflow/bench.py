@@ -121,6 +121,11 @@ def run_bench(
         context_lengths=plan.context_lengths,
         max_new_tokens=plan.max_new_tokens,
     )
+    rivals = {
+        method: rival_kwargs(method, target, tokenizer, head)
+        for method in dict.fromkeys(plan.methods)
+        if is_rival(method)
+    }
     facts = {
         **asdict(plan),
         "target": target.name_or_path,
@@ -130,11 +135,6 @@ def run_bench(
         **environment(),
     }
     log = BenchLog(log_path, facts)
-    rivals = {
-        method: rival_kwargs(method, target, tokenizer, head)
-        for method in dict.fromkeys(plan.methods)
-        if is_rival(method)
-    }
     bench = _Bench(target, head, plan, rivals, log, progress, prompt_sets)
     with _settings_kept(head):
         rows = [

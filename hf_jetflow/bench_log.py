@@ -33,8 +33,9 @@ class BenchLog:
         if path.exists():
             drop_partial_line(path)
         earlier = list(read_jsonl(path)) if path.exists() else []
-        if not earlier:
+        if len(earlier) < 2:  # nothing was measured yet
             path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
             append_lines(path, [{"settings": settings}])
             return
         _check_settings(path, earlier[0].get("settings", {}), settings)

@@ -158,7 +158,7 @@ def bench(
 
     hf-jetflow bench --target model.gguf --head examples/heads/smollm2-135m-instruct --prompts prompts.jsonl
     """
-    from .bench import run_bench, write_json
+    from .bench import BenchSettings, run_bench, write_json
     from .bench_report import closing_sentences, print_tables
     from .loading import fast_dtype, load_target
     from .modeling_jetflow import JetFlowHead
@@ -174,7 +174,8 @@ def bench(
             num_prompts=num_prompts,
             repeats=repeats,
         )
-        figure = None if plot is None else plot_path(plot)  # a wrong one is refused before hours of measuring
+        BenchSettings(**settings)  # what is wrong is said before models are loaded and hours measured
+        figure = None if plot is None else plot_path(plot)
         model, tokenizer = load_target(target, fast_dtype() if dtype == "auto" else dtype)
         draft_head = JetFlowHead.from_pretrained(head, dtype=model.dtype).to(model.device)
         log_path = None if json is None else json.with_name(f"{json.name}.partial")

@@ -198,6 +198,15 @@ def test_other_weights_and_other_prompts_do_not_go_on_with_a_log(pair, prompts, 
         run_bench(target, tokenizer, head, [prompts], **settings)
 
 
+def test_a_log_in_which_nothing_was_measured_takes_new_settings(tmp_path):
+    path = tmp_path / "bench.json.partial"
+    BenchLog(path, {"dtype": "float32"})
+    BenchLog(path, {"dtype": "bfloat16"}).add([1], "a", 0.0)
+    assert BenchLog(path, {"dtype": "bfloat16"}).get("a", 0.0) == [1]
+    with pytest.raises(ValueError, match='`dtype` was "bfloat16" and is "float32"'):
+        BenchLog(path, {"dtype": "float32"})
+
+
 def test_a_log_without_a_file_keeps_its_records_in_memory():
     log = BenchLog(None, {})
     log.add([1], "a", None, 0.0)
