@@ -94,6 +94,7 @@ def make_figure(result: dict[str, Any]) -> "Figure":
             ax.set_axisbelow(True)
             ax.spines[["top", "right"]].set_visible(False)
             ax.yaxis.set_tick_params(labelleft=True)
+        places[0].set_ylim(0, 1 if draw is _acceptance else None)  # shared by the row, once all of it is drawn
         for ax in places[1:]:
             ax.set_ylabel("")
         _legend(places)
@@ -158,7 +159,6 @@ def _by_budget(ax: "Axes", rows: list[Row], field: str, spread: str) -> None:
     for row, color in _others(rows):
         ax.axhline(row[field], color=color, linestyle="--", linewidth=1.3, label=row_name(row))
     ax.axhline(1, color="black", linewidth=1, label="plain")
-    ax.set_ylim(bottom=0)
     ax.set_xlabel("node budget")
 
 
@@ -182,7 +182,6 @@ def _acceptance(ax: "Axes", rows: list[Row]) -> None:
             depths = range(1, len(shares) + 1)
             ax.plot(depths, shares, style, color=color, marker=".", linewidth=1.3, label=row_name(row))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_ylim(0, 1)
     ax.set_xlabel("depth")
     ax.set_ylabel("share of rounds accepted there")
 
@@ -211,7 +210,6 @@ def _by_context(ax: "Axes", rows: list[Row], field: str, scale: float) -> None:
         lengths = [row["context_length"] for row in line]
         ax.plot(lengths, [scale * row[field] for row in line], color=color, marker=".", linewidth=1.3, label=name)
     ax.set_xticks(sorted({row["context_length"] for row in rows}))
-    ax.set_ylim(bottom=0)
     ax.set_xlabel("context length (tokens)")
 
 

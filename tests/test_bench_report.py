@@ -141,6 +141,17 @@ def test_panels_show_each_prompt_set_and_what_was_measured(result):
 
 
 @needs_matplotlib
+def test_each_row_of_panels_shows_all_of_its_values_from_zero(result):
+    for each in result["rows"]:
+        if each["prompts"] == "chat":
+            each |= {"speedup": 3 * each["speedup"], "speedup_spread": [1.0, 9.0]}
+    for ax in make_figure(result).axes[:2]:
+        low, high = ax.get_ylim()
+        assert low == 0
+        assert high >= 9
+
+
+@needs_matplotlib
 def test_context_lengths_add_panels_of_growth(result):
     rows = [{**each, "context_length": length} for length in (512, 2048) for each in copy.deepcopy(result["rows"])]
     figure = make_figure({**result, "rows": rows})
