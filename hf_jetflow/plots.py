@@ -35,15 +35,15 @@ def plot_path(path: Path) -> Path:
     Raises:
         ValueError: If its ending is neither of the known ones, or matplotlib is missing.
     """
-    if find_spec("matplotlib") is None:
-        raise ValueError(
-            "plots need matplotlib, which is not installed; run `pip install matplotlib`, or leave --plot out"
-        )
     path = Path(path)
     if path.is_dir() or not path.suffix:
         path = path / "bench.png"
     if path.suffix not in ENDINGS:
         raise ValueError(f"the plot {path} ends in {path.suffix!r}, but {' or '.join(ENDINGS)} or a folder is needed")
+    if find_spec("matplotlib") is None:
+        raise ValueError(
+            "plots need matplotlib, which is not installed; run `pip install matplotlib`, or leave --plot out"
+        )
     return path
 
 

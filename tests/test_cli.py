@@ -146,6 +146,7 @@ def saved_head(tiny_target, random_head, tmp_path):
 
 @pytest.mark.usefixtures("saved_head")
 def test_bench_with_all_options_writes_json_and_figure_and_nothing_else(target_folder, prompts, tmp_path):
+    pytest.importorskip("matplotlib")
     output = tmp_path / "out"
     methods = f"plain,jetflow,chain,native-dflash,prompt-lookup,assistant:{target_folder}"
     result = bench(
