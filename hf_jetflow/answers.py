@@ -53,7 +53,7 @@ def regenerate_answers(
     output.parent.mkdir(parents=True, exist_ok=True)
     done: set[str] = set()
     if output.exists():
-        _drop_partial_line(output)
+        drop_partial_line(output)
         done = {str(record["id"]) for record in read_jsonl(output)}
     lengths = [len(encode_chat(tokenizer, prompt["messages"])) for prompt in prompts]
     order = sorted(
@@ -83,7 +83,7 @@ def regenerate_answers(
             for prompt, ids, row in zip(batch, prompt_ids, generated, strict=True)
             if prompt["id"] not in done
         ]
-        _append(output, records)
+        append_lines(output, records)
         if progress is not None:
             progress(start + len(batch), len(order))
     return len(prompts) - len(order)
@@ -123,7 +123,13 @@ def _generate(
     return generated[:, longest:].tolist()
 
 
-def _append(path: Path, records: list[dict[str, Any]]) -> None:
+def append_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    """
+    Append records to a JSON lines file.
+
+    Raises:
+        OSError: If they cannot be written; what the file holds is kept.
+    """
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
@@ -134,7 +140,7 @@ def _append(path: Path, records: list[dict[str, Any]]) -> None:
         ) from error
 
 
-def _drop_partial_line(path: Path) -> None:
+def drop_partial_line(path: Path) -> None:
     """Cut a half-written last line off, so that appending starts on a line of its own."""
     with open(path, "rb+") as file:
         size = sum(len(line) for line in file if line.endswith(b"\n"))
@@ -186,7 +192,7 @@ def with_token_ids(
     for number, record in enumerate(read_jsonl(path), 1):
         prompt_ids, answer_ids = _split_conversation(tokenizer, record, f"{path}, record {number}")
         facts = {"id": str(record.get("id", f"{path.stem}-{number}")), "source": str(record.get("source", path.stem))}
-        _append(partial, [{**facts, "prompt_ids": prompt_ids, "answer_ids": _until_eos(answer_ids, eos_ids)}])
+        append_lines(partial, [{**facts, "prompt_ids": prompt_ids, "answer_ids": _until_eos(answer_ids, eos_ids)}])
     os.replace(partial, output)
     return output
 

@@ -1,16 +1,17 @@
-"""Measure heads against plain decoding on the user's machine, through the public `generate`.
+"""Measure heads and rivals against plain decoding on the user's machine, through the public `generate`.
 
 Every prompt is answered by all methods in turn, in one process, one or more times over; speedups are ratios of
 neighbouring runs, and the table quotes their median and quartiles.
 """
 
+import copy
+import hashlib
 import json
 import os
 import platform
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,43 +20,67 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import __version__
+from .bare_forwards import time_bare_forwards, usual_node_counts
+from .bench_log import BenchLog
+from .bench_prompts import PromptSet, make_prompt_sets
+from .bench_rows import make_row
+from .bench_runs import Run, Variant, timed_run
 from .blocks import measure_agreement
-from .data import encode_chat, read_prompts
 from .modeling_jetflow import JetFlowHead
-from .stats import GenerationStats
+from .rivals import RIVALS, is_rival, rival_kwargs
 from .target import Target
 
 
-METHODS = ("plain", "jetflow", "chain")
+METHODS = ("plain", "jetflow", "chain", *RIVALS)
+Progress = Callable[[int, int, str], None]
 
 
-@dataclass
-class Variant:
-    """One way to decode: a method and, where it applies, a node budget."""
+@dataclass(frozen=True)
+class BenchSettings:
+    """
+    What is measured.
 
-    method: str
-    node_budget: int | str | None = None
-    seconds: list[float] = field(default_factory=list)  # one entry per run
-    ratios: list[float] = field(default_factory=list)  # plain time per token / own time per token, run by run
-    num_tokens: int = 0
-    num_identical: int = 0
-    stats: list[GenerationStats] = field(default_factory=list)
+    Raises:
+        ValueError: If a setting is unknown or out of range.
+    """
 
-    @property
-    def name(self) -> str:
-        return self.method if self.node_budget is None else f"{self.method} {self.node_budget}"
+    methods: Sequence[str] = ("plain", "jetflow", "chain")
+    node_budgets: Sequence[int | str] = (16, 32, 64, "auto")  # of the method `jetflow`
+    temperatures: Sequence[float] = (0.0,)  # 0 for greedy
+    context_lengths: Sequence[int] = ()  # tokens that prompts are padded to; none: prompts as they are
+    max_new_tokens: int = 128
+    num_prompts: int = 20  # prompts taken from each file
+    repeats: int = 1  # passes over the prompts
+
+    def __post_init__(self) -> None:
+        make_variants(self.methods, self.node_budgets)
+        counts = {"max_new_tokens": self.max_new_tokens, "num_prompts": self.num_prompts, "repeats": self.repeats}
+        for name, value in [*counts.items(), *(("context_lengths", length) for length in self.context_lengths)]:
+            if value < 1:
+                raise ValueError(f"`{name}` is {value}, but at least 1 is needed")
+        if not self.temperatures or min(self.temperatures) < 0:
+            raise ValueError(f"the temperatures are {list(self.temperatures)}, but 0 (greedy) or more is needed")
 
 
 def make_variants(methods: Sequence[str], node_budgets: Sequence[int | str]) -> list[Variant]:
-    """Plain first, then every method with every node budget (a chain takes none)."""
-    unknown = sorted(set(methods) - set(METHODS))
+    """
+    Plain first, then a chain, the rivals, and a tree for every node budget.
+
+    Raises:
+        ValueError: If a method is unknown or a node budget is neither `"auto"` nor a number of rows.
+    """
+    unknown = sorted(method for method in methods if method not in METHODS[:3] and not is_rival(method))
     if unknown:
         raise ValueError(f"unknown methods {unknown}; choose from {', '.join(METHODS)}")
+    bad = [budget for budget in node_budgets if budget != "auto" and (isinstance(budget, str) or budget < 1)]
+    if bad:
+        raise ValueError(f"the node budgets {bad} are not usable; 'auto' or at least 1 is needed")
     variants = [Variant("plain")]
     if "chain" in methods:
         variants.append(Variant("chain"))
+    variants += [Variant(method) for method in dict.fromkeys(methods) if is_rival(method)]
     if "jetflow" in methods:
-        variants += [Variant("jetflow", budget) for budget in node_budgets]
+        variants += [Variant("jetflow", budget) for budget in dict.fromkeys(node_budgets)]
     return variants
 
 
@@ -65,163 +90,199 @@ def run_bench(
     head: JetFlowHead,
     prompts: Sequence[Path],
     *,
-    methods: Sequence[str] = METHODS,
-    node_budgets: Sequence[int | str] = (16, 32, 64, "auto"),
-    temperatures: Sequence[float] = (0.0,),
-    max_new_tokens: int = 128,
-    num_prompts: int = 20,
-    repeats: int = 1,
-    progress: Callable[[int, int, str], None] | None = None,
+    log_path: Path | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
     """
     Answer prompts with every method in turn.
 
     Args:
         prompts: JSON lines files of prompts; each is a row group of the result.
-        num_prompts (`int`): Prompts taken from each file.
-        repeats (`int`): Passes over the prompts.
+        log_path (`Path`, *optional*): Where finished measurements are kept while the bench runs. If it is killed, the
+            same call with the same settings goes on where it stopped. Delete the file when the result is safe.
         progress: Called with (runs done, runs in all, what runs).
+        settings: Fields of [`BenchSettings`].
 
     Returns:
-        `dict`: `environment` and `rows`, as described in the README, and `agreement`: by prompt set and depth, how
-            often the head ranks the target's token first on plain greedy texts (see [`~blocks.Agreement`]).
+        `dict`: `environment`, `settings` and `rows`, as described in the README, and `agreement`: by prompt set and
+            depth, how often the head ranks the target's token first on plain greedy texts (see [`~blocks.Agreement`]).
+
+    Raises:
+        ValueError: If a setting, a rival or a prompt file is not usable, or `log_path` holds other measurements.
+        OSError: If a file or an assistant is not there, or the log cannot be written.
     """
-    groups = [(path.stem, read_prompts([path])[:num_prompts]) for path in prompts]
-    rows: list[dict[str, Any]] = []
-    agreement: dict[str, dict[str, list[float]]] = {}
-    num_variants = len(make_variants(methods, node_budgets))
-    total = repeats * len(temperatures) * num_variants * sum(len(group) for _, group in groups)
-    done = 0
-    for name, group in groups:
-        encoded = [
-            torch.tensor([encode_chat(tokenizer, prompt["messages"])], device=target.device) for prompt in group
+    plan = BenchSettings(**settings)
+    prompt_sets = make_prompt_sets(
+        target,
+        tokenizer,
+        prompts,
+        num_prompts=plan.num_prompts,
+        context_lengths=plan.context_lengths,
+        max_new_tokens=plan.max_new_tokens,
+    )
+    rivals = {
+        method: rival_kwargs(method, target, tokenizer, head)
+        for method in dict.fromkeys(plan.methods)
+        if is_rival(method)
+    }
+    facts = {
+        **asdict(plan),
+        "target": target.name_or_path,
+        "dtype": _dtype_name(target),
+        "head": weights_hash(head),
+        "prompts": {f"{each.name} {each.context_length or ''}".strip(): each.content_hash for each in prompt_sets},
+        **environment(),
+    }
+    log = BenchLog(log_path, facts)
+    bench = _Bench(target, head, plan, rivals, log, progress, prompt_sets)
+    with _settings_kept(head):
+        rows = [
+            row
+            for prompt_set in prompt_sets
+            for temperature in plan.temperatures
+            for row in bench.measure(prompt_set, temperature)
         ]
-        for temperature in temperatures:
-            variants = make_variants(methods, node_budgets)
-            for variant in variants:  # warm-up, not counted
-                tokens = 64 if variant.node_budget == "auto" else 16  # "auto" tries what it chooses from
-                _timed_run(target, head, variant, encoded[0], temperature, min(max_new_tokens, tokens), seed=0)
-            texts: list[tuple[list[int], int]] = []
-            for repeat in range(repeats):
-                for index, input_ids in enumerate(encoded):
-                    plain_ids = _measure_prompt(
-                        target, head, variants, input_ids, temperature, max_new_tokens, seed=repeat * 1000 + index
-                    )
-                    texts.append((input_ids[0].tolist() + plain_ids, input_ids.shape[1]))
-                    done += len(variants)
-                    if progress is not None:
-                        progress(done, total, name)
-            rows += [_row(name, variant, target, temperature, len(group)) for variant in variants]
-            if temperature == 0:
-                agreement[name] = _agreement(target, head, texts[: len(group)])
-    return {"environment": environment(), "rows": rows, "agreement": agreement}
-
-
-def _agreement(
-    target: PreTrainedModel, head: JetFlowHead, texts: list[tuple[list[int], int]]
-) -> dict[str, list[float]]:
-    view = Target(target, head.config)
-    # Rows under a packed output embedding, or under one of the head's own, cannot be compared with the target's.
-    if view.output_rows(None) is None or not head.config.is_plain:
-        return {}
-    rates = measure_agreement(view, head, texts).rates()
-    return {name: [round(value, 4) for value in values] for name, values in rates.items()}
-
-
-def _measure_prompt(
-    target: PreTrainedModel,
-    head: JetFlowHead,
-    variants: list[Variant],
-    input_ids: torch.Tensor,
-    temperature: float,
-    max_new_tokens: int,
-    seed: int,
-) -> list[int]:
-    """Answer one prompt with each variant in turn, add the figures to the variants; returns the plain answer."""
-    plain_ids: list[int] = []
-    plain_seconds = 1.0
-    for variant in variants:
-        seconds, new_ids = _timed_run(target, head, variant, input_ids, temperature, max_new_tokens, seed)
-        if variant.method == "plain":
-            plain_ids, plain_seconds = new_ids, seconds
-        elif head.last_stats is not None:
-            variant.stats.append(head.last_stats)
-        variant.seconds.append(seconds)
-        variant.num_tokens += len(new_ids)
-        variant.num_identical += new_ids == plain_ids
-        variant.ratios.append((plain_seconds / len(plain_ids)) / (seconds / len(new_ids)))
-    return plain_ids
-
-
-def _timed_run(
-    target: PreTrainedModel,
-    head: JetFlowHead,
-    variant: Variant,
-    input_ids: torch.Tensor,
-    temperature: float,
-    max_new_tokens: int,
-    seed: int,
-) -> tuple[float, list[int]]:
-    """Seconds of one `generate` call and the ids it added."""
-    kwargs: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
-    if temperature > 0:
-        kwargs |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
-    if variant.method != "plain":
-        config = head.generation_config
-        depth = head.config.block_size - 1
-        config.max_depth, config.width = depth, 1 if variant.method == "chain" else None
-        config.node_budget = depth + 1 if variant.method == "chain" else variant.node_budget
-        kwargs["assistant_model"] = head
-    torch.manual_seed(seed)
-    _synchronize(target)
-    start = time.perf_counter()
-    output = target.generate(input_ids, attention_mask=torch.ones_like(input_ids), **kwargs)
-    _synchronize(target)
-    return time.perf_counter() - start, output[0, input_ids.shape[1] :].tolist()
-
-
-def _synchronize(target: PreTrainedModel) -> None:
-    if target.device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def _row(name: str, variant: Variant, target: PreTrainedModel, temperature: float, num_prompts: int) -> dict[str, Any]:
-    rounds = sum(stats.num_rounds for stats in variant.stats)
-    accepted = sum(stats.num_accepted for stats in variant.stats)
-    steps: dict[str, float] = {}
-    for stats in variant.stats:
-        for step, seconds in stats.seconds_by_step.items():
-            steps[step] = steps.get(step, 0.0) + seconds
-    quartiles = statistics.quantiles(variant.ratios, n=4) if len(variant.ratios) > 1 else [variant.ratios[0]] * 3
+        agreement = {} if 0 not in plan.temperatures else {each.label: bench.agreement(each) for each in prompt_sets}
     return {
-        "prompts": name,
-        "method": variant.method,
-        "node_budget": variant.node_budget,
-        "dtype": str(target.dtype).removeprefix("torch."),
-        "temperature": temperature,
-        "num_prompts": num_prompts,
-        "num_new_tokens": variant.num_tokens,
-        "tokens_per_round": round((accepted + rounds) / rounds, 3) if rounds else 1.0,
-        "tokens_per_second": round(variant.num_tokens / sum(variant.seconds), 2),
-        "speedup": round(statistics.median(variant.ratios), 3),
-        "speedup_spread": [round(quartiles[0], 3), round(quartiles[2], 3)],
-        "identical_to_plain": round(variant.num_identical / len(variant.seconds), 4),
-        "round_seconds": {step: round(steps[step] / rounds, 6) for step in steps if step != "prefill"}
-        if rounds
-        else {},
-        "acceptance_by_depth": _acceptance(variant.stats),
+        "environment": environment(),
+        "settings": {**asdict(plan), "target": target.name_or_path, "head": head.name_or_path},
+        "rows": rows,
+        "agreement": agreement,
     }
 
 
-def _acceptance(all_stats: list[GenerationStats]) -> list[float]:
-    """Acceptance by depth over many calls."""
-    depth = max((len(stats.offered_by_depth) for stats in all_stats), default=0)
-    offered, accepted = [0] * depth, [0] * depth
-    for stats in all_stats:
-        for level, (of_level, kept) in enumerate(zip(stats.offered_by_depth, stats.accepted_by_depth, strict=True)):
-            offered[level] += of_level
-            accepted[level] += kept
-    return [round(kept / of_level, 4) for kept, of_level in zip(accepted, offered, strict=True)]
+class _Bench:
+    """All measurements of one `run_bench`; those in the log already are not made again."""
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        head: JetFlowHead,
+        plan: BenchSettings,
+        rivals: dict[str, dict[str, Any]],
+        log: BenchLog,
+        progress: Progress | None,
+        prompt_sets: Sequence[PromptSet],
+    ):
+        self._target, self._head, self._plan, self._rivals, self._log = target, head, plan, rivals, log
+        self._progress = progress
+        self._variants = make_variants(plan.methods, plan.node_budgets)
+        num_prompts = sum(len(prompt_set.prompt_ids) for prompt_set in prompt_sets)
+        self._total = plan.repeats * len(plan.temperatures) * len(self._variants) * num_prompts
+        self._done = 0
+
+    def measure(self, prompt_set: PromptSet, temperature: float) -> list[dict[str, Any]]:
+        """One row for every variant."""
+        plan, is_warm = self._plan, False
+        runs: list[list[Run]] = [[] for _ in self._variants]
+        for repeat in range(plan.repeats):
+            for number in range(len(prompt_set.prompt_ids)):
+                place = (*prompt_set.place, temperature, f"run {repeat} {number}")
+                if self._log.get(*place) is None:
+                    if not is_warm:
+                        self._warm_up(prompt_set, temperature)
+                        is_warm = True
+                    answers = self._answer(prompt_set, number, temperature, repeat)
+                    self._log.add([asdict(run) for run in answers], *place)
+                for of_variant, fields in zip(runs, self._log.get(*place), strict=True):
+                    of_variant.append(Run(**fields))
+                self._done += len(self._variants)
+                self._report(prompt_set)
+        bare = self._bare_forwards(prompt_set, temperature, runs)
+        facts = {
+            "prompts": prompt_set.name,
+            "context_length": prompt_set.context_length,
+            "dtype": _dtype_name(self._target),
+            "temperature": temperature,
+            "num_prompts": len(prompt_set.prompt_ids),
+            "prompt_tokens": prompt_set.median_length,
+        }
+        return [
+            {**facts, **make_row(variant, of_variant, runs[0], bare)}
+            for variant, of_variant in zip(self._variants, runs, strict=True)
+        ]
+
+    def _answer(self, prompt_set: PromptSet, number: int, temperature: float, repeat: int) -> list[Run]:
+        """Answer one prompt with each variant; who begins changes from prompt to prompt."""
+        input_ids = self._input_ids(prompt_set.prompt_ids[number])
+        runs: list[Run | None] = [None] * len(self._variants)
+        first = (number + repeat) % len(self._variants)
+        for place in [*range(first, len(runs)), *range(first)]:
+            runs[place] = self._run(self._variants[place], input_ids, temperature, seed=repeat * 1000 + number)
+            self._report(prompt_set, sum(run is not None for run in runs))
+        return [run for run in runs if run is not None]
+
+    def _run(self, variant: Variant, input_ids: torch.Tensor, temperature: float, **limits: int) -> Run:
+        return timed_run(
+            self._target,
+            self._head,
+            variant,
+            input_ids,
+            rival=self._rivals.get(variant.method),
+            temperature=temperature,
+            **{"max_new_tokens": self._plan.max_new_tokens, **limits},
+        )
+
+    def _warm_up(self, prompt_set: PromptSet, temperature: float) -> None:
+        """Let every variant answer a prompt in part, uncounted; "auto" tries what it chooses from meanwhile."""
+        input_ids = self._input_ids(prompt_set.prompt_ids[0])
+        for variant in self._variants:
+            tokens = 64 if variant.node_budget == "auto" else 16
+            self._run(variant, input_ids, temperature, max_new_tokens=min(self._plan.max_new_tokens, tokens))
+
+    def _bare_forwards(self, prompt_set: PromptSet, temperature: float, runs: list[list[Run]]) -> list[list[float]]:
+        """What `time_bare_forwards` finds on prompts with the first half of their plain answers."""
+        place = (*prompt_set.place, temperature, "bare forwards")
+        if self._log.get(*place) is None:
+            texts = zip(prompt_set.prompt_ids, runs[0], strict=False)
+            contexts = [ids + run.new_ids[: len(run.new_ids) // 2] for ids, run in texts]
+            node_counts = usual_node_counts(runs)
+            self._log.add(time_bare_forwards(self._target, self._head, contexts, node_counts), *place)
+        return self._log.get(*place)
+
+    def agreement(self, prompt_set: PromptSet) -> dict[str, list[float]]:
+        """Agreement of head and target on the plain greedy answers of the first pass."""
+        view = Target(self._target, self._head.config)
+        # Rows under a packed output embedding, or under one of the head's own, cannot be compared with the target's.
+        if view.output_rows(None) is None or not self._head.config.is_plain:
+            return {}
+        texts = [
+            (ids + self._log.get(*prompt_set.place, 0.0, f"run 0 {number}")[0]["new_ids"], len(ids))
+            for number, ids in enumerate(prompt_set.prompt_ids)
+        ]
+        rates = measure_agreement(view, self._head, texts).rates()
+        return {name: [round(value, 4) for value in values] for name, values in rates.items()}
+
+    def _input_ids(self, ids: list[int]) -> torch.Tensor:
+        return torch.tensor([ids], device=self._target.device)
+
+    def _report(self, prompt_set: PromptSet, num_more: int = 0) -> None:
+        if self._progress is not None:
+            self._progress(self._done + num_more, self._total, prompt_set.label)
+
+
+@contextmanager
+def _settings_kept(head: JetFlowHead) -> Iterator[None]:
+    """Undo what the variants set in the head's generation config."""
+    settings = copy.deepcopy(head.generation_config)
+    try:
+        yield
+    finally:
+        head.generation_config = settings
+
+
+def weights_hash(head: JetFlowHead) -> str:
+    """Tells whether two heads have the same weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(head.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().cpu().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _dtype_name(model: PreTrainedModel) -> str:
+    return str(model.dtype).removeprefix("torch.")
 
 
 def environment() -> dict[str, Any]:
@@ -250,9 +311,27 @@ def _processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """
+    A result that `write_json` wrote.
+
+    Raises:
+        ValueError: If the file holds something else.
+    """
+    try:
+        result = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} is not valid JSON ({error}); give the file that `hf-jetflow bench --json` wrote"
+        ) from error
+    if not isinstance(result, dict) or not {"environment", "rows"} <= result.keys():
+        raise ValueError(f"{path} is not the result of a bench; give the file that `hf-jetflow bench --json` wrote")
+    return result
+
+
 def write_json(result: dict[str, Any], path: Path) -> None:
     """Write the result in one step, so that a killed run leaves no half file."""
-    partial = path.with_suffix(".partial")
+    partial = path.with_name(f"{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)

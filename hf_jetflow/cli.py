@@ -1,4 +1,4 @@
-"""The command line: `hf-jetflow train`, `bench` and `convert`. Parsing and printing only."""
+"""The command line: `hf-jetflow train`, `bench`, `plot`, `convert` and `simulate`. Parsing and printing only."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -127,51 +126,74 @@ def bench(
     target: TargetOption,
     head: Annotated[str, typer.Option(help="Draft head: a Hub id or a folder.")],
     prompts: PromptsOption,
-    methods: Annotated[str, typer.Option(help="Comma-separated: plain, chain, jetflow.")] = "plain,chain,jetflow",
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated: plain, chain, jetflow, and to compare with: native-dflash (transformers' own chain "
+            "loop, with the same head), prompt-lookup, assistant:ID (a small model: Hub id, folder or .gguf file)."
+        ),
+    ] = "plain,chain,jetflow",
     node_budgets: Annotated[
         str, typer.Option(help="Comma-separated node budgets of jetflow; auto is one.")
     ] = "16,32,64,auto",
     temperature: Annotated[str, typer.Option(help="Comma-separated temperatures, 0 for greedy.")] = "0",
+    context_lengths: Annotated[
+        str,
+        typer.Option(help="Comma-separated numbers of tokens that prompts are padded to with the file's own texts."),
+    ] = "",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens generated per prompt.")] = 128,
     num_prompts: Annotated[int, typer.Option(help="Prompts taken from each file.")] = 20,
     repeats: Annotated[int, typer.Option(help="Passes over the prompts.")] = 1,
     dtype: DtypeOption = "auto",
-    json: Annotated[Path | None, typer.Option(help="File for the result as JSON.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="File for the result as JSON; a killed bench then continues where it stopped.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="File (.png or .svg) or folder for a figure of the result.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar and no tables.")] = False,
 ) -> None:
     """
     Measure a head against plain decoding, interleaved in one process. Example:
 
     hf-jetflow bench --target model.gguf --head examples/heads/smollm2-135m-instruct --prompts prompts.jsonl
     """
-    from .bench import run_bench, write_json
+    from .bench import BenchSettings, run_bench, write_json
+    from .bench_report import closing_sentences, print_tables
     from .loading import fast_dtype, load_target
     from .modeling_jetflow import JetFlowHead
+    from .plots import draw_bench, plot_path
 
     with _readable_errors():
+        settings: dict[str, Any] = dict(
+            methods=methods.split(","),
+            node_budgets=[budget if budget == "auto" else _number(int, budget) for budget in node_budgets.split(",")],
+            temperatures=[_number(float, value) for value in temperature.split(",")],
+            context_lengths=[_number(int, length) for length in context_lengths.split(",") if length],
+            max_new_tokens=max_new_tokens,
+            num_prompts=num_prompts,
+            repeats=repeats,
+        )
+        BenchSettings(**settings)  # what is wrong is said before models are loaded and hours measured
+        figure = None if plot is None else plot_path(plot)
         model, tokenizer = load_target(target, fast_dtype() if dtype == "auto" else dtype)
         draft_head = JetFlowHead.from_pretrained(head, dtype=model.dtype).to(model.device)
-        with _progress() as bars:
+        log_path = None if json is None else json.with_name(f"{json.name}.partial")
+        with _progress(quiet) as bars:
             reporter = _Reporter(bars)
-            result = run_bench(
-                model,
-                tokenizer,
-                draft_head,
-                prompts,
-                methods=methods.split(","),
-                node_budgets=[budget if budget == "auto" else int(budget) for budget in node_budgets.split(",")],
-                temperatures=[float(value) for value in temperature.split(",")],
-                max_new_tokens=max_new_tokens,
-                num_prompts=num_prompts,
-                repeats=repeats,
-                progress=reporter,
-            )
+            result = run_bench(model, tokenizer, draft_head, prompts, log_path=log_path, progress=reporter, **settings)
+        if json is not None and log_path is not None:
+            write_json(result, json)
+            log_path.unlink()
+        if figure is not None:
+            draw_bench(result, figure)
     output = Console(width=None if sys.stdout.isatty() else 120)
-    output.print(_bench_table(result))
-    if any(result["agreement"].values()):
-        output.print(_agreement_table(result["agreement"]))
-    if json is not None:
-        write_json(result, json)
-        console.print(f"written to {json}")
+    if not quiet:
+        print_tables(result, output)
+    output.print(*closing_sentences(result["rows"]), sep="\n", highlight=False, soft_wrap=True)
+    for path in (json, figure):
+        if path is not None:
+            console.print(f"written to {path}")
 
 
 @app.command()
@@ -198,46 +220,29 @@ def convert(
     console.print(f"head in the layout of {to} saved in {output}")
 
 
-def _bench_table(result: dict[str, Any]) -> Table:
-    facts = result["environment"]
-    table = Table(title=f"{facts['processor']}, {facts['num_threads']} threads, torch {facts['torch']}")
-    for column in ("prompts", "T", "method", "nodes", "tokens/round", "tokens/s", "speedup", "quartiles", "identical"):
-        table.add_column(column, no_wrap=True, justify="left" if column in ("prompts", "method") else "right")
-    for row in result["rows"]:
-        low, high = row["speedup_spread"]
-        table.add_row(
-            row["prompts"],
-            f"{row['temperature']:g}",
-            row["method"],
-            str(row["node_budget"] or ""),
-            f"{row['tokens_per_round']:.2f}",
-            f"{row['tokens_per_second']:.1f}",
-            f"{row['speedup']:.2f}",
-            f"{low:.2f} - {high:.2f}",
-            f"{100 * row['identical_to_plain']:.0f} %",
-        )
-    return table
+def _number(kind: type, text: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"{text!r} stands where a number is needed, in a list such as `16,32`") from None
 
 
-def _agreement_table(agreement: dict[str, dict[str, list[float]]]) -> Table:
-    """How often the head ranks the target's token first, by depth."""
-    measures = {
-        "spine_top1": "on the greedy spine",
-        "spine_corrected_top1": "the same, corrected",
-        "sibling_top1": "after an accepted sibling",
-        "sibling_corrected_top1": "the same, corrected",
-    }
-    depths = max(len(values) for rates in agreement.values() for values in rates.values())
-    table = Table(title="Share of the target's tokens that the head ranks first, by depth")
-    for column in ("prompts", "where", *map(str, range(1, depths + 1))):
-        table.add_column(column, no_wrap=True, justify="left" if column in ("prompts", "where") else "right")
-    for prompts, rates in agreement.items():
-        for name, words in measures.items():
-            if name in rates:
-                start = 1 if name.startswith("sibling") else 0  # depth 1 follows the anchor, which has no sibling
-                cells = ["-"] * start + [f"{value:.2f}" for value in rates[name][start:]]
-                table.add_row(prompts, words, *cells)
-    return table
+@app.command()
+def plot(
+    result: Annotated[Path, typer.Argument(help="JSON that `hf-jetflow bench --json` wrote.")],
+    figure: Annotated[Path, typer.Argument(help="File (.png or .svg) or folder to draw into.")],
+) -> None:
+    """
+    Draw the figure of a bench from its JSON. Example:
+
+    hf-jetflow plot bench.json bench.png
+    """
+    from .bench import read_json
+    from .plots import draw_bench
+
+    with _readable_errors():
+        path = draw_bench(read_json(result), figure)
+    console.print(f"written to {path}")
 
 
 class _Reporter:
@@ -256,7 +261,7 @@ class _Reporter:
         self._bars.console.print(text)
 
 
-def _progress() -> Progress:
+def _progress(quiet: bool = False) -> Progress:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -264,7 +269,7 @@ def _progress() -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=console)
+    return Progress(*columns, console=console, disable=quiet)
 
 
 class _readable_errors:

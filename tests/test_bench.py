@@ -1,12 +1,18 @@
-"""The bench: its rows, its figures, and what it refuses."""
+"""The bench: its rows, its figures, how it continues after a kill, and what it refuses."""
 
 import json
 
 import pytest
 import torch
-from helpers import tiny_tokenizer
+from conftest import SIZES
+from helpers import tiny_tokenizer, write_lines
 
-from hf_jetflow.bench import make_variants, run_bench, write_json
+from hf_jetflow.bench import make_variants, read_json, run_bench, write_json
+from hf_jetflow.bench_log import BenchLog
+from hf_jetflow.bench_prompts import padded_prompt
+from hf_jetflow.bench_rows import make_row
+from hf_jetflow.bench_runs import Run, Variant
+from hf_jetflow.data import encode_chat, read_prompts
 
 
 @pytest.fixture
@@ -17,9 +23,15 @@ def pair(tiny_target, random_head):
 
 @pytest.fixture
 def prompts(tmp_path):
-    path = tmp_path / "few.jsonl"
-    path.write_text("".join(json.dumps({"id": i, "prompt": f"t0{i + 10} t020"}) + "\n" for i in range(3)))
-    return path
+    return write_lines(tmp_path / "few.jsonl", *({"id": i, "prompt": f"t0{i + 10} t020"} for i in range(3)))
+
+
+@pytest.fixture
+def assistant(pair, tmp_path):
+    folder = tmp_path / "assistant"
+    pair[0].save_pretrained(folder)
+    pair[1].save_pretrained(folder)
+    return f"assistant:{folder}"
 
 
 def test_every_method_and_budget_has_one_row_with_the_documented_fields(pair, prompts):
@@ -35,33 +47,251 @@ def test_every_method_and_budget_has_one_row_with_the_documented_fields(pair, pr
     fields = {
         "prompts", "method", "node_budget", "dtype", "temperature", "num_prompts", "num_new_tokens",
         "tokens_per_round", "tokens_per_second", "speedup", "speedup_spread", "identical_to_plain", "round_seconds",
+        "prefill_seconds", "decode_tokens_per_second", "decode_speedup", "decode_speedup_spread", "context_length",
+        "loop_efficiency", "rounds_by_nodes", "acceptance_by_depth", "prompt_tokens", "seconds_per_round",
     }  # fmt: skip
     assert all(fields <= row.keys() for row in rows)
     assert all(row["identical_to_plain"] == 1.0 for row in rows), (
         "a method gave other text than plain decoding in fp32"
     )
     assert all(row["num_new_tokens"] == 3 * 2 * 6 for row in rows)
-    assert (rows[0]["speedup"], rows[0]["tokens_per_round"]) == (1.0, 1.0)
-    assert set(rows[2]["round_seconds"]) == {"draft", "tree", "verify", "walk", "commit"}
+    assert (rows[0]["speedup"], rows[0]["decode_speedup"], rows[0]["tokens_per_round"]) == (1.0, 1.0, 1.0)
+    assert set(rows[2]["round_seconds"]) >= {"draft", "tree", "verify", "walk", "commit"}
     assert result["environment"]["torch"] == torch.__version__
+
+
+def test_rivals_have_rows_of_their_own_between_chain_and_trees(pair, prompts, assistant):
+    methods = ["jetflow", "native-dflash", "prompt-lookup", assistant, "chain"]
+    rows = run_bench(*pair, [prompts], methods=methods, node_budgets=(4,), max_new_tokens=20, num_prompts=2)["rows"]
+    assert [row["method"] for row in rows] == [
+        "plain", "chain", "native-dflash", "prompt-lookup", assistant, "jetflow"
+    ]  # fmt: skip
+    assert all(row["identical_to_plain"] == 1.0 for row in rows)
+    assert all(row["tokens_per_round"] >= 1 and row["decode_speedup"] > 0 for row in rows)
+    assert rows[4]["tokens_per_round"] > 1.5, "the assistant is the target itself, so its drafts are kept"
+    assert rows[2]["round_seconds"] == rows[2]["rounds_by_nodes"] == {}
+
+
+def test_loop_efficiency_is_told_for_our_own_loop_by_the_nodes_it_verified(pair, prompts):
+    rows = run_bench(*pair, [prompts], node_budgets=(4, "auto"), max_new_tokens=24, num_prompts=1)["rows"]
+    plain, *ours = rows
+    assert plain["loop_efficiency"] is plain["bare_round_seconds"] is None
+    for row in ours:
+        assert row["bare_round_seconds"] > 0
+        assert row["loop_efficiency"] == pytest.approx(row["bare_round_seconds"] / row["seconds_per_round"], abs=2e-3)
+        assert sum(row["rounds_by_nodes"].values()) == pytest.approx(1, abs=1e-3)
+    assert max(ours[1]["rounds_by_nodes"], key=ours[1]["rounds_by_nodes"].get) == "4"
+    assert len(ours[2]["rounds_by_nodes"]) > 1, "auto tries several numbers of nodes"
+
+
+def test_the_head_keeps_its_own_settings(pair, prompts):
+    head = pair[2]
+    head.generation_config.node_budget = 5
+    run_bench(*pair, [prompts], node_budgets=(4,), max_new_tokens=3, num_prompts=1)
+    assert head.generation_config.node_budget == 5
+    head.generation_config.node_budget = 64
+
+
+def fake_run(seconds, prefill_seconds, new_ids, num_first=1, num_forwards=None, stats=None):
+    return Run("x", None, seconds, prefill_seconds, new_ids, num_first, num_forwards or len(new_ids), stats)
+
+
+def test_prefill_and_decoding_are_reckoned_apart():
+    plain = [fake_run(11.0, 1.0, [1] * 11), fake_run(12.0, 2.0, [1] * 11)]
+    runs = [fake_run(6.0, 1.0, [1] * 11, num_forwards=6), fake_run(4.0, 2.0, [1] * 10 + [2], 3, 3)]
+    row = make_row(Variant("prompt-lookup"), runs, plain, bare=[])
+    assert row["prefill_seconds"] == 1.5
+    assert row["decode_tokens_per_second"] == round(18 / 7, 2)
+    assert row["decode_speedup"] == round((10 / 5 + 1 / (2 / 8)) / 2, 3)  # a median of two
+    assert row["speedup"] == round((11 / 6 + 12 / 4) / 2, 3)
+    assert row["tokens_per_round"] == round(18 / 7, 3)
+    assert row["identical_to_plain"] == 0.5
+    assert (row["seconds_per_round"], row["loop_efficiency"]) == (1.0, None)
+
+
+def test_answers_of_one_token_have_no_decoding_to_compare():
+    runs = [fake_run(1.0, 1.0, [1])]
+    row = make_row(Variant("plain"), runs, runs, bare=[])
+    assert row["decode_speedup"] is row["decode_tokens_per_second"] is row["seconds_per_round"] is None
+    assert row["tokens_per_round"] == row["speedup"] == 1.0
+
+
+def test_bare_seconds_of_a_row_follow_its_numbers_of_nodes():
+    stats = {
+        "num_rounds": 4, "num_accepted": 2, "rounds_by_nodes": {"1": 1, "12": 3}, "seconds_by_step": {},
+        "offered_by_depth": [], "accepted_by_depth": [],
+    }  # fmt: skip
+    runs = [fake_run(41.0, 1.0, [1] * 7, stats=stats)]
+    row = make_row(Variant("jetflow", "auto"), runs, runs, bare=[[1, 2.0, 0.0], [8, 4.0, 1.0], [16, 6.0, 1.0]])
+    assert row["bare_round_seconds"] == (2 + 3 * (5 + 1)) / 4  # 12 nodes lie between 8 and 16; no draft for one node
+    assert row["loop_efficiency"] == 0.5
+    assert row["rounds_by_nodes"] == {"1": 0.25, "12": 0.75}
+
+
+@pytest.fixture
+def killed(pair, prompts, tmp_path):
+    """A bench of three prompts that was killed while it answered the second; returns its arguments and its log."""
+    log_path = tmp_path / "out" / "bench.json.partial"
+    settings = dict(methods=["chain", "prompt-lookup"], max_new_tokens=4, log_path=log_path)
+
+    def kill(done, total, name):
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(*pair, [prompts], **settings, progress=kill)
+    return settings, log_path
+
+
+def test_a_killed_bench_continues_behind_the_last_finished_prompt(pair, prompts, killed):
+    settings, log_path = killed
+    kept = [json.loads(line) for line in log_path.read_text().splitlines()]
+    assert [line["place"][-1] for line in kept[1:]] == ["run 0 0"]
+    with open(log_path, "a") as file:
+        file.write('{"place": ["few", null, 0.0, "run 0 1"], "rec')  # the kill fell into a line
+    calls = []
+    result = run_bench(*pair, [prompts], **settings, progress=lambda *call: calls.append(call))
+    assert calls[0][0] == 3, "the first prompt was answered again"
+    lines = [json.loads(line) for line in log_path.read_text().splitlines()]
+    assert lines[: len(kept)] == kept
+    assert [line["place"][-1] for line in lines[1:]] == ["run 0 0", "run 0 1", "run 0 2", "bare forwards"]
+    whole = run_bench(*pair, [prompts], **{**settings, "log_path": None})
+    steady = ("prompts", "method", "num_prompts", "num_new_tokens", "tokens_per_round", "identical_to_plain")
+    assert [[row[key] for key in steady] for row in result["rows"]] == [
+        [row[key] for key in steady] for row in whole["rows"]
+    ]
+    assert result["agreement"] == whole["agreement"]
+    assert set(map(tuple, (row.keys() for row in result["rows"]))) == set(
+        map(tuple, (row.keys() for row in whole["rows"]))
+    )
+
+
+def test_a_finished_log_is_told_again_without_measuring(pair, prompts, killed):
+    settings, _ = killed
+    first = run_bench(*pair, [prompts], **settings)
+    assert run_bench(*pair, [prompts], **settings) == first
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_new_tokens": 5}, "`max_new_tokens` was 4 and is 5"),
+        ({"temperatures": (1.0,)}, "`temperatures` was .0.0. and is .1.0."),
+        ({"methods": ["chain"]}, "`methods` was"),
+    ],
+)
+def test_a_bench_with_other_settings_does_not_go_on_with_a_log(pair, prompts, killed, change, message):
+    settings, log_path = killed
+    before = log_path.read_bytes()
+    with pytest.raises(ValueError, match=f"{message}.*finish it, or delete the file"):
+        run_bench(*pair, [prompts], **{**settings, **change})
+    assert log_path.read_bytes() == before
+
+
+def test_other_weights_and_other_prompts_do_not_go_on_with_a_log(pair, prompts, killed, random_head):
+    settings, _ = killed
+    target, tokenizer, head = pair
+    with pytest.raises(ValueError, match="`head` was"):
+        run_bench(target, tokenizer, random_head(target, num_hidden_layers=1), [prompts], **settings)
+    write_lines(prompts, {"prompt": "t099"})
+    with pytest.raises(ValueError, match="`prompts` was"):
+        run_bench(target, tokenizer, head, [prompts], **settings)
+
+
+def test_a_log_in_which_nothing_was_measured_takes_new_settings(tmp_path):
+    path = tmp_path / "bench.json.partial"
+    BenchLog(path, {"dtype": "float32"})
+    BenchLog(path, {"dtype": "bfloat16"}).add([1], "a", 0.0)
+    assert BenchLog(path, {"dtype": "bfloat16"}).get("a", 0.0) == [1]
+    with pytest.raises(ValueError, match='`dtype` was "bfloat16" and is "float32"'):
+        BenchLog(path, {"dtype": "float32"})
+
+
+def test_a_log_without_a_file_keeps_its_records_in_memory():
+    log = BenchLog(None, {})
+    log.add([1], "a", None, 0.0)
+    assert (log.get("a", None, 0.0), log.get("b"), len(log)) == ([1], None, 1)
+
+
+def test_prompts_are_padded_to_each_context_length_with_the_other_texts(pair, tmp_path):
+    path = write_lines(tmp_path / "few.jsonl", *({"prompt": f"t0{i} t0{i} t0{i}"} for i in range(10, 13)))
+    result = run_bench(
+        *pair, [path], methods=["jetflow"], node_budgets=(4,), context_lengths=(16, 30), max_new_tokens=4
+    )
+    rows = result["rows"]
+    assert [(row["method"], row["context_length"], row["prompt_tokens"]) for row in rows] == [
+        ("plain", 16, 16), ("jetflow", 16, 16), ("plain", 30, 30), ("jetflow", 30, 30)
+    ]  # fmt: skip
+    assert all(row["identical_to_plain"] == 1.0 for row in rows)
+    assert set(result["agreement"]) == {"few, 16 tokens", "few, 30 tokens"}
+
+
+def test_a_padded_prompt_holds_its_own_text_last(pair, tmp_path):
+    path = write_lines(tmp_path / "few.jsonl", {"prompt": "t050 t051"}, {"prompt": "t060 t061"}, {"prompt": "t070"})
+    conversations = [prompt["messages"] for prompt in read_prompts([path])]
+    ids = padded_prompt(pair[1], conversations, 1, 12)
+    assert ids == [3, 70, 50, 51, 60, 61, 70, 60, 61, 4, 5][:1] + ids[1:-4] + [60, 61, 4, 5]
+    assert len(ids) == 12
+    assert ids[1:6] == [70, 50, 51, 60, 61]
+    assert padded_prompt(pair[1], conversations, 1, 4) == encode_chat(pair[1], conversations[1])
+
+
+def test_a_context_beyond_the_targets_positions_is_refused(pair, prompts):
+    most = SIZES["max_position_embeddings"]
+    with pytest.raises(ValueError, match=rf"contexts of \[{most}\] tokens.*has {most} positions.*at most {most - 4}"):
+        run_bench(*pair, [prompts], context_lengths=(64, most), max_new_tokens=4)
 
 
 def test_the_json_file_holds_the_result_and_no_partial_file_is_left(pair, prompts, tmp_path):
     result = run_bench(*pair, [prompts], methods=["jetflow"], node_budgets=(4,), max_new_tokens=4, num_prompts=1)
     write_json(result, tmp_path / "out" / "bench.json")
-    assert json.loads((tmp_path / "out" / "bench.json").read_text()) == json.loads(json.dumps(result))
+    assert read_json(tmp_path / "out" / "bench.json") == json.loads(json.dumps(result))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["bench.json"]
 
 
-def test_an_unknown_method_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"'warp'.*choose from plain, jetflow, chain"):
-        make_variants(["plain", "warp"], [8])
+@pytest.mark.parametrize(("text", "message"), [("{", "not valid JSON"), ("[1]", "not the result of a bench")])
+def test_a_file_that_is_no_result_is_refused(tmp_path, text, message):
+    path = tmp_path / "bench.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"{message}.*hf-jetflow bench --json"):
+        read_json(path)
+
+
+@pytest.mark.parametrize("method", ["warp", "assistant", "assistant:"])
+def test_an_unknown_method_is_refused_by_name(method):
+    with pytest.raises(ValueError, match=rf"\['{method}'\].*choose from plain, jetflow, chain"):
+        make_variants(["plain", method], [8])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"node_budgets": (0,)}, r"node budgets \[0\]"),
+        ({"temperatures": (-1.0,)}, "temperatures"),
+        ({"num_prompts": 0}, "`num_prompts` is 0"),
+        ({"context_lengths": (0,)}, "`context_lengths` is 0"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused(pair, prompts, settings, message):
+    with pytest.raises(ValueError, match=message):
+        run_bench(*pair, [prompts], **settings)
+
+
+def test_prompt_files_of_one_name_and_empty_ones_are_refused(pair, prompts, tmp_path):
+    (tmp_path / "other").mkdir()
+    twin = write_lines(tmp_path / "other" / "few.jsonl", {"prompt": "t010"})
+    with pytest.raises(ValueError, match=r"called \['few'\].*rename"):
+        run_bench(*pair, [prompts, twin])
+    twin.write_text("")
+    with pytest.raises(ValueError, match="holds no prompts"):
+        run_bench(*pair, [twin])
 
 
 def test_progress_reaches_the_number_of_runs(pair, prompts):
     calls = []
     run_bench(*pair, [prompts], node_budgets=(4,), max_new_tokens=3, progress=lambda *call: calls.append(call))
     assert calls[-1][:2] == (9, 9)
+    assert [call[0] for call in calls] == sorted(call[0] for call in calls)
 
 
 @pytest.mark.parametrize("kind", [None, "path"])

@@ -130,6 +130,77 @@ def test_bench_prints_a_table_and_writes_json(target_folder, prompts, tmp_path, 
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert [row["node_budget"] for row in rows if row["method"] == "jetflow"] == [4, 8, "auto"]
     assert "after an accepted sibling" in result.output
+    assert "prompts, greedy: " in result.output, "no closing sentence"
+
+
+def bench(target_folder, prompts, tmp_path, *more):
+    arguments = ["bench", "--target", target_folder, "--head", tmp_path / "head", "--prompts", prompts]
+    arguments += ["--dtype", "float32", "--max-new-tokens", 4, "--num-prompts", 1, "--node-budgets", 4, *more]
+    return runner.invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def saved_head(tiny_target, random_head, tmp_path):
+    random_head(tiny_target("llama")).save_pretrained(tmp_path / "head")
+
+
+@pytest.mark.usefixtures("saved_head")
+def test_bench_with_all_options_writes_json_and_figure_and_nothing_else(target_folder, prompts, tmp_path):
+    pytest.importorskip("matplotlib")
+    output = tmp_path / "out"
+    methods = f"plain,jetflow,chain,native-dflash,prompt-lookup,assistant:{target_folder}"
+    result = bench(
+        target_folder, prompts, tmp_path, "--methods", methods, "--temperature", "0,1", "--context-lengths", "20,30",
+        "--json", output / "bench.json", "--plot", output, "--quiet",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = json.loads((output / "bench.json").read_text())["rows"]
+    assert len(rows) == 6 * 2 * 2
+    assert {row["method"] for row in rows} == set(methods.split(","))
+    assert {(row["temperature"], row["context_length"]) for row in rows} == {(0, 20), (0, 30), (1, 20), (1, 30)}
+    assert sorted(path.name for path in output.iterdir()) == ["bench.json", "bench.png"]
+    assert "tokens/round" not in result.output
+    assert "prompts, 30 tokens, temperature 1: " in result.output
+    drawn = runner.invoke(app, ["plot", str(output / "bench.json"), str(tmp_path / "again.svg")])
+    assert drawn.exit_code == 0, drawn.output
+    assert (tmp_path / "again.svg").stat().st_size > 10_000
+
+
+@pytest.mark.usefixtures("saved_head")
+def test_a_bench_continues_a_killed_one_and_refuses_other_settings(target_folder, prompts, tmp_path, monkeypatch):
+    json_path = tmp_path / "bench.json"
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_jetflow.bench.time_bare_forwards", lambda *_: 1 / 0)  # a crash behind the runs
+        assert isinstance(bench(target_folder, prompts, tmp_path, "--json", json_path).exception, ZeroDivisionError)
+    partial = tmp_path / "bench.json.partial"
+    assert partial.exists()
+    assert not json_path.exists()
+    refused = bench(target_folder, prompts, tmp_path, "--json", json_path, "--repeats", 2)
+    assert refused.exit_code == 1
+    assert "`repeats` was 1 and is 2" in " ".join(refused.output.split())
+    monkeypatch.setattr("hf_jetflow.bench.timed_run", lambda *_, **__: 1 / 0)  # nothing is answered again
+    result = bench(target_folder, prompts, tmp_path, "--json", json_path)
+    assert result.exit_code == 0, result.output
+    assert len(json.loads(json_path.read_text())["rows"]) == 3
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "cause"),
+    [
+        (["--methods", "plain,warp"], "unknown methods ['warp']"),
+        (["--methods", "assistant:nowhere/at/all"], "`assistant:nowhere/at/all` cannot be loaded"),
+        (["--node-budgets", "4,many"], "'many' stands where a number is needed"),
+        (["--plot", "figure.gif"], "ends in '.gif'"),
+        (["--context-lengths", "100000"], "do not fit the target"),
+    ],
+)
+@pytest.mark.usefixtures("saved_head")
+def test_a_bench_that_cannot_be_run_says_why(target_folder, prompts, tmp_path, options, cause):
+    result = bench(target_folder, prompts, tmp_path, *options)
+    assert result.exit_code == 1
+    assert cause in " ".join(result.output.split()), result.output
+    assert "Traceback" not in result.output
 
 
 @pytest.mark.parametrize(
@@ -160,6 +231,8 @@ def test_bench_prints_a_table_and_writes_json(target_folder, prompts, tmp_path, 
             "no draft head of a known layout",
         ),
         (["bench", "--target", "TARGET", "--head", "nowhere/at/all", "--prompts", "PROMPTS"], "nowhere/at/all"),
+        (["plot", "PROMPTS", "x.png"], "is not valid JSON"),
+        (["plot", "nowhere.json", "x.png"], "nowhere.json"),
     ],
 )
 def test_a_user_error_is_one_line_with_its_cause_and_status_one(target_folder, prompts, tmp_path, arguments, cause):
@@ -172,8 +245,8 @@ def test_a_user_error_is_one_line_with_its_cause_and_status_one(target_folder, p
     assert "Traceback" not in result.output
 
 
-@pytest.mark.parametrize("command", ["train", "bench", "simulate"])
+@pytest.mark.parametrize("command", ["train --target", "bench --target", "plot bench.json", "simulate --target"])
 def test_help_of_each_command_shows_an_example(command):
-    result = runner.invoke(app, [command, "--help"])
+    result = runner.invoke(app, [command.split()[0], "--help"])
     assert result.exit_code == 0
-    assert f"hf-jetflow {command} --target" in result.output
+    assert f"hf-jetflow {command}" in result.output

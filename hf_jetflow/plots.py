@@ -1,0 +1,223 @@
+"""The figure of a bench: speedup and tokens per round by node budget, acceptance by depth, where a round's time goes,
+and growth with the context. Needs matplotlib, which is imported only when something is drawn."""
+
+import os
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .bench_report import Row, machine, row_name, temperature_words
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+ENDINGS = (".png", ".svg")
+STEP_COLORS = {  # of a round, from the bottom of a bar
+    "draft": "#4c72b0",
+    "tree": "#8172b3",
+    "verify": "#dd8452",
+    "walk": "#55a868",
+    "commit": "#c44e52",
+    "emit": "#937860",
+    "rest": "#c8c8c8",
+    "whole round": "#9a9a9a",
+}
+LINE_COLORS = ("#c44e52", "#8c613c", "#e377c2", "#17becf", "#7f7f7f")  # chain and rivals
+
+
+def plot_path(path: Path) -> Path:
+    """
+    The file to draw into: `path` itself, or `bench.png` in it where it is a folder.
+
+    Raises:
+        ValueError: If its ending is neither of the known ones, or matplotlib is missing.
+    """
+    path = Path(path)
+    if path.is_dir() or not path.suffix:
+        path = path / "bench.png"
+    if path.suffix not in ENDINGS:
+        raise ValueError(f"the plot {path} ends in {path.suffix!r}, but {' or '.join(ENDINGS)} or a folder is needed")
+    if find_spec("matplotlib") is None:
+        raise ValueError(
+            "plots need matplotlib, which is not installed; run `pip install matplotlib`, or leave --plot out"
+        )
+    return path
+
+
+def draw_bench(result: dict[str, Any], path: Path) -> Path:
+    """
+    Draw a result into one PNG or SVG, in one step: a killed run leaves no half file.
+
+    Args:
+        result: What `run_bench` returned, or the JSON it was written to.
+        path (`Path`): A file, or a folder for `bench.png`.
+
+    Returns:
+        `Path`: The file.
+
+    Raises:
+        ValueError: If there is nothing to draw, or see `plot_path`.
+    """
+    path = plot_path(path)
+    figure = make_figure(result)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.tmp")
+    figure.savefig(partial, format=path.suffix[1:], dpi=130)
+    os.replace(partial, path)
+    return path
+
+
+def make_figure(result: dict[str, Any]) -> "Figure":
+    """One column of panels for each prompt set and temperature; with several context lengths, at the shortest."""
+    from matplotlib.figure import Figure
+
+    rows = result["rows"]
+    if not rows:
+        raise ValueError("the result holds no rows, so there is nothing to draw; run the bench again")
+    columns = [
+        [row for row in rows if (row["prompts"], row["temperature"]) == key]
+        for key in dict.fromkeys((row["prompts"], row["temperature"]) for row in rows)
+    ]
+    panels: list[Callable[[Axes, list[Row]], None]] = [_speedups, _tokens_per_round, _acceptance, _round_times]
+    num_basic = len(panels)
+    if len({row.get("context_length") for row in rows}) > 1:
+        panels += [_speedup_by_context, _round_by_context]
+    figure = Figure(figsize=(4.3 * len(columns) + 2, 2.9 * len(panels) + 0.6), layout="constrained")
+    axes = figure.subplots(len(panels), len(columns), squeeze=False, sharey="row")
+    for number, (draw, places) in enumerate(zip(panels, axes, strict=True)):
+        for column, ax in zip(columns, places, strict=True):
+            draw(ax, column if number >= num_basic else _shortest(column))
+            ax.grid(axis="y", alpha=0.3)
+            ax.set_axisbelow(True)
+            ax.spines[["top", "right"]].set_visible(False)
+            ax.yaxis.set_tick_params(labelleft=True)
+        places[0].set_ylim(0, 1 if draw is _acceptance else None)  # shared by the row, once all of it is drawn
+        for ax in places[1:]:
+            ax.set_ylabel("")
+        _legend(places)
+    for column, ax in zip(columns, axes[0], strict=True):
+        length = column[0].get("context_length")
+        at = f", {length} tokens" if length else ""
+        ax.set_title(f"{column[0]['prompts']}, {temperature_words(column[0]['temperature'])}{at}", fontsize=11)
+    words = (machine(result["environment"]), rows[0]["dtype"], f"torch {result['environment']['torch']}")
+    figure.suptitle(", ".join(words), fontsize=10, color="#555555")
+    return figure
+
+
+def _shortest(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row.get("context_length") == rows[0].get("context_length")]
+
+
+def _legend(places: Sequence["Axes"]) -> None:
+    """One legend for a row of panels, beside the last."""
+    entries: dict[str, Any] = {}
+    for ax in places:
+        handles, labels = ax.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    if entries:
+        places[-1].legend(
+            entries.values(), entries.keys(), loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False
+        )
+
+
+def _trees(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row["method"] == "jetflow"]
+
+
+def _others(rows: list[Row]) -> list[tuple[Row, str]]:
+    """Chain and rivals, each with a colour."""
+    others = [row for row in rows if row["method"] not in ("plain", "jetflow")]
+    return [(row, LINE_COLORS[number % len(LINE_COLORS)]) for number, row in enumerate(others)]
+
+
+def _colored(rows: list[Row]) -> list[tuple[Row, Any]]:
+    """All drafting methods; trees from light to dark by their place in the list of budgets."""
+    from matplotlib import colormaps
+
+    trees = _trees(rows)
+    shades = [colormaps["viridis_r"](0.15 + 0.8 * number / max(len(trees) - 1, 1)) for number in range(len(trees))]
+    return _others(rows) + list(zip(trees, shades, strict=True))
+
+
+def _by_budget(ax: "Axes", rows: list[Row], field: str, spread: str) -> None:
+    """Medians or means of the trees with the quartiles of the answers as bars; chain and rivals as lines."""
+    trees = _trees(rows)
+    places, values = range(len(trees)), [row[field] for row in trees]
+    bars = [
+        [max(row[field] - row[spread][0], 0) if row.get(spread) else 0 for row in trees],
+        [max(row[spread][1] - row[field], 0) if row.get(spread) else 0 for row in trees],
+    ]
+    fixed = [place for place in places if trees[place]["node_budget"] != "auto"]
+    ax.plot(fixed, [values[place] for place in fixed], color="#1f4e79", linewidth=1)
+    if trees:
+        ax.errorbar(places, values, yerr=bars, fmt="o", color="#1f4e79", markersize=5, capsize=3, label="tree")
+    ax.set_xticks(list(places), [str(row["node_budget"]) for row in trees])
+    ax.margins(x=0.1)
+    for row, color in _others(rows):
+        ax.axhline(row[field], color=color, linestyle="--", linewidth=1.3, label=row_name(row))
+    ax.axhline(1, color="black", linewidth=1, label="plain")
+    ax.set_xlabel("node budget")
+
+
+def _speedups(ax: "Axes", rows: list[Row]) -> None:
+    _by_budget(ax, rows, "speedup", "speedup_spread")
+    ax.set_ylabel("speedup (median, quartiles)")
+
+
+def _tokens_per_round(ax: "Axes", rows: list[Row]) -> None:
+    _by_budget(ax, rows, "tokens_per_round", "tokens_per_round_spread")
+    ax.set_ylabel("tokens per round (mean, quartiles)")
+
+
+def _acceptance(ax: "Axes", rows: list[Row]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    for row, color in _colored(rows):
+        shares = row["acceptance_by_depth"]
+        if shares:
+            style = "--" if row["method"] == "chain" else "-"
+            depths = range(1, len(shares) + 1)
+            ax.plot(depths, shares, style, color=color, marker=".", linewidth=1.3, label=row_name(row))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel("depth")
+    ax.set_ylabel("share of rounds accepted there")
+
+
+def _round_times(ax: "Axes", rows: list[Row]) -> None:
+    """Stacked steps of our own loop; a round of any other method is one piece."""
+    timed = [row for row in rows if row.get("seconds_per_round") or row["round_seconds"]]
+    for place, row in enumerate(timed):
+        steps = {step: seconds for step, seconds in row["round_seconds"].items() if step in STEP_COLORS}
+        whole = row.get("seconds_per_round") or sum(steps.values())
+        pieces = {**steps, "rest": max(whole - sum(steps.values()), 0)} if steps else {"whole round": whole}
+        bottom = 0.0
+        for step in [step for step in STEP_COLORS if step in pieces]:
+            height = 1000 * pieces[step]
+            ax.bar(place, height, 0.7, bottom=bottom, color=STEP_COLORS[step], label=step)
+            bottom += height
+    names = [str(row["node_budget"] or row_name(row)) for row in timed]
+    ax.set_xticks(range(len(timed)), names, rotation=40, ha="right", fontsize=8)
+    ax.set_ylabel("ms per round")
+
+
+def _by_context(ax: "Axes", rows: list[Row], field: str, scale: float) -> None:
+    names = {row_name(row): color for row, color in _colored(_shortest(rows))}
+    for name, color in {"plain": "black", **names}.items():
+        line = [row for row in rows if row_name(row) == name and row[field] is not None]
+        lengths = [row["context_length"] for row in line]
+        ax.plot(lengths, [scale * row[field] for row in line], color=color, marker=".", linewidth=1.3, label=name)
+    ax.set_xticks(sorted({row["context_length"] for row in rows}))
+    ax.set_xlabel("context length (tokens)")
+
+
+def _speedup_by_context(ax: "Axes", rows: list[Row]) -> None:
+    _by_context(ax, rows, "decode_speedup", 1)
+    ax.set_ylabel("speedup of decoding (median)")
+
+
+def _round_by_context(ax: "Axes", rows: list[Row]) -> None:
+    _by_context(ax, rows, "seconds_per_round", 1000)
+    ax.set_ylabel("ms per round")
