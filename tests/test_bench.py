@@ -81,7 +81,6 @@ def test_loop_efficiency_is_told_for_our_own_loop_by_the_nodes_it_verified(pair,
         assert row["loop_efficiency"] == pytest.approx(row["bare_round_seconds"] / row["seconds_per_round"], abs=2e-3)
         assert sum(row["rounds_by_nodes"].values()) == pytest.approx(1, abs=1e-3)
     assert max(ours[1]["rounds_by_nodes"], key=ours[1]["rounds_by_nodes"].get) == "4"
-    assert len(ours[2]["rounds_by_nodes"]) > 1, "auto tries several numbers of nodes"
 
 
 def test_the_head_keeps_its_own_settings(pair, prompts):
