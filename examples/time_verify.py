@@ -1,0 +1,105 @@
+"""What verifying a draft tree costs with a long context, against as many rows under no mask at all.
+
+    python examples/time_verify.py --json examples/results/verify_context.json
+
+For each number of cached tokens three forwards of the target run in turn: the nodes of a tree as the loop verifies
+them; as many rows that all see everything, for which nothing is masked or copied; and the tree under transformers' own
+attention function, which repeats keys and values for every query head. Medians are told, and their ratios.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from smollm2 import gguf_path
+from transformers import AttentionInterface, DynamicCache, GenerationConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from hf_jetflow import JetFlowConfig
+from hf_jetflow.bench import environment, write_json
+from hf_jetflow.loading import fast_dtype, load_target
+from hf_jetflow.target import Context, Target
+from hf_jetflow.tree import Candidates, DraftTree, build_tree
+
+
+def see_everything(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+    """Attention of all rows to all keys: the least that a forward of so many rows can cost."""
+    return sdpa_attention_forward(module, query, key, value, None, **{**kwargs, "is_causal": False})
+
+
+AttentionInterface.register("see_everything", see_everything)
+AttentionInterface.register("repeating", sdpa_attention_forward)
+
+
+def prefilled(target: Target, num_cached: int) -> Context:
+    ids = torch.randint(100, 40000, (1, num_cached), generator=torch.Generator().manual_seed(0))
+    cache = DynamicCache(config=target.model.config)
+    kwargs = dict(past_key_values=cache, attention_mask=torch.ones_like(ids), use_cache=True)
+    return target.prefill(ids, GenerationConfig(prefill_chunk_size=1024), kwargs)[0]
+
+
+def some_tree(num_nodes: int) -> DraftTree:
+    generator = torch.Generator().manual_seed(1)
+    logprobs = torch.log_softmax(3 * torch.randn(7, 4096, generator=generator), dim=-1).topk(num_nodes - 1)
+    return build_tree(torch.tensor([1]), Candidates(logprobs.indices, logprobs.values), num_nodes)
+
+
+def medians(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Milliseconds of each, run in turn."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if repeat:  # the first one warms up
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: round(statistics.median(values), 2) for name, values in times.items()}
+
+
+def measure(target: Target, num_cached: int, num_nodes: int, repeats: int) -> dict[str, Any]:
+    context, tree = prefilled(target, num_cached), some_tree(num_nodes)
+
+    def verify(attention: str) -> None:
+        target.model.config._attn_implementation = attention
+        target.verify(context, tree)
+        context.cache.crop(-num_nodes)
+
+    kinds = {"verify": "sdpa", "no_mask": "see_everything", "repeating": "repeating"}
+    took = medians({name: lambda kind=kind: verify(kind) for name, kind in kinds.items()}, repeats)
+    row = {"cached": num_cached, "nodes": num_nodes, "milliseconds": took}
+    return row | {"verify_over_no_mask": round(took["verify"] / took["no_mask"], 3)}
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", help="Hub id, folder or .gguf file; SmolLM2-135M-Instruct if not given")
+    parser.add_argument("--dtype")
+    parser.add_argument("--cached", type=int, nargs="+", default=[256, 1024, 4096, 8000])
+    parser.add_argument("--nodes", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    model, _ = load_target(args.target or gguf_path(), args.dtype or fast_dtype())
+    target = Target(model, JetFlowConfig.for_target(model.config, mask_token_id=0))
+    rows = []
+    for num_cached in args.cached:
+        for num_nodes in args.nodes:
+            rows.append(measure(target, num_cached, num_nodes, args.repeats))
+            took = rows[-1]["milliseconds"]
+            print(
+                f"{num_cached:5} cached, {num_nodes:3} nodes: verify {took['verify']:.1f} ms, no mask "
+                f"{took['no_mask']:.1f} ms (ratio {rows[-1]['verify_over_no_mask']:.2f}), repeating "
+                f"{took['repeating']:.1f} ms",
+                flush=True,
+            )
+    if args.json:
+        write_json({"environment": environment(), "rows": rows}, args.json)
+
+
+if __name__ == "__main__":
+    main()
