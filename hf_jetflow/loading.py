@@ -36,21 +36,32 @@ def load_target(source: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTok
         ValueError: If `dtype` is unknown.
         OSError: If a file is missing.
     """
+    model = load_model(source, dtype)
+    name, kwargs = model_source(source)
+    return model, AutoTokenizer.from_pretrained(name, **kwargs)
+
+
+def load_model(source: str, dtype: str) -> PreTrainedModel:
+    """`load_target` without the tokenizer."""
     if dtype not in DTYPES:
         raise ValueError(f"the dtype is {dtype!r}, but one of {sorted(DTYPES)} is needed")
+    name, kwargs = model_source(source)
+    if "gguf_file" in kwargs and GgufConfig is not None:
+        # A head borrows rows of the output embedding, which must not be packed.
+        kwargs["quantization_config"] = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], **kwargs)
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+    return model.eval()
+
+
+def model_source(source: str) -> tuple[str, dict[str, Any]]:
+    """What the Auto classes take for a Hub id, a folder or a `.gguf` file."""
     path = Path(source)
-    tokenizer_kwargs: dict[str, Any] = {}
-    model_kwargs: dict[str, Any] = {}
     if source.endswith(".gguf"):
         if not path.is_file():
             raise OSError(f"`{source}` does not exist; give the path of a .gguf file, a folder or a Hub id")
-        source, tokenizer_kwargs["gguf_file"] = str(path.parent), path.name
-        if GgufConfig is not None:  # a head borrows rows of the output embedding, which must not be packed
-            model_kwargs["quantization_config"] = GgufConfig(dequantize=True)
-    elif (os.sep in source and source.count("/") != 1) and not path.exists():
+        return str(path.parent), {"gguf_file": path.name}
+    if (os.sep in source and source.count("/") != 1) and not path.exists():
         raise OSError(f"`{source}` does not exist; give the path of a folder, a .gguf file or a Hub id")
-    tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_kwargs)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], **tokenizer_kwargs, **model_kwargs)
-    if torch.cuda.is_available():
-        model = model.to("cuda")
-    return model.eval(), tokenizer
+    return source, {}

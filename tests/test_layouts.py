@@ -36,7 +36,7 @@ def said(monkeypatch) -> list[str]:
 
 
 @torch.no_grad()
-def chains(head: JetFlowHead, target, num_prompts: int = 6) -> list[list[int]]:
+def chains(head: JetFlowHead, target, num_prompts: int = 3) -> list[list[int]]:
     """Chains drafted behind random prompts; a head that is read wrongly drafts others."""
     generator = torch.Generator().manual_seed(7)
     drafted = []
@@ -83,7 +83,7 @@ def test_the_same_weights_draft_the_same_tokens_in_every_layout(target, tmp_path
     drafted = {name: chains(head, target) for name, head in heads.items()}
     assert all(drafts == drafted["JetFlow"] for drafts in drafted.values()), drafted
     assert all(len(chain) == make.BLOCK - 1 for chain in drafted["JetFlow"])
-    assert len({tuple(chain) for chain in drafted["JetFlow"]}) > 3, "the miniature drafts the same whatever it reads"
+    assert len({tuple(chain) for chain in drafted["JetFlow"]}) == 3, "the miniature drafts the same whatever it reads"
 
 
 def test_causal_and_bidirectional_heads_draft_differently(target, tmp_path):
@@ -101,9 +101,8 @@ def test_an_offset_in_the_tapped_layers_would_show(target, tmp_path, shift):
     assert chains(make.load(tmp_path / "wrong", config, make.body_tensors()), target) != chains(right, target)
 
 
-@pytest.mark.parametrize("name", make.CONFIGS)
-def test_a_head_of_any_layout_leaves_the_text_as_it_is(target, tmp_path, prompt, name):
-    head = make.load(tmp_path, make.CONFIGS[name](True), make.body_tensors())
+def test_a_foreign_head_leaves_the_text_as_it_is(target, tmp_path, prompt):
+    head = make.load(tmp_path, make.speculators(True), make.body_tensors())
     plain = target.generate(prompt, max_new_tokens=12, do_sample=False)
     assert_same_text(plain, target.generate(prompt, assistant_model=head, max_new_tokens=12, do_sample=False))
 
