@@ -63,9 +63,7 @@ MINIATURE = "a miniature of its keys and tensor names"
 
 # The first entry that matches reads the file.
 LAYOUTS = (
-    Layout(
-        "JetFlow", lambda config: config.get("model_type") == "jetflow", read_jetflow, "saved and loaded by itself"
-    ),
+    Layout("JetFlow", lambda config: config.get("model_type") == "jetflow", read_jetflow, "the heads trained here"),
     Layout(
         "speculators dflash",
         _is_speculators("dflash"),
