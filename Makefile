@@ -1,4 +1,5 @@
 # make test   lint and tests          make demo   a draft head next to plain decoding, on the CPU
+# make parity   logits of heads in other projects' layouts, against their own packages, in an environment of its own
 #
 # Needs python3 (3.10 or newer, with venv) only: everything else goes into $(VENV), once.
 #   PYTHON=python3.12                       another interpreter
@@ -10,6 +11,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 TRANSFORMERS ?=
+PARITY_VENV ?= .venv-parity
+PARITY_ARGS ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 TRAIN_ARGS ?=
@@ -27,7 +30,7 @@ PIP = $(BIN)/python -m pip install -q --disable-pip-version-check
 INSTALLED = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format train-demo-head clean
+.PHONY: help venv demo test lint format train-demo-head parity clean
 
 help:
 	@sed -n '/^# make/,/^$$/s/^# \{0,1\}//p' Makefile
@@ -72,6 +75,17 @@ format: venv
 train-demo-head: venv
 	@echo "== training the head of SmolLM2-135M-Instruct (hours on a CPU)"
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/train_smollm2.sh $(TRAIN_ARGS)
+
+# These packages want older releases than ours; what they import only for training on GPUs is left out.
+parity:
+	@echo "== $(PARITY_VENV): torch, dflash and speculators (minutes on a slow line; Python 3.11 or newer)"
+	@test -d $(PARITY_VENV) || $(PYTHON) -m venv $(PARITY_VENV)
+	@$(PARITY_VENV)/bin/python -m pip install -q --disable-pip-version-check $(TORCH)
+	@$(PARITY_VENV)/bin/python -m pip install -q --disable-pip-version-check -e . 'transformers==5.17.0' 'datasets<=5.1.0' \
+	    aiohttp loguru openai psutil pydantic-settings typer
+	@$(PARITY_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps \
+	    dflash==0.1.0 speculators==0.9.0 hs-connectors==0.9.0
+	$(PARITY_VENV)/bin/python examples/parity.py $(PARITY_ARGS)
 
 clean:
 	rm -rf .venv .venv-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Converting heads between layouts: read any, write one, read it back, and only then move it into place."""
+"""Converting heads between layouts: read any, write one beside its place, move it there and read it back."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from .exports import EXPORTS, TargetFacts
 from .fetching import CONFIG, WEIGHTS
-from .loading import load_target
+from .loading import load_model, model_source
 from .modeling_jetflow import JetFlowHead
 
 
@@ -47,11 +47,15 @@ def convert_head(source: str, to: str, output: Path, target: str | None = None) 
     folder = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
         left_out = _write(head, to, folder, facts)
-        JetFlowHead.from_pretrained(folder)
         folder.chmod(0o755)
         os.replace(folder, output)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    try:
+        JetFlowHead.from_pretrained(output)
+    except (OSError, ValueError):
+        shutil.rmtree(output)
+        raise
     return left_out
 
 
@@ -70,15 +74,16 @@ def _write(head: JetFlowHead, to: str, folder: Path, facts: TargetFacts) -> list
 def _target_facts(head: JetFlowHead, to: str, target: str | None) -> TargetFacts:
     if target is None:
         return TargetFacts()
-    config = _target_config(target)
+    name, kwargs = model_source(target)
+    config = AutoConfig.from_pretrained(name, **kwargs)
     text = config.get_text_config(decoder=True)
-    for name, of_head, of_target in (
+    for what, of_head, of_target in (
         ("hidden size", head.config.target_hidden_size, text.hidden_size),
         ("vocabulary size", head.config.vocab_size, text.vocab_size),
         ("number of layers", head.config.num_target_layers, text.num_hidden_layers),
     ):
         if of_head is not None and of_head != of_target:
-            raise ValueError(f"the head expects a target with {name} {of_head}, but `{target}` has {of_target}")
+            raise ValueError(f"the head expects a target with {what} {of_head}, but `{target}` has {of_target}")
     rows = None
     if to == "speculators" and head.config.draft_vocab_size is not None and not head.config.own_lm_head:
         rows = _output_rows(target, head.d2t)
@@ -91,16 +96,10 @@ def _target_facts(head: JetFlowHead, to: str, target: str | None) -> TargetFacts
     )
 
 
-def _target_config(target: str) -> PreTrainedConfig:
-    if target.endswith(".gguf"):
-        path = Path(target)
-        return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
-    return AutoConfig.from_pretrained(target)
-
-
 def _output_rows(target: str, token_ids: torch.Tensor) -> torch.Tensor:
-    model, _ = load_target(target, "float32")
-    return model.get_output_embeddings().weight.detach().cpu()[token_ids.cpu()]
+    """Rows (draft_vocab, hidden) of the target's output embedding."""
+    weight = load_model(target, "float32").get_output_embeddings().weight
+    return weight.detach().cpu()[token_ids.cpu()]
 
 
 def _scales_embeddings(text: PreTrainedConfig) -> bool:

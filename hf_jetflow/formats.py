@@ -28,7 +28,7 @@ class Layout:
     name: str
     matches: Callable[[Config], bool]
     read: Callable[[Config, Tensors], Reading]
-    checked: str  # against what, for the README
+    checked: str  # with what it was checked, for the README
 
 
 @dataclass(frozen=True)
@@ -59,33 +59,31 @@ def _setting(config: Config, key: str) -> Any:
     return (config.get("dflash_config") or {}).get(key) or config.get(key)
 
 
-OWN_WEIGHTS = "a miniature with this layout's keys and tensor names"
+MINIATURE = "a miniature of its keys and tensor names"
 
 # The first entry that matches reads the file.
 LAYOUTS = (
-    Layout(
-        "JetFlow", lambda config: config.get("model_type") == "jetflow", read_jetflow, "saved and loaded by itself"
-    ),
+    Layout("JetFlow", lambda config: config.get("model_type") == "jetflow", read_jetflow, "the heads trained here"),
     Layout(
         "speculators dflash",
         _is_speculators("dflash"),
         read_speculators,
-        f"{OWN_WEIGHTS}; logits of the speculators package, both ways",
+        f"{MINIATURE}; logits of the speculators package, both ways",
     ),
-    Layout("TensorRT-Edge-LLM JetSpec", _has("jetspec_config"), read_tensorrt, OWN_WEIGHTS),
-    Layout("JetSpec", _has("dflash_config", "causal_head"), read_jetspec, OWN_WEIGHTS),
+    Layout("TensorRT-Edge-LLM JetSpec", _has("jetspec_config"), read_tensorrt, MINIATURE),
+    Layout("JetSpec", _has("dflash_config", "causal_head"), read_jetspec, MINIATURE),
     Layout(
         "NeMo Automodel",
         lambda config: _architecture(config) == "Qwen3DFlashDraftModel",
         read_jetspec,
-        OWN_WEIGHTS,
+        MINIATURE,
     ),
-    Layout("DeepSpec dflash", lambda config: _architecture(config) == "Qwen3DSparkModel", read_deepspec, OWN_WEIGHTS),
+    Layout("DeepSpec dflash", lambda config: _architecture(config) == "Qwen3DSparkModel", read_deepspec, MINIATURE),
     Layout(
         "DFlash",
         lambda config: "dflash_config" in config or _architecture(config) == "DFlashDraftModel",
         read_dflash,
-        f"{OWN_WEIGHTS}; logits and chains of the dflash package, both ways",
+        f"{MINIATURE}; logits and chains of the dflash package, both ways",
     ),
 )
 
@@ -170,6 +168,9 @@ def recognise(config: Config) -> Layout:
     Raises:
         ValueError: Naming a layout that is not supported, and what to do.
     """
+    for section in ("dflash_config", "jetspec_config", "speculators_config", "transformer_layer_config"):
+        if not isinstance(config.get(section) or {}, dict):
+            raise ValueError(f"config.json: `{section}` is {config[section]!r}, but a JSON object is needed")
     for refusal in REFUSED:
         if refusal.matches(config):
             raise ValueError(_refused(refusal))

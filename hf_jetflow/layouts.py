@@ -36,6 +36,7 @@ BODY_KEYS = (
 )
 ROPE_KEYS = ("rope_parameters", "rope_theta", "rope_scaling")
 WINDOW_KEYS = ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers")
+LAYER_KEYS = {*BODY_KEYS, *ROPE_KEYS, *WINDOW_KEYS}
 # What says nothing about how a head drafts.
 DESCRIPTIVE_KEYS = {
     "_attn_implementation",
@@ -50,6 +51,8 @@ DESCRIPTIVE_KEYS = {
     "id2label",
     "is_encoder_decoder",
     "label2id",
+    "loss_decay_gamma",
+    "max_anchors",
     "model_type",
     "name_or_path",
     "num_anchors",
@@ -63,6 +66,13 @@ DESCRIPTIVE_KEYS = {
     "torch_dtype",
     "transformers_version",
     "use_cache",
+}
+# Values at which a key that we do not use changes nothing; other keys change nothing where they are empty, 0 or false.
+NEUTRAL_VALUES = {
+    "attention_value_scale": 1,
+    "is_neox_style": True,
+    "partial_rotary_factor": 1,
+    "projector_type": "dflash",
 }
 # Text has one position per token, for which these make no difference.
 NEUTRAL_ROPE_KEYS = {"mrope_section", "mrope_interleaved"}
@@ -94,9 +104,9 @@ def read_dflash(
         scale (`float`, *optional*): `embedding_scale` where the file gives none.
     """
     settings = config.get(section) or {}
-    shared = ("input_embedding_scale", "output_multiplier", "logit_scale", "final_logit_softcapping", "is_neox_style")
+    shared = ("input_embedding_scale", "output_multiplier", "logit_scale", "final_logit_softcapping")
     block = ("block_size", "mask_token_id", "target_layer_ids")
-    refuse_unknown_keys(config, {section, *shared, *block, "is_causal", "num_target_layers"})
+    refuse_unknown_keys(config, {section, *LAYER_KEYS, *shared, *block, "is_causal", "num_target_layers"})
     refuse_unknown_keys(settings, {*shared, *block, "causal_head", "causal", "target_hidden_size"}, f"{section}.")
     values = {key: _one_value(config, section, key) for key in (*shared, *block)}
     fields = read_body(config)
@@ -106,8 +116,6 @@ def read_dflash(
             f"{fields['hidden_size']}: a head with a `hidden_dim_adapter` is not as wide as its target and cannot "
             "borrow its embedding; train a head for this target"
         )
-    if values["is_neox_style"] is False:
-        raise ValueError("`is_neox_style` is false, but heads rotate halves only; convert the checkpoint first")
     num_target_layers, layer_ids = config.get("num_target_layers"), values["target_layer_ids"]
     if layer_ids is None and num_target_layers is not None:
         layer_ids = spaced_layer_ids(num_target_layers, fields["num_hidden_layers"])
@@ -115,7 +123,7 @@ def read_dflash(
     fields |= {
         "block_size": values["block_size"],
         "mask_token_id": values["mask_token_id"],
-        "hidden_state_indices": None if layer_ids is None else [layer_id + 1 for layer_id in layer_ids],
+        "hidden_state_indices": _behind_embeddings(layer_ids),
         "num_target_layers": num_target_layers,
         "is_causal": flags,
         "embedding_scale": values["input_embedding_scale"] or scale,
@@ -138,14 +146,13 @@ def read_tensorrt(config: Config, tensors: Tensors) -> Reading:
 def read_deepspec(config: Config, tensors: Tensors) -> Reading:
     """DeepSpec's dflash: every row predicts, embedding and LM head are in the file; ids from -1, the embeddings."""
     block = ("block_size", "mask_token_id", "target_layer_ids")
-    refuse_unknown_keys(config, {*block, "num_target_layers", "is_causal"})
+    refuse_unknown_keys(config, {*LAYER_KEYS, *block, "num_target_layers", "is_causal"})
     fields = read_body(config)
-    layer_ids, block_size = config.get("target_layer_ids"), config.get("block_size")
     flags, causality, contradictions = read_causality(config, None, fields["layer_types"])
     fields |= {
-        "block_size": None if block_size is None else block_size + 1,
+        "block_size": _block_size(config, anchor_predicts=True),
         "mask_token_id": config.get("mask_token_id"),
-        "hidden_state_indices": None if layer_ids is None else [layer_id + 1 for layer_id in layer_ids],
+        "hidden_state_indices": _behind_embeddings(config.get("target_layer_ids")),
         "num_target_layers": config.get("num_target_layers"),
         "is_causal": flags,
         "anchor_predicts": True,
@@ -170,11 +177,12 @@ def read_speculators(config: Config, tensors: Tensors) -> Reading:
         "sliding_window_non_causal",
         "sample_from_anchor",
     }
-    refuse_unknown_keys(config, known)
     layer_config = copy.deepcopy(config.get("transformer_layer_config") or {})
+    repeated = {key for key in LAYER_KEYS & config.keys() if config[key] == layer_config.get(key)}
+    refuse_unknown_keys(config, known | repeated)
     rope = layer_config.get("rope_parameters") or {}
     layer_config["rope_parameters"] = rope.get("sliding_attention", rope) or None  # what speculators itself takes
-    refuse_unknown_keys(layer_config, set(), "transformer_layer_config.")
+    refuse_unknown_keys(layer_config, LAYER_KEYS, "transformer_layer_config.")
     fields = read_body(layer_config)
     flags, causality = _speculators_causality(config, fields["layer_types"])
     if (fields["sliding_window"] or 0) >= fields["max_position_embeddings"]:
@@ -182,9 +190,9 @@ def read_speculators(config: Config, tensors: Tensors) -> Reading:
     draft_vocab_size = config.get("draft_vocab_size", 32000)
     is_reduced = draft_vocab_size != fields["vocab_size"]
     verifier = (config.get("speculators_config") or {}).get("verifier") or {}
-    block_size, predicts = config.get("block_size", 8), bool(config.get("sample_from_anchor", False))
+    predicts = bool(config.get("sample_from_anchor", False))
     fields |= {
-        "block_size": block_size + predicts,
+        "block_size": _block_size(config, predicts),
         "mask_token_id": config.get("mask_token_id"),
         "hidden_state_indices": config.get("aux_hidden_state_layer_ids"),
         "num_target_layers": None,
@@ -197,6 +205,23 @@ def read_speculators(config: Config, tensors: Tensors) -> Reading:
         "own_lm_head": "lm_head.weight" in tensors,
     }
     return Reading(fields, _speculators_tensors(tensors, is_reduced), causality)
+
+
+def _block_size(config: Config, anchor_predicts: bool) -> int | None:
+    """Our block size, one more than the depths: where the anchor's row predicts, the files count rows."""
+    size = config.get("block_size")
+    if size is not None and not isinstance(size, int):
+        raise ValueError(f"`block_size` is {size!r}, but an integer is needed")
+    return size + 1 if size is not None and anchor_predicts else size
+
+
+def _behind_embeddings(layer_ids: Any) -> list[int] | None:
+    """Indices into `hidden_states`, whose entry 0 are the embeddings, of layers counted from 0."""
+    if layer_ids is None:
+        return None
+    if not isinstance(layer_ids, list) or not all(isinstance(layer_id, int) for layer_id in layer_ids):
+        raise ValueError(f"`target_layer_ids` is {layer_ids!r}, but a list of integers is needed")
+    return [layer_id + 1 for layer_id in layer_ids]
 
 
 def _speculators_causality(config: Config, layer_types: list[str]) -> tuple[list[bool], str]:
@@ -277,12 +302,11 @@ def read_causality(config: Config, section: str | None, layer_types: list[str]) 
 
 
 def refuse_unknown_keys(config: Config, known: Collection[str], prefix: str = "") -> None:
-    """Raise a `ValueError` naming the keys of a config that are not known and do not say nothing."""
-    body = set() if prefix.endswith("_config.") and prefix != "transformer_layer_config." else _TOP_KEYS
+    """Raise a `ValueError` naming the keys of a config that are not known and ask for something."""
     unknown = sorted(
         f"`{prefix}{key}: {value}`"
         for key, value in config.items()
-        if key not in known and key not in body and not _is_neutral(value)
+        if key not in known and key not in DESCRIPTIVE_KEYS and not _is_neutral(key, value)
     )
     if unknown:
         raise ValueError(
@@ -291,11 +315,8 @@ def refuse_unknown_keys(config: Config, known: Collection[str], prefix: str = ""
         )
 
 
-_TOP_KEYS = {*BODY_KEYS, *ROPE_KEYS, *WINDOW_KEYS, *DESCRIPTIVE_KEYS}
-
-
-def _is_neutral(value: Any) -> bool:
-    return value is None or value is False or value in ("", 0, [], {})
+def _is_neutral(key: str, value: Any) -> bool:
+    return value is None or (value == NEUTRAL_VALUES[key] if key in NEUTRAL_VALUES else value in ("", 0, [], {}))
 
 
 def _one_value(config: Config, section: str, key: str) -> Any:

@@ -43,17 +43,23 @@ def load_target(source: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTok
         ValueError: If `dtype` is unknown.
         OSError: If a file is missing.
     """
+    model = load_model(source, dtype)
+    name, kwargs = model_source(source)
+    return model, AutoTokenizer.from_pretrained(name, **kwargs)
+
+
+def load_model(source: str, dtype: str) -> PreTrainedModel:
+    """`load_target` without the tokenizer."""
     if dtype not in DTYPES:
         raise ValueError(f"the dtype is {dtype!r}, but one of {sorted(DTYPES)} is needed")
-    source, gguf = _locate(source)
-    model_kwargs: dict[str, Any] = {}
-    if gguf and GgufConfig is not None:  # a head borrows rows of the output embedding, which must not be packed
-        model_kwargs["quantization_config"] = GgufConfig(dequantize=True)
-    tokenizer = AutoTokenizer.from_pretrained(source, **gguf)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], **gguf, **model_kwargs)
+    name, kwargs = model_source(source)
+    if "gguf_file" in kwargs and GgufConfig is not None:
+        # A head borrows rows of the output embedding, which must not be packed.
+        kwargs["quantization_config"] = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], **kwargs)
     if torch.cuda.is_available():
         model = model.to("cuda")
-    return model.eval(), tokenizer
+    return model.eval()
 
 
 def load_target_config(source: str) -> PreTrainedConfig:
@@ -66,12 +72,12 @@ def load_target_config(source: str) -> PreTrainedConfig:
     Raises:
         OSError: If a file is missing.
     """
-    source, gguf = _locate(source)
-    return AutoConfig.from_pretrained(source, **gguf)
+    name, kwargs = model_source(source)
+    return AutoConfig.from_pretrained(name, **kwargs)
 
 
-def _locate(source: str) -> tuple[str, dict[str, str]]:
-    """What `from_pretrained` takes for a source: its first argument, and `gguf_file` for a `.gguf` file."""
+def model_source(source: str) -> tuple[str, dict[str, Any]]:
+    """What the Auto classes take for a Hub id, a folder or a `.gguf` file."""
     path = Path(source)
     if source.endswith(".gguf"):
         if not path.is_file():

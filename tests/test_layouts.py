@@ -36,7 +36,7 @@ def said(monkeypatch) -> list[str]:
 
 
 @torch.no_grad()
-def chains(head: JetFlowHead, target, num_prompts: int = 6) -> list[list[int]]:
+def chains(head: JetFlowHead, target, num_prompts: int = 3) -> list[list[int]]:
     """Chains drafted behind random prompts; a head that is read wrongly drafts others."""
     generator = torch.Generator().manual_seed(7)
     drafted = []
@@ -83,7 +83,7 @@ def test_the_same_weights_draft_the_same_tokens_in_every_layout(target, tmp_path
     drafted = {name: chains(head, target) for name, head in heads.items()}
     assert all(drafts == drafted["JetFlow"] for drafts in drafted.values()), drafted
     assert all(len(chain) == make.BLOCK - 1 for chain in drafted["JetFlow"])
-    assert len({tuple(chain) for chain in drafted["JetFlow"]}) > 3, "the miniature drafts the same whatever it reads"
+    assert len({tuple(chain) for chain in drafted["JetFlow"]}) == 3, "the miniature drafts the same whatever it reads"
 
 
 def test_causal_and_bidirectional_heads_draft_differently(target, tmp_path):
@@ -101,9 +101,8 @@ def test_an_offset_in_the_tapped_layers_would_show(target, tmp_path, shift):
     assert chains(make.load(tmp_path / "wrong", config, make.body_tensors()), target) != chains(right, target)
 
 
-@pytest.mark.parametrize("name", make.CONFIGS)
-def test_a_head_of_any_layout_leaves_the_text_as_it_is(target, tmp_path, prompt, name):
-    head = make.load(tmp_path, make.CONFIGS[name](True), make.body_tensors())
+def test_a_foreign_head_leaves_the_text_as_it_is(target, tmp_path, prompt):
+    head = make.load(tmp_path, make.speculators(True), make.body_tensors())
     plain = target.generate(prompt, max_new_tokens=12, do_sample=False)
     assert_same_text(plain, target.generate(prompt, assistant_model=head, max_new_tokens=12, do_sample=False))
 
@@ -355,7 +354,14 @@ def test_what_speculators_leaves_out_has_the_default_of_the_body_it_names(tmp_pa
             dict(dflash_config=dict(block_size=4)),
             "`dflash_config.block_size` is 4, but `block_size` is 8",
         ),
-        (make.jetspec, dict(is_neox_style=False), "`is_neox_style` is false"),
+        (make.jetspec, dict(use_swa=False, swa_window_size=64), "`swa_window_size: 64`"),
+        (make.jetspec, dict(dflash_config=dict(projector_type="other")), "`dflash_config.projector_type: other`"),
+        (make.jetspec, dict(partial_rotary_factor=0.5), "`partial_rotary_factor: 0.5`"),
+        (make.speculators, dict(sliding_window=64), "`sliding_window: 64`"),
+        (make.speculators, dict(block_size="8", sample_from_anchor=True), "`block_size` is '8', but an integer"),
+        (make.speculators, dict(transformer_layer_config=3), "`transformer_layer_config` is 3, but a JSON object"),
+        (make.jetspec, dict(dflash_config=dict(target_layer_ids="1,3")), "'1,3', but a list of integers is needed"),
+        (make.jetspec, dict(dflash_config=dict(target_layer_ids=[1, 5])), "lie in 0 .. 5"),
         (make.jetspec, dict(model_type="gemma4_text"), "'gemma4_text', but one of ('qwen3', 'llama') is needed"),
         (make.jetspec, dict(rope_parameters=dict(full_attention=dict(rope_theta=1.0))), "differ by kind of layer"),
         (
@@ -377,13 +383,26 @@ def test_what_speculators_leaves_out_has_the_default_of_the_body_it_names(tmp_pa
 def test_what_is_not_known_is_refused_and_never_skipped(tmp_path, make_config, change, cause):
     config = make_config(False)
     for key, value in change.items():
-        config[key] = {**config[key], **value} if isinstance(config.get(key), dict) else value
+        is_section = isinstance(config.get(key), dict) and isinstance(value, dict)
+        config[key] = {**config[key], **value} if is_section else value
     assert cause in refusal(tmp_path, config)
 
 
 @pytest.mark.parametrize("value", [None, False, 0, "", [], {}])
 def test_an_unknown_key_that_says_nothing_is_let_through(tmp_path, value):
     make.load(tmp_path, make.jetspec(True) | {"new_trick": value}, make.body_tensors())
+
+
+def test_what_the_training_left_in_a_file_is_let_through(tmp_path):
+    config = make.jetspec(True) | {"is_neox_style": True, "partial_rotary_factor": 1.0}
+    config["dflash_config"] |= {"num_anchors": 4096, "loss_decay_gamma": 7.0, "projector_type": "dflash"}
+    make.load(tmp_path, config, make.body_tensors())
+    speculators = make.speculators(False)
+    make.load(tmp_path, speculators | {"hidden_size": make.HIDDEN}, make.body_tensors())
+
+
+def test_a_flag_of_the_rotation_that_is_off_is_refused(tmp_path):
+    assert "`is_neox_style: False`" in refusal(tmp_path, make.jetspec(True) | {"is_neox_style": False})
 
 
 @pytest.mark.parametrize("key", ["mask_token_id", "aux_hidden_state_layer_ids"])

@@ -1,0 +1,317 @@
+"""Parity with the field's own implementations: heads they save, read by us, and heads we write, read by them.
+
+    make parity
+
+sets up an environment of its own with the packages `dflash` and `speculators`, since these want other versions than
+ours, and runs this file in it. Heads and target are small and random, in float32 on the CPU. Every row of the result
+compares the logits of all drafted rows behind several prompts, by their model and by ours, and the chains drafted from
+them. The exit status is 1 where a difference is above 1e-4.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3Config
+
+from hf_jetflow import JetFlowCandidateGenerator, JetFlowConfig, JetFlowHead
+from hf_jetflow.convert import convert_head
+from hf_jetflow.target import Target, TargetStates
+
+
+TOLERANCE = 1e-4
+VOCAB, HIDDEN, TARGET_LAYERS, BLOCK, MASK, LENGTH = 257, 64, 5, 8, 3, 512
+LAYER_IDS = [1, 3]  # entries 2 and 4 of `hidden_states`
+PROMPTS = (9, 14, 23)  # lengths, anchor included
+BODY: dict[str, Any] = dict(
+    vocab_size=VOCAB,
+    hidden_size=HIDDEN,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=LENGTH,
+    rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+    layer_types=["full_attention"] * 2,
+)
+WINDOWED = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=12, use_sliding_window=True)
+Logits = Callable[
+    [torch.Tensor, torch.Tensor], torch.Tensor
+]  # ids (1, seq), features of all but the last -> (depth, ...)
+
+
+def small_target(folder: Path) -> PreTrainedModel:
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(
+        "llama",
+        **{key: BODY[key] for key in BODY if key not in ("num_hidden_layers", "layer_types", "rope_parameters")},
+        num_hidden_layers=TARGET_LAYERS,
+        tie_word_embeddings=False,
+    )
+    target = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in target.named_parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(3 if "embed" in name else 10)
+    target.save_pretrained(folder)
+    return target
+
+
+@torch.no_grad()
+def randomize(model: torch.nn.Module) -> None:
+    """Every tensor of a head gets a value of its own, norms included."""
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in sorted(model.named_parameters()):
+        if "verifier" not in name and "embed_tokens" not in name:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + (parameter.ndim == 1))
+
+
+# --- the two sides ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def our_logits(target: PreTrainedModel, head: JetFlowHead, ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """By our drafting, candidates over the whole draft vocabulary: log-probabilities (depth, draft_vocab)."""
+    drafter = JetFlowCandidateGenerator(head, Target(target, head.config))
+    position = ids.shape[1] - 1
+    drafter.observe(TargetStates(torch.empty(0, VOCAB), features, torch.arange(position)[None]))
+    candidates = drafter.propose(ids[:, -1], position, head.config.block_size - 1, width=VOCAB)
+    known = torch.arange(VOCAB) if head.draft_token_ids is None else head.draft_token_ids
+    by_token = torch.full((len(candidates.tokens), VOCAB), float("-inf")).scatter(
+        1, candidates.tokens, candidates.logprobs
+    )
+    return by_token[:, known]
+
+
+def dflash_logits(target: PreTrainedModel, model: Any) -> Logits:
+    from dflash.model import _draft_value, _raw_input_embeddings
+
+    @torch.no_grad()
+    def logits(ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        block = torch.tensor([[int(ids[0, -1])] + [model.mask_token_id] * (model.block_size - 1)])
+        scale = float(_draft_value(model.config, "input_embedding_scale", 1.0))
+        rows = model(
+            target_hidden=features,
+            noise_embedding=_raw_input_embeddings(target, block, scale),
+            position_ids=torch.arange(ids.shape[1] - 1 + model.block_size)[None],
+        )
+        return model.compute_logits(rows[0, 1:], target.lm_head)
+
+    return logits
+
+
+def speculators_logits(model: Any) -> Logits:
+    @torch.no_grad()
+    def logits(ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        # Its forward is the one of training: an anchor in a longer text, of which the block must not see the rest.
+        anchor, length = ids.shape[1] - 1, ids.shape[1] + model.block_size
+        text = torch.cat([ids, ids.new_full((1, length - ids.shape[1]), 7)], dim=1)
+        shown = torch.cat([features, torch.randn(1, length - anchor, features.shape[-1])], dim=1)
+        is_anchor = (torch.arange(length) == anchor)[None]
+        _, drafted, *_ = model._backbone_forward(
+            shown,
+            text,
+            is_anchor.float(),
+            torch.zeros(1, length, HIDDEN),
+            torch.zeros(1, length, dtype=torch.long),
+            max_anchors=1,
+        )
+        return drafted[0] if model.config.sample_from_anchor else drafted[0, 1:]
+
+    return logits
+
+
+def compare(target: PreTrainedModel, head: JetFlowHead, theirs: Logits) -> dict[str, Any]:
+    """Greatest difference of log-probabilities, and whether all chains are the same."""
+    view = Target(target, head.config)
+    generator, differences, is_same = torch.Generator().manual_seed(3), [], True
+    for length in PROMPTS:
+        ids = torch.randint(8, VOCAB, (1, length), generator=generator)
+        features, _ = view.states(ids[:, :-1])
+        ours = our_logits(target, head, ids, features)
+        expected = torch.log_softmax(theirs(ids, features).float(), dim=-1)
+        differences.append(float((ours - expected).abs().max()))
+        is_same &= torch.equal(ours.argmax(dim=-1), expected.argmax(dim=-1))
+    return {"max_difference": max(differences), "same_chains": is_same, "num_depths": len(ours)}
+
+
+# --- dflash ----------------------------------------------------------------------------------------------------------
+
+SECTION = {"mask_token_id": MASK, "target_layer_ids": LAYER_IDS}
+DFLASH_CASES: dict[str, dict[str, Any]] = {
+    "block_size at the top, bidirectional": {"block_size": BLOCK, "dflash_config": SECTION},
+    "block_size in the section, causal": {"dflash_config": {**SECTION, "block_size": BLOCK}, "is_causal": True},
+    "sliding and full layers": {"block_size": BLOCK, "dflash_config": SECTION, **WINDOWED},
+    "sliding layers, bidirectional": {"block_size": BLOCK, "dflash_config": SECTION, "is_causal": False, **WINDOWED},
+    "scales and soft cap": {
+        "block_size": BLOCK,
+        "dflash_config": {
+            **SECTION,
+            "input_embedding_scale": 1.5,
+            "output_multiplier": 0.5,
+            "final_logit_softcapping": 4.0,
+        },
+    },
+}
+
+
+def compare_dflash(target: PreTrainedModel, folder: Path) -> Iterator[dict[str, Any]]:
+    from dflash.model import DFlashDraftModel, dflash_generate
+
+    for number, (case, settings) in enumerate(DFLASH_CASES.items()):
+        model = DFlashDraftModel(Qwen3Config(**{**BODY, **settings, "num_target_layers": TARGET_LAYERS})).eval()
+        randomize(model)
+        model.save_pretrained(saved := folder / f"theirs-{number}")
+        head = JetFlowHead.from_pretrained(saved).eval()
+        yield {"case": case, "saved_by": "dflash", **compare(target, head, dflash_logits(target, model))}
+    for number, (case, settings) in enumerate(OUR_CASES.items()):
+        head, written = our_head(folder, number, "dflash", settings)
+        model = DFlashDraftModel.from_pretrained(written).eval()
+        row = compare(target, head, dflash_logits(target, model))
+        ids = torch.randint(8, VOCAB, (1, 12), generator=torch.Generator().manual_seed(4))
+        theirs = dflash_generate(model, target, ids, 24, None)
+        ours = target.generate(ids, assistant_model=head, max_new_tokens=24, do_sample=False, eos_token_id=None)
+        yield {"case": case, "saved_by": "hf_jetflow", **row, "same_text": torch.equal(theirs, ours)}
+
+
+# --- speculators -----------------------------------------------------------------------------------------------------
+
+SPECULATORS_CASES: dict[str, dict[str, Any]] = {
+    "whole vocabulary, bidirectional": {},
+    "reduced vocabulary": {"draft_vocab_size": 40},
+    "rows predict from the anchor": {"sample_from_anchor": True},
+    # In its training a sliding layer's window is counted from the anchor, in decoding from every row: the same while
+    # the text is shorter than the window.
+    "sliding and full layers": {"layers": {**WINDOWED, "sliding_window": 64}},
+    "sliding layers, bidirectional": {"layers": {**WINDOWED, "sliding_window": 64}, "sliding_window_non_causal": True},
+}
+
+
+def compare_speculators(target: PreTrainedModel, folder: Path) -> Iterator[dict[str, Any]]:
+    from speculators import SpeculatorsConfig, VerifierConfig
+    from speculators.models.dflash import DFlashDraftModel, DFlashSpeculatorConfig
+    from speculators.proposals.greedy import GreedyTokenProposalConfig
+
+    def described(settings: dict[str, Any]) -> Any:
+        settings = dict(settings)
+        layers = Qwen3Config(**{**BODY, **settings.pop("layers", {})})
+        layers._attn_implementation = "eager"
+        proposal = GreedyTokenProposalConfig(speculative_tokens=BLOCK - 1)
+        verifier = VerifierConfig(name_or_path=str(folder / "target"), architectures=["LlamaForCausalLM"])
+        return DFlashSpeculatorConfig(
+            transformer_layer_config=layers,
+            draft_vocab_size=settings.pop("draft_vocab_size", VOCAB),
+            block_size=BLOCK,
+            aux_hidden_state_layer_ids=[index + 1 for index in LAYER_IDS],
+            mask_token_id=MASK,
+            speculators_config=SpeculatorsConfig(
+                algorithm="dflash", proposal_methods=[proposal], default_proposal_method="greedy", verifier=verifier
+            ),
+            **settings,
+        )
+
+    for number, (case, settings) in enumerate(SPECULATORS_CASES.items()):
+        model = DFlashDraftModel(described(settings)).eval()
+        if "draft_vocab_size" in settings:
+            model.load_vocab_mappings(*vocabulary_maps(settings["draft_vocab_size"]))
+        model.load_verifier_weights()
+        randomize(
+            torch.nn.ModuleDict({name: getattr(model, name) for name in ("layers", "fc", "norm", "hidden_norm")})
+        )
+        model.save_pretrained(saved := folder / f"theirs-{number}")
+        head = JetFlowHead.from_pretrained(saved).eval()
+        yield {"case": case, "saved_by": "speculators", **compare(target, head, speculators_logits(model))}
+    for number, (case, settings) in enumerate({**OUR_CASES, **OUR_SPECULATORS_CASES}.items()):
+        head, written = our_head(folder, number, "speculators", settings)
+        config = DFlashSpeculatorConfig.from_pretrained(str(written))
+        config.transformer_layer_config._attn_implementation = "eager"
+        model = DFlashDraftModel.from_pretrained(str(written), config=config).eval()
+        yield {"case": case, "saved_by": "hf_jetflow", **compare(target, head, speculators_logits(model))}
+
+
+def vocabulary_maps(num_drafted: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """speculators' `t2d` and `d2t` of a random draft vocabulary."""
+    token_ids = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(2))[:num_drafted].sort().values
+    return torch.zeros(VOCAB, dtype=torch.bool).index_fill(0, token_ids, True), token_ids - torch.arange(num_drafted)
+
+
+# --- heads we write --------------------------------------------------------------------------------------------------
+
+OUR_CASES: dict[str, dict[str, Any]] = {
+    "causal": {"is_causal": True},
+    "bidirectional": {"is_causal": False},
+    "causal sliding and open full layers": {
+        "is_causal": [True, False],
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 64,
+    },
+}
+OUR_SPECULATORS_CASES: dict[str, dict[str, Any]] = {
+    "reduced vocabulary, causal": {"is_causal": True, "draft_vocab_size": 40},
+}
+
+
+def our_head(folder: Path, number: int, to: str, settings: dict[str, Any]) -> tuple[JetFlowHead, Path]:
+    """A head of ours, and where it was written in their layout."""
+    config = JetFlowConfig(
+        **{**BODY, **settings},
+        block_size=BLOCK,
+        mask_token_id=MASK,
+        hidden_state_indices=[index + 1 for index in LAYER_IDS],
+        num_target_layers=TARGET_LAYERS,
+    )
+    head = JetFlowHead(config).eval()
+    randomize(head)
+    if config.draft_vocab_size is not None:
+        in_draft, _ = vocabulary_maps(config.draft_vocab_size)
+        head.d2t.copy_(in_draft.nonzero()[:, 0])
+    head.save_pretrained(folder / f"ours-{number}")
+    convert_head(str(folder / f"ours-{number}"), to, folder / f"written-{number}", target=str(folder / "target"))
+    return head, folder / f"written-{number}"
+
+
+PACKAGES = {"dflash": compare_dflash, "speculators": compare_speculators}
+
+
+def run(package: str) -> list[dict[str, Any]]:
+    """All comparisons with one package."""
+    with tempfile.TemporaryDirectory() as name:
+        target = small_target(Path(name, "target"))
+        rows = []
+        for row in PACKAGES[package](target, Path(name)):
+            is_good = row["max_difference"] <= TOLERANCE and row["same_chains"] and row.get("same_text", True)
+            rows.append({"package": package, **row, "passed": is_good})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="file for the result")
+    args = parser.parse_args()
+    rows, versions = [], {name: version(name) for name in ("torch", "transformers")}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            print(f"{package} is not installed and was left out")
+            continue
+        rows += run(package)
+    for row in rows:
+        verdict = "ok  " if row["passed"] else "FAIL"
+        print(
+            f"{verdict} {row['package']:<12} saved by {row['saved_by']:<12} {row['max_difference']:.1e}  {row['case']}"
+        )
+    if args.json is not None:
+        args.json.write_text(json.dumps({"versions": versions, "tolerance": TOLERANCE, "rows": rows}, indent=2) + "\n")
+    sys.exit(not rows or not all(row["passed"] for row in rows))
+
+
+if __name__ == "__main__":
+    main()
