@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -89,7 +90,9 @@ def train_head(recipe: TrainRecipe, report: Reporter) -> dict[str, Any]:
         OSError: If a file cannot be read or written, or the Hub refuses the repository.
     """
     _check_options(recipe)
-    state = PartialState()  # before the target is loaded: it gives each process a device of its own
+    # Before the target is loaded: it gives each process a device of its own. The main process alone writes the answers
+    # and measures the head, for hours, and the others wait.
+    state = PartialState(timeout=timedelta(days=30))
     if recipe.push_to_hub and state.is_main_process:
         HfApi().create_repo(recipe.push_to_hub, exist_ok=True)
     prompts = read_prompts(recipe.prompts)
