@@ -1,5 +1,7 @@
 """The whole way from prompts to a saved head: what `hf-jetflow train` runs."""
 
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
@@ -9,7 +11,13 @@ from typing import Any, Protocol
 import torch
 from accelerate import PartialState
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
-from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+)
 
 from .answers import FOREIGN_SURPRISE, regenerate_answers, surprise, with_token_ids
 from .configuration_jetflow import BRANCH_CORRECTIONS, JetFlowConfig, spaced_layer_ids
@@ -116,6 +124,7 @@ def train_head(recipe: TrainRecipe, report: Reporter) -> dict[str, Any]:
             *([EarlyStoppingCallback(recipe.patience)] if recipe.patience else []),
         ],
     )
+    trainer.remove_callback(PrinterCallback)  # the reporter says it in fewer words
     if trainer.train_dataset.left_out:
         report.say(f"of {len(answers)} answers: {trainer.train_dataset.left_out} (see --max-length)")
     trainer.train(resume_from_checkpoint=True)
@@ -369,7 +378,6 @@ def _save(
 ) -> None:
     """The head in bfloat16 and its card, on the Hub too if asked for."""
     head.generation_config.node_budget = "auto"
-    head.to(torch.bfloat16).save_pretrained(recipe.output)
     num_tokens = sum(answers.num_answer)
     start = "" if recipe.head is None else f"Continued from `{recipe.head}`. "
     training = (
@@ -385,7 +393,21 @@ def _save(
         training=training,
         tokens_per_round=figures,
     )
-    (recipe.output / "README.md").write_text(card, encoding="utf-8")
+    _write_head(head.to(torch.bfloat16), card, recipe.output)
     if recipe.push_to_hub:
         files = [CommitOperationAdd(name, recipe.output / name) for name in HEAD_FILES]
         HfApi().create_commit(recipe.push_to_hub, files, commit_message="Draft head")
+
+
+def _write_head(head: JetFlowHead, card: str, folder: Path) -> None:
+    """Put the files of a head into a folder: what it had stays until all are written; never is it a part of a head."""
+    partial = folder / ".head.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
+    try:
+        head.save_pretrained(partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        (folder / "config.json").unlink(missing_ok=True)  # without it the others are no head, and it comes last
+        for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
