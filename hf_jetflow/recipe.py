@@ -100,7 +100,7 @@ def train_head(recipe: TrainRecipe, report: Reporter) -> dict[str, Any]:
     _check_options(recipe)
     # Before the target is loaded: it gives each process a device of its own. The main process alone writes the answers
     # and measures the head, for hours, and the others wait.
-    state = PartialState(timeout=timedelta(days=30))
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30))
     if recipe.push_to_hub and state.is_main_process:
         HfApi().create_repo(recipe.push_to_hub, exist_ok=True)
     prompts = read_prompts(recipe.prompts)
@@ -120,7 +120,7 @@ def train_head(recipe: TrainRecipe, report: Reporter) -> dict[str, Any]:
         answers,
         eval_dataset={name: ids[: recipe.eval_num_prompts] for name, ids in eval_sets.items()} or None,
         callbacks=[
-            _ProgressCallback(report),
+            *([_ProgressCallback(report)] if state.is_main_process else []),
             *([EarlyStoppingCallback(recipe.patience)] if recipe.patience else []),
         ],
     )
@@ -365,7 +365,7 @@ class _ProgressCallback(TrainerCallback):
             self._report.say(f"update {state.global_step}: tokens per round: {', '.join(parts)}")
 
 
-def _by_depth(logs: dict[str, Any], kind: str = "") -> str:
+def _by_depth(logs: dict[str, Any], kind: str) -> str:
     return " ".join(f"{logs[name]:.2f}" for name in sorted(logs) if name.startswith(f"{kind}top1_depth_"))
 
 
