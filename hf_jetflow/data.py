@@ -182,7 +182,10 @@ def frequent_tokens(answers: Iterable[dict[str, Any]], size: int, always: Sequen
         counts[token] += sum(counts.values())
     chosen = [token for token, _ in counts.most_common(size)]
     if len(chosen) < size:
-        raise ValueError(f"the answers hold {len(chosen)} different tokens, fewer than the draft vocabulary of {size}")
+        raise ValueError(
+            f"the answers hold {len(chosen)} different tokens, fewer than the draft vocabulary of {size}; choose a "
+            "smaller one, or give more answers"
+        )
     return torch.tensor(sorted(chosen))
 
 

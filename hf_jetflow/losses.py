@@ -144,10 +144,14 @@ def correction_kl(
 
 
 def feature_loss(rows: torch.Tensor, teacher_rows: torch.Tensor, row_weights: torch.Tensor) -> torch.Tensor:
-    """Weighted mean squared error to the target's normed states, in units of the variance of rows that count."""
+    """
+    Weighted sum over rows of the mean squared error to the target's normed states, in units of their variance.
+
+    Each row has its own unit, so that its gradient does not depend on which rows share its micro-batch.
+    """
     teacher = teacher_rows.float()
-    scale = teacher[row_weights > 0].var().clamp_min(1e-12)
-    return ((rows.float() - teacher).square().mean(-1) * row_weights).sum() / scale
+    errors = (rows.float() - teacher).square().mean(-1) / teacher.var(-1).clamp_min(1e-12)
+    return (errors * row_weights).sum()
 
 
 def depth_weights(num_depths: int, gamma: float | None, device: torch.device | None = None) -> torch.Tensor:

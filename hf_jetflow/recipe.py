@@ -1,14 +1,23 @@
 """The whole way from prompts to a saved head: what `hf-jetflow train` runs."""
 
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import PartialState
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
-from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+)
 
 from .answers import FOREIGN_SURPRISE, regenerate_answers, surprise, with_token_ids
 from .configuration_jetflow import BRANCH_CORRECTIONS, JetFlowConfig, spaced_layer_ids
@@ -89,7 +98,9 @@ def train_head(recipe: TrainRecipe, report: Reporter) -> dict[str, Any]:
         OSError: If a file cannot be read or written, or the Hub refuses the repository.
     """
     _check_options(recipe)
-    state = PartialState()  # before the target is loaded: it gives each process a device of its own
+    # Before the target is loaded: it gives each process a device of its own. The main process alone writes the answers
+    # and measures the head, for hours, and the others wait.
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30))
     if recipe.push_to_hub and state.is_main_process:
         HfApi().create_repo(recipe.push_to_hub, exist_ok=True)
     prompts = read_prompts(recipe.prompts)
@@ -109,10 +120,11 @@ def train_head(recipe: TrainRecipe, report: Reporter) -> dict[str, Any]:
         answers,
         eval_dataset={name: ids[: recipe.eval_num_prompts] for name, ids in eval_sets.items()} or None,
         callbacks=[
-            _ProgressCallback(report),
+            *([_ProgressCallback(report)] if state.is_main_process else []),
             *([EarlyStoppingCallback(recipe.patience)] if recipe.patience else []),
         ],
     )
+    trainer.remove_callback(PrinterCallback)  # the reporter says it in fewer words
     if trainer.train_dataset.left_out:
         report.say(f"of {len(answers)} answers: {trainer.train_dataset.left_out} (see --max-length)")
     trainer.train(resume_from_checkpoint=True)
@@ -353,7 +365,7 @@ class _ProgressCallback(TrainerCallback):
             self._report.say(f"update {state.global_step}: tokens per round: {', '.join(parts)}")
 
 
-def _by_depth(logs: dict[str, Any], kind: str = "") -> str:
+def _by_depth(logs: dict[str, Any], kind: str) -> str:
     return " ".join(f"{logs[name]:.2f}" for name in sorted(logs) if name.startswith(f"{kind}top1_depth_"))
 
 
@@ -366,7 +378,6 @@ def _save(
 ) -> None:
     """The head in bfloat16 and its card, on the Hub too if asked for."""
     head.generation_config.node_budget = "auto"
-    head.to(torch.bfloat16).save_pretrained(recipe.output)
     num_tokens = sum(answers.num_answer)
     start = "" if recipe.head is None else f"Continued from `{recipe.head}`. "
     training = (
@@ -382,7 +393,21 @@ def _save(
         training=training,
         tokens_per_round=figures,
     )
-    (recipe.output / "README.md").write_text(card, encoding="utf-8")
+    _write_head(head.to(torch.bfloat16), card, recipe.output)
     if recipe.push_to_hub:
         files = [CommitOperationAdd(name, recipe.output / name) for name in HEAD_FILES]
         HfApi().create_commit(recipe.push_to_hub, files, commit_message="Draft head")
+
+
+def _write_head(head: JetFlowHead, card: str, folder: Path) -> None:
+    """Put the files of a head into a folder: what it had stays until all are written; never is it a part of a head."""
+    partial = folder / ".head.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
+    try:
+        head.save_pretrained(partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        (folder / "config.json").unlink(missing_ok=True)  # without it the others are no head, and it comes last
+        for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -7,7 +7,9 @@ is forward KL to the target's distribution plus an optional feature loss (arXiv 
 import hashlib
 import json
 import logging
+import os
 import shutil
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,12 @@ class JetFlowTrainingConfig(TrainingArguments):
     logging_steps: float = 20
     save_total_limit: int | None = 2
     report_to: str | list[str] | None = "none"
+
+    @property
+    def device(self) -> torch.device:
+        device = super().device
+        # Among CPU processes accelerate numbers it, and transformers 5.17 asks torch to restore tensors to "cpu:0".
+        return torch.device("cpu") if device.type == "cpu" else device
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -123,8 +131,7 @@ class JetFlowTrainer(Trainer):
         eval_dataset (`dict[str, list[list[int]]]`, *optional*): Held-out prompts as token ids, by name of the set.
             Evaluation decodes them; its metric is `tokens_per_round`, the mean over the sets.
 
-    Every drafted row of an update counts alike, on whatever process and in whatever micro-batch it is. The feature
-    loss alone is scaled by the variance within its own micro-batch.
+    Every drafted row of an update counts alike, on whatever process and in whatever micro-batch it is.
 
     Raises:
         ValueError: If no answer can be trained on, a source weight does not fit the answers, the target's output
@@ -373,10 +380,18 @@ def _gathered(tensor: torch.Tensor) -> torch.Tensor:
 
 def leave_together() -> None:
     """
-    Wait for the other processes and take the connection to them down; without them, nothing.
+    Among several processes: wait for the others and end this one; alone: nothing. All that matters must be written.
 
-    A process that ends with the connection up can abort, and its launcher then calls the whole run failed.
+    An ordinary exit can abort, and the launcher then calls the whole run failed: a thread of gloo drops the tensors of
+    the last collective after its result is known, and dies where the interpreter is gone by then (pytorch issue
+    190489). `destroy_process_group` does not end these threads while DTensor's caches refer to the connection.
     """
     state = PartialState()
+    if state.num_processes == 1:
+        return
     state.wait_for_everyone()
     state.destroy_process_group()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

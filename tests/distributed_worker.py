@@ -1,8 +1,9 @@
 """What each process of `test_distributed.py` runs: `distributed_worker.py FOLDER`."""
 
 import copy
+import faulthandler
 import json
-import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,17 @@ def make_start(target: PreTrainedModel) -> JetFlowHead:
     return make_head(target, mask_token_id=None, branch_correction="path")
 
 
-def train(folder: Path, batch_size: int, **args: Any) -> JetFlowTrainer:
-    """Three updates on answers of unequal lengths. The feature loss is scaled within a micro-batch, so left out."""
+def train(folder: Path, batch_size: int, name: str = "final", **args: Any) -> JetFlowTrainer:
+    """Three updates on answers of unequal lengths; the head is saved in `folder / name`."""
     target = copy.deepcopy(build_target("llama"))
-    settings = dict(max_steps=3, per_device_train_batch_size=batch_size, feature_loss_weight=0.0, depth_gamma=4.0)
+    settings = dict(max_steps=3, per_device_train_batch_size=batch_size, depth_gamma=4.0)
     settings |= dict(eval_strategy="steps", eval_steps=2, eval_node_budget=8, eval_max_new_tokens=4)
     settings |= dict(save_strategy="steps", save_steps=2, learning_rate=1e-3, adamw_learning_rate=1e-3)
     trainer = make_trainer(
         target, folder, make_start(target), make_answers(12, None), {"chat": [[5, 6, 7]]}, **{**settings, **args}
     )
     trainer.train(resume_from_checkpoint=True)
-    trainer.save_model(str(folder / "final"))
+    trainer.save_model(str(folder / name))
     return trainer
 
 
@@ -49,17 +50,21 @@ def allow_sharding_on_cpus() -> None:
     AcceleratorState.__init__ = initialize_with_plugin
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, limit: float) -> None:
+    """Train, and once more as if the run had been killed in the third update."""
+    faulthandler.dump_traceback_later(limit, exit=True)
     torch.set_num_threads(1)
     allow_sharding_on_cpus()
     trainer = train(folder, 2)
     if trainer.is_world_process_zero():
         facts = dict(history=trainer.state.log_history, kind=str(trainer.accelerator.distributed_type.value))
+        facts["checkpoints"] = sorted(path.name for path in folder.glob("checkpoint-*"))
         (folder / "facts.json").write_text(json.dumps({**facts, "world": trainer.args.world_size}))
+        shutil.rmtree(folder / "checkpoint-3")
+    trainer.accelerator.wait_for_everyone()
+    train(folder, 2, "resumed")
     leave_together()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
-    sys.stdout.flush()
-    os._exit(0)  # all is written; threads that gloo leaves behind on the CPU abort some ordinary exits
+    main(Path(sys.argv[1]), float(sys.argv[2]))

@@ -2,35 +2,43 @@
 
 import json
 import os
-import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from accelerate.utils import FullyShardedDataParallelPlugin
 from distributed_worker import make_start, train
-from packaging.version import Version
 
 from hf_jetflow import JetFlowHead
-from hf_jetflow.checkpoints import find_checkpoints
 from hf_jetflow.training import _check_fsdp
 
 
 ROOT = Path(__file__).resolve().parents[1]
+LIMIT = 150  # seconds; a quiet machine needs about ten
 
 
 def launch(kind: str, folder: Path) -> dict:
+    """Facts of a training by two processes. Where it takes too long, they say where they stand, and all are ended."""
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     command += ["--config_file", ROOT / "examples" / "accelerate" / f"{kind}.yaml"]
-    command += [ROOT / "tests" / "distributed_worker.py", folder]
+    command += [ROOT / "tests" / "distributed_worker.py", folder, LIMIT]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        list(map(str, command)), env=environment, capture_output=True, text=True, check=False, timeout=150
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    folder.mkdir()
+    with open(folder / "log", "w+") as log:  # a pipe would be waited for as long as any process holds it
+        launcher = subprocess.Popen(
+            list(map(str, command)), env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            status = launcher.wait(LIMIT + 30)
+        except subprocess.TimeoutExpired:
+            status = None
+            os.killpg(launcher.pid, signal.SIGKILL)
+            launcher.wait()
+        log.seek(0)
+        assert status == 0, f"status {status}: {log.read()[-8000:]}"
     return json.loads((folder / "facts.json").read_text())
 
 
@@ -38,7 +46,6 @@ def logged(history: list[dict], name: str) -> list[float]:
     return [entry[name] for entry in history if name in entry]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_with_half_the_batch_train_the_same_head(tmp_path, kind):
     alone = train(tmp_path / "alone", batch_size=4)
@@ -58,13 +65,8 @@ def test_two_processes_with_half_the_batch_train_the_same_head(tmp_path, kind):
             difference, movement = (heads[1].state_dict()[name] - tensor).norm(), (tensor - start[name]).norm()
             assert difference < 0.3 * movement, f"{name}: {difference} of {movement}"
 
-    checkpoints, faults = find_checkpoints(tmp_path / "together")
-    assert ([path.name for path in checkpoints], faults) == (["checkpoint-2", "checkpoint-3"], {})
-    if kind == "ddp" and Version(transformers.__version__) < Version("5.18"):
-        pytest.skip("this Trainer maps the optimizer's state to 'cpu:0', which torch cannot restore")
-    shutil.rmtree(checkpoints[-1])  # the run was killed in the third update
-    launch(kind, tmp_path / "together")
-    resumed = JetFlowHead.from_pretrained(tmp_path / "together" / "final").state_dict()
+    assert together["checkpoints"] == ["checkpoint-2", "checkpoint-3"]
+    resumed = JetFlowHead.from_pretrained(tmp_path / "together" / "resumed").state_dict()
     assert all(torch.equal(resumed[name], tensor) for name, tensor in heads[1].state_dict().items())
 
 

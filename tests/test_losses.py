@@ -107,10 +107,13 @@ def test_depths_weigh_the_same_without_gamma():
     assert depth_weights(3, gamma=None).tolist() == [1, 1, 1]
 
 
-def test_the_feature_loss_is_the_weighted_error_in_units_of_the_teacher_s_variance():
+def test_the_feature_loss_is_the_weighted_error_in_units_of_each_teacher_row_s_variance():
     rows, teacher, _, weights = make_rows()
-    errors = ((rows - teacher) ** 2).mean(dim=-1)
-    torch.testing.assert_close(feature_loss(rows, teacher, weights), (errors * weights).sum() / teacher.var())
+    expected = sum(
+        float(weight * (row - wanted).square().mean() / wanted.var())
+        for row, wanted, weight in zip(rows.detach(), teacher, weights, strict=True)
+    )
+    assert feature_loss(rows, teacher, weights).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_feature_loss_does_not_depend_on_the_scale_of_the_states():

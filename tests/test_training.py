@@ -211,12 +211,12 @@ def test_features_on_disk_give_the_same_gradients(target, tmp_path):
 
 @pytest.mark.parametrize("num_answer", [8, None], ids=["of one length", "of unequal lengths"])
 @pytest.mark.parametrize("depth_gamma", [None, 2.0])
-def test_eight_accumulated_sequences_equal_a_batch_of_eight(target, tmp_path, num_answer, depth_gamma):
-    # The feature loss is left out: it is scaled by the variance within its own micro-batch.
-    settings = dict(answers=make_answers(8, num_answer), feature_loss_weight=0.0, depth_gamma=depth_gamma)
+@pytest.mark.parametrize("num_parts", [2, 8])
+def test_accumulated_sequences_equal_one_batch_of_them(target, tmp_path, num_answer, depth_gamma, num_parts):
+    settings = dict(answers=make_answers(8, num_answer), feature_loss_weight=2.0, depth_gamma=depth_gamma)
     whole = first_gradients(target, tmp_path, per_device_train_batch_size=8, **settings)
-    parts = first_gradients(target, tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=8, **settings)
-    assert_close_gradients(whole, parts)
+    settings |= dict(per_device_train_batch_size=8 // num_parts, gradient_accumulation_steps=num_parts)
+    assert_close_gradients(whole, first_gradients(target, tmp_path, **settings))
 
 
 class Seen(TrainerCallback):

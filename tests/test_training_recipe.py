@@ -4,6 +4,7 @@ import copy
 import errno
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -413,6 +414,52 @@ def test_options_that_cannot_work_are_refused_before_the_target_is_loaded(run, m
     monkeypatch.setattr(recipe, "load_target", lambda *_: 1 / 0)
     with pytest.raises(ValueError, match=message):
         run(**options)
+
+
+@pytest.fixture
+def head_before(target, run, tmp_path) -> dict[str, bytes]:
+    """The folder of a run holds a head already; its files."""
+    make_head(target).save_pretrained(tmp_path / "run")
+    return {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+
+@pytest.mark.parametrize("failing", ["save_pretrained", "write_text"])
+def test_a_save_that_fails_leaves_the_head_that_was_there(run, monkeypatch, head_before, tmp_path, failing):
+    owner = JetFlowHead if failing == "save_pretrained" else Path
+    write = getattr(owner, failing)
+
+    def fail(self, *args, **kwargs):
+        write(self, *args, **kwargs)
+        if ".partial" in f"{self} {args}":
+            raise OSError("disk full")
+
+    monkeypatch.setattr(owner, failing, fail)
+    with pytest.raises(OSError, match="disk full"):
+        run()
+    folder = tmp_path / "run"
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == head_before
+    assert not list(folder.glob(".head*"))
+
+
+@pytest.mark.parametrize("num_moved", [0, 3])
+def test_a_save_that_is_killed_between_two_files_leaves_no_head(run, monkeypatch, head_before, tmp_path, num_moved):
+    replace, moved = os.replace, []
+
+    def replace_some(source, place):
+        if ".head.partial" in str(source):
+            if len(moved) == num_moved:
+                raise KeyboardInterrupt
+            moved.append(place)
+        replace(source, place)
+
+    monkeypatch.setattr(os, "replace", replace_some)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert not (tmp_path / "run" / "config.json").exists()
+    monkeypatch.setattr(os, "replace", replace)
+    run()
+    assert JetFlowHead.from_pretrained(tmp_path / "run").config.branch_correction == "path"
+    assert {path.name for path in (tmp_path / "run").iterdir() if path.is_file()} == set(recipe.HEAD_FILES)
 
 
 def test_layout_options_that_differ_from_a_given_head_are_named(run, target, tmp_path):
