@@ -453,7 +453,7 @@ def test_the_command_draws_lines_or_says_what_it_needs_to(folders, monkeypatch):
         ({"--acceptance": "LIST"}, "holds a list, but a JSON object is needed"),
         ({"--acceptance": "missing.json"}, "missing.json"),
         ({"--target": "missing.gguf"}, "`missing.gguf` does not exist"),
-        ({"--head": "TARGET"}, "JetFlow layout only"),
+        ({"--head": "TARGET"}, "no draft head of a known layout"),
         ({"--target": "OTHER"}, "is for a target of width"),
         ({"--node-budgets": "1"}, "`node_budget` is 1, but at least 2"),
         ({"--batch-sizes": "0"}, "`batch_size` is 0, but at least 1"),
