@@ -222,24 +222,26 @@ def commit_path(cache: Cache, path: torch.Tensor, num_rows: int) -> None:
 
 def _commit_static(layer: StaticLayer, path: torch.Tensor, num_rows: int) -> None:
     """Stays on the device and in place: compiled graphs hold on to these very tensors."""
-    path = path.to(layer.keys.device)
-    start = layer.cumulative_length - num_rows
-    if len(path) > 1:  # the root is in its place already
-        places = torch.arange(1, len(path), device=path.device) + start
-        for states in (layer.keys, layer.values):
-            states.index_copy_(2, places, states.index_select(2, path[1:] + start))
+    _move_rows(layer, path, layer.cumulative_length - num_rows)
     layer.cumulative_length.add_(len(path) - num_rows)
 
 
 def _commit_dynamic(layer: DynamicLayer, path: torch.Tensor, num_rows: int) -> None:
     start = layer.keys.shape[2] - num_rows
     end = start + len(path)
-    if len(path) > 1:
-        rows = path[1:].to(layer.keys.device) + start
-        for states in (layer.keys, layer.values):
-            states[:, :, start + 1 : end] = states[:, :, rows]
+    _move_rows(layer, path, start)
     layer.keys, layer.values = layer.keys[:, :, :end], layer.values[:, :, :end]
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length -= num_rows - len(path)
         layer.crop(0)  # forgets the rows that have left the window
         layer.record_past = False  # so that a later prefill, maybe the caller's own, forgets them by itself
+
+
+def _move_rows(layer: DynamicLayer | StaticLayer, path: torch.Tensor, start: int | torch.Tensor) -> None:
+    """Bring the nodes of the path to the first rows from `start` on. The root is there already."""
+    if len(path) == 1:
+        return
+    device = layer.keys.device
+    rows, places = path[1:].to(device) + start, torch.arange(1, len(path), device=device) + start
+    for states in (layer.keys, layer.values):
+        states.index_copy_(2, places, states.index_select(2, rows))
