@@ -24,7 +24,7 @@ from .bare_forwards import time_bare_forwards, usual_node_counts
 from .bench_log import BenchLog
 from .bench_prompts import PromptSet, make_prompt_sets
 from .bench_rows import make_row
-from .bench_runs import Run, Variant, timed_run
+from .bench_runs import CACHES, Run, Variant, timed_run
 from .blocks import measure_agreement
 from .modeling_jetflow import JetFlowHead
 from .rivals import RIVALS, is_rival, rival_kwargs
@@ -51,9 +51,17 @@ class BenchSettings:
     max_new_tokens: int = 128
     num_prompts: int = 20  # prompts taken from each file
     repeats: int = 1  # passes over the prompts
+    cache: str = "dynamic"  # one of `CACHES`
 
     def __post_init__(self) -> None:
         make_variants(self.methods, self.node_budgets)
+        if self.cache not in CACHES:
+            raise ValueError(f"the cache is {self.cache!r}; choose from {', '.join(CACHES)}")
+        rivals = [method for method in self.methods if is_rival(method)]
+        if rivals and self.cache != "dynamic":
+            raise ValueError(
+                f"{', '.join(rivals)} cannot use a {self.cache} cache; leave them out, or the cache dynamic"
+            )
         counts = {"max_new_tokens": self.max_new_tokens, "num_prompts": self.num_prompts, "repeats": self.repeats}
         for name, value in [*counts.items(), *(("context_lengths", length) for length in self.context_lengths)]:
             if value < 1:
@@ -220,19 +228,29 @@ class _Bench:
             variant,
             input_ids,
             rival=self._rivals.get(variant.method),
+            cache=self._plan.cache,
             temperature=temperature,
             **{"max_new_tokens": self._plan.max_new_tokens, **limits},
         )
 
     def _warm_up(self, prompt_set: PromptSet, temperature: float) -> None:
-        """Let every variant answer a prompt in part, uncounted; "auto" tries what it chooses from meanwhile."""
-        input_ids = self._input_ids(prompt_set.prompt_ids[0])
+        """Let every variant answer a prompt in part, uncounted; "auto" tries what it chooses from meanwhile.
+
+        With a static cache it is the longest in whole, so that the cache, and what was compiled for it, stays.
+        """
+        plan = self._plan
+        is_static = plan.cache != "dynamic"
+        input_ids = self._input_ids(max(prompt_set.prompt_ids, key=len) if is_static else prompt_set.prompt_ids[0])
         for variant in self._variants:
             tokens = 64 if variant.node_budget == "auto" else 16
-            self._run(variant, input_ids, temperature, max_new_tokens=min(self._plan.max_new_tokens, tokens))
+            limit = plan.max_new_tokens if is_static else min(plan.max_new_tokens, tokens)
+            self._run(variant, input_ids, temperature, max_new_tokens=limit)
 
     def _bare_forwards(self, prompt_set: PromptSet, temperature: float, runs: list[list[Run]]) -> list[list[float]]:
-        """What `time_bare_forwards` finds on prompts with the first half of their plain answers."""
+        """What `time_bare_forwards` finds on prompts with the first half of their plain answers; it repeats forwards
+        with copies of growing caches only."""
+        if self._plan.cache != "dynamic":
+            return []
         place = (*prompt_set.place, temperature, "bare forwards")
         if self._log.get(*place) is None:
             texts = zip(prompt_set.prompt_ids, runs[0], strict=False)

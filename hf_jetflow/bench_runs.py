@@ -11,13 +11,25 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import CompileConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from .modeling_jetflow import JetFlowHead
 
 
 LOOP_METHODS = ("jetflow", "chain")  # our own loop, which keeps `GenerationStats`
+
+
+CACHES = ("dynamic", "static", "compiled")  # kinds of the target's cache; compiled is static, with compiled forwards
+
+
+def cache_kwargs(cache: str) -> dict[str, Any]:
+    """Keywords of `generate` for a kind of cache."""
+    if cache == "dynamic":
+        return {}
+    config = CompileConfig()
+    config._compile_all_devices = True  # transformers would leave a CPU out
+    return {"cache_implementation": "static", "disable_compile": cache == "static", "compile_config": config}
 
 
 @dataclass(frozen=True)
@@ -101,6 +113,7 @@ def timed_run(
     input_ids: torch.Tensor,
     *,
     rival: dict[str, Any] | None = None,
+    cache: str = "dynamic",
     temperature: float = 0.0,
     max_new_tokens: int,
     seed: int = 0,
@@ -111,10 +124,12 @@ def timed_run(
     Args:
         input_ids (`torch.Tensor`, (1, seq)): The prompt.
         rival: Keywords of `generate` for a method of `rivals.py`.
+        cache: One of `CACHES`.
         temperature: 0 for greedy; else all tokens are sampled from.
         seed: Of the sampling; every method gets the same.
     """
-    kwargs: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0, **(rival or {})}
+    kwargs: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    kwargs |= {**cache_kwargs(cache), **(rival or {})}
     if temperature > 0:
         kwargs |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
     is_ours = variant.method in LOOP_METHODS

@@ -145,6 +145,9 @@ def bench(
     num_prompts: Annotated[int, typer.Option(help="Prompts taken from each file.")] = 20,
     repeats: Annotated[int, typer.Option(help="Passes over the prompts.")] = 1,
     dtype: DtypeOption = "auto",
+    cache: Annotated[
+        str, typer.Option(help="The target's cache: dynamic, static, or compiled (static, forwards by torch.compile).")
+    ] = "dynamic",
     json: Annotated[
         Path | None, typer.Option(help="File for the result as JSON; a killed bench then continues where it stopped.")
     ] = None,
@@ -173,6 +176,7 @@ def bench(
             max_new_tokens=max_new_tokens,
             num_prompts=num_prompts,
             repeats=repeats,
+            cache=cache,
         )
         BenchSettings(**settings)  # what is wrong is said before models are loaded and hours measured
         figure = None if plot is None else plot_path(plot)

@@ -60,6 +60,25 @@ def test_every_method_and_budget_has_one_row_with_the_documented_fields(pair, pr
     assert result["environment"]["torch"] == torch.__version__
 
 
+def test_a_static_cache_is_measured_likewise(pair, prompts):
+    result = run_bench(*pair, [prompts], node_budgets=(4,), max_new_tokens=12, cache="static")
+    assert all(row["identical_to_plain"] == 1.0 for row in result["rows"])
+    assert result["settings"]["cache"] == "static"
+    assert result["rows"][-1]["loop_efficiency"] is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"cache": "quantized"}, "the cache is 'quantized'; choose from dynamic, static, compiled"),
+        ({"cache": "compiled", "methods": ["prompt-lookup"]}, "prompt-lookup cannot use a compiled cache"),
+    ],
+)
+def test_caches_that_cannot_be_measured_are_refused(settings, message, pair, prompts):
+    with pytest.raises(ValueError, match=message):
+        run_bench(*pair, [prompts], **settings)
+
+
 def test_rivals_have_rows_of_their_own_between_chain_and_trees(pair, prompts, assistant):
     methods = ["jetflow", "native-dflash", "prompt-lookup", assistant, "chain"]
     rows = run_bench(*pair, [prompts], methods=methods, node_budgets=(4,), max_new_tokens=20, num_prompts=2)["rows"]
