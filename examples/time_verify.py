@@ -36,15 +36,19 @@ AttentionInterface.register("repeating", sdpa_attention_forward)
 
 
 def prefilled(target: Target, num_cached: int) -> Context:
-    ids = torch.randint(100, 40000, (1, num_cached), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, vocab_size(target), (1, num_cached), generator=torch.Generator().manual_seed(0))
     cache = DynamicCache(config=target.model.config)
     kwargs = dict(past_key_values=cache, attention_mask=torch.ones_like(ids), use_cache=True)
     return target.prefill(ids, GenerationConfig(prefill_chunk_size=1024), kwargs)[0]
 
 
-def some_tree(num_nodes: int) -> DraftTree:
-    generator = torch.Generator().manual_seed(1)
-    logprobs = torch.log_softmax(3 * torch.randn(7, 4096, generator=generator), dim=-1).topk(num_nodes - 1)
+def vocab_size(target: Target) -> int:
+    return target.model.config.get_text_config(decoder=True).vocab_size
+
+
+def some_tree(target: Target, num_nodes: int) -> DraftTree:
+    scores = 3 * torch.randn(7, vocab_size(target), generator=torch.Generator().manual_seed(1))
+    logprobs = torch.log_softmax(scores, dim=-1).topk(num_nodes - 1)
     return build_tree(torch.tensor([1]), Candidates(logprobs.indices, logprobs.values), num_nodes)
 
 
@@ -61,7 +65,7 @@ def medians(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float
 
 
 def measure(target: Target, num_cached: int, num_nodes: int, repeats: int) -> dict[str, Any]:
-    context, tree = prefilled(target, num_cached), some_tree(num_nodes)
+    context, tree = prefilled(target, num_cached), some_tree(target, num_nodes)
 
     def verify(attention: str) -> None:
         target.model.config._attn_implementation = attention
@@ -70,6 +74,7 @@ def measure(target: Target, num_cached: int, num_nodes: int, repeats: int) -> di
 
     kinds = {"verify": "sdpa", "no_mask": "see_everything", "repeating": "repeating"}
     took = medians({name: lambda kind=kind: verify(kind) for name, kind in kinds.items()}, repeats)
+    target.model.config._attn_implementation = "sdpa"
     row = {"cached": num_cached, "nodes": num_nodes, "milliseconds": took}
     return row | {"verify_over_no_mask": round(took["verify"] / took["no_mask"], 3)}
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import pytest
 import torch
 from helpers import tiny_tokenizer
 
+from hf_jetflow import JetFlowConfig
+from hf_jetflow.target import Target
 from hf_jetflow.tree import Candidates, build_tree
 
 
@@ -160,3 +163,39 @@ def load_example(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.mark.parametrize(
+    ("environment", "cause"),
+    [
+        ({}, "give files of prompts"),
+        pytest.param(
+            {"PROMPTS": "p.jsonl"},
+            "torch sees no CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
+        ),
+    ],
+)
+def test_the_gpu_bench_says_what_it_lacks(environment, cause, tmp_path):
+    known = {name: value for name, value in os.environ.items() if name != "PROMPTS"}
+    done = subprocess.run(
+        ["bash", str(EXAMPLES / "bench_gpu.sh")],
+        env={**known, "PYTHON": sys.executable, "TARGET": "t", "OUT": str(tmp_path / "out"), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert cause in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_verify_is_timed_by_context_length(tiny_target, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)  # it imports smollm2.py beside it
+    time_verify = load_example("time_verify")
+    target = Target(tiny_target("llama"), JetFlowConfig.for_target(tiny_target("llama").config, mask_token_id=0))
+    row = time_verify.measure(target, num_cached=20, num_nodes=6, repeats=2)
+    assert row["cached"] == 20
+    assert row["milliseconds"].keys() == {"verify", "no_mask", "repeating"}
+    assert row["verify_over_no_mask"] > 0
+    assert target.model.config._attn_implementation == "sdpa"
