@@ -154,7 +154,11 @@ def run_bench(
         agreement = {} if 0 not in plan.temperatures else {each.label: bench.agreement(each) for each in prompt_sets}
     return {
         "environment": environment(),
-        "settings": {**asdict(plan), "target": target.name_or_path, "head": head.name_or_path},
+        "settings": {
+            **asdict(plan),
+            "target": _public_name(target.name_or_path),
+            "head": _public_name(head.name_or_path),
+        },
         "rows": rows,
         "agreement": agreement,
     }
@@ -297,6 +301,11 @@ def weights_hash(head: JetFlowHead) -> str:
         digest.update(name.encode())
         digest.update(tensor.contiguous().cpu().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def _public_name(name: str) -> str:
+    """A Hub id as it is, of a local path the last part: results are shown to others."""
+    return Path(name).name if os.path.exists(name) else name
 
 
 def _dtype_name(model: PreTrainedModel) -> str:

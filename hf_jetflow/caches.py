@@ -215,7 +215,7 @@ def commit_path(cache: Cache, path: torch.Tensor, num_rows: int) -> None:
     for layer in cache.layers:
         if isinstance(layer, StaticLayer):
             _commit_static(layer, path, num_rows)
-        else:
+        elif isinstance(layer, DynamicSlidingWindowLayer) or len(path) < num_rows:
             assert isinstance(layer, DynamicLayer)
             _commit_dynamic(layer, path, num_rows)
 

@@ -349,6 +349,7 @@ class JetFlowHead(PreTrainedModel):
             # Misshapen tensors are let through here and refused by name below.
             kwargs |= dict(state_dict=tensors, output_loading_info=True, ignore_mismatched_sizes=True)
             head, info = super().from_pretrained(None, *model_args, config=config, **kwargs)
+            head.name_or_path = head.config.name_or_path = source.name
             check_loaded_tensors(source.name, layout.name, info)
             if (folder / SETTINGS).is_file():
                 head._take_settings(GenerationConfig.from_pretrained(folder))
@@ -370,7 +371,6 @@ class JetFlowHead(PreTrainedModel):
         reading = read_checkpoint(layout, settings, tensors, given)
         if not isinstance(config, JetFlowConfig):
             config = JetFlowConfig.from_dict(reading.fields)
-        config.name_or_path = source.name
         if layout.read is not read_jetflow:
             logger.warning_once(f"`{source.name}` was read as {summary(layout, reading)}.")
             if source.has(ADAPTER):

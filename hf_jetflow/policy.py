@@ -17,7 +17,7 @@ FIRST_TRIALS = (16, 1, 32, 8, 64)  # tried in the first rounds of a process; the
 NUM_TRIALS = 2  # rounds per trial; each budget's first round is not counted (kernels are made ready in it)
 EVIDENCE = 4.0  # drafted rounds by which it is decided whether drafting pays
 MARGIN = 1.03  # drafted rounds must yield so many times what plain ones would
-EXPLORING_SHARE = 0.02  # of all time that drafting may lose where it does not pay, to notice when it does
+EXPLORING_SHARE = 0.01  # of all time that drafting may lose where it does not pay, to notice when it does
 LEAST_CREDIT, MOST_CREDIT = -1.0, 6.0  # plain rounds whose time may be owed, and saved up, for that
 REFRESH_EVERY = 16  # drafted rounds after which a neighbour of the best budget is taken, to learn its seconds anew
 

@@ -84,6 +84,8 @@ def build_tree(
     """
     device, most = anchor_id.device, node_budget - 1
     max_depth = min(len(candidates.tokens), most)
+    if max_depth == 0:
+        return _root_alone(anchor_id)
     tokens = [anchor_id]
     parents = [anchor_id.new_full((1,), -1)]
     logprobs = [torch.zeros(1, device=device)]
@@ -112,6 +114,11 @@ def build_tree(
         logprobs.append(scores)
         sizes.append(scores.shape[0])
     return _best_nodes(tokens, parents, logprobs, sizes, node_budget, max_depth)
+
+
+def _root_alone(anchor_id: torch.Tensor) -> DraftTree:
+    zeros = torch.zeros_like(anchor_id)
+    return DraftTree(anchor_id, zeros - 1, zeros, zeros.float(), zeros.bool().logical_not()[None], max_depth=0)
 
 
 def _count_in_reach(scores: torch.Tensor, logprobs: list[torch.Tensor], most: int) -> int:

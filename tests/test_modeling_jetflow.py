@@ -93,6 +93,12 @@ def test_every_row_sees_the_whole_context(place):
     assert all(changed_rows(head, inputs, features=with_noise(inputs["features"], place)))
 
 
+def test_a_loaded_head_knows_where_it_is_from(tmp_path):
+    tiny_head().save_pretrained(tmp_path / "mine")
+    head = JetFlowHead.from_pretrained(tmp_path / "mine")
+    assert head.name_or_path == head.config.name_or_path == str(tmp_path / "mine")
+
+
 def test_context_at_or_after_the_anchor_is_invisible():
     head, inputs = tiny_head(), block_inputs(5)
     late = inputs["context_position_ids"] + 1  # the last context row now stands at the anchor's position

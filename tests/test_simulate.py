@@ -346,7 +346,7 @@ def test_a_target_without_attention_is_refused():
 
 
 def test_tokens_per_round_are_read_from_a_bench_a_replay_and_a_table():
-    bench = json.loads((RESULTS / "bench_smollm2_bf16.json").read_text())
+    bench = json.loads((RESULTS / "simulation_bench.json").read_text())
     assert read_tokens(bench, [64, 16])["dev_math"] == {64: 4.206, 16: 3.539}
     assert list(read_tokens(bench, None)["dev_chat"]) == [16, 32, 64]  # neither the chain nor "auto"
     replayed = json.loads((RESULTS / "correction_smollm2.json").read_text())
