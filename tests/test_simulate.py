@@ -353,7 +353,7 @@ def test_tokens_per_round_are_read_from_a_bench_a_replay_and_a_table():
     assert read_tokens(replayed, [32])["dev_code"] == {32: 2.82}
     sampled = json.loads((RESULTS / "bench_smollm2_bf16_sampled.json").read_text())
     hot = [{**row, "node_budget": 16} for row in sampled["rows"] if row["method"] == "jetflow"]
-    assert {name.partition(", ")[2] for name in read_tokens({"rows": hot}, None)} == {"T = 0.7", "T = 1"}
+    assert {name.partition(", ")[2] for name in read_tokens({"rows": hot}, None)} == {"T = 0.7", "T = 1", "T = 1.5"}
     assert read_tokens({"acceptance_by_rank": {"x": [[0.5, 0.25]]}}, [2, 3]) == {"x": {2: 1.5, 3: 1.75}}
     with pytest.raises(ValueError, match=r"\[256\] were not measured on dev_math, only \[16, 32, 64\]"):
         read_tokens(bench, [16, 256])
