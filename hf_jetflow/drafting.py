@@ -114,7 +114,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         # Rows behind the deepest drafted one are invisible to it when every layer is causal.
         may_be_short = all(head.config.causal_layers) and not is_static
         slots = self._slots[None, : first + max_depth if may_be_short else head.config.num_rows]
-        embeds = self._embed_block(anchor_id[:, None].expand_as(slots), (slots == 0).to(device))
+        embeds = self.embed_block(anchor_id[:, None].expand_as(slots), (slots == 0).to(device))
         features, context_position_ids = (torch.cat(parts, dim=1) for parts in zip(*self._pending, strict=True))
         self._pending = [(features[:, :0], context_position_ids[:, :0])]
         read = self._read_static if is_static else head
@@ -144,7 +144,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         self._cache.keep(num_rows)
         return rows
 
-    def _embed_block(self, block_ids: torch.Tensor, is_anchor: torch.Tensor) -> torch.Tensor:
+    def embed_block(self, block_ids: torch.Tensor, is_anchor: torch.Tensor) -> torch.Tensor:
         """Input rows of the head (1, rows, hidden), by its own embedding or the target's."""
         head = self.head
         if head.embed_tokens is None:
