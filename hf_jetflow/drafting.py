@@ -163,14 +163,19 @@ class JetFlowCandidateGenerator(CandidateGenerator):
 
     def _candidates(self, rows: torch.Tensor, width: int, device: torch.device) -> tuple[Candidates, torch.Tensor]:
         """Best `width` tokens of each row (depth, hidden) and their places in the draft vocabulary."""
-        token_ids = self.head.draft_token_ids
+        token_ids, logprobs = self.head.draft_token_ids, self.logprobs(rows)
+        best = logprobs.topk(min(width, logprobs.shape[-1]))
+        tokens = best.indices if token_ids is None else token_ids.to(best.indices.device)[best.indices]
+        return Candidates(tokens.to(device), best.values.to(device)), best.indices
+
+    def logprobs(self, rows: torch.Tensor) -> torch.Tensor:
+        """Draft log-probabilities (rows, draft_vocab) of drafted rows (rows, hidden), before any branch correction."""
         if self._projection is not None:
             logits = rows.to(self._projection.device, self._projection.dtype) @ self._projection.T
         else:
-            logits = self.target.output_logits(rows.to(self.target.model.device, self.target.model.dtype), token_ids)
-        best = torch.log_softmax(self.head.shape_logits(logits.float()), dim=-1).topk(min(width, logits.shape[-1]))
-        tokens = best.indices if token_ids is None else token_ids.to(best.indices.device)[best.indices]
-        return Candidates(tokens.to(device), best.values.to(device)), best.indices
+            rows = rows.to(self.target.model.device, self.target.model.dtype)
+            logits = self.target.output_logits(rows, self.head.draft_token_ids)
+        return torch.log_softmax(self.head.shape_logits(logits.float()), dim=-1)
 
     def _output(self, places: torch.Tensor) -> CandidateLogits:
         """What turns shifts (branches, hidden) of a depth into logit changes of its candidates (branches, width)."""

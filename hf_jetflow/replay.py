@@ -94,6 +94,30 @@ def acceptance_by_rank(
     return (hits / reached.clamp_min(1)[:, None]).tolist()
 
 
+@torch.no_grad()
+def answer_logprobs(target: Target, head: JetFlowHead, ids: Sequence[int], num_prompt: int) -> torch.Tensor:
+    """
+    Log-probabilities that the head gives to a text of the target, every answer token but the last an anchor.
+
+    Args:
+        ids: Token ids of prompt and answer, and `num_prompt` how many of them are the prompt.
+
+    Returns:
+        `torch.Tensor`, (tokens,): One of each token of each depth behind each anchor; tokens outside the draft
+        vocabulary are left out. Before any branch correction.
+    """
+    drafter = JetFlowCandidateGenerator(head, target)
+    rows = _rows_of_all_anchors(drafter, ids, num_prompt)
+    num_depths = rows.shape[1]
+    answer = torch.tensor(list(ids[num_prompt:]) + [-1] * num_depths)
+    tokens = answer.unfold(0, num_depths, 1)[1 : len(rows) + 1].to(rows.device)
+    is_scored = tokens >= 0
+    if head.draft_token_ids is not None:
+        is_scored &= torch.isin(tokens, head.draft_token_ids)
+        tokens = torch.searchsorted(head.draft_token_ids, tokens.contiguous())
+    return drafter.logprobs(rows[is_scored]).gather(1, tokens[is_scored][:, None])[:, 0]
+
+
 def _ranks(
     drafter: JetFlowCandidateGenerator, candidates: Candidates, token: int, following: Sequence[int], num_ranks: int
 ) -> Iterator[int | None]:

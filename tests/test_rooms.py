@@ -47,6 +47,9 @@ ROOMS = {
         "bench",
         "bench_report",
         "plots",
+        "doctor_mistakes",
+        "doctor",
+        "doctor_report",
         "cli",
     ),
 }

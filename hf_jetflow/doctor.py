@@ -1,0 +1,321 @@
+"""The doctor: whether a head drafts well for its target, and which of the usual mistakes it is if not.
+
+A head that was read wrongly still loads and still leaves the text as it is, it only drafts rubbish. So each usual
+mistake is undone on a head with the same tensors, and the rounds that it would take over the target's own answers are
+counted by replay: every answer is decoded once, each mistake costs one forward of target and head per answer.
+"""
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .doctor_mistakes import Mistake, encode, other_encodings, usual_mistakes, windows_tried, with_fields
+from .evaluation import decoding_with
+from .fetching import WEIGHT_PATTERNS, locate, read_config, read_tensors
+from .formats import read_checkpoint, recognise
+from .integration import check_pairing
+from .modeling_jetflow import JetFlowHead
+from .replay import replay
+from .stats import GenerationStats
+from .target import Target
+
+
+NODE_BUDGET = 32
+NUM_COMPARED = 2  # prompts decoded with the head, next to plain decoding
+FEWEST_PROMPTS = 3
+# A change is better if it keeps a tenth more tokens per round than the head as loaded, if the mean gain over prompts
+# is more than three of its standard errors, and if the head then drafts at all.
+CLEAR_GAIN = 1.1
+CLEAR_GAIN_OF_PROMPTS = 1.3  # another form of the prompts has other answers, which may be easier by themselves
+STANDARD_ERRORS = 3
+HARDLY_DRAFTS = 1.2  # tokens per round; a head that is never right has 1
+NEAR_TIE = 0.5  # nats; rounding in bfloat16 or float16 may choose between tokens that are closer than this
+
+BUILT_IN_PROMPTS = (
+    "Tom has 3 boxes with 12 pencils each and gives away 9 pencils. How many pencils does he have left?",
+    "A train travels 180 km in 2.5 hours. What is its average speed, and how far does it get in 4 hours?",
+    "Write a Python function that checks whether a word is a palindrome.",
+    "Write a Python function that returns the n-th Fibonacci number, and explain how it works.",
+    "Name three things to see in Lisbon and say why.",
+    "Explain to a child why the sky is blue.",
+)
+
+Text = tuple[list[int], int]  # token ids of prompt and greedy answer, and of how many the prompt is
+Progress = Callable[[int, int, str], None]
+Findings = dict[str, Any]
+
+
+@dataclass
+class Figures:
+    """What replay counts."""
+
+    tokens_per_round: float
+    by_prompt: list[float]  # tokens per round of each
+    acceptance_by_depth: list[float]
+
+
+def layout_facts(source: str) -> Findings:
+    """What a head's files were taken for, and where its causality was read from."""
+    place = locate(source, {})
+    settings = read_config(place)
+    layout = recognise(settings)
+    reading = read_checkpoint(layout, settings, read_tensors(place.folder(*WEIGHT_PATTERNS)), {})
+    return {
+        "layout": layout.name,
+        "causality_from": reading.causality or "`is_causal`",
+        "overruled": reading.contradictions,
+    }
+
+
+def examine(
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    head: JetFlowHead,
+    conversations: Sequence[list[dict[str, str]]] | None = None,
+    *,
+    target_name: str = "",
+    head_name: str = "org/head",
+    max_new_tokens: int = 64,
+    progress: Progress | None = None,
+) -> Findings:
+    """
+    Find out what is wrong with a head and a target.
+
+    Args:
+        conversations (*optional*): Prompts as chat messages; the built-in ones if not given.
+        target_name (`str`), head_name (`str`): Hub ids or folders, for facts and fixes.
+        max_new_tokens (`int`): Tokens of each answer.
+        progress: Called with what is done, of how much, and what it is.
+
+    Returns:
+        `dict`: `facts`; `compared`, texts with and without the head; `as_loaded` and `mistakes`, what replay counts;
+        `prompt_forms`; `untested`; `faults` (empty for a sound pair), each with `mistake`, `words` and `fix`; and
+        `advice`.
+
+    Raises:
+        ValueError: If fewer than three prompts have answers of two tokens or more.
+    """
+    say = progress or (lambda *_: None)
+    findings: Findings = {"facts": pairing_facts(target, tokenizer, head), "faults": [], "advice": []}
+    findings["facts"]["target"]["name"] = target_name or target.name_or_path
+    findings["facts"]["head"]["name"] = head_name
+    try:
+        check_pairing(target, head)
+    except ValueError as error:
+        findings["faults"].append({"mistake": "pairing", "words": str(error), "fix": []})
+        return findings
+    conversations = conversations or [[{"role": "user", "content": text}] for text in BUILT_IN_PROMPTS]
+    prompts = [encode(tokenizer, messages) for messages in conversations]
+    texts = list(_greedy_texts(target, prompts, max_new_tokens, say, "plain answers"))
+    places = [place for place, text in enumerate(texts) if _has_rounds(text)]
+    if len(places) < FEWEST_PROMPTS:
+        raise ValueError(
+            f"{len(places)} of the {len(texts)} prompts have answers of two tokens or more, but at least "
+            f"{FEWEST_PROMPTS} are needed to tell a difference from chance; give other prompts"
+        )
+    conversations, texts = [conversations[place] for place in places], [texts[place] for place in places]
+    findings["compared"] = list(_compare(target, head, texts[:NUM_COMPARED], say))
+    as_loaded = _replay(target, head, texts)
+    findings["as_loaded"] = asdict(as_loaded)
+    findings["mistakes"] = list(_try_mistakes(target, tokenizer, head, texts, as_loaded, say))
+    findings["prompt_forms"] = list(
+        _try_prompt_forms(target, tokenizer, head, conversations, as_loaded, max_new_tokens, say)
+    )
+    findings["untested"] = _untested(target, head, texts)
+    findings["faults"] = list(_faults(findings, head_name))
+    findings["advice"] = list(_advice(findings))
+    return findings
+
+
+def pairing_facts(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, head: JetFlowHead) -> Findings:
+    """What there is to know of a pair without running it."""
+    config, text = head.config, target.config.get_text_config(decoder=True)
+    return {
+        "target": {
+            "model_type": target.config.model_type,
+            "num_layers": text.num_hidden_layers,
+            "hidden_size": text.hidden_size,
+            "vocab_size": text.vocab_size,
+            "tokenizer_size": len(tokenizer),
+            "has_chat_template": bool(tokenizer.chat_template),
+            "dtype": str(target.dtype).removeprefix("torch."),
+        },
+        "head": {
+            "made_for": config.target_name,
+            "made_for_model_type": config.target_model_type,
+            "num_parameters": sum(parameter.numel() for parameter in head.parameters()),
+            "num_layers": config.num_hidden_layers,
+            "block_size": config.block_size,
+            "is_causal": config.causal_layers,
+            "windows": config.layer_windows,
+            "hidden_state_indices": config.hidden_state_indices,
+            "mask_token_id": config.mask_token_id,
+            "draft_vocab_size": config.draft_vocab_size,
+            "own_embedding": config.own_embedding,
+            "own_lm_head": config.own_lm_head,
+            "branch_correction": config.branch_correction,
+            "rope_parameters": config.rope_parameters,
+        },
+    }
+
+
+@torch.no_grad()
+def _greedy_texts(
+    target: PreTrainedModel, prompts: Sequence[list[int]], max_new_tokens: int, say: Progress, what: str
+) -> Iterator[Text]:
+    for number, ids in enumerate(prompts, 1):
+        yield ids + _generate(target, ids, max_new_tokens), len(ids)
+        say(number, len(prompts), what)
+
+
+def _generate(target: PreTrainedModel, ids: list[int], max_new_tokens: int, **kwargs: Any) -> list[int]:
+    input_ids = torch.tensor([ids], device=target.device)
+    mask = torch.ones_like(input_ids)
+    output = target.generate(input_ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, **kwargs)
+    return output[0, len(ids) :].tolist()
+
+
+def _has_rounds(text: Text) -> bool:
+    return len(text[0]) - text[1] >= 2
+
+
+@torch.no_grad()
+def _compare(target: PreTrainedModel, head: JetFlowHead, texts: Sequence[Text], say: Progress) -> Iterator[Findings]:
+    """Decode with the head what was decoded plainly, and look at the first token that differs."""
+    for number, (ids, num_prompt) in enumerate(texts, 1):
+        plain = ids[num_prompt:]
+        with decoding_with(head, NODE_BUDGET):
+            drafted = _generate(target, ids[:num_prompt], len(plain), assistant_model=head)
+        say(number, len(texts), "compared with the head")
+        place = next((place for place, pair in enumerate(zip_longest(plain, drafted)) if len(set(pair)) > 1), None)
+        found: Findings = {"num_tokens": len(plain), "first_difference": place, "margin": None}
+        if place is not None and place < len(drafted):
+            prefix = torch.tensor([ids[: num_prompt + place]], device=target.device)
+            logits = target(prefix).logits[0, -1].float()
+            found["margin"] = round(abs(float(logits[plain[place]] - logits[drafted[place]])), 4)
+        is_near_tie = target.dtype != torch.float32 and found["margin"] is not None and found["margin"] <= NEAR_TIE
+        yield {**found, "is_fault": place is not None and not is_near_tie}
+
+
+def _replay(target: PreTrainedModel, head: JetFlowHead, texts: Sequence[Text]) -> Figures:
+    view = Target(target, head.config)
+    each = [replay(view, head, [text], [NODE_BUDGET])[NODE_BUDGET] for text in texts]
+    total = GenerationStats(
+        num_rounds=sum(stats.num_rounds for stats in each),
+        num_accepted=sum(stats.num_accepted for stats in each),
+        offered_by_depth=_sums(stats.offered_by_depth for stats in each),
+        accepted_by_depth=_sums(stats.accepted_by_depth for stats in each),
+    )
+    return Figures(total.tokens_per_round, [stats.tokens_per_round for stats in each], total.acceptance_by_depth)
+
+
+def _sums(lists: Iterator[list[int]]) -> list[int]:
+    return [sum(values) for values in zip_longest(*lists, fillvalue=0)]
+
+
+def _is_better(figures: Figures, other: Figures, clear_gain: float) -> bool:
+    """Whether the first drafts more by the rule at the top of this file."""
+    gains = [ours - theirs for ours, theirs in zip(figures.by_prompt, other.by_prompt, strict=True)]
+    noise = STANDARD_ERRORS * statistics.stdev(gains) / len(gains) ** 0.5
+    is_clear = figures.tokens_per_round >= clear_gain * other.tokens_per_round
+    return is_clear and figures.tokens_per_round >= HARDLY_DRAFTS and statistics.mean(gains) > noise
+
+
+def _try_mistakes(
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    head: JetFlowHead,
+    texts: Sequence[Text],
+    as_loaded: Figures,
+    say: Progress,
+) -> Iterator[Findings]:
+    mistakes = list(usual_mistakes(head, target, tokenizer))
+    for number, mistake in enumerate(mistakes, 1):
+        figures = _replay(target, with_fields(head, mistake.fields), texts)
+        say(number, len(mistakes), "usual mistakes")
+        yield {**asdict(mistake), **asdict(figures), "is_better": _is_better(figures, as_loaded, CLEAR_GAIN)}
+
+
+def _try_prompt_forms(
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    head: JetFlowHead,
+    conversations: Sequence[list[dict[str, str]]],
+    as_loaded: Figures,
+    max_new_tokens: int,
+    say: Progress,
+) -> Iterator[Findings]:
+    """Tokens per round where the prompts take another form; the target answers them anew."""
+    for form, prompts in other_encodings(tokenizer, conversations).items():
+        texts = list(_greedy_texts(target, prompts, max_new_tokens, say, form))
+        places = [place for place, text in enumerate(texts) if _has_rounds(text)]
+        if len(places) < FEWEST_PROMPTS:
+            continue
+        figures = _replay(target, head, [texts[place] for place in places])
+        usual = Figures(as_loaded.tokens_per_round, [as_loaded.by_prompt[place] for place in places], [])
+        yield {"form": form, **asdict(figures), "is_better": _is_better(figures, usual, CLEAR_GAIN_OF_PROMPTS)}
+
+
+def _untested(target: PreTrainedModel, head: JetFlowHead, texts: Sequence[Text]) -> list[str]:
+    window = windows_tried(head.config, target)
+    longest = max(len(ids) for ids, _ in texts) + head.config.block_size
+    if window is None or longest > window:
+        return []
+    return [f"sliding windows: no text leaves a window of {window} tokens; give longer prompts to tell"]
+
+
+def _faults(findings: Findings, source: str) -> Iterator[Findings]:
+    if any(each["is_fault"] for each in findings["compared"]):
+        words = "the text with the head is not plain decoding's, and not by a near-tie: this must not happen"
+        yield {"mistake": "text", "words": words, "fix": ["report it, with the JSON of this run"]}
+    now = findings["as_loaded"]["tokens_per_round"]
+    better = [each for each in findings["mistakes"] if each["is_better"]]
+    if better:
+        best = max(better, key=lambda each: each["tokens_per_round"])
+        words = (
+            f"{best['cause']}: with {best['change']} it keeps {best['tokens_per_round']:.2f} tokens per round, as "
+            f"loaded {now:.2f}"
+        )
+        mistake = Mistake(**{name: best[name] for name in Mistake.__dataclass_fields__})
+        yield {"mistake": best["name"], "words": words, "fix": mistake.fix(source)}
+    elif now < HARDLY_DRAFTS:
+        yield _why_it_hardly_drafts(findings, now)
+
+
+def _why_it_hardly_drafts(findings: Findings, now: float) -> Findings:
+    forms = [each for each in findings["prompt_forms"] if each["is_better"]]
+    if forms:
+        words = f"the prompts do not have the form the head was trained on: {_form_words(forms, now)}"
+        return {"mistake": "chat template", "words": words, "fix": ["give prompts to `generate` in that form"]}
+    head, target = findings["facts"]["head"], findings["facts"]["target"]
+    made_for = head["made_for"] or head["made_for_model_type"] or "a target that its config does not name"
+    return {
+        "mistake": "no fit",
+        "words": f"this head does not fit this target: {now:.2f} tokens per round, and no usual mistake explains it",
+        "fix": [
+            f"check that the target, {target['name']}, is the very model the head was made for: {made_for}; another "
+            "finetune of it is another target",
+            "check that the head was trained to the end, and that its file is the one that was meant",
+            "two mistakes at once hide each other: undo a likely one by hand and run this again",
+        ],
+    }
+
+
+def _advice(findings: Findings) -> Iterator[str]:
+    forms = [each for each in findings["prompt_forms"] if each["is_better"]]
+    if forms and not findings["faults"]:
+        now = findings["as_loaded"]["tokens_per_round"]
+        yield f"prompts of another form draft better: {_form_words(forms, now)}; use it if that form is what you need"
+    head, target = findings["facts"]["head"], findings["facts"]["target"]
+    if head["made_for_model_type"] not in (None, target["model_type"]):
+        yield f"the head was made for a {head['made_for_model_type']} model, the target is a {target['model_type']}"
+
+
+def _form_words(forms: list[Findings], now: float) -> str:
+    best = max(forms, key=lambda each: each["tokens_per_round"])
+    return f"{best['tokens_per_round']:.2f} tokens per round with {best['form']}, {now:.2f} as the template has it"
