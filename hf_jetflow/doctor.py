@@ -1,8 +1,10 @@
 """The doctor: whether a head drafts well for its target, and which of the usual mistakes it is if not.
 
-A head that was read wrongly still loads and still leaves the text as it is, it only drafts rubbish. So each usual
-mistake is undone on a head with the same tensors, and the rounds that it would take over the target's own answers are
-counted by replay: every answer is decoded once, each mistake costs one forward of target and head per answer.
+A head that was read wrongly still loads and still leaves the text as it is, it only drafts worse. So each usual
+mistake is undone on a head with the same tensors, and the target's own answers are scored again: every answer is
+decoded once, each mistake costs two forwards of target and head per answer. What decides is the probability that the
+head gives to the target's tokens: over a few answers it tells far smaller differences from chance than tokens per
+round do.
 """
 
 import statistics
@@ -20,7 +22,7 @@ from .fetching import WEIGHT_PATTERNS, locate, read_config, read_tensors
 from .formats import read_checkpoint, recognise
 from .integration import check_pairing
 from .modeling_jetflow import JetFlowHead
-from .replay import replay
+from .replay import answer_logprobs, replay
 from .stats import GenerationStats
 from .target import Target
 
@@ -28,11 +30,11 @@ from .target import Target
 NODE_BUDGET = 32
 NUM_COMPARED = 2  # prompts decoded with the head, next to plain decoding
 FEWEST_PROMPTS = 3
-# A change is better if it keeps a tenth more tokens per round than the head as loaded, if the mean gain over prompts
-# is more than three of its standard errors, and if the head then drafts at all.
-CLEAR_GAIN = 1.1
-CLEAR_GAIN_OF_PROMPTS = 1.3  # another form of the prompts has other answers, which may be easier by themselves
-STANDARD_ERRORS = 3
+# A change is better if the mean gain over prompts is more than two of its standard errors and no trifle, and if the
+# head then drafts at all.
+STANDARD_ERRORS = 2
+TRIFLE = 0.02  # nats per token
+CLEAR_GAIN_OF_PROMPTS = 1.3  # in tokens per round: prompts of another form have other answers, which may be easier
 HARDLY_DRAFTS = 1.2  # tokens per round; a head that is never right has 1
 NEAR_TIE = 0.5  # nats; rounding in bfloat16 or float16 may choose between tokens that are closer than this
 
@@ -41,8 +43,10 @@ BUILT_IN_PROMPTS = (
     "A train travels 180 km in 2.5 hours. What is its average speed, and how far does it get in 4 hours?",
     "Write a Python function that checks whether a word is a palindrome.",
     "Write a Python function that returns the n-th Fibonacci number, and explain how it works.",
+    "Write a SQL query that counts the orders of each customer.",
     "Name three things to see in Lisbon and say why.",
     "Explain to a child why the sky is blue.",
+    "Write an e-mail that moves a meeting from Monday to Thursday.",
 )
 
 Text = tuple[list[int], int]  # token ids of prompt and greedy answer, and of how many the prompt is
@@ -52,11 +56,20 @@ Findings = dict[str, Any]
 
 @dataclass
 class Figures:
-    """What replay counts."""
+    """How a head drafts known answers."""
 
     tokens_per_round: float
     by_prompt: list[float]  # tokens per round of each
     acceptance_by_depth: list[float]
+    logprob_by_prompt: list[float]  # mean over all drafted tokens of each
+
+    @property
+    def logprob(self) -> float:
+        """Mean log-probability of the target's tokens, in nats, each prompt counting alike."""
+        return statistics.mean(self.logprob_by_prompt)
+
+    def as_dict(self) -> Findings:
+        return {**asdict(self), "logprob": self.logprob}
 
 
 def layout_facts(source: str) -> Findings:
@@ -93,9 +106,9 @@ def examine(
         progress: Called with what is done, of how much, and what it is.
 
     Returns:
-        `dict`: `facts`; `compared`, texts with and without the head; `as_loaded` and `mistakes`, what replay counts;
-        `prompt_forms`; `untested`; `faults` (empty for a sound pair), each with `mistake`, `words` and `fix`; and
-        `advice`.
+        `dict`: `facts`; `compared`, texts with and without the head; `as_loaded`, `mistakes` and `prompt_forms`, how
+        the head drafts; `untested`; `faults` (empty for a sound pair), each with `mistake`, `words` and `fix`; and
+        `advice`. Of a head that cannot go with the target at all only `facts`, `faults` and `advice`.
 
     Raises:
         ValueError: If fewer than three prompts have answers of two tokens or more.
@@ -120,8 +133,8 @@ def examine(
         )
     conversations, texts = [conversations[place] for place in places], [texts[place] for place in places]
     findings["compared"] = list(_compare(target, head, texts[:NUM_COMPARED], say))
-    as_loaded = _replay(target, head, texts)
-    findings["as_loaded"] = asdict(as_loaded)
+    as_loaded = _draft(target, head, texts)
+    findings["as_loaded"] = as_loaded.as_dict()
     findings["mistakes"] = list(_try_mistakes(target, tokenizer, head, texts, as_loaded, say))
     findings["prompt_forms"] = list(
         _try_prompt_forms(target, tokenizer, head, conversations, as_loaded, max_new_tokens, say)
@@ -202,7 +215,7 @@ def _compare(target: PreTrainedModel, head: JetFlowHead, texts: Sequence[Text], 
         yield {**found, "is_fault": place is not None and not is_near_tie}
 
 
-def _replay(target: PreTrainedModel, head: JetFlowHead, texts: Sequence[Text]) -> Figures:
+def _draft(target: PreTrainedModel, head: JetFlowHead, texts: Sequence[Text]) -> Figures:
     view = Target(target, head.config)
     each = [replay(view, head, [text], [NODE_BUDGET])[NODE_BUDGET] for text in texts]
     total = GenerationStats(
@@ -211,19 +224,20 @@ def _replay(target: PreTrainedModel, head: JetFlowHead, texts: Sequence[Text]) -
         offered_by_depth=_sums(stats.offered_by_depth for stats in each),
         accepted_by_depth=_sums(stats.accepted_by_depth for stats in each),
     )
-    return Figures(total.tokens_per_round, [stats.tokens_per_round for stats in each], total.acceptance_by_depth)
+    logprobs = [float(answer_logprobs(view, head, *text).mean()) for text in texts]
+    by_prompt = [stats.tokens_per_round for stats in each]
+    return Figures(total.tokens_per_round, by_prompt, total.acceptance_by_depth, logprobs)
 
 
 def _sums(lists: Iterator[list[int]]) -> list[int]:
     return [sum(values) for values in zip_longest(*lists, fillvalue=0)]
 
 
-def _is_better(figures: Figures, other: Figures, clear_gain: float) -> bool:
-    """Whether the first drafts more by the rule at the top of this file."""
-    gains = [ours - theirs for ours, theirs in zip(figures.by_prompt, other.by_prompt, strict=True)]
+def _is_gain(ours: Sequence[float], theirs: Sequence[float], trifle: float = 0.0) -> bool:
+    """Whether the mean difference over prompts is more than chance, and than a trifle."""
+    gains = [one - other for one, other in zip(ours, theirs, strict=True)]
     noise = STANDARD_ERRORS * statistics.stdev(gains) / len(gains) ** 0.5
-    is_clear = figures.tokens_per_round >= clear_gain * other.tokens_per_round
-    return is_clear and figures.tokens_per_round >= HARDLY_DRAFTS and statistics.mean(gains) > noise
+    return statistics.mean(gains) > max(noise, trifle)
 
 
 def _try_mistakes(
@@ -236,9 +250,11 @@ def _try_mistakes(
 ) -> Iterator[Findings]:
     mistakes = list(usual_mistakes(head, target, tokenizer))
     for number, mistake in enumerate(mistakes, 1):
-        figures = _replay(target, with_fields(head, mistake.fields), texts)
+        figures = _draft(target, with_fields(head, mistake.fields), texts)
         say(number, len(mistakes), "usual mistakes")
-        yield {**asdict(mistake), **asdict(figures), "is_better": _is_better(figures, as_loaded, CLEAR_GAIN)}
+        is_gain = _is_gain(figures.logprob_by_prompt, as_loaded.logprob_by_prompt, TRIFLE)
+        is_better = is_gain and figures.tokens_per_round >= HARDLY_DRAFTS
+        yield {**asdict(mistake), **figures.as_dict(), "is_better": is_better}
 
 
 def _try_prompt_forms(
@@ -256,9 +272,10 @@ def _try_prompt_forms(
         places = [place for place, text in enumerate(texts) if _has_rounds(text)]
         if len(places) < FEWEST_PROMPTS:
             continue
-        figures = _replay(target, head, [texts[place] for place in places])
-        usual = Figures(as_loaded.tokens_per_round, [as_loaded.by_prompt[place] for place in places], [])
-        yield {"form": form, **asdict(figures), "is_better": _is_better(figures, usual, CLEAR_GAIN_OF_PROMPTS)}
+        figures = _draft(target, head, [texts[place] for place in places])
+        is_gain = _is_gain(figures.by_prompt, [as_loaded.by_prompt[place] for place in places])
+        enough = max(HARDLY_DRAFTS, CLEAR_GAIN_OF_PROMPTS * as_loaded.tokens_per_round)
+        yield {"form": form, **figures.as_dict(), "is_better": is_gain and figures.tokens_per_round >= enough}
 
 
 def _untested(target: PreTrainedModel, head: JetFlowHead, texts: Sequence[Text]) -> list[str]:
@@ -276,10 +293,11 @@ def _faults(findings: Findings, source: str) -> Iterator[Findings]:
     now = findings["as_loaded"]["tokens_per_round"]
     better = [each for each in findings["mistakes"] if each["is_better"]]
     if better:
-        best = max(better, key=lambda each: each["tokens_per_round"])
+        best = max(better, key=lambda each: each["logprob"])
+        gain = best["logprob"] - findings["as_loaded"]["logprob"]
         words = (
-            f"{best['cause']}: with {best['change']} it keeps {best['tokens_per_round']:.2f} tokens per round, as "
-            f"loaded {now:.2f}"
+            f"{best['cause']}: with {best['change']} the head gives the target's tokens {gain:.2f} nats more, and "
+            f"keeps {best['tokens_per_round']:.2f} tokens per round instead of {now:.2f}"
         )
         mistake = Mistake(**{name: best[name] for name in Mistake.__dataclass_fields__})
         yield {"mistake": best["name"], "words": words, "fix": mistake.fix(source)}

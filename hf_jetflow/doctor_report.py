@@ -79,21 +79,23 @@ def _comparison(compared: Findings) -> str:
 
 def _tried_table(findings: Findings) -> Table:
     settings = findings.get("settings", {})
-    title = f"Tokens per round, {len(findings['as_loaded']['by_prompt'])} prompts"
+    title = f"How the head drafts the target's answers: {len(findings['as_loaded']['by_prompt'])} prompts"
     if settings:
         title += f", {settings['node_budget']} nodes, up to {settings['max_new_tokens']} tokens each"
     table = Table(title=title)
     table.add_column("what was tried", overflow="fold")
-    for column in ("tokens/round", "of as loaded", ""):
+    for column in ("tokens/round", "of as loaded", "nats/token", ""):
         table.add_column(column, no_wrap=True, justify="right" if column else "left")
-    now = findings["as_loaded"]["tokens_per_round"]
-    table.add_row("as loaded", f"{now:.2f}", "", "")
+    now = findings["as_loaded"]
+    table.add_row("as loaded", f"{now['tokens_per_round']:.2f}", "", f"{now['logprob']:.2f}", "")
     for each in findings["mistakes"]:
-        table.add_row(each["change"], *_ratio(each, now), "better" if each["is_better"] else "")
-    for each in findings["prompt_forms"]:
-        table.add_row(f"prompts: {each['form']}", *_ratio(each, now), "better" if each["is_better"] else "")
+        change = f"{each['logprob'] - now['logprob']:+.2f}"
+        table.add_row(each["change"], *_ratio(each, now), change, "better" if each["is_better"] else "")
+    for each in findings["prompt_forms"]:  # of other answers, whose probabilities cannot be compared
+        table.add_row(f"prompts: {each['form']}", *_ratio(each, now), "", "better" if each["is_better"] else "")
     return table
 
 
-def _ratio(each: Findings, now: float) -> tuple[str, str]:
-    return f"{each['tokens_per_round']:.2f}", f"{each['tokens_per_round'] / now:.2f}"
+def _ratio(each: Findings, now: Findings) -> tuple[str, str]:
+    ratio = each["tokens_per_round"] / now["tokens_per_round"]
+    return f"{each['tokens_per_round']:.2f}", f"{ratio:.2f}"

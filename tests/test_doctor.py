@@ -129,7 +129,7 @@ def test_a_mistake_in_the_config_is_named_and_its_fix_mends_it(fault, tmp_path, 
     findings = diagnose(saved(good_head(**trained), tmp_path / "head", **changed))
     (found,) = findings["faults"]
     assert found["mistake"] == name, found["words"]
-    best = max(findings["mistakes"], key=lambda each: each["tokens_per_round"])
+    best = max(findings["mistakes"], key=lambda each: each["logprob"])
     assert best["fields"] == undone
     monkeypatch.chdir(tmp_path)
     exec("\n".join(found["fix"]))
