@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .doctor_mistakes import Mistake, encode, other_encodings, usual_mistakes, windows_tried, with_fields
+from .doctor_mistakes import encode, other_encodings, usual_mistakes, windows_tried, with_fields
+from .doctor_verdict import HARDLY_DRAFTS, find_advice, find_faults
 from .evaluation import decoding_with
 from .fetching import WEIGHT_PATTERNS, locate, read_config, read_tensors
 from .formats import read_checkpoint, recognise
@@ -35,7 +36,6 @@ FEWEST_PROMPTS = 3
 STANDARD_ERRORS = 2
 TRIFLE = 0.02  # nats per token
 CLEAR_GAIN_OF_PROMPTS = 1.3  # in tokens per round: prompts of another form have other answers, which may be easier
-HARDLY_DRAFTS = 1.2  # tokens per round; a head that is never right has 1
 NEAR_TIE = 0.5  # nats; rounding in bfloat16 or float16 may choose between tokens that are closer than this
 
 BUILT_IN_PROMPTS = (
@@ -140,8 +140,8 @@ def examine(
         _try_prompt_forms(target, tokenizer, head, conversations, as_loaded, max_new_tokens, say)
     )
     findings["untested"] = _untested(target, head, texts)
-    findings["faults"] = list(_faults(findings, head_name))
-    findings["advice"] = list(_advice(findings))
+    findings["faults"] = list(find_faults(findings, head_name))
+    findings["advice"] = list(find_advice(findings))
     return findings
 
 
@@ -284,56 +284,3 @@ def _untested(target: PreTrainedModel, head: JetFlowHead, texts: Sequence[Text])
     if window is None or longest > window:
         return []
     return [f"sliding windows: no text leaves a window of {window} tokens; give longer prompts to tell"]
-
-
-def _faults(findings: Findings, source: str) -> Iterator[Findings]:
-    if any(each["is_fault"] for each in findings["compared"]):
-        words = "the text with the head is not plain decoding's, and not by a near-tie: this must not happen"
-        yield {"mistake": "text", "words": words, "fix": ["report it, with the JSON of this run"]}
-    now = findings["as_loaded"]["tokens_per_round"]
-    better = [each for each in findings["mistakes"] if each["is_better"]]
-    if better:
-        best = max(better, key=lambda each: each["logprob"])
-        gain = best["logprob"] - findings["as_loaded"]["logprob"]
-        words = (
-            f"{best['cause']}: with {best['change']} the head gives the target's tokens {gain:.2f} nats more, and "
-            f"keeps {best['tokens_per_round']:.2f} tokens per round instead of {now:.2f}"
-        )
-        mistake = Mistake(**{name: best[name] for name in Mistake.__dataclass_fields__})
-        yield {"mistake": best["name"], "words": words, "fix": mistake.fix(source)}
-    elif now < HARDLY_DRAFTS:
-        yield _why_it_hardly_drafts(findings, now)
-
-
-def _why_it_hardly_drafts(findings: Findings, now: float) -> Findings:
-    forms = [each for each in findings["prompt_forms"] if each["is_better"]]
-    if forms:
-        words = f"the prompts do not have the form the head was trained on: {_form_words(forms, now)}"
-        return {"mistake": "chat template", "words": words, "fix": ["give prompts to `generate` in that form"]}
-    head, target = findings["facts"]["head"], findings["facts"]["target"]
-    made_for = head["made_for"] or head["made_for_model_type"] or "a target that its config does not name"
-    return {
-        "mistake": "no fit",
-        "words": f"this head does not fit this target: {now:.2f} tokens per round, and no usual mistake explains it",
-        "fix": [
-            f"check that the target, {target['name']}, is the very model the head was made for: {made_for}; another "
-            "finetune of it is another target",
-            "check that the head was trained to the end, and that its file is the one that was meant",
-            "two mistakes at once hide each other: undo a likely one by hand and run this again",
-        ],
-    }
-
-
-def _advice(findings: Findings) -> Iterator[str]:
-    forms = [each for each in findings["prompt_forms"] if each["is_better"]]
-    if forms and not findings["faults"]:
-        now = findings["as_loaded"]["tokens_per_round"]
-        yield f"prompts of another form draft better: {_form_words(forms, now)}; use it if that form is what you need"
-    head, target = findings["facts"]["head"], findings["facts"]["target"]
-    if head["made_for_model_type"] not in (None, target["model_type"]):
-        yield f"the head was made for a {head['made_for_model_type']} model, the target is a {target['model_type']}"
-
-
-def _form_words(forms: list[Findings], now: float) -> str:
-    best = max(forms, key=lambda each: each["tokens_per_round"])
-    return f"{best['tokens_per_round']:.2f} tokens per round with {best['form']}, {now:.2f} as the template has it"

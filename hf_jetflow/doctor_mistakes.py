@@ -103,6 +103,7 @@ def _rotations(config: JetFlowConfig, target: PreTrainedModel) -> Iterator[Mista
     plain = {"rope_type": "default", "rope_theta": config.rope_parameters["rope_theta"]}
     tried = [config.rope_parameters]
     theirs = JetFlowConfig.for_target(target.config).rope_parameters
+    assert theirs is not None
     for words, rope in (("the target's rope", theirs), ("rope without scaling", plain)):
         if rope not in tried:
             tried.append(rope)

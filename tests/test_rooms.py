@@ -48,6 +48,7 @@ ROOMS = {
         "bench_report",
         "plots",
         "doctor_mistakes",
+        "doctor_verdict",
         "doctor",
         "doctor_report",
         "cli",
