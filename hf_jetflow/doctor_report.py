@@ -10,7 +10,7 @@ Findings = dict[str, Any]
 
 
 def print_findings(findings: Findings, console: Console) -> None:
-    """Facts, figures and what was tried; the verdict is `verdict_lines`."""
+    """Facts, figures and what was tried, of findings that hold `settings` and the layout; see also `verdict_lines`."""
     console.print(_facts_table(findings))
     if "as_loaded" not in findings:
         return
@@ -35,12 +35,11 @@ def verdict_lines(findings: Findings) -> list[str]:
 
 
 def _facts_table(findings: Findings) -> Table:
-    target, head, layout = findings["facts"]["target"], findings["facts"]["head"], findings["facts"].get("layout", {})
+    target, head, layout = findings["facts"]["target"], findings["facts"]["head"], findings["facts"]["layout"]
     kinds = ["causal" if flag else "bidirectional" for flag in head["is_causal"]]
     causality = kinds[0] if len(set(kinds)) == 1 else ", ".join(kinds)
-    if layout:
-        causality += f" (from {layout['causality_from']})"
-        causality += "".join(f"; overruled: {flag}" for flag in layout["overruled"])
+    causality += f" (from {layout['causality_from']})"
+    causality += "".join(f"; overruled: {flag}" for flag in layout["overruled"])
     windows = "none" if not any(head["windows"]) else ", ".join(str(window or "full") for window in head["windows"])
     borrowed = [("own" if head[f"own_{what}"] else "the target's") for what in ("embedding", "lm_head")]
     rows = {
@@ -49,7 +48,7 @@ def _facts_table(findings: Findings) -> Table:
         "head": f"{head['name']}: {head['num_parameters'] / 1e6:.1f} M parameters, {head['num_layers']} layers, "
         f"block {head['block_size']}",
         "made for": head["made_for"] or head["made_for_model_type"] or "not said",
-        "layout": layout.get("layout", "in memory"),
+        "layout": layout["layout"],
         "rows of a block": causality,
         "windows": windows,
         "taps": str(head["hidden_state_indices"]),
@@ -78,10 +77,8 @@ def _comparison(compared: Findings) -> str:
 
 
 def _tried_table(findings: Findings) -> Table:
-    settings = findings.get("settings", {})
-    title = f"How the head drafts the target's answers: {len(findings['as_loaded']['by_prompt'])} prompts"
-    if settings:
-        title += f", {settings['node_budget']} nodes, up to {settings['max_new_tokens']} tokens each"
+    settings, num_prompts = findings["settings"], len(findings["as_loaded"]["by_prompt"])
+    title = f"{num_prompts} answers of up to {settings['max_new_tokens']} tokens, {settings['node_budget']} nodes"
     table = Table(title=title)
     table.add_column("what was tried", overflow="fold")
     for column in ("tokens/round", "of as loaded", "nats/token", ""):

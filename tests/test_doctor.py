@@ -18,8 +18,9 @@ from hf_jetflow.cli import app
 from hf_jetflow.data import encode_chat
 from hf_jetflow.doctor import examine
 from hf_jetflow.doctor_mistakes import encode, with_fields
+from hf_jetflow.drafting import JetFlowCandidateGenerator
 from hf_jetflow.replay import answer_logprobs, replay
-from hf_jetflow.target import Target
+from hf_jetflow.target import Target, TargetStates
 from hf_jetflow.training import MuonAdamW
 
 
@@ -52,7 +53,7 @@ def good_head(**config: Any) -> JetFlowHead:
     view = Target(target, head.config)
     features, last_states = view.states(ids)
     projection = target.get_output_embeddings().weight.detach()
-    for _ in range(60):
+    for _ in range(40):
         loss = torch.zeros(())
         for model, shift in ((head, 0), (flipped, 7)):
             drafted = draft_blocks(model, model, view, inputs, features, last_states)
@@ -220,18 +221,29 @@ def test_another_text_is_a_fault_unless_rounding_decided_a_near_tie(dtype, near_
     assert ("text" in [fault["mistake"] for fault in findings["faults"]]) == is_fault
 
 
-def test_answers_are_scored_by_the_head_s_own_probabilities():
-    target, head = build_target("llama"), good_head()
-    ids = torch.tensor([encode(TOKENIZER, CONVERSATIONS[0])])
-    text = target.generate(ids, max_new_tokens=NUM_NEW, do_sample=False)[0].tolist()
-    scores = answer_logprobs(Target(target, head.config), head, text, ids.shape[1])
-    assert len(scores) == sum(min(5, NUM_NEW - 1 - place) for place in range(NUM_NEW - 1))
-    assert scores.mean() > -1
-    reduced = JetFlowHead(JetFlowConfig.from_dict({**head.config.to_dict(), "draft_vocab_size": 200}))
-    reduced.load_state_dict({**head.state_dict(), "d2t": torch.arange(20, 220)})
-    some = answer_logprobs(Target(target, head.config), reduced.eval(), text, ids.shape[1])
-    inside = [20 <= token < 220 for token in text[ids.shape[1] :]]
-    assert len(some) == sum(sum(inside[place + 1 : place + 6]) for place in range(NUM_NEW - 1)) < len(scores)
+OWN = {"own_embedding": True, "own_lm_head": True, "anchor_predicts": True, "logit_scale": 2.0, "is_causal": False}
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"draft_vocab_size": 200}, OWN], ids=["plain", "draft vocabulary", "all its own"]
+)
+def test_answers_are_scored_as_decoding_would_draft_them(config, tiny_target, random_head, prompt):
+    target, head = tiny_target("llama"), random_head(tiny_target("llama"), **config)
+    if "draft_vocab_size" in config:
+        head.d2t.copy_(torch.arange(20, 220))
+    view, num_prompt, num_depths = Target(target, head.config), prompt.shape[1], head.config.block_size - 1
+    text = target.generate(prompt, max_new_tokens=9, do_sample=False)
+    features, _ = view.states(text)
+    expected = []
+    for place in range(num_prompt, text.shape[1] - 1):
+        drafter = JetFlowCandidateGenerator(head, view)
+        drafter.observe(TargetStates(torch.empty(0), features[:, :place], torch.arange(place)[None]))
+        drafted = drafter.propose(text[0, place : place + 1], place, num_depths, width=257)
+        for depth, token in enumerate(text[0, place + 1 : place + 1 + num_depths].tolist()):
+            expected += drafted.logprobs[depth][drafted.tokens[depth] == token].tolist()
+    scores = answer_logprobs(view, head, text[0].tolist(), num_prompt)
+    assert len(scores) > 15
+    torch.testing.assert_close(scores, torch.tensor(expected), atol=1e-4, rtol=1e-4)
 
 
 @pytest.fixture
