@@ -1,4 +1,4 @@
-"""The command line: `hf-jetflow train`, `bench`, `plot`, `convert` and `simulate`. Parsing and printing only."""
+"""The command line: `hf-jetflow` and its commands `train`, `bench`, `doctor` and others. Parsing and printing only."""
 
 import sys
 from pathlib import Path
@@ -201,6 +201,64 @@ def bench(
 
 
 @app.command()
+def doctor(
+    target: TargetOption,
+    head: Annotated[str, typer.Option(help="Draft head: a Hub id or a folder.")],
+    prompts: Annotated[
+        list[Path],
+        typer.Option(help="JSON lines of prompts in place of the built-in ones; may be given several times."),
+    ] = [],  # noqa: B006
+    num_prompts: Annotated[int, typer.Option(help="Prompts taken of those given.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 64,
+    dtype: DtypeOption = "auto",
+    json: Annotated[Path | None, typer.Option(help="File for all findings as JSON.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="The verdict only.")] = False,
+) -> None:
+    """
+    Check a head against a target, and find the mistake if it drafts badly. Example:
+
+    hf-jetflow doctor --target org/model --head org/head
+
+    Exit status: 0 if no fault was found, 1 if one was, 2 if the examination could not be made.
+    """
+    from .bench import environment, write_json
+    from .data import read_prompts
+    from .doctor import NODE_BUDGET, examine, layout_facts
+    from .doctor_report import print_findings, verdict_lines
+    from .loading import fast_dtype, load_target
+    from .modeling_jetflow import JetFlowHead
+
+    with _readable_errors(status=2):
+        conversations = [prompt["messages"] for prompt in read_prompts(prompts)[:num_prompts]]
+        model, tokenizer = load_target(target, fast_dtype() if dtype == "auto" else dtype)
+        draft_head = JetFlowHead.from_pretrained(head, dtype=model.dtype).to(model.device)
+        layout = layout_facts(head)
+        with _progress(quiet) as bars:
+            findings = examine(
+                model,
+                tokenizer,
+                draft_head,
+                conversations if prompts else None,
+                target_name=target,
+                head_name=head,
+                max_new_tokens=max_new_tokens,
+                progress=_Reporter(bars),
+            )
+        findings["facts"]["layout"] = layout
+        settings = {"target": target, "head": head, "node_budget": NODE_BUDGET, "max_new_tokens": max_new_tokens}
+        findings = {"environment": environment(), "settings": settings, **findings}
+        if json is not None:
+            write_json(findings, json)
+            console.print(f"written to {json}")
+    output = Console(width=None if sys.stdout.isatty() else 120)
+    if not quiet:
+        print_findings(findings, output)
+    output.print(*verdict_lines(findings), sep="\n", markup=False, highlight=False, soft_wrap=True)
+    if findings["faults"]:
+        raise SystemExit(1)
+
+
+@app.command()
 def convert(
     head: Annotated[str, typer.Argument(help="Head to convert, in any layout that loads: a Hub id or a folder.")],
     to: Annotated[str, typer.Option(help="Layout to write: jetspec, dflash, speculators or jetflow.")],
@@ -277,7 +335,11 @@ def _progress(quiet: bool = False) -> Progress:
 
 
 class _readable_errors:
-    """Print user errors as one line and leave with status 1; anything else is a bug and keeps its traceback."""
+    """Print user errors as one line and leave with status 1, or another; anything else is a bug and keeps its
+    traceback."""
+
+    def __init__(self, status: int = 1):
+        self._status = status
 
     def __enter__(self) -> None:
         return None
@@ -285,7 +347,7 @@ class _readable_errors:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
         if isinstance(error, ValueError | OSError):
             console.print(f"error: {error}", style="red", markup=False)
-            raise SystemExit(1)
+            raise SystemExit(self._status)
 
 
 @app.command()

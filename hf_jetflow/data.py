@@ -162,9 +162,10 @@ def read_answers(paths: Sequence[str | os.PathLike], vocab_size: int | None = No
     return answers
 
 
-def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
-    """Token ids of a conversation under the tokenizer's chat template, ready for the answer."""
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: bool) -> list[int]:
+    """Token ids of a conversation under the tokenizer's chat template, ready for the answer; options are the
+    template's."""
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 

@@ -114,7 +114,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         # Rows behind the deepest drafted one are invisible to it when every layer is causal.
         may_be_short = all(head.config.causal_layers) and not is_static
         slots = self._slots[None, : first + max_depth if may_be_short else head.config.num_rows]
-        embeds = self._embed_block(anchor_id[:, None].expand_as(slots), (slots == 0).to(device))
+        embeds = self.embed_block(anchor_id[:, None].expand_as(slots), (slots == 0).to(device))
         features, context_position_ids = (torch.cat(parts, dim=1) for parts in zip(*self._pending, strict=True))
         self._pending = [(features[:, :0], context_position_ids[:, :0])]
         read = self._read_static if is_static else head
@@ -144,7 +144,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         self._cache.keep(num_rows)
         return rows
 
-    def _embed_block(self, block_ids: torch.Tensor, is_anchor: torch.Tensor) -> torch.Tensor:
+    def embed_block(self, block_ids: torch.Tensor, is_anchor: torch.Tensor) -> torch.Tensor:
         """Input rows of the head (1, rows, hidden), by its own embedding or the target's."""
         head = self.head
         if head.embed_tokens is None:
@@ -163,14 +163,19 @@ class JetFlowCandidateGenerator(CandidateGenerator):
 
     def _candidates(self, rows: torch.Tensor, width: int, device: torch.device) -> tuple[Candidates, torch.Tensor]:
         """Best `width` tokens of each row (depth, hidden) and their places in the draft vocabulary."""
-        token_ids = self.head.draft_token_ids
+        token_ids, logprobs = self.head.draft_token_ids, self.logprobs(rows)
+        best = logprobs.topk(min(width, logprobs.shape[-1]))
+        tokens = best.indices if token_ids is None else token_ids.to(best.indices.device)[best.indices]
+        return Candidates(tokens.to(device), best.values.to(device)), best.indices
+
+    def logprobs(self, rows: torch.Tensor) -> torch.Tensor:
+        """Draft log-probabilities (rows, draft_vocab) of drafted rows (rows, hidden), before any branch correction."""
         if self._projection is not None:
             logits = rows.to(self._projection.device, self._projection.dtype) @ self._projection.T
         else:
-            logits = self.target.output_logits(rows.to(self.target.model.device, self.target.model.dtype), token_ids)
-        best = torch.log_softmax(self.head.shape_logits(logits.float()), dim=-1).topk(min(width, logits.shape[-1]))
-        tokens = best.indices if token_ids is None else token_ids.to(best.indices.device)[best.indices]
-        return Candidates(tokens.to(device), best.values.to(device)), best.indices
+            rows = rows.to(self.target.model.device, self.target.model.dtype)
+            logits = self.target.output_logits(rows, self.head.draft_token_ids)
+        return torch.log_softmax(self.head.shape_logits(logits.float()), dim=-1)
 
     def _output(self, places: torch.Tensor) -> CandidateLogits:
         """What turns shifts (branches, hidden) of a depth into logit changes of its candidates (branches, width)."""

@@ -25,7 +25,7 @@ def tokens_per_round(
     The head is left as it was: its mode, its generation config and the random generators do not change.
     """
     rounds = accepted = 0
-    with _decoding(head, node_budget):
+    with decoding_with(head, node_budget):
         for number, ids in enumerate(prompts, 1):
             input_ids = torch.tensor([list(ids)], device=target.device)
             target.generate(
@@ -43,7 +43,8 @@ def tokens_per_round(
 
 
 @contextmanager
-def _decoding(head: JetFlowHead, node_budget: int) -> Iterator[None]:
+def decoding_with(head: JetFlowHead, node_budget: int) -> Iterator[None]:
+    """Decode with a node budget; the head is left as it was."""
     was_training, settings, stats = head.training, head.generation_config, head.last_stats
     head.generation_config = copy.deepcopy(settings)
     head.generation_config.node_budget = node_budget

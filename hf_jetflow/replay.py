@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
-from .blocks import forward_blocks, make_blocks
+from .blocks import make_blocks
 from .drafting import JetFlowCandidateGenerator
 from .modeling_jetflow import JetFlowHead
 from .policy import RoundPlan, plan_round, read_limits
@@ -45,7 +45,7 @@ def replay(
     stats = {budget: GenerationStats() for budget in node_budgets}
     for number, (ids, num_prompt) in enumerate(texts, 1):
         drafter = JetFlowCandidateGenerator(head, target)
-        blocks = _rows_of_all_anchors(target, head, ids, num_prompt)
+        blocks = _rows_of_all_anchors(drafter, ids, num_prompt)
         for budget in node_budgets:
             settings = {**head.generation_config.to_dict(), "node_budget": budget, "width": width}
             limits = read_limits(type(head.generation_config)(**settings), block_size)
@@ -82,7 +82,7 @@ def acceptance_by_rank(
     hits, reached = torch.zeros(num_depths, num_ranks), torch.zeros(num_depths)
     for number, (ids, num_prompt) in enumerate(texts, 1):
         drafter = JetFlowCandidateGenerator(head, target)
-        for place, rows in enumerate(_rows_of_all_anchors(target, head, ids, num_prompt), num_prompt):
+        for place, rows in enumerate(_rows_of_all_anchors(drafter, ids, num_prompt), num_prompt):
             following = ids[place + 1 : place + 1 + num_depths]
             candidates = drafter.rank(rows[: len(following)], num_ranks, rows.device)
             for depth, rank in enumerate(_ranks(drafter, candidates, ids[place], following, num_ranks)):
@@ -92,6 +92,30 @@ def acceptance_by_rank(
         if progress is not None:
             progress(number)
     return (hits / reached.clamp_min(1)[:, None]).tolist()
+
+
+@torch.no_grad()
+def answer_logprobs(target: Target, head: JetFlowHead, ids: Sequence[int], num_prompt: int) -> torch.Tensor:
+    """
+    Log-probabilities that the head gives to a text of the target, every answer token but the last an anchor.
+
+    Args:
+        ids: Token ids of prompt and answer, and `num_prompt` how many of them are the prompt.
+
+    Returns:
+        `torch.Tensor`, (tokens,): One of each token of each depth behind each anchor; tokens outside the draft
+        vocabulary are left out. Before any branch correction.
+    """
+    drafter = JetFlowCandidateGenerator(head, target)
+    rows = _rows_of_all_anchors(drafter, ids, num_prompt)
+    num_depths = rows.shape[1]
+    answer = torch.tensor(list(ids[num_prompt:]) + [-1] * num_depths)
+    tokens = answer.unfold(0, num_depths, 1)[1 : len(rows) + 1].to(rows.device)
+    is_scored = tokens >= 0
+    if head.draft_token_ids is not None:
+        is_scored &= torch.isin(tokens, head.draft_token_ids)
+        tokens = torch.searchsorted(head.draft_token_ids, tokens.contiguous())
+    return drafter.logprobs(rows[is_scored]).gather(1, tokens[is_scored][:, None])[:, 0]
 
 
 def _ranks(
@@ -112,15 +136,24 @@ def _ranks(
         token = next_token
 
 
-def _rows_of_all_anchors(target: Target, head: JetFlowHead, ids: Sequence[int], num_prompt: int) -> torch.Tensor:
+def _rows_of_all_anchors(drafter: JetFlowCandidateGenerator, ids: Sequence[int], num_prompt: int) -> torch.Tensor:
     """Drafted rows behind every answer token but the last, (anchors, block_size - 1, hidden)."""
+    head, target = drafter.head, drafter.target
     input_ids = torch.tensor([list(ids)], device=target.model.device)
     anchors = torch.arange(num_prompt, len(ids) - 1, device=input_ids.device)[None]
     lengths = torch.tensor([len(ids)], device=input_ids.device)
-    blocks = make_blocks({"anchors": anchors, "lengths": lengths}, head.config.block_size)
+    blocks = make_blocks({"anchors": anchors, "lengths": lengths}, head.config.num_rows)
+    embeds = drafter.embed_block(input_ids.gather(1, blocks.anchor_position_ids), blocks.depths == 0)
     features, _ = target.states(input_ids)
-    rows = forward_blocks(head, head, target, input_ids, blocks, features.to(head.dtype))
-    return rows.view(-1, head.config.block_size, rows.shape[-1])[:, 1:]
+    rows = head(
+        inputs_embeds=embeds.to(head.device, head.dtype),
+        features=features.to(head.device, head.dtype),
+        position_ids=blocks.position_ids.to(head.device),
+        context_position_ids=torch.arange(len(ids), device=head.device)[None],
+        anchor_position_ids=blocks.anchor_position_ids.to(head.device),
+    )
+    first = 0 if head.config.anchor_predicts else 1  # row that drafts depth 1
+    return rows.view(-1, head.config.num_rows, rows.shape[-1])[:, first:]
 
 
 def _replay_text(

@@ -245,7 +245,9 @@ def test_a_user_error_is_one_line_with_its_cause_and_status_one(target_folder, p
     assert "Traceback" not in result.output
 
 
-@pytest.mark.parametrize("command", ["train --target", "bench --target", "plot bench.json", "simulate --target"])
+@pytest.mark.parametrize(
+    "command", ["train --target", "bench --target", "doctor --target", "plot bench.json", "simulate --target"]
+)
 def test_help_of_each_command_shows_an_example(command):
     result = runner.invoke(app, [command.split()[0], "--help"])
     assert result.exit_code == 0

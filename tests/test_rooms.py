@@ -47,6 +47,10 @@ ROOMS = {
         "bench",
         "bench_report",
         "plots",
+        "doctor_mistakes",
+        "doctor_verdict",
+        "doctor",
+        "doctor_report",
         "cli",
     ),
 }

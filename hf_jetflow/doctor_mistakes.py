@@ -1,0 +1,151 @@
+"""The usual mistakes in reading or using a draft head, each with what undoes it."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .configuration_jetflow import JetFlowConfig
+from .data import encode_chat
+from .modeling_jetflow import JetFlowHead
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A mistake that may have been made, and the fields of `JetFlowConfig` that undo it."""
+
+    name: str
+    cause: str  # what is wrong if the change helps
+    change: str
+    fields: dict[str, Any]
+
+    def fix(self, source: str) -> list[str]:
+        """Lines of Python that load the head without the mistake and save it."""
+        # Own embeddings are tensors of the file, which loads whole or not at all: they are taken out afterwards.
+        own = {"own_embedding": "embed_tokens", "own_lm_head": "lm_head"}
+        given = "".join(f", {name}={value!r}" for name, value in self.fields.items() if name not in own)
+        return [
+            "from hf_jetflow import JetFlowHead",
+            f"head = JetFlowHead.from_pretrained({source!r}{given})",
+            *(f"head.{own[name]}, head.config.{name} = None, False" for name in self.fields if name in own),
+            'head.save_pretrained("fixed-head")',
+        ]
+
+
+def with_fields(head: JetFlowHead, fields: dict[str, Any]) -> JetFlowHead:
+    """The head with other fields in its configuration; tensors are shared, nothing is copied."""
+    config = JetFlowConfig.from_dict({**head.config.to_dict(), **fields})
+    config._attn_implementation = head.config._attn_implementation
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*head.parameters(), *head.buffers())}
+    other = copy.deepcopy(head, {**shared, id(head.config): config})
+    other.rotary_emb = type(head.rotary_emb)(config).to(head.device)
+    if not config.own_embedding:
+        other.embed_tokens = None
+    if not config.own_lm_head:
+        other.lm_head = None
+    return other
+
+
+def usual_mistakes(
+    head: JetFlowHead, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Mistake]:
+    """What may be wrong with a head as it was read for a target that it fits by its sizes."""
+    config = head.config
+    for flag in (True, False):
+        if config.causal_layers != [flag] * config.num_hidden_layers:
+            kind = "causal" if flag else "bidirectional"
+            cause = "whether the rows of a block see one another was read wrongly"
+            yield Mistake("causality", cause, f"{kind} inside the block", {"is_causal": flag})
+    yield from _shifted_taps(config, target)
+    yield from _windows(config, target)
+    yield from _rotations(config, target)
+    yield from _mask_tokens(config, target, tokenizer)
+    for name, module in (("own_lm_head", "LM head"), ("own_embedding", "embedding")):
+        if getattr(config, name):
+            cause = f"the {module} in the file is not the one the head was trained with"
+            yield Mistake(module, cause, f"the target's {module}", {name: False})
+
+
+def _shifted_taps(config: JetFlowConfig, target: PreTrainedModel) -> Iterator[Mistake]:
+    assert config.hidden_state_indices is not None
+    last = target.config.get_text_config(decoder=True).num_hidden_layers
+    for shift in (1, -1):
+        indices = [index + shift for index in config.hidden_state_indices]
+        if min(indices) >= 0 and max(indices) <= last:
+            cause = "the tapped layers are counted off by one"
+            yield Mistake("taps", cause, f"taps {shift:+d}: {indices}", {"hidden_state_indices": indices})
+
+
+def windows_tried(config: JetFlowConfig, target: PreTrainedModel) -> int | None:
+    """The window that the head has, or that is tried on it, in positions."""
+    text = target.config.get_text_config(decoder=True)
+    return config.sliding_window or getattr(text, "sliding_window", None)
+
+
+def _windows(config: JetFlowConfig, target: PreTrainedModel) -> Iterator[Mistake]:
+    cause = "the sliding window of the head's layers was read wrongly"
+    num_layers, window = config.num_hidden_layers, windows_tried(config, target)
+    if any(config.layer_windows):
+        yield Mistake("window", cause, "no sliding window", {"layer_types": ["full_attention"] * num_layers})
+    elif window:
+        for num_full, where in ((0, "all layers"), (1, "all layers but the last")):
+            kinds = ["sliding_attention"] * (num_layers - num_full) + ["full_attention"] * num_full
+            if "sliding_attention" in kinds:
+                fields = {"layer_types": kinds, "sliding_window": window}
+                yield Mistake("window", cause, f"a window of {window} in {where}", fields)
+
+
+def _rotations(config: JetFlowConfig, target: PreTrainedModel) -> Iterator[Mistake]:
+    cause = "the rotary parameters are not those the head was trained with"
+    assert config.rope_parameters is not None
+    plain = {"rope_type": "default", "rope_theta": config.rope_parameters["rope_theta"]}
+    tried = [config.rope_parameters]
+    theirs = JetFlowConfig.for_target(target.config).rope_parameters
+    assert theirs is not None
+    for words, rope in (("the target's rope", theirs), ("rope without scaling", plain)):
+        if rope not in tried:
+            tried.append(rope)
+            yield Mistake("rope", cause, words, {"rope_parameters": rope})
+
+
+def _mask_tokens(
+    config: JetFlowConfig, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Mistake]:
+    if config.mask_token_id is None:
+        return
+    text = target.config.get_text_config(decoder=True)
+    named = [token for token in tokenizer.get_added_vocab() if "mask" in token.lower()]
+    found = [getattr(text, "mask_token_id", None), *tokenizer.convert_tokens_to_ids(named)]
+    found += [tokenizer.pad_token_id, text.pad_token_id]
+    for token_id in dict.fromkeys(found):
+        if token_id is not None and token_id != config.mask_token_id and 0 <= token_id < config.vocab_size:
+            cause = "the rows behind the anchor hold another MASK token than in training"
+            words = f"MASK {token_id} ({tokenizer.convert_ids_to_tokens(token_id)})"
+            yield Mistake("mask token", cause, words, {"mask_token_id": token_id})
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids of a prompt as the tokenizer's chat template has it, or as plain text where there is no template."""
+    return encode_chat(tokenizer, messages) if tokenizer.chat_template else _encode_text(tokenizer, messages)
+
+
+def other_encodings(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[list[dict[str, str]]]
+) -> dict[str, list[list[int]]]:
+    """The same prompts in the forms that are mistaken for one another: thinking switched, no template; only those
+    that differ."""
+    if not tokenizer.chat_template:
+        return {}
+    forms = {
+        "enable_thinking=True": [encode_chat(tokenizer, each, enable_thinking=True) for each in conversations],
+        "enable_thinking=False": [encode_chat(tokenizer, each, enable_thinking=False) for each in conversations],
+        "no chat template": [_encode_text(tokenizer, each) for each in conversations],
+    }
+    usual = [encode_chat(tokenizer, each) for each in conversations]
+    return {name: prompts for name, prompts in forms.items() if prompts != usual}
+
+
+def _encode_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+    return tokenizer("\n\n".join(message["content"] for message in messages))["input_ids"]
