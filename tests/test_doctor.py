@@ -37,7 +37,7 @@ def good_head(**config: Any) -> JetFlowHead:
     A head that learned the target's answers to `CONVERSATIONS` by heart, and drafts them only if it is read as it was
     trained: attention that is causal the wrong way round is taught to yield other tokens.
     """
-    target = build_target("llama")
+    target = copy.deepcopy(build_target("llama")).requires_grad_(False)  # others use it, too, and want no gradients
     prompts = [torch.tensor([encode_chat(TOKENIZER, messages)]) for messages in CONVERSATIONS]
     ids = torch.cat([target.generate(prompt, max_new_tokens=NUM_NEW, do_sample=False) for prompt in prompts])
     num_prompt = prompts[0].shape[1]
