@@ -55,9 +55,9 @@ def usual_mistakes(
     config = head.config
     for flag in (True, False):
         if config.causal_layers != [flag] * config.num_hidden_layers:
-            kind = "causal" if flag else "bidirectional"
+            words = f"{'causal' if flag else 'bidirectional'} blocks"
             cause = "whether the rows of a block see one another was read wrongly"
-            yield Mistake("causality", cause, f"{kind} inside the block", {"is_causal": flag})
+            yield Mistake("causality", cause, words, {"is_causal": flag})
     yield from _shifted_taps(config, target)
     yield from _windows(config, target)
     yield from _rotations(config, target)

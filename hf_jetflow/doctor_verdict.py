@@ -22,8 +22,8 @@ def find_faults(findings: Findings, source: str) -> Iterator[Findings]:
         best = max(better, key=lambda each: each["logprob"])
         gain = best["logprob"] - findings["as_loaded"]["logprob"]
         words = (
-            f"{best['cause']}: with {best['change']} the head gives the target's tokens {gain:.2f} nats more, and "
-            f"keeps {best['tokens_per_round']:.2f} tokens per round instead of {now:.2f}"
+            f"{best['cause']}: with {best['change']} each token of the target is {gain:.2f} nats more probable to the "
+            f"head, which keeps {best['tokens_per_round']:.2f} tokens per round instead of {now:.2f}"
         )
         mistake = Mistake(**{name: best[name] for name in Mistake.__dataclass_fields__})
         yield {"mistake": best["name"], "words": words, "fix": mistake.fix(source)}

@@ -8,6 +8,7 @@ import torch
 
 from hf_jetflow import JetFlowHead
 from hf_jetflow.data import encode_chat
+from hf_jetflow.doctor import examine
 from hf_jetflow.loading import load_target
 
 
@@ -60,6 +61,21 @@ def test_the_head_drafts_several_tokens_per_round_on_a_maths_question(pair, head
     head.generation_config.node_budget = 32
     target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=False, assistant_model=head)
     assert head.last_stats.tokens_per_round > 2.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mistake", "changed"),
+    [
+        (None, {}),
+        ("taps", {"hidden_state_indices": [3, 10, 16, 22, 29]}),
+        ("causality", {"is_causal": False}),
+    ],
+)
+def test_the_doctor_finds_the_shipped_head_sound_and_names_mistakes_that_cost_it_little(pair, mistake, changed):
+    head = JetFlowHead.from_pretrained(HEAD, dtype=torch.float32, **changed)
+    faults = examine(*pair, head, max_new_tokens=48)["faults"]
+    assert [fault["mistake"] for fault in faults] == ([] if mistake is None else [mistake])
 
 
 def test_the_shipped_folder_is_small_and_holds_safetensors_only():
