@@ -49,7 +49,7 @@ def vocab_size(target: Target) -> int:
 def some_tree(target: Target, num_nodes: int) -> DraftTree:
     scores = 3 * torch.randn(7, vocab_size(target), generator=torch.Generator().manual_seed(1))
     logprobs = torch.log_softmax(scores, dim=-1).topk(num_nodes - 1)
-    return build_tree(torch.tensor([1]), Candidates(logprobs.indices, logprobs.values), num_nodes)
+    return build_tree(torch.tensor([[1]]), Candidates(logprobs.indices[None], logprobs.values[None]), num_nodes)
 
 
 def medians(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:

@@ -1,4 +1,5 @@
-"""Everything that moves keys and values: the head's context cache, and commits in the target's cache."""
+"""Everything that moves keys and values: the head's context cache, and commits in the target's cache of one sequence
+(those of a batch: `batch_caches`)."""
 
 from typing import Any
 
@@ -7,6 +8,7 @@ from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 
+UNSEEN_POSITION = torch.iinfo(torch.int32).max  # of context rows that pad: no block row sees what is behind its anchor
 STATIC_ROWS = (1, 4, 8, 16, 32, 64, 128, 256)  # rows of a forward with a static cache: one compiled graph for each
 
 
@@ -47,6 +49,13 @@ class HeadCache:
         known = self._position_ids
         self._position_ids = position_ids if known is None else torch.cat([known, position_ids], dim=1)
         return self._position_ids
+
+    def keep_rows(self, index: torch.Tensor) -> None:
+        """Go on with the sequences (kept,) of the batch only, in that order."""
+        if self._position_ids is not None:
+            self._position_ids = self._position_ids[index]
+            self._keys = [None if keys is None else keys[index] for keys in self._keys]
+            self._values = [None if values is None else values[index] for values in self._values]
 
 
 class StaticHeadCache:

@@ -1,12 +1,14 @@
 """The loop. One round is plan, draft, tree, verify, walk, commit; tokens leave through the emitter as they are chosen.
 
 Invariants: the target's cache holds every committed token but the anchor; the head has been shown the states of
-exactly the cached tokens.
+exactly the cached tokens. The sequences of a batch share the forwards and advance by themselves; one that has ended
+leaves its place to the last.
 """
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,15 +17,16 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .caches import cache_windows, settle_layers
+from .batch import BatchNoise, row_processors
+from .caches import cache_windows
 from .drafting import JetFlowCandidateGenerator
 from .emit import Emitter
 from .modeling_jetflow import JetFlowHead
 from .policy import AutoPolicy, FixedPolicy, RoundCosts, read_limits
 from .stats import GenerationStats
-from .target import Target
+from .target import Context, Target
 from .tree import build_tree
-from .walk import Chooser, walk_tree
+from .walk import Chooser, walk_trees
 
 
 def decode(
@@ -41,11 +44,12 @@ def decode(
 
     Takes what `generate` hands to a decoding method, prepared, and returns what `generate` returns.
     """
-    policy = choose_policy(head, model)
+    batch = len(input_ids)
     wants = {name: getattr(generation_config, name) for name in OUTPUT_FLAGS}
-    keeps = [wants["return_dict_in_generate"] and wants[name] for name in ("output_scores", "output_logits")]
-    chooser = Chooser(logits_processor, generation_config.do_sample, *keeps)
-    emitter = Emitter(input_ids, stopping_criteria, streamer, chooser)
+    policy_of = cache(partial(choose_policy, head, model))
+    policy = policy_of(_rounded_up(batch))
+    choosers = _choosers(batch, logits_processor, generation_config.do_sample, wants)
+    emitter = Emitter(input_ids, stopping_criteria, streamer, _pad_token_id(generation_config))
     target = Target(model, head.config)
     stats = head.last_stats = GenerationStats()
 
@@ -54,41 +58,82 @@ def decode(
         emitter.record_prompt(states)
         drafter = JetFlowCandidateGenerator(head, target, context)
         drafter.observe(states)
-        emitter.push(chooser.choose(states.logits, emitter.committed_ids()))
+        for row, chooser in enumerate(choosers):
+            emitter.push(row, chooser.choose(states.logits[row], emitter.committed_ids(row)), chooser.scores)
+    if not emitter.is_finished:
+        target.open(context)
     while not emitter.is_finished:
+        _retire_finished(emitter, target, context, drafter)
+        policy = policy_of(_rounded_up(len(emitter.rows)))
         plan = policy.plan(emitter.num_remaining, context.most_nodes)
         with _timed(stats, "draft"):
-            candidates = drafter.propose(emitter.anchor_id, context.position, plan.max_depth, plan.width)
+            candidates = drafter.propose(emitter.anchor_ids, context.positions, plan.max_depth, plan.width)
         with _timed(stats, "tree"):
-            tree = build_tree(emitter.anchor_id, candidates, plan.node_budget, drafter.branch_scorer, plan.width)
+            tree = build_tree(emitter.anchor_ids, candidates, plan.node_budget, drafter.branch_scorer, plan.width)
             tree = policy.fit(tree)
         with _timed(stats, "verify"):
             states = target.verify(context, tree)
         with _timed(stats, "walk"):
-            walk = walk_tree(tree, states.logits, chooser, emitter.committed_ids, emitter.push)
+            paths = walk_trees(tree, states.logits, [choosers[row] for row in emitter.rows], emitter)
         with _timed(stats, "commit"):
-            emitter.record_path(states, walk.path, cache_windows(context.cache))
-            target.commit(context, tree, walk.path)
-            drafter.observe(states, walk.path)
-        policy.record(tree, len(walk.path) - 1)
-        stats.count_round(len(tree.tokens) - 1, tree.max_depth, len(walk.path) - 1)
+            emitter.record_path(states, paths[0], cache_windows(context.cache))
+            target.commit(context, tree, paths)
+            drafter.observe(states, paths)
+        policy.record(tree, sum(len(path) - 1 for path in paths) / len(paths))
+        stats.count_round(tree.num_nodes - 1, tree.max_depth, [len(path) - 1 for path in paths])
     stats.num_new_tokens, stats.policy = emitter.num_new_tokens, policy.report()
-    settle_layers(context.cache)
-    return emitter.finish(context.cache, wants)
+    if batch > 1 and (wants["return_dict_in_generate"] or getattr(context.cache, "_is_user_defined", False)):
+        target.read_rest(context, emitter.rest_ids())
+    target.settle(context, emitter.length - 1)
+    return emitter.finish(context.cache, wants, choosers[0])
+
+
+def _choosers(
+    batch: int, logits_processor: LogitsProcessorList, do_sample: bool, wants: dict[str, Any]
+) -> list[Chooser]:
+    """One for each sequence."""
+    if batch == 1:
+        keeps = [wants["return_dict_in_generate"] and wants[name] for name in ("output_scores", "output_logits")]
+        return [Chooser(logits_processor, do_sample, *keeps)]
+    noise = BatchNoise(batch)
+    return [
+        Chooser(row_processors(logits_processor, row), do_sample, draw=partial(noise.draw, row))
+        for row in range(batch)
+    ]
+
+
+def _rounded_up(num_places: int) -> int:
+    """The next power of two: batches of about one size have one policy."""
+    return 2 ** (num_places - 1).bit_length()
+
+
+def _pad_token_id(generation_config: GenerationConfig) -> int | None:
+    pad_token = getattr(generation_config, "_pad_token_tensor", None)
+    return None if pad_token is None else int(pad_token)
+
+
+def _retire_finished(emitter: Emitter, target: Target, context: Context, drafter: JetFlowCandidateGenerator) -> None:
+    """Go on without the sequences that have ended; each leaves its place to the last one."""
+    for place in emitter.finished_places:
+        last = len(emitter.rows) - 1
+        drafter.keep_rows([last if kept == place else kept for kept in range(last)])
+        target.retire(context, place)
+        emitter.retire(place)
 
 
 # What rounds cost, learned where `node_budget` is "auto", for each head and target that are still in use.
 ROUND_COSTS: WeakKeyDictionary[JetFlowHead, WeakKeyDictionary[PreTrainedModel, dict]] = WeakKeyDictionary()
 
 
-def choose_policy(head: JetFlowHead, model: PreTrainedModel) -> AutoPolicy | FixedPolicy:
-    """The policy that the head's generation config asks for; what rounds cost is remembered."""
+def choose_policy(head: JetFlowHead, model: PreTrainedModel, num_places: int) -> AutoPolicy | FixedPolicy:
+    """The policy that the head's generation config asks for, for about `num_places` sequences at once; what rounds
+    cost is remembered."""
     limits = read_limits(head.generation_config, head.config.block_size)
     if getattr(head.generation_config, "node_budget", None) != "auto":
         return FixedPolicy(limits)
-    of_head = ROUND_COSTS.setdefault(head, WeakKeyDictionary())
-    costs = of_head.setdefault(model, {}).setdefault((model.device, model.dtype, head.dtype, limits), RoundCosts())
-    return AutoPolicy(limits, costs)
+    of_pair = ROUND_COSTS.setdefault(head, WeakKeyDictionary()).setdefault(model, {})
+    key = (model.device, model.dtype, head.dtype, limits, num_places)
+    return AutoPolicy(limits, of_pair.setdefault(key, RoundCosts(num_places)))
 
 
 OUTPUT_FLAGS = (

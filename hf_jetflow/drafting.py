@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import pad
 from transformers.generation.candidate_generator import CandidateGenerator
 
-from .caches import HeadCache, StaticHeadCache
+from .caches import UNSEEN_POSITION, HeadCache, StaticHeadCache
 from .modeling_jetflow import BranchCorrection, JetFlowHead
 from .target import Context, Target, TargetStates
 from .tree import BranchScorer, Candidates, build_tree, corrected_logprobs
@@ -23,7 +23,7 @@ class _CorrectedScores:
     Args:
         correction ([`BranchCorrection`]): The head's.
         target ([`Target`]): Whose embeddings it reads.
-        rows (`torch.Tensor`, (depth, hidden)): The head's rows.
+        rows (`torch.Tensor`, (..., depth, hidden)): The head's rows.
         candidates ([`Candidates`]): Of the same depths.
         candidate_logits: Turns shifts of a depth into logit changes of its candidates.
     """
@@ -44,23 +44,28 @@ class _CorrectedScores:
 
     @torch.no_grad()
     def __call__(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        logprobs = self._logprobs[depth][None]
+        logprobs = self._logprobs[..., depth, :].unsqueeze(-2)
         if depth == 0:  # the anchor is the only branch, and the block was drafted after it
             return logprobs
         slots = self._slots
         embeds = self._target.embed(tokens.to(self._target.model.device)).to(slots.device, slots.dtype)
-        state = None if self._state is None else self._state[parents.to(slots.device)]
-        shifts, self._state = self._correction(slots[depth], embeds, state)
+        state = None if self._state is None else _gather_rows(self._state, parents.to(slots.device))
+        shifts, self._state = self._correction(slots[..., depth, :].unsqueeze(-2), embeds, state)
         adjustments = self._candidate_logits(depth, shifts).to(logprobs.device, torch.float32)
         return corrected_logprobs(logprobs, adjustments)[0]
 
 
+def _gather_rows(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Rows (..., places, hidden) of states (..., rows, hidden)."""
+    return states.gather(-2, places[..., None].expand(*places.shape, states.shape[-1]))
+
+
 class JetFlowCandidateGenerator(CandidateGenerator):
     """
-    Drafts with a head for one generation.
+    Drafts with a head for one generation of one sequence or a batch of them.
 
     Feed it the target's states with `observe` whenever tokens were committed, then `propose` drafts behind the newest
-    committed token.
+    committed tokens.
 
     Args:
         head ([`JetFlowHead`]): The draft head.
@@ -79,52 +84,60 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             capacity = context.num_static_slots + self._path_rows
             self._cache = StaticHeadCache(head.config.num_hidden_layers, capacity)
         self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # features and positions the head has not read
-        self._newest_position: torch.Tensor | None = None  # (1,), of the newest committed token that was observed
+        self._newest_positions: torch.Tensor | None = None  # (batch,), of the newest tokens that were observed
         self._projection = target.output_rows(head.draft_token_ids) if head.lm_head is None else head.lm_head.weight
         self._slots = torch.arange(head.config.num_rows, device=head.device)
         self.branch_scorer: BranchScorer | None = None  # of the newest proposal, for a head with a branch correction
 
-    def observe(self, states: TargetStates, rows: list[int] | None = None) -> None:
-        """Take over the states of newly committed tokens; of `rows` only, where a tree was verified."""
+    def observe(self, states: TargetStates, paths: list[list[int]] | None = None) -> None:
+        """Take over the states of newly committed tokens; of each sequence's path only, where trees were verified."""
         features, position_ids = states.features, states.position_ids
-        if rows is not None:
-            features, position_ids = features[:, rows], position_ids[:, rows]
+        if paths is not None:
+            features, position_ids = _path_rows(features, position_ids, paths)
         self._pending.append((features, position_ids))
-        self._newest_position = position_ids[0, -1:]
+        self._newest_positions = position_ids[:, -1]
+
+    def keep_rows(self, places: list[int]) -> None:
+        """Go on with the sequences at `places` of the batch only, in that order."""
+        index = torch.tensor(places, device=self.head.device)
+        self._pending = [(features[places], position_ids[places]) for features, position_ids in self._pending]
+        if isinstance(self._cache, HeadCache):
+            self._cache.keep_rows(index)
 
     @torch.no_grad()
-    def propose(self, anchor_id: torch.Tensor, position: int, max_depth: int, width: int) -> Candidates:
+    def propose(self, anchor_ids: torch.Tensor, positions: torch.Tensor, max_depth: int, width: int) -> Candidates:
         """
         One head forward.
 
         Args:
-            anchor_id (`torch.Tensor`, (1,)): The newest committed token.
-            position (`int`): Its absolute position.
+            anchor_ids (`torch.Tensor`, (batch, 1)): The newest committed token of each sequence.
+            positions (`torch.Tensor`, (batch,)): Their absolute positions.
             max_depth (`int`): Depths to draft; 0 drafts nothing and leaves the head alone.
             width (`int`): Candidates per depth; a head with a branch correction proposes those it re-scores.
 
         Returns:
-            `Candidates`: (max_depth, width), on the anchor's device; `branch_scorer` then re-scores them.
+            `Candidates`: (batch, max_depth, width), on the anchors' device; `branch_scorer` then re-scores them.
         """
-        head, device = self.head, anchor_id.device
+        head, device = self.head, anchor_ids.device
         if max_depth == 0:
-            return Candidates(anchor_id.new_empty(0, width), torch.empty(0, width, device=device))
+            shape = (len(anchor_ids), 0, width)
+            return Candidates(anchor_ids.new_empty(shape), torch.empty(shape, device=device))
         is_static = isinstance(self._cache, StaticHeadCache)
         first = 0 if head.config.anchor_predicts else 1  # row that drafts depth 1
         # Rows behind the deepest drafted one are invisible to it when every layer is causal.
         may_be_short = all(head.config.causal_layers) and not is_static
         slots = self._slots[None, : first + max_depth if may_be_short else head.config.num_rows]
-        embeds = self.embed_block(anchor_id[:, None].expand_as(slots), (slots == 0).to(device))
+        embeds = self.embed_block(anchor_ids.expand(-1, slots.shape[1]), (slots == 0).to(device))
         features, context_position_ids = (torch.cat(parts, dim=1) for parts in zip(*self._pending, strict=True))
         self._pending = [(features[:, :0], context_position_ids[:, :0])]
         read = self._read_static if is_static else head
         rows = read(
             inputs_embeds=embeds.to(head.device, head.dtype),
             features=features.to(head.device, head.dtype),
-            position_ids=position + slots,
+            position_ids=positions.to(head.device)[:, None] + slots,
             context_position_ids=context_position_ids.to(head.device),
             past_key_values=self._cache,
-        )[0, first : first + max_depth]
+        )[:, first : first + max_depth]
         return self.rank(rows, width, device)
 
     def _read_static(self, features: torch.Tensor, context_position_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
@@ -145,7 +158,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         return rows
 
     def embed_block(self, block_ids: torch.Tensor, is_anchor: torch.Tensor) -> torch.Tensor:
-        """Input rows of the head (1, rows, hidden), by its own embedding or the target's."""
+        """Input rows of the head (batch, rows, hidden), by its own embedding or the target's."""
         head = self.head
         if head.embed_tokens is None:
             return self.target.embed_block(block_ids, is_anchor, head.mask_embedding)
@@ -153,7 +166,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         return head.embed_tokens(torch.where(is_anchor, block_ids, head.config.mask_token_id).to(head.device))
 
     def rank(self, rows: torch.Tensor, width: int, device: torch.device) -> Candidates:
-        """The candidates of drafted rows (depth, hidden), on `device`; `branch_scorer` is then theirs."""
+        """The candidates of drafted rows (..., depth, hidden), on `device`; `branch_scorer` is then theirs."""
         correction = self.head.branch_correction
         if correction is None:
             return self._candidates(rows, width, device)[0]
@@ -162,14 +175,14 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         return candidates
 
     def _candidates(self, rows: torch.Tensor, width: int, device: torch.device) -> tuple[Candidates, torch.Tensor]:
-        """Best `width` tokens of each row (depth, hidden) and their places in the draft vocabulary."""
+        """Best `width` tokens of each row (..., depth, hidden) and their places in the draft vocabulary."""
         token_ids, logprobs = self.head.draft_token_ids, self.logprobs(rows)
         best = logprobs.topk(min(width, logprobs.shape[-1]))
         tokens = best.indices if token_ids is None else token_ids.to(best.indices.device)[best.indices]
         return Candidates(tokens.to(device), best.values.to(device)), best.indices
 
     def logprobs(self, rows: torch.Tensor) -> torch.Tensor:
-        """Draft log-probabilities (rows, draft_vocab) of drafted rows (rows, hidden), before any branch correction."""
+        """Draft log-probabilities (..., draft_vocab) of drafted rows (..., hidden), before any branch correction."""
         if self._projection is not None:
             logits = rows.to(self._projection.device, self._projection.dtype) @ self._projection.T
         else:
@@ -178,17 +191,20 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         return torch.log_softmax(self.head.shape_logits(logits.float()), dim=-1)
 
     def _output(self, places: torch.Tensor) -> CandidateLogits:
-        """What turns shifts (branches, hidden) of a depth into logit changes of its candidates (branches, width)."""
+        """What turns shifts (..., branches, hidden) of a depth into logit changes of its candidates, (..., branches,
+        width)."""
         if self._projection is not None:
-            columns = self._projection[places].transpose(1, 2)
-            return lambda depth, shifts: shifts.to(columns.device, columns.dtype) @ columns[depth]
+            columns = self._projection[places].transpose(-1, -2)
+            return lambda depth, shifts: shifts.to(columns.device, columns.dtype) @ columns[..., depth, :, :]
         model, token_ids = self.target.model, self.head.draft_token_ids
 
         def changes(depth: int, shifts: torch.Tensor) -> torch.Tensor:
             shifts = shifts.to(model.device, model.dtype)
-            rows = torch.cat([shifts, torch.zeros_like(shifts[:1])])  # the zero row yields what is no shift: the bias
-            logits = self.target.output_logits(rows, token_ids)[:, places[depth]]
-            return logits[:-1] - logits[-1]
+            zero = torch.zeros_like(shifts[..., :1, :])  # yields what is no shift: the bias
+            logits = self.target.output_logits(torch.cat([shifts, zero], dim=-2), token_ids)
+            columns = places[..., depth, :].unsqueeze(-2)
+            logits = logits.gather(-1, columns.expand(*logits.shape[:-1], columns.shape[-1]))
+            return logits[..., :-1, :] - logits[..., -1:, :]
 
         return changes
 
@@ -198,13 +214,24 @@ class JetFlowCandidateGenerator(CandidateGenerator):
 
         No draft probabilities are returned: nothing is sampled from the head, and verification never needs them.
         """
-        if self._newest_position is None:
+        if self._newest_positions is None:
             raise ValueError("nothing was observed yet; call `observe` with the target's states of the prompt first")
-        position = int(self._newest_position) + 1
-        block_size = self.head.config.block_size
-        candidates = self.propose(input_ids[:, -1], position, block_size - 1, width=1)
-        chain = build_tree(input_ids[:, -1], candidates, block_size, self.branch_scorer, width=1)
-        return torch.cat([input_ids, chain.tokens[None, 1:]], dim=1), None
+        block_size, anchor_ids = self.head.config.block_size, input_ids[:, -1:]
+        candidates = self.propose(anchor_ids, self._newest_positions + 1, block_size - 1, width=1)
+        chain = build_tree(anchor_ids, candidates, block_size, self.branch_scorer, width=1)
+        return torch.cat([input_ids, chain.tokens[:, 1:]], dim=1), None
 
     def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:
         """Nothing to update: the loop plans every round anew."""
+
+
+def _path_rows(
+    features: torch.Tensor, position_ids: torch.Tensor, paths: list[list[int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features (batch, length, ...) and positions (batch, length) of each sequence's path; shorter ones are padded
+    with rows that no block sees."""
+    length = max(len(path) for path in paths)
+    rows = torch.tensor([path + [0] * (length - len(path)) for path in paths])
+    lengths = torch.tensor([len(path) for path in paths])
+    rows, is_pad = rows.to(features.device), (torch.arange(length) >= lengths[:, None]).to(features.device)
+    return _gather_rows(features, rows), position_ids.gather(1, rows).masked_fill_(is_pad, UNSEEN_POSITION)

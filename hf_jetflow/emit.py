@@ -16,22 +16,25 @@ class Emitter:
     Commits tokens one by one, exactly as plain decoding would see them.
 
     Args:
-        input_ids (`torch.Tensor`, (1, seq)): The prompt; seq may be 0 when the prompt was given as embeddings.
-        stopping_criteria (`StoppingCriteriaList`): Asked after every token.
-        streamer (*optional*): Gets every token.
+        input_ids (`torch.Tensor`, (batch, seq)): The prompts; seq may be 0 when they were given as embeddings.
+        stopping_criteria (`StoppingCriteriaList`): Asked after every token, for one sequence at a time.
+        streamer (*optional*): Gets every token; of a batch, the tokens of all sequences as soon as each has one.
+        pad_token_id (`int`, *optional*): Follows the end of a sequence while others go on.
     """
 
     def __init__(
         self,
         input_ids: torch.Tensor,
         stopping_criteria: StoppingCriteriaList,
-        streamer: BaseStreamer | None,
-        chooser: Chooser,
+        streamer: BaseStreamer | None = None,
+        pad_token_id: int | None = None,
     ):
-        self._length = input_ids.shape[1]
-        self._ids = torch.cat([input_ids, input_ids.new_empty(1, 64)], dim=1)
+        batch, self._prompt_length = input_ids.shape
+        self._lengths = [self._prompt_length] * batch
+        self._ids = torch.cat([input_ids, input_ids.new_empty(batch, 64)], dim=1)
         self._streamer = streamer
-        self._chooser = chooser
+        self._num_streamed = 0
+        self._pad_token_id = pad_token_id
         # Length and EOS are decided on the host; every other criterion sees the ids as in plain decoding.
         self._max_length = min([c.max_length for c in stopping_criteria if type(c) is MaxLengthCriteria], default=None)
         self._eos_ids = {
@@ -40,38 +43,87 @@ class Emitter:
         self._criteria = [c for c in stopping_criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)]
         self._hidden_states: list[tuple[torch.Tensor, ...]] = []
         self._attentions: list[tuple[torch.Tensor, ...]] = []
-        self.num_new_tokens = 0
-        self.is_finished = False
+        self.rows = list(range(batch))  # the sequence decoded at each place of the batch
+        self._finished_rows: set[int] = set()
 
-    def committed_ids(self) -> torch.Tensor:
-        """All ids so far, (1, seq): a view that later tokens do not change."""
-        return self._ids[:, : self._length]
+    def committed_ids(self, row: int = 0) -> torch.Tensor:
+        """All ids of a sequence so far, (1, seq): a view that later tokens do not change."""
+        return self._ids[row : row + 1, : self._lengths[row]]
 
     @property
-    def anchor_id(self) -> torch.Tensor:
-        """The newest committed token, (1,)."""
-        return self._ids[0, self._length - 1 : self._length]
+    def anchor_ids(self) -> torch.Tensor:
+        """The newest committed token at each place, (places, 1)."""
+        return torch.cat([self._ids[row : row + 1, self._lengths[row] - 1, None] for row in self.rows])
 
     @property
     def num_remaining(self) -> int | None:
-        """Tokens that may still be emitted; `None` without a length limit."""
-        return None if self._max_length is None else self._max_length - self._length
+        """Tokens that some sequence may still emit; `None` without a length limit."""
+        return None if self._max_length is None else self._max_length - min(self._lengths[row] for row in self.rows)
 
-    def push(self, token: int) -> bool:
-        """Commit one token; returns whether generation ends with it."""
-        if self._length == self._ids.shape[1]:
+    @property
+    def num_new_tokens(self) -> int:
+        """Tokens emitted, over all sequences."""
+        return sum(self._lengths) - len(self._lengths) * self._prompt_length
+
+    def push(self, row: int, token: int, scores: tuple[torch.Tensor, ...] | None = None) -> bool:
+        """Commit one token of a sequence; returns whether it ends with it. `scores` are for the criteria."""
+        length = self._lengths[row]
+        if length == self._ids.shape[1]:
             self._ids = torch.cat([self._ids, torch.empty_like(self._ids)], dim=1)
-        self._ids[0, self._length] = token
-        self._length += 1
-        self.num_new_tokens += 1
-        if self._streamer is not None:
-            self._streamer.put(torch.tensor([token]))
-        self.is_finished = token in self._eos_ids or (
-            self._max_length is not None and self._length >= self._max_length
-        )
+        self._ids[row, length] = token
+        self._lengths[row] = length = length + 1
+        is_finished = token in self._eos_ids or (self._max_length is not None and length >= self._max_length)
         for criterion in self._criteria:
-            self.is_finished |= bool(criterion(self.committed_ids(), self._chooser.scores).all())
-        return self.is_finished
+            is_finished |= bool(criterion(self.committed_ids(row), scores).all())
+        if is_finished:
+            self._finished_rows.add(row)
+        self._stream()
+        return is_finished
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every sequence has ended."""
+        return len(self._finished_rows) == len(self._lengths)
+
+    @property
+    def finished_places(self) -> list[int]:
+        """Places whose sequence has ended, the last one first."""
+        return [place for place, row in reversed(list(enumerate(self.rows))) if row in self._finished_rows]
+
+    def retire(self, place: int) -> None:
+        """Go on without the sequence at `place`; the last one takes its place."""
+        self.rows[place] = self.rows[-1]
+        self.rows.pop()
+
+    def _stream(self) -> None:
+        if self._streamer is None:
+            return
+        open_lengths = [length for row, length in enumerate(self._lengths) if row not in self._finished_rows]
+        end = min(open_lengths, default=max(self._lengths))
+        while self._prompt_length + self._num_streamed < end:
+            self._num_streamed += 1
+            self._streamer.put(self._padded_ids(self._prompt_length + self._num_streamed)[:, -1].cpu())
+
+    def _padded_ids(self, length: int) -> torch.Tensor:
+        """Ids (batch, length), behind the end of a sequence the padding token."""
+        ids = self._ids[:, :length].clone()
+        for row, known in enumerate(self._lengths):
+            if known < length:
+                assert self._pad_token_id is not None  # `generate` sees to it where there is an EOS token
+                ids[row, known:] = self._pad_token_id
+        return ids
+
+    @property
+    def length(self) -> int:
+        """Of the longest sequence, prompt included."""
+        return max(self._lengths)
+
+    def rest_ids(self) -> torch.Tensor:
+        """What plain decoding goes on to read where a sequence has ended: its last token, then padding. (batch, rest),
+        as long as the one that ended first needs."""
+        rest = torch.full((len(self._lengths), self.length - min(self._lengths)), self._pad_token_id or 0)
+        rest[:, :1] = torch.cat([self.committed_ids(row)[:, -1:] for row in range(len(rest))])[:, : rest.shape[1]]
+        return rest
 
     def record_prompt(self, states: TargetStates) -> None:
         """Keep the prefill's hidden states and attentions, if the caller wants them."""
@@ -80,7 +132,7 @@ class Emitter:
 
     def record_path(self, states: TargetStates, path: list[int], windows: list[int | None]) -> None:
         """Keep those of the path's nodes, one entry per token as in plain decoding, whose caches have `windows`."""
-        nodes = len(states.logits)
+        nodes = states.logits.shape[1]
         for place, node in enumerate(path):
             if states.hidden_states:
                 self._hidden_states.append(tuple(layer[:, node : node + 1] for layer in states.hidden_states))
@@ -93,17 +145,19 @@ class Emitter:
                 entry.append(layer[:, :, node : node + 1, columns])
             self._attentions.append(tuple(entry))
 
-    def finish(self, cache: Cache, wants: dict[str, Any]) -> torch.Tensor | GenerateDecoderOnlyOutput:
+    def finish(
+        self, cache: Cache, wants: dict[str, Any], chooser: Chooser
+    ) -> torch.Tensor | GenerateDecoderOnlyOutput:
         """End the stream and assemble what `generate` returns."""
         if self._streamer is not None:
             self._streamer.end()
-        sequences = self.committed_ids().clone()
+        sequences = self._padded_ids(self.length)
         if not wants["return_dict_in_generate"]:
             return sequences
         return GenerateDecoderOnlyOutput(
             sequences=sequences,
-            scores=self._chooser.scores,
-            logits=self._chooser.logits,
+            scores=chooser.scores,
+            logits=chooser.logits,
             attentions=tuple(self._attentions) if wants["output_attentions"] else None,
             hidden_states=tuple(self._hidden_states) if wants["output_hidden_states"] else None,
             past_key_values=cache,

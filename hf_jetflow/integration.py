@@ -11,14 +11,19 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModel, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.utils import logging
 
+from .batch import reason_to_step_together
 from .configuration_jetflow import JetFlowConfig
 from .decoding import decode
 from .modeling_jetflow import JetFlowHead
+from .stats import GenerationStats
 
 
+logger = logging.get_logger(__name__)
 _ORIGINALS: dict[str, Callable] = {}  # wrapped methods of GenerationMixin, while the dispatch is installed
 
 
@@ -59,6 +64,7 @@ def _validating(original: Callable) -> Callable:
         if isinstance(kwargs.get("assistant_model"), JetFlowHead):
             check_pairing(self, kwargs["assistant_model"])
             check_mode(generation_config)
+            generation_mode = GenerationMode.SAMPLE  # several sequences are no reason to refuse, as they are there
         return original(self, generation_mode, generation_config, kwargs)
 
     return _validate_generation_mode
@@ -92,7 +98,14 @@ def _checked_decode(
     model: PreTrainedModel, head: JetFlowHead, input_ids: torch.Tensor, **kwargs: Any
 ) -> torch.Tensor | GenerateDecoderOnlyOutput:
     generation_config = kwargs["generation_config"]
-    check_call(model, input_ids, generation_config, kwargs.pop("synced_gpus", False))
+    check_call(model, generation_config, kwargs.pop("synced_gpus", False))
+    if len(input_ids) > 1:
+        parts = (kwargs["logits_processor"], kwargs["stopping_criteria"], generation_config)
+        reason = reason_to_step_together(*parts, kwargs.get("past_key_values"))
+        if reason is not None:
+            logger.warning_once(f"this batch is decoded plainly, without the draft head: {reason}.")
+            head.last_stats = GenerationStats(policy={"plain": reason})
+            return model._sample(input_ids, **kwargs)
     return decode(model, head, input_ids, **kwargs)
 
 
@@ -138,16 +151,14 @@ def check_mode(generation_config: GenerationConfig) -> None:
     Raises:
         ValueError: Naming the way round.
     """
-    if generation_config.num_beams > 1 or generation_config.num_return_sequences > 1:
+    if generation_config.num_beams > 1:
         raise ValueError(
-            "draft heads work with greedy search and sampling only; set `num_beams=1` and `num_return_sequences=1`, "
-            "or generate without `assistant_model`"
+            "draft heads work with greedy search and sampling only; set `num_beams=1`, or generate without "
+            "`assistant_model`"
         )
 
 
-def check_call(
-    model: PreTrainedModel, input_ids: torch.Tensor, generation_config: GenerationConfig, synced_gpus: bool
-) -> None:
+def check_call(model: PreTrainedModel, generation_config: GenerationConfig, synced_gpus: bool) -> None:
     """
     Refuse calls that the loop does not decode exactly yet.
 
@@ -156,11 +167,6 @@ def check_call(
     """
     without = "generate without `assistant_model`"
     check_mode(generation_config)
-    if input_ids.shape[0] > 1:
-        raise ValueError(
-            f"draft heads decode one sequence at a time, but the batch has {input_ids.shape[0]}; call `generate` once "
-            f"per sequence, or {without}"
-        )
     if not generation_config.use_cache:
         raise ValueError(f"draft heads need the target's cache; leave `use_cache` at True, or {without}")
     if synced_gpus:

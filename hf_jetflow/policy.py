@@ -12,7 +12,7 @@ from .tree import DraftTree, trim_tree
 
 
 MAX_WIDTH = 64  # children considered per node; a child ranked lower has a probability below 1/64 of its parent's
-AUTO_BUDGETS = (1, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # what "auto" chooses from; 1 is plain decoding
+AUTO_BUDGETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # what "auto" chooses from; 1 is plain decoding
 FIRST_TRIALS = (16, 1, 32, 8, 64)  # tried in the first rounds of a process; the other budgets are read off these
 NUM_TRIALS = 2  # rounds per trial; each budget's first round is not counted (kernels are made ready in it)
 EVIDENCE = 4.0  # drafted rounds by which it is decided whether drafting pays
@@ -80,7 +80,7 @@ class FixedPolicy:
     def fit(self, tree: DraftTree) -> DraftTree:
         return tree
 
-    def record(self, tree: DraftTree, num_accepted: int) -> None:
+    def record(self, tree: DraftTree, num_accepted: float) -> None:
         pass
 
     def report(self) -> dict[str, Any]:
@@ -91,6 +91,7 @@ class FixedPolicy:
 class RoundCosts:
     """What rounds cost and yield on this machine, for one pair of head and target; kept for the process."""
 
+    num_places: int = 1  # sequences decoded at once; nodes, tokens and promises are those of one of them
     samples: dict[int, deque[float]] = field(default_factory=dict)  # seconds of the latest rounds, by nodes
     expected: float = 1.0  # tokens that the draft probabilities promised in recent rounds
     accepted: float = 1.0  # tokens that were accepted in them
@@ -108,7 +109,7 @@ class RoundCosts:
 
     def untried(self, most_nodes: int) -> int | None:
         """A node budget that must be tried before there is anything to choose by; no tree exceeds `most_nodes`."""
-        trials = (min(budget, most_nodes) for budget in FIRST_TRIALS)
+        trials = [1 if budget == 1 else min(max(budget // self.num_places, 2), most_nodes) for budget in FIRST_TRIALS]
         return next((budget for budget in trials if len(self.samples.get(budget, ())) < NUM_TRIALS - 1), None)
 
     def seconds(self, num_nodes: int) -> float:
@@ -123,7 +124,7 @@ class RoundCosts:
         plain = self.seconds(1)
         self.credit = min(max(self.credit + seconds, LEAST_CREDIT * plain), MOST_CREDIT * plain)
 
-    def count(self, expected: float, num_accepted: int, seconds: float) -> None:
+    def count(self, expected: float, num_accepted: float, seconds: float) -> None:
         """Compare a drafted round's promise with what was kept of it, and what it yielded with what it took."""
         self.expected = 0.98 * self.expected + expected
         self.accepted = 0.98 * self.accepted + num_accepted
@@ -151,7 +152,7 @@ class AutoPolicy:
     def __init__(self, limits: RoundPlan, costs: RoundCosts):
         self._limits, self._costs = limits, costs
         self._most_nodes = sum(limits.width**depth for depth in range(limits.max_depth + 1))  # that a tree can have
-        self._ceiling = 64  # nodes drafted: about twice of what was chosen last
+        self._ceiling = max(64 // costs.num_places, 4)  # nodes drafted: about twice of what was chosen last
         # Yield and time of drafted rounds: of earlier generations at first, more and more of this one's latest.
         self._weight = EVIDENCE if costs.num_drafted else 0.0
         self._tokens, self._seconds = self._weight * costs.tokens, self._weight * costs.drafted_seconds
@@ -173,10 +174,11 @@ class AutoPolicy:
 
     def fit(self, tree: DraftTree) -> DraftTree:
         """The part of the tree that is worth its verification."""
-        num_nodes = len(tree.tokens)
+        num_nodes = tree.num_nodes
         if num_nodes == 1:
             return tree
-        gains = tree.logprobs.exp().sort(descending=True).values.cumsum(0).tolist()  # the root's 1 comes first
+        # The root's 1 comes first; of a batch, what its trees promise on average.
+        gains = tree.logprobs.exp().sort(descending=True).values.cumsum(-1).view(-1, num_nodes).mean(0).tolist()
         best = num_nodes if self._is_trial else self._best_budget(gains)
         self._promised = gains[best - 1] - 1
         return tree if best == num_nodes else trim_tree(tree, best)
@@ -193,10 +195,10 @@ class AutoPolicy:
             place = min(max(place + (1 if turn % 2 else -1), 0), len(budgets) - 1)
         return budgets[place]
 
-    def record(self, tree: DraftTree, num_accepted: int) -> None:
-        """Learn from a round that is over."""
+    def record(self, tree: DraftTree, num_accepted: float) -> None:
+        """Learn from a round that is over; of a batch, `num_accepted` is the mean."""
         seconds, costs = time.perf_counter() - self._start, self._costs
-        num_nodes = len(tree.tokens)
+        num_nodes = tree.num_nodes
         costs.add(num_nodes, seconds)
         if self._is_trial:
             return

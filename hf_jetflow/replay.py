@@ -177,6 +177,6 @@ def _replay_text(
             node, num_accepted = child, num_accepted + 1
             if place + num_accepted + 1 == len(answer):
                 break
-        stats.count_round(len(tokens) - 1, tree.max_depth, num_accepted)
+        stats.count_round(len(tokens) - 1, tree.max_depth, [num_accepted])
         place += num_accepted + 1
     stats.num_new_tokens += len(answer)

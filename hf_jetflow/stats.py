@@ -1,5 +1,6 @@
 """`GenerationStats`: what one `generate` call drafted and what the target kept of it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,10 +10,11 @@ class GenerationStats:
     """
     Figures of one `generate` call; `head.last_stats` holds the latest.
 
-    A round is one draft and one verify; the prefill that yields the first token is not one.
+    A round is one draft and one verify; the prefill that yields the first token is not one. In a batch, every round
+    counts once for each sequence that took part, so that all figures are those of a sequence on average.
     """
 
-    num_rounds: int = 0  # target forwards after the prefill
+    num_rounds: int = 0  # target forwards after the prefill, for each sequence
     num_new_tokens: int = 0  # tokens emitted, the prefill's token included
     num_drafted: int = 0  # nodes drafted, roots excluded
     num_accepted: int = 0  # drafted tokens kept, bonus tokens excluded
@@ -24,8 +26,13 @@ class GenerationStats:
     # the host runs ahead, and a step's time shows up where the host next waits.
     seconds_by_step: dict[str, float] = field(default_factory=dict)
 
-    def count_round(self, num_drafted: int, tree_depth: int, num_accepted: int) -> None:
-        """Add one round whose tree had `num_drafted` nodes down to `tree_depth`, of which `num_accepted` were kept."""
+    def count_round(self, num_drafted: int, tree_depth: int, num_accepted: Iterable[int]) -> None:
+        """Add one round of sequences whose trees had `num_drafted` nodes down to `tree_depth` each, of which
+        `num_accepted` were kept."""
+        for num_kept in num_accepted:
+            self._count_tree(num_drafted, tree_depth, num_kept)
+
+    def _count_tree(self, num_drafted: int, tree_depth: int, num_accepted: int) -> None:
         self.num_rounds += 1
         self.rounds_by_nodes[num_drafted + 1] = self.rounds_by_nodes.get(num_drafted + 1, 0) + 1
         self.num_drafted += num_drafted

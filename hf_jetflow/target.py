@@ -12,34 +12,51 @@ from torch.nn.functional import pad
 from transformers import CompileConfig, DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 
 from .attention import grouped_attention
-from .caches import check_target_cache, commit_path, grow_layers, most_static_nodes, static_rows
+from .batch_caches import BatchRows, commit_paths, retire_row, settle_batch, spread_layers
+from .caches import (
+    UNSEEN_POSITION,
+    check_target_cache,
+    commit_path,
+    grow_layers,
+    most_static_nodes,
+    settle_layers,
+    static_rows,
+)
 from .configuration_jetflow import JetFlowConfig
-from .tree import DraftTree
+from .tree import DraftTree, chain_of
+
+
+REST_ROWS = 16  # tokens that sequences read at a time when a batch's cache is left to the caller
 
 
 @dataclass
 class TargetStates:
     """What a target forward leaves behind."""
 
-    logits: torch.Tensor  # (rows, vocab)
-    features: torch.Tensor  # (1, rows, taps x target_hidden)
-    position_ids: torch.Tensor  # (1, rows), positions of the features
+    logits: torch.Tensor  # (batch, rows, vocab)
+    features: torch.Tensor  # (batch, rows, taps x target_hidden)
+    position_ids: torch.Tensor  # (batch, rows), positions of the features
     hidden_states: tuple[torch.Tensor, ...] = ()  # all layers, where the caller asked for them
     attentions: tuple[torch.Tensor, ...] = ()  # likewise
 
 
 @dataclass
 class Context:
-    """The target's side of a generation. The cache holds every committed token but the anchor."""
+    """The target's side of a generation. The cache holds every committed token but the anchors."""
 
     cache: DynamicCache | StaticCache
-    position: int  # absolute position of the anchor
-    num_cached: int  # tokens in the cache
-    is_padding: torch.Tensor | None  # (cached at prefill,) bool, where the prompt was padded
+    rows: BatchRows  # which sequence is at which place, and how many of its tokens are in the cache
+    offsets: torch.Tensor  # (batch,) position of a token less its place in the cache, on the host
+    padding: torch.Tensor | None = None  # (batch, cached at prefill) bool, where a prompt was padded
     wants_states: bool = False  # the caller asked for hidden states
     forward_kwargs: dict[str, Any] = field(default_factory=dict)
     is_compiled: bool = False  # `generate` would compile the target's forward
     compile_config: CompileConfig | None = None
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Absolute positions of the anchors, (places,)."""
+        return self.rows.lengths + self.offsets[self.rows.decoded]
 
     def forward_of(self, model: PreTrainedModel) -> Callable:
         """The model's call, compiled by transformers' own means where `generate` would."""
@@ -54,7 +71,7 @@ class Context:
     def most_nodes(self) -> int | None:
         """Nodes that the cache can take in a round; `None` if any number."""
         slots = self.num_static_slots
-        return None if slots is None else most_static_nodes(slots - self.num_cached)
+        return None if slots is None else most_static_nodes(slots - int(self.rows.lengths))
 
 
 class Target:
@@ -98,25 +115,24 @@ class Target:
         with self._collected_features() as parts:
             outputs = self.model._prefill(input_ids, generation_config, {**model_kwargs, **forward_kwargs})
         features = torch.cat([part for part, _ in parts], dim=1)
-        last_position = parts[-1][1]
+        batch, num_rows = features.shape[:2]
         num_cached = int(cache.get_seq_length())
-        if last_position is None:
-            last_position = num_cached - 1
-        num_rows = features.shape[1]
-        position_ids = torch.arange(last_position - num_rows + 1, last_position + 1, device=features.device)[None]
+        last_positions = torch.full((batch,), num_cached - 1)
+        if parts[-1][1] is not None:
+            last_positions = parts[-1][1].cpu().expand(batch)
+        position_ids = (last_positions[:, None] + torch.arange(1 - num_rows, 1)).to(features.device)
         is_padding = None
         if model_kwargs.get("attention_mask") is not None:
-            is_padding = model_kwargs["attention_mask"][0] == 0
-            keep = ~is_padding[-num_rows:].to(features.device)
-            features, position_ids = features[:, keep], position_ids[:, keep]
-        context = Context(cache, last_position + 1, num_cached, is_padding, wants_states, forward_kwargs)
-        if isinstance(cache, DynamicCache):
-            grow_layers(cache)
-        else:
+            is_padding = model_kwargs["attention_mask"] == 0
+            is_pad = is_padding[:, -num_rows:].to(features.device)
+            features, position_ids = _without_padding(features, position_ids, is_pad)
+        rows = BatchRows(batch, num_cached)
+        context = Context(cache, rows, last_positions + 1 - num_cached, is_padding, wants_states, forward_kwargs)
+        if isinstance(cache, StaticCache):
             context.is_compiled = self.model._valid_auto_compile_criteria(model_kwargs, generation_config)
             context.compile_config = generation_config.compile_config
         states = TargetStates(
-            logits=outputs.logits[0, -1:],
+            logits=outputs.logits[:, -1:],
             features=features,
             position_ids=position_ids,
             hidden_states=(outputs.hidden_states or ()) if wants_states else (),
@@ -124,19 +140,24 @@ class Target:
         )
         return context, states
 
+    def open(self, context: Context) -> None:
+        """Make the cache ready for rounds; `settle` is the end of it."""
+        if len(context.rows.order) > 1:
+            spread_layers(context.cache, context.rows)
+        elif isinstance(context.cache, DynamicCache):
+            grow_layers(context.cache)
+
     @contextmanager
-    def _collected_features(self) -> Iterator[list[tuple[torch.Tensor, int | None]]]:
-        """Collects (features, last position) of every target forward inside; prefill may run several, by chunks."""
-        parts: list[tuple[torch.Tensor, int | None]] = []
+    def _collected_features(self) -> Iterator[list[tuple[torch.Tensor, torch.Tensor | None]]]:
+        """Collects (features, last positions) of every target forward inside; prefill may run several, by chunks."""
+        parts: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         thread_id = threading.get_ident()
 
         def collect(_module: nn.Module, _args: Any, kwargs: dict[str, Any], outputs: Any) -> None:
             if threading.get_ident() != thread_id:  # another thread generates with the same target
                 return
             position_ids = kwargs.get("position_ids")
-            parts.append(
-                (self._fuse(outputs.hidden_states), None if position_ids is None else int(position_ids[0, -1]))
-            )
+            parts.append((self._fuse(outputs.hidden_states), None if position_ids is None else position_ids[:, -1]))
 
         handle = self.model.register_forward_hook(collect, with_kwargs=True)
         try:
@@ -145,46 +166,69 @@ class Target:
             handle.remove()
 
     def verify(self, context: Context, tree: DraftTree) -> TargetStates:
-        """One target forward over all nodes; its keys and values lie in the cache until `commit`."""
-        device, nodes = self.model.device, len(tree.tokens)
+        """One target forward over all nodes; their keys and values lie in the cache until `commit`."""
+        device, nodes = self.model.device, tree.num_nodes
         num_pad = self._num_rows(context, tree) - nodes
-        position_ids = (context.position + tree.depths)[None].to(device)
+        position_ids = context.positions[:, None].to(device) + tree.depths.to(device)
         if isinstance(context.cache, DynamicCache):
             context.cache.activate_past_recording()  # sliding layers keep all rows until the commit
         with grouped_attention(self.model.config.get_text_config(decoder=True)):
             outputs = context.forward_of(self.model)(
-                input_ids=pad(tree.tokens[None].to(device), (0, num_pad)),
+                input_ids=pad(tree.tokens.to(device), (0, num_pad)),
                 attention_mask=self._tree_masks(context, tree),
-                position_ids=pad(position_ids, (0, num_pad), value=context.position),
+                position_ids=torch.cat([position_ids, position_ids[:, :1].expand(-1, num_pad)], dim=1),
                 past_key_values=context.cache,
                 use_cache=True,
                 return_dict=True,
                 **context.forward_kwargs,
             )
         return TargetStates(
-            logits=outputs.logits[0, :nodes],
+            logits=outputs.logits[:, :nodes],
             features=self._fuse(outputs.hidden_states)[:, :nodes],
             position_ids=position_ids,
             hidden_states=outputs.hidden_states if context.wants_states else (),
             attentions=(outputs.attentions or ()) if "output_attentions" in context.forward_kwargs else (),
         )
 
-    def commit(self, context: Context, tree: DraftTree, path: list[int]) -> None:
-        """Keep the path in the cache and move the anchor behind it."""
-        commit_path(context.cache, torch.tensor(path), self._num_rows(context, tree))
-        context.position += len(path)
-        context.num_cached += len(path)
+    def commit(self, context: Context, tree: DraftTree, paths: list[list[int]]) -> None:
+        """Keep each sequence's path in the cache and move its anchor behind it."""
+        if len(context.rows.order) > 1:
+            commit_paths(context.cache, context.rows, paths)
+        else:
+            commit_path(context.cache, torch.tensor(paths[0]), self._num_rows(context, tree))
+        context.rows.lengths = context.rows.lengths + torch.tensor([len(path) for path in paths])
+
+    def retire(self, context: Context, place: int) -> None:
+        """Go on without the sequence at `place`; the last one takes its place."""
+        retire_row(context.cache, context.rows, place)
+
+    def read_rest(self, context: Context, rest_ids: torch.Tensor) -> None:
+        """Let every sequence, ended or not, read on: `rest_ids` (batch, rest), its first uncached tokens."""
+        context.rows.recall()
+        for start in range(0, rest_ids.shape[1], REST_ROWS):
+            part = rest_ids[context.rows.order, start : start + REST_ROWS]
+            chain = chain_of(part)
+            self.verify(context, chain)
+            self.commit(context, chain, [list(range(chain.num_nodes))] * len(part))
+
+    def settle(self, context: Context, length: int) -> None:
+        """Leave the cache as plain decoding does, with `length` tokens of every sequence."""
+        if len(context.rows.order) > 1:
+            settle_batch(context.cache, context.rows, length)
+        elif isinstance(context.cache, DynamicCache):
+            settle_layers(context.cache)
 
     def _num_rows(self, context: Context, tree: DraftTree) -> int:
         """Rows of the forward that verifies the tree."""
-        return len(tree.tokens) if context.num_static_slots is None else static_rows(len(tree.tokens))
+        return tree.num_nodes if context.num_static_slots is None else static_rows(tree.num_nodes)
 
     def _tree_masks(self, context: Context, tree: DraftTree) -> Any:
         """The 4-D mask for the model's forward: one tensor, or one per kind of layer where the model has several.
 
         A root alone needs none, as in plain decoding, unless there is padding.
         """
-        if len(tree.tokens) == 1 and context.is_padding is None and context.num_static_slots is None:
+        is_even = context.padding is None and len(set(context.rows.lengths.tolist())) == 1
+        if tree.num_nodes == 1 and is_even and context.num_static_slots is None:
             return None
         if self._windows.keys() == {"full_attention"}:
             return self._tree_mask(context, tree, None)
@@ -192,38 +236,45 @@ class Target:
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _tree_mask(self, context: Context, tree: DraftTree, window: int | None) -> torch.Tensor:
-        """(1, 1, rows, keys): a node sees the prefix within the window in positions, its ancestors and itself.
+        """(places, 1, rows, keys): a node sees the prefix within the window in positions, its ancestors and itself.
 
-        With a static cache, rows that pad see what the root sees, and slots behind the nodes are seen by none.
+        Slots behind a sequence's nodes are seen by none. With a static cache, rows that pad see what the root sees.
         """
-        device, nodes = self.model.device, len(tree.tokens)
+        device, nodes = self.model.device, tree.num_nodes
         cached = self._cached_rows(context, window)
-        # A cached row's distance is counted in positions: the last one lies directly before the anchor.
-        slot_positions = torch.arange(context.position - cached, context.position, device=device)
-        sees_prefix = torch.ones(nodes, cached, dtype=torch.bool, device=device)
-        if context.is_padding is not None:
-            num_generated = context.num_cached - len(context.is_padding)
-            is_token = torch.cat([~context.is_padding.to(device), sees_prefix.new_ones(num_generated)])
-            sees_prefix &= is_token[len(is_token) - cached :]
-        node_positions = context.position + tree.depths.to(device)
+        slots = torch.arange(int(cached.max()), device=device)
+        num_forgotten = (context.rows.lengths - cached).to(device)[:, None]
+        cached, positions = cached.to(device)[:, None], context.positions.to(device)[:, None]
+        is_seen = slots < cached
+        if context.padding is not None:
+            is_pad = context.padding[context.rows.decoded].to(device)
+            places = slots + num_forgotten
+            is_prompt = places < is_pad.shape[1]
+            is_seen = is_seen & ~(is_prompt & is_pad.gather(1, places.clamp_max(is_pad.shape[1] - 1)))
+        sees_prefix = is_seen[:, None].expand(-1, nodes, -1)
         sees_node = tree.ancestor_mask.to(device)
         if window is not None:
-            sees_prefix &= node_positions[:, None] - slot_positions < window
-            sees_node = sees_node & (node_positions[:, None] - node_positions < window)
-        mask = torch.cat([sees_prefix, sees_node], dim=1)
-        if (slots := context.num_static_slots) is not None:
-            mask = torch.cat([mask, mask[:1].expand(self._num_rows(context, tree) - nodes, -1)])
-            mask = pad(mask, (0, slots - mask.shape[1]))
-        mask = mask[None, None]
+            # A cached row's distance is counted in positions: the last one lies directly before the anchor.
+            slot_positions = positions - cached + slots
+            node_positions = positions + tree.depths.to(device)
+            sees_prefix = sees_prefix & (node_positions[:, :, None] - slot_positions[:, None] < window)
+            sees_node = sees_node & (node_positions[:, :, None] - node_positions[:, None] < window)
+        node_slots = cached + torch.arange(nodes, device=device)
+        mask = pad(sees_prefix, (0, nodes)).scatter_(2, node_slots[:, None].expand_as(sees_node), sees_node)
+        if (num_slots := context.num_static_slots) is not None:
+            mask = torch.cat([mask, mask[:, :1].expand(-1, self._num_rows(context, tree) - nodes, -1)], dim=1)
+            mask = pad(mask, (0, num_slots - mask.shape[2]))
+        mask = mask[:, None]
         if self.model.config._attn_implementation == "eager":
             dtype = self.model.dtype
             return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
         return mask
 
-    def _cached_rows(self, context: Context, window: int | None) -> int:
-        """Rows that a layer with this window returns from the cache in front of the nodes."""
+    def _cached_rows(self, context: Context, window: int | None) -> torch.Tensor:
+        """Rows (places,) that a layer with this window returns from the cache in front of the nodes."""
+        lengths = context.rows.lengths
         forgets = any(getattr(layer, "sliding_window", None) == window for layer in context.cache.layers)
-        return min(context.num_cached, window - 1) if window is not None and forgets else context.num_cached
+        return lengths.clamp_max(window - 1) if window is not None and forgets else lengths
 
     @torch.no_grad()
     def states(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -270,9 +321,22 @@ class Target:
         return rows
 
     def output_logits(self, rows: torch.Tensor, token_ids: torch.Tensor | None) -> torch.Tensor:
-        """Logits (rows, draft_vocab) by the target's own output module, whatever it is (quantized, biased, ...)."""
+        """Logits (..., draft_vocab) by the target's own output module, whatever it is (quantized, biased, ...)."""
         logits = self.model.get_output_embeddings()(rows)
-        return logits if token_ids is None else logits[:, token_ids.to(logits.device)]
+        return logits if token_ids is None else logits[..., token_ids.to(logits.device)]
+
+
+def _without_padding(
+    features: torch.Tensor, position_ids: torch.Tensor, is_pad: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features (batch, rows, ...) and positions (batch, rows) without the rows that are padding in every sequence;
+    those of some sequences are seen by no block."""
+    keep = ~is_pad.all(dim=0)
+    features, position_ids, is_pad = features[:, keep], position_ids[:, keep], is_pad[:, keep]
+    if is_pad.any():
+        features = features.masked_fill(is_pad[..., None], 0)
+        position_ids = position_ids.masked_fill(is_pad, UNSEEN_POSITION)
+    return features, position_ids
 
 
 def layer_windows(model: PreTrainedModel) -> dict[str, int | None]:

@@ -1,5 +1,8 @@
 """Draft trees: the exact best tree within a node budget, built with tensor operations only.
 
+All functions take one sequence or, with a leading dimension `...`, a batch of them, whose trees then have equally many
+nodes.
+
 A tree is best when its nodes are those with the highest cumulative log-probability. As no log-probability is positive,
 a node never outranks its parent, so the best `node_budget` nodes always form a tree (arXiv 2606.18394, section 3.4).
 """
@@ -18,26 +21,31 @@ MIN_REST = 1e-6  # least probability of the tokens that are no candidates
 class Candidates:
     """Proposals of one draft, best first at every depth."""
 
-    tokens: torch.Tensor  # (depth, width) target token ids
-    logprobs: torch.Tensor  # (depth, width) float32, descending along width
+    tokens: torch.Tensor  # (..., depth, width) target token ids
+    logprobs: torch.Tensor  # (..., depth, width) float32, descending along width
 
 
 @dataclass
 class DraftTree:
     """Nodes in order of depth, the root (the anchor) first, every parent before its children."""
 
-    tokens: torch.Tensor  # (nodes,) target token ids
-    parents: torch.Tensor  # (nodes,) index of the parent; -1 for the root
-    depths: torch.Tensor  # (nodes,) 0 for the root
-    logprobs: torch.Tensor  # (nodes,) float32, cumulative; 0 for the root
-    ancestor_mask: torch.Tensor  # (nodes, nodes) bool: row sees column, itself included
+    tokens: torch.Tensor  # (..., nodes) target token ids
+    parents: torch.Tensor  # (..., nodes) index of the parent; -1 for the root
+    depths: torch.Tensor  # (..., nodes) 0 for the root
+    logprobs: torch.Tensor  # (..., nodes) float32, cumulative; 0 for the root
+    ancestor_mask: torch.Tensor  # (..., nodes, nodes) bool: row sees column, itself included
     max_depth: int  # deepest level that was drafted
 
+    @property
+    def num_nodes(self) -> int:
+        """Nodes of each tree, the root included."""
+        return self.tokens.shape[-1]
 
-# scorer(depth, parents, tokens) -> (branches, width): log-probabilities of `candidates.tokens[depth]` after each
-# branch of the frontier. `tokens` (branches,) are the branches' last tokens, `parents` (branches,) their places in the
-# previous frontier, by which a scorer with a state of its own carries it down. Called once per depth, with depth 0 for
-# the root.
+
+# scorer(depth, parents, tokens) -> (..., branches, width): log-probabilities of the depth's candidates after each
+# branch of the frontier. `tokens` (..., branches) are the branches' last tokens, `parents` (..., branches) their
+# places in the previous frontier, by which a scorer with a state of its own carries it down. Called once per depth,
+# with depth 0 for the root.
 BranchScorer = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -72,7 +80,7 @@ def build_tree(
     among the best of its own depth is not among the best of all. One global sort then picks the nodes.
 
     Args:
-        anchor_id (`torch.Tensor`, (1,)): Token of the root.
+        anchor_id (`torch.Tensor`, (..., 1)): Token of the root.
         candidates (`Candidates`): Proposals per depth; the width-1 case is a chain.
         node_budget (`int`): Most nodes of the tree, root included; at least 1.
         scorer (*optional*): Re-scores the candidates after each branch; without one every branch of a depth shares
@@ -83,49 +91,61 @@ def build_tree(
         `DraftTree`: With exactly `min(node_budget, nodes on offer)` nodes.
     """
     device, most = anchor_id.device, node_budget - 1
-    max_depth = min(len(candidates.tokens), most)
+    max_depth = min(candidates.tokens.shape[-2], most)
     if max_depth == 0:
         return _root_alone(anchor_id)
     tokens = [anchor_id]
-    parents = [anchor_id.new_full((1,), -1)]
-    logprobs = [torch.zeros(1, device=device)]
+    places = torch.zeros_like(anchor_id)
+    parents = [places - 1]
+    logprobs = [places.float()]
     sizes = [1]
-    places = anchor_id.new_zeros(1)
     for depth in range(max_depth):
         if scorer is None:
-            rows, columns = _promising_pairs(sizes[-1], candidates.tokens.shape[1], most, device)
-            scores = logprobs[-1][rows] + candidates.logprobs[depth][columns]
+            rows, columns = _promising_pairs(sizes[-1], candidates.tokens.shape[-1], most, device)
+            scores = logprobs[-1][..., rows] + candidates.logprobs[..., depth, :][..., columns]
         else:
-            grid = logprobs[-1][:, None] + scorer(depth, places, tokens[-1])
-            rows, columns = _grid(*grid.shape, device)
-            if width is not None and width < min(most, grid.shape[1]):
-                grid, best = grid.topk(width, dim=1)
-                rows, columns = rows.view(len(grid), -1)[:, :width].flatten(), best.flatten()
-            scores = grid.flatten()
-        scores, chosen = scores.topk(min(most, scores.shape[0]))
+            grid = logprobs[-1][..., None] + scorer(depth, places, tokens[-1])
+            rows, columns = _grid(*grid.shape[-2:], device)
+            if width is not None and width < min(most, grid.shape[-1]):
+                grid, best = grid.topk(width, dim=-1)
+                rows, columns = _grid(*grid.shape[-2:], device)[0], best.flatten(-2)
+            scores = grid.flatten(-2)
+        scores, chosen = scores.topk(min(most, scores.shape[-1]))
         if scorer is not None and device.type == "cpu":  # elsewhere the host would have to wait for the count
             num_in_reach = _count_in_reach(scores, logprobs, most)
             if not num_in_reach:
                 break
-            scores, chosen = scores[:num_in_reach], chosen[:num_in_reach]
+            scores, chosen = scores[..., :num_in_reach], chosen[..., :num_in_reach]
         places = rows[chosen]
-        tokens.append(candidates.tokens[depth][columns[chosen]])
+        columns = columns[chosen] if columns.dim() == 1 else columns.gather(-1, chosen)
+        tokens.append(candidates.tokens[..., depth, :].gather(-1, columns))
         parents.append(places + (sum(sizes) - sizes[-1]))
         logprobs.append(scores)
-        sizes.append(scores.shape[0])
+        sizes.append(scores.shape[-1])
     return _best_nodes(tokens, parents, logprobs, sizes, node_budget, max_depth)
 
 
 def _root_alone(anchor_id: torch.Tensor) -> DraftTree:
     zeros = torch.zeros_like(anchor_id)
-    return DraftTree(anchor_id, zeros - 1, zeros, zeros.float(), zeros.bool().logical_not()[None], max_depth=0)
+    return DraftTree(anchor_id, zeros - 1, zeros, zeros.float(), (zeros == 0)[..., None], max_depth=0)
+
+
+def chain_of(tokens: torch.Tensor) -> DraftTree:
+    """The tree of one path whose tokens (..., length) are given."""
+    parents = (torch.arange(tokens.shape[-1], device=tokens.device) - 1).expand_as(tokens)
+    max_depth = tokens.shape[-1] - 1
+    return DraftTree(
+        tokens, parents, parents + 1, torch.zeros_like(tokens).float(), ancestor_mask(parents, max_depth), max_depth
+    )
 
 
 def _count_in_reach(scores: torch.Tensor, logprobs: list[torch.Tensor], most: int) -> int:
     """How many of a frontier's scores, best first, are among the best `most` of all so far: the others, and all below
     them, are no part of the tree."""
-    known = torch.cat([*logprobs[1:], scores])
-    return int((scores >= known.topk(most).values[-1]).sum()) if len(known) > most else len(scores)
+    known = torch.cat([*logprobs[1:], scores], dim=-1)
+    if known.shape[-1] <= most:
+        return scores.shape[-1]
+    return int((scores >= known.topk(most).values[..., -1:]).sum(-1).max())
 
 
 def _best_nodes(
@@ -137,50 +157,53 @@ def _best_nodes(
     max_depth: int,
 ) -> DraftTree:
     """The best `node_budget` of all frontier nodes, as a tree. Frontiers come root first."""
-    scores = torch.cat(logprobs)
+    scores = torch.cat(logprobs, dim=-1)
     # Nodes are listed depth by depth, so a stable sort keeps a parent before a child of equal score.
-    kept = scores.sort(descending=True, stable=True).indices[:node_budget].sort().values
-    all_depths = _level_numbers(tuple(sizes), scores.device)
-    new_place = torch.empty_like(all_depths).scatter_(0, kept, torch.arange(len(kept), device=scores.device))
-    old_parents = torch.cat(parents)[kept]
-    new_parents = new_place[old_parents.clamp_min(0)]
-    new_parents[0] = -1
+    kept = scores.sort(descending=True, stable=True).indices[..., :node_budget].sort().values
+    new_parents = _renumbered(torch.cat(parents, dim=-1), kept)
     return DraftTree(
-        tokens=torch.cat(tokens)[kept],
+        tokens=torch.cat(tokens, dim=-1).gather(-1, kept),
         parents=new_parents,
-        depths=all_depths[kept],
-        logprobs=scores[kept],
+        depths=_level_numbers(tuple(sizes), scores.device)[kept],
+        logprobs=scores.gather(-1, kept),
         ancestor_mask=ancestor_mask(new_parents, max_depth),
         max_depth=max_depth,
     )
 
 
+def _renumbered(parents: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Parents (..., kept) of the kept nodes among themselves; the root, which comes first, has none."""
+    places = torch.arange(kept.shape[-1], device=kept.device).expand_as(kept)
+    new_place = torch.empty_like(parents).scatter_(-1, kept, places)
+    new_parents = new_place.gather(-1, parents.gather(-1, kept).clamp_min(0))
+    new_parents[..., 0] = -1
+    return new_parents
+
+
 def trim_tree(tree: DraftTree, node_budget: int) -> DraftTree:
     """The best `node_budget` nodes of a tree, which is what `build_tree` would have built with that budget."""
-    kept = tree.logprobs.sort(descending=True, stable=True).indices[:node_budget].sort().values
-    new_place = torch.empty_like(tree.parents).scatter_(0, kept, torch.arange(len(kept), device=kept.device))
-    parents = new_place[tree.parents[kept].clamp_min(0)]
-    parents[0] = -1
+    kept = tree.logprobs.sort(descending=True, stable=True).indices[..., :node_budget].sort().values
+    parents = _renumbered(tree.parents, kept)
     return DraftTree(
-        tokens=tree.tokens[kept],
+        tokens=tree.tokens.gather(-1, kept),
         parents=parents,
-        depths=tree.depths[kept],
-        logprobs=tree.logprobs[kept],
-        ancestor_mask=tree.ancestor_mask[kept][:, kept],
+        depths=tree.depths.gather(-1, kept),
+        logprobs=tree.logprobs.gather(-1, kept),
+        ancestor_mask=ancestor_mask(parents, tree.max_depth),
         max_depth=tree.max_depth,
     )
 
 
 def ancestor_mask(parents: torch.Tensor, max_depth: int) -> torch.Tensor:
-    """Visibility among nodes, (nodes, nodes) bool: each node sees its ancestors and itself."""
-    num_nodes = len(parents)
-    lineage = torch.arange(num_nodes, device=parents.device)
+    """Visibility among nodes, (..., nodes, nodes) bool: each node sees its ancestors and itself."""
+    num_nodes = parents.shape[-1]
+    lineage = torch.arange(num_nodes, device=parents.device).expand_as(parents)
     columns = [lineage]
     for _ in range(max_depth):
-        lineage = parents[lineage].clamp_min(0)
+        lineage = parents.gather(-1, lineage).clamp_min(0)
         columns.append(lineage)
-    mask = torch.zeros(num_nodes, num_nodes, dtype=torch.bool, device=parents.device)
-    return mask.scatter_(1, torch.stack(columns, dim=1), True)
+    mask = torch.zeros(*parents.shape, num_nodes, dtype=torch.bool, device=parents.device)
+    return mask.scatter_(-1, torch.stack(columns, dim=-1), True)
 
 
 @lru_cache(maxsize=256)

@@ -5,20 +5,12 @@ is exact for every logits processor and, with the same seed, the same sample pat
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from transformers import LogitsProcessorList
 
 from .tree import DraftTree
-
-
-@dataclass
-class Walk:
-    """The accepted path of one round."""
-
-    path: list[int]  # node ids, root first: the nodes whose logits were used
-    bonus_id: int  # the target's own token after the path
 
 
 class Chooser:
@@ -29,6 +21,7 @@ class Chooser:
         logits_processor (`LogitsProcessorList`): The caller's processors and warpers, in order.
         do_sample (`bool`): Draw instead of taking the argmax.
         keep_scores (`bool`), keep_logits (`bool`): Record processed scores, raw logits of every choice.
+        draw: Draws a token from probabilities (1, vocab); `torch.multinomial` by default.
     """
 
     def __init__(
@@ -37,9 +30,11 @@ class Chooser:
         do_sample: bool,
         keep_scores: bool = False,
         keep_logits: bool = False,
+        draw: Callable[[torch.Tensor], int] | None = None,
     ):
         self.logits_processor = logits_processor
         self.do_sample = do_sample
+        self._draw = draw or (lambda probs: int(torch.multinomial(probs, num_samples=1)))
         self.scores: tuple[torch.Tensor, ...] | None = () if keep_scores else None
         self.logits: tuple[torch.Tensor, ...] | None = () if keep_logits else None
 
@@ -57,36 +52,58 @@ class Chooser:
         if self.logits is not None:
             self.logits += (raw,)
         if self.do_sample:
-            return int(torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1))
+            return self._draw(torch.softmax(scores, dim=-1))
         return int(scores.argmax(dim=-1))
 
 
-def walk_tree(
-    tree: DraftTree,
-    logits: torch.Tensor,
-    chooser: Chooser,
-    prefix_ids: Callable[[], torch.Tensor],
-    push: Callable[[int], bool],
-) -> Walk:
+class Committer(Protocol):
+    """Where the walk commits tokens; [`Emitter`] is one."""
+
+    rows: list[int]
+
+    def committed_ids(self, row: int) -> torch.Tensor:
+        """All committed ids of a sequence, (1, seq), at the time of the call."""
+
+    def push(self, row: int, token: int, scores: tuple[torch.Tensor, ...] | None) -> bool:
+        """Commit a token of a sequence; says whether the sequence ends with it."""
+
+
+def walk_trees(
+    tree: DraftTree, logits: torch.Tensor, choosers: list[Chooser], committer: Committer
+) -> list[list[int]]:
     """
-    Walk from the root while a child holds the token the target chose.
+    Walk from each root while a child holds the token the target chose; all tokens chosen are pushed.
 
     Args:
-        tree (`DraftTree`): The verified tree.
-        logits (`torch.Tensor`, (nodes, vocab)): The target's logits at every node.
-        chooser (`Chooser`): Runs only at nodes of the path.
-        prefix_ids: Yields all committed ids (1, seq) at the time of the call.
-        push: Commits a token and says whether generation ends with it.
+        tree (`DraftTree`): The verified trees of all places.
+        logits (`torch.Tensor`, (places, nodes, vocab)): The target's logits at every node.
+        choosers (`list[Chooser]`): Of the places; each runs only at nodes of its path.
+        committer ([`Committer`]): Takes the tokens; its `rows` are the sequences at the places.
 
     Returns:
-        `Walk`: The path and the token after it, all of them pushed.
+        The paths: node ids, root first, whose logits were used.
     """
-    choices: list[int] | None = None
-    if chooser.is_plain_argmax and _transfer_is_dear(logits):
-        choices, tokens, parents = torch.stack([logits.argmax(dim=-1), tree.tokens, tree.parents]).tolist()
+    all_choices: list[Any] = [None] * len(choosers)
+    if choosers[0].is_plain_argmax and _transfer_is_dear(logits):
+        all_choices, tokens, parents = torch.stack([logits.argmax(dim=-1), tree.tokens, tree.parents]).tolist()
     else:
         tokens, parents = torch.stack([tree.tokens, tree.parents]).tolist()
-    children = {pair: node for node, pair in enumerate(zip(parents, tokens, strict=True))}
+    paths = []
+    for place, chooser in enumerate(choosers):
+        children = {pair: node for node, pair in enumerate(zip(parents[place], tokens[place], strict=True))}
+        paths.append(_walk(children, logits[place], all_choices[place], chooser, committer, committer.rows[place]))
+    return paths
+
+
+def _walk(
+    children: dict[tuple[int, int], int],
+    logits: torch.Tensor,
+    choices: list[int] | None,
+    chooser: Chooser,
+    committer: Committer,
+    row: int,
+) -> list[int]:
+    """The path of one tree, given its nodes by parent and token, the logits (nodes, vocab), and maybe all choices."""
     path = [0]
     while True:
         node = path[-1]
@@ -95,11 +112,11 @@ def walk_tree(
         elif chooser.is_plain_argmax:
             token = int(logits[node].float().argmax())
         else:
-            token = chooser.choose(logits[node : node + 1], prefix_ids())
-        is_finished = push(token)
+            token = chooser.choose(logits[node : node + 1], committer.committed_ids(row))
+        is_finished = committer.push(row, token, chooser.scores)
         child = children.get((node, token))
         if is_finished or child is None:
-            return Walk(path, token)
+            return path
         path.append(child)
 
 

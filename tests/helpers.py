@@ -1,6 +1,7 @@
 """Small heads, trees and inputs that several test files share; the targets come from `conftest.py`."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,16 @@ def make_tree(tokens: list[int], parents: list[int]) -> DraftTree:
         ancestor_mask=ancestor_mask(links, max(depths)),
         max_depth=max(depths),
     )
+
+
+def as_batch(*trees: DraftTree) -> DraftTree:
+    """Trees of equally many nodes as those of a batch."""
+    parts = {
+        field.name: torch.stack([getattr(tree, field.name) for tree in trees])
+        for field in fields(DraftTree)
+        if field.name != "max_depth"
+    }
+    return DraftTree(**parts, max_depth=max(tree.max_depth for tree in trees))
 
 
 def random_parents(num_nodes: int, generator: torch.Generator) -> list[int]:

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from helpers import NUM_TAPS, random_parents
+from helpers import NUM_TAPS, as_batch, random_parents
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from hf_jetflow import JetFlowConfig
+from hf_jetflow.batch_caches import BatchRows
 from hf_jetflow.caches import GrowingLayer, HeadCache, check_target_cache, commit_path, grow_layers, settle_layers
 from hf_jetflow.target import Context, Target
 from hf_jetflow.tree import DraftTree, ancestor_mask
@@ -120,11 +121,11 @@ def random_tree(anchor: int, num_nodes: int, vocab: int, generator: torch.Genera
     tokens = torch.randint(3, vocab, (num_nodes,), generator=generator)
     tokens[0] = anchor
     depths = mask.sum(dim=1) - 1
-    return DraftTree(tokens, parents, depths, torch.zeros(num_nodes), mask, int(depths.max()))
+    return as_batch(DraftTree(tokens, parents, depths, torch.zeros(num_nodes), mask, int(depths.max())))
 
 
 def path_to(tree: DraftTree, node: int) -> list[int]:
-    return tree.ancestor_mask[node].nonzero()[:, 0].tolist()
+    return tree.ancestor_mask[0, node].nonzero()[:, 0].tolist()
 
 
 def prefilled(model, ids: torch.Tensor) -> tuple[Target, Context]:
@@ -134,7 +135,7 @@ def prefilled(model, ids: torch.Tensor) -> tuple[Target, Context]:
     with torch.no_grad():
         model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
     forward_kwargs = {"output_hidden_states": True}
-    return target, Context(cache, ids.shape[1] - 1, ids.shape[1] - 1, is_padding=None, forward_kwargs=forward_kwargs)
+    return target, Context(cache, BatchRows(1, ids.shape[1] - 1), torch.tensor([0]), forward_kwargs=forward_kwargs)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gemma3_text"])
@@ -149,13 +150,13 @@ def test_after_a_commit_the_target_continues_as_on_the_committed_ids(tiny_target
         tree = random_tree(int(ids[0, -1]), num_nodes, 200, generator)
         states = target.verify(context, tree)
         fresh = model(input_ids=ids, use_cache=False).logits[:, -1]
-        torch.testing.assert_close(states.logits[:1], fresh, atol=2e-4, rtol=2e-4)
+        torch.testing.assert_close(states.logits[:, 0], fresh, atol=2e-4, rtol=2e-4)
         node = int(torch.randint(num_nodes, (1,), generator=generator))
         path = path_to(tree, node)
-        ids = torch.cat([ids, tree.tokens[path[1:]][None], torch.randint(3, 200, (1, 1), generator=generator)], dim=1)
-        target.commit(context, tree, path)
+        ids = torch.cat([ids, tree.tokens[:, path[1:]], torch.randint(3, 200, (1, 1), generator=generator)], dim=1)
+        target.commit(context, tree, [path])
         assert context.cache.get_seq_length() == ids.shape[1] - 1
-        assert context.position == ids.shape[1] - 1
+        assert int(context.positions) == ids.shape[1] - 1
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gemma3_text"])
@@ -168,9 +169,9 @@ def test_every_node_is_verified_as_if_its_branch_stood_alone(tiny_target, family
     tree = random_tree(int(ids[0, -1]), 12, 200, generator)
     states = target.verify(context, tree)
     for node in range(12):
-        branch = torch.cat([ids, tree.tokens[path_to(tree, node)[1:]][None]], dim=1)
+        branch = torch.cat([ids, tree.tokens[:, path_to(tree, node)[1:]]], dim=1)
         outputs = model(input_ids=branch, use_cache=False, output_hidden_states=True)
-        torch.testing.assert_close(states.logits[node], outputs.logits[0, -1], atol=2e-4, rtol=2e-4)
+        torch.testing.assert_close(states.logits[0, node], outputs.logits[0, -1], atol=2e-4, rtol=2e-4)
         features = torch.cat(
             [outputs.hidden_states[index][0, -1] for index in target.head_config.hidden_state_indices]
         )
@@ -194,7 +195,7 @@ def test_rows_that_have_left_the_window_are_forgotten(tiny_target):
     target, context = prefilled(model, torch.randint(3, 200, (1, 20), generator=generator))
     tree = random_tree(5, 8, 200, generator)
     target.verify(context, tree)
-    target.commit(context, tree, path_to(tree, 7))
+    target.commit(context, tree, [path_to(tree, 7)])
     window = model.config.sliding_window
     lengths = {layer.keys.shape[2] for layer in context.cache.layers}
     assert lengths == {window - 1, context.cache.get_seq_length()}

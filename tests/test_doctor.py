@@ -237,10 +237,10 @@ def test_answers_are_scored_as_decoding_would_draft_them(config, tiny_target, ra
     expected = []
     for place in range(num_prompt, text.shape[1] - 1):
         drafter = JetFlowCandidateGenerator(head, view)
-        drafter.observe(TargetStates(torch.empty(0), features[:, :place], torch.arange(place)[None]))
-        drafted = drafter.propose(text[0, place : place + 1], place, num_depths, width=257)
+        drafter.observe(TargetStates(torch.empty(1, 0), features[:, :place], torch.arange(place)[None]))
+        drafted = drafter.propose(text[:, place : place + 1], torch.tensor([place]), num_depths, width=257)
         for depth, token in enumerate(text[0, place + 1 : place + 1 + num_depths].tolist()):
-            expected += drafted.logprobs[depth][drafted.tokens[depth] == token].tolist()
+            expected += drafted.logprobs[0, depth][drafted.tokens[0, depth] == token].tolist()
     scores = answer_logprobs(view, head, text[0].tolist(), num_prompt)
     assert len(scores) > 15
     torch.testing.assert_close(scores, torch.tensor(expected), atol=1e-4, rtol=1e-4)

@@ -19,8 +19,8 @@ PACKAGE = "hf_jetflow"
 ROOMS = {
     "words": ("versions", "configuration_jetflow", "stats"),
     "pure": ("tree", "walk", "losses", "fetching", "layouts", "formats", "exports", "model_card", "hardware"),
-    "models": ("modeling_jetflow", "attention", "target", "caches", "drafting"),
-    "loop": ("emit", "policy", "decoding"),
+    "models": ("modeling_jetflow", "attention", "target", "caches", "batch_caches", "drafting"),
+    "loop": ("emit", "batch", "policy", "decoding"),
     "door": ("integration",),
     "workshop": (
         "data",

@@ -1,17 +1,27 @@
 """The walk on trees and logits written by hand."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
-from helpers import make_tree, random_parents
+from helpers import as_batch, make_tree, random_parents
 from transformers import LogitsProcessorList
 
 from hf_jetflow.tree import DraftTree
-from hf_jetflow.walk import Chooser, Walk, walk_tree
+from hf_jetflow.walk import Chooser, walk_trees
 
 
 VOCAB = 10
 # root 9 -> {1: token 5 -> {3: token 2}, 2: token 7 -> {4: token 2 -> {5: token 8}}}
 TREE = make_tree(tokens=[9, 5, 7, 2, 2, 8], parents=[-1, 0, 0, 1, 2, 4])
+
+
+@dataclass
+class Walk:
+    """What came of a walk."""
+
+    path: list[int]
+    bonus_id: int
 
 
 class Spy:
@@ -33,11 +43,12 @@ class Committed:
     def __init__(self, last: int | None = None):
         self.ids = [1, 9]
         self.num_left = last
+        self.rows = [0]
 
-    def prefix_ids(self) -> torch.Tensor:
+    def committed_ids(self, row: int) -> torch.Tensor:
         return torch.tensor([self.ids])
 
-    def push(self, token: int) -> bool:
+    def push(self, row: int, token: int, scores: tuple[torch.Tensor, ...] | None) -> bool:
         self.ids.append(token)
         self.num_left = None if self.num_left is None else self.num_left - 1
         return self.num_left == 0
@@ -57,7 +68,8 @@ def walk(
     logits: torch.Tensor, chooser: Chooser | None = None, committed: Committed | None = None, tree: DraftTree = TREE
 ) -> Walk:
     committed = committed or Committed()
-    return walk_tree(tree, logits, chooser or plain_chooser(), committed.prefix_ids, committed.push)
+    (path,) = walk_trees(as_batch(tree), logits[None], [chooser or plain_chooser()], committed)
+    return Walk(path, committed.ids[-1])
 
 
 def test_the_walk_descends_while_a_child_holds_the_target_s_choice():
@@ -174,3 +186,37 @@ def test_scores_and_logits_of_every_choice_are_kept_where_asked_for():
     path = walk(logits, chooser).path
     assert torch.equal(torch.cat(chooser.logits), logits[path])
     assert torch.equal(torch.cat(chooser.scores), 2 * logits[path])
+
+
+class CommittedRows:
+    """What the emitter does for the walk of a batch whose places hold the sequences 2 and 0."""
+
+    def __init__(self):
+        self.rows = [2, 0]
+        self.ids = {2: [3, 9], 0: [4, 4, 9]}
+
+    def committed_ids(self, row: int) -> torch.Tensor:
+        return torch.tensor([self.ids[row]])
+
+    def push(self, row: int, token: int, scores: tuple[torch.Tensor, ...] | None) -> bool:
+        self.ids[row].append(token)
+        return False
+
+
+@pytest.mark.parametrize("is_ahead", [False, True], ids=["node by node", "all nodes at once"])
+def test_each_sequence_of_a_batch_is_walked_by_itself(is_ahead, monkeypatch):
+    monkeypatch.setattr("hf_jetflow.walk._transfer_is_dear", lambda _logits: is_ahead)
+    other = make_tree(tokens=[9, 6, 1, 1, 0, 3], parents=[-1, 0, 0, 1, 2, 3])
+    logits = torch.stack([choices(7, 0, 2, 0, 8, 3), choices(6, 1, 0, 9, 0, 0)])
+    committed = CommittedRows()
+    paths = walk_trees(as_batch(TREE, other), logits, [plain_chooser(), plain_chooser()], committed)
+    assert paths == [[0, 2, 4, 5], [0, 1, 3]]
+    assert committed.ids == {2: [3, 9, 7, 2, 8, 3], 0: [4, 4, 9, 6, 1, 9]}
+
+
+def test_each_sequence_of_a_batch_has_its_own_processors_and_prefix():
+    spies = [Spy(), Spy()]
+    logits = torch.stack([choices(7, 0, 6, 0, 8, 3), choices(4, 0, 2, 0, 8, 3)])
+    choosers = [Chooser(LogitsProcessorList([spy]), do_sample=False) for spy in spies]
+    walk_trees(as_batch(TREE, TREE), logits, choosers, CommittedRows())
+    assert [spy.prefixes for spy in spies] == [[[3, 9], [3, 9, 7]], [[4, 4, 9]]]

@@ -1,0 +1,154 @@
+"""What a batch needs to choose as plain decoding does, though its sequences advance by different lengths."""
+
+import copy
+from collections import OrderedDict
+
+import torch
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StaticCache,
+    StoppingCriteriaList,
+)
+from transformers.generation import logits_process, stopping_criteria
+
+
+# Processors and criteria that look at one sequence at a time and remember nothing.
+ROW_WISE = {
+    *(
+        getattr(logits_process, name)
+        for name in (
+            "MinLengthLogitsProcessor",
+            "MinNewTokensLengthLogitsProcessor",
+            "TemperatureLogitsWarper",
+            "TopPLogitsWarper",
+            "TopKLogitsWarper",
+            "TopHLogitsWarper",
+            "MinPLogitsWarper",
+            "TypicalLogitsWarper",
+            "EpsilonLogitsWarper",
+            "EtaLogitsWarper",
+            "NoRepeatNGramLogitsProcessor",
+            "SequenceBiasLogitsProcessor",
+            "NoBadWordsLogitsProcessor",
+            "ForcedBOSTokenLogitsProcessor",
+            "ForcedEOSTokenLogitsProcessor",
+            "InfNanRemoveLogitsProcessor",
+            "ExponentialDecayLengthPenalty",
+            "LogitNormalization",
+            "SuppressTokensAtBeginLogitsProcessor",
+            "SuppressTokensLogitsProcessor",
+            "WatermarkLogitsProcessor",
+            # These three with a copy for each sequence, see `row_processors`.
+            "RepetitionPenaltyLogitsProcessor",
+            "PrefixConstrainedLogitsProcessor",
+            "SynthIDTextWatermarkLogitsProcessor",
+        )
+    ),
+    stopping_criteria.MaxLengthCriteria,
+    stopping_criteria.MaxTimeCriteria,
+    stopping_criteria.StopStringCriteria,
+    stopping_criteria.EosTokenCriteria,
+}
+RECORDED = ("output_scores", "output_logits", "output_hidden_states", "output_attentions")
+MOST_NOISE_BYTES = 2**28
+
+
+def reason_to_step_together(
+    logits_processor: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    cache: object,
+) -> str | None:
+    """Why the sequences of a batch cannot advance by different lengths with the output of plain decoding; `None` if
+    they can."""
+    foreign = [
+        type(part).__name__
+        for part in (*logits_processor, *criteria)
+        if type(part) not in ROW_WISE and not getattr(part, "is_row_wise", False)
+    ]
+    if foreign:
+        return (
+            f"{', '.join(sorted(set(foreign)))} may look at the whole batch, or remember earlier calls; give it an "
+            "attribute `is_row_wise = True` if it does neither"
+        )
+    recorded = [name for name in RECORDED if getattr(generation_config, name)]
+    if recorded and generation_config.return_dict_in_generate:
+        return f"`{recorded[0]}` returns something for every step of the whole batch"
+    if isinstance(cache, StaticCache):
+        return "the sequences of a static cache have one length"
+    stops_early = any(type(part) is not stopping_criteria.MaxLengthCriteria for part in criteria)
+    if stops_early and not any(type(part) is EosTokenCriteria for part in criteria):
+        return "without an EOS token, plain decoding goes on with a sequence that has stopped until all have"
+    return None
+
+
+def row_processors(logits_processor: LogitsProcessorList, row: int) -> LogitsProcessorList:
+    """The processors as the sequence `row` of the batch needs them, to be called with that sequence alone."""
+    return LogitsProcessorList(_row_processor(processor, row) for processor in logits_processor)
+
+
+def _row_processor(processor: LogitsProcessor, row: int) -> LogitsProcessor:
+    if isinstance(processor, logits_process.RepetitionPenaltyLogitsProcessor):
+        processor = copy.copy(processor)
+        if isinstance(processor.prompt_ignore_length, torch.Tensor):  # one for each sequence
+            processor.prompt_ignore_length = processor.prompt_ignore_length[row : row + 1]
+    elif isinstance(processor, logits_process.PrefixConstrainedLogitsProcessor):
+        allowed = processor._prefix_allowed_tokens_fn
+        processor = copy.copy(processor)
+        processor._prefix_allowed_tokens_fn = lambda _, prefix_ids: allowed(row, prefix_ids)
+    elif isinstance(processor, logits_process.SynthIDTextWatermarkLogitsProcessor):
+        processor = copy.deepcopy(processor)  # remembers the contexts it has seen
+    return processor
+
+
+class BatchNoise:
+    """
+    The random draws of plain batched sampling, for sequences that are at different steps.
+
+    `torch.multinomial` divides all rows' probabilities by exponential noise of their shape and takes the greatest, so
+    a step's noise does not depend on the probabilities: it is drawn when the first sequence reaches the step and kept
+    for the others. What no longer fits into memory is drawn again from the generator's state before that step.
+
+    Args:
+        num_rows (`int`): Sequences of the batch.
+    """
+
+    def __init__(self, num_rows: int):
+        self._num_rows = num_rows
+        self._states: list[torch.Tensor] = []  # of the device's default generator, before each step
+        self._noise: OrderedDict[int, torch.Tensor] = OrderedDict()
+        self._steps = [0] * num_rows
+
+    def draw(self, row: int, probs: torch.Tensor) -> int:
+        """The next token of a sequence, whose probabilities are (1, vocab)."""
+        if not torch.isfinite(probs).all():
+            return int(torch.multinomial(probs, num_samples=1))  # raises what plain decoding raises
+        noise = self._noise_of(self._steps[row], probs)
+        self._steps[row] += 1
+        return int((probs[0] / noise[row]).argmax())
+
+    def _noise_of(self, step: int, probs: torch.Tensor) -> torch.Tensor:
+        """The step's noise (batch, vocab)."""
+        if step in self._noise:
+            return self._noise[step]
+        noise = probs.new_empty(self._num_rows, probs.shape[1])
+        if step == len(self._states):
+            self._states.append(_random_state(probs.device))
+            noise.exponential_(1)
+        else:
+            generator = torch.Generator(probs.device)
+            generator.set_state(self._states[step])
+            noise.exponential_(1, generator=generator)
+        self._noise[step] = noise
+        if len(self._noise) > max(MOST_NOISE_BYTES // noise.nbytes, 1):
+            self._noise.popitem(last=False)
+        return noise
+
+
+def _random_state(device: torch.device) -> torch.Tensor:
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    return torch.get_device_module(device).get_rng_state(device)

@@ -1,0 +1,153 @@
+"""The target's cache of a batch whose sequences advance by different lengths."""
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+
+class BatchRows:
+    """
+    Where the sequences of a batch, or the one sequence, are in the target's cache.
+
+    Args:
+        num_rows (`int`): Sequences of the batch.
+        num_cached (`int`): Tokens in the cache, for each of them.
+    """
+
+    def __init__(self, num_rows: int, num_cached: int):
+        self.order = list(range(num_rows))  # the sequence that lies at each place; those decoded come first
+        self.lengths = torch.full((num_rows,), num_cached)  # (decoded,) tokens cached of each sequence decoded
+        self._finished: dict[int, int] = {}  # tokens cached of the others
+
+    @property
+    def decoded(self) -> list[int]:
+        """The sequences that still take part, by place."""
+        return self.order[: len(self.lengths)]
+
+    def retire(self, place: int) -> int:
+        """Take the sequence at `place` out; returns the last place, whose sequence now lies there."""
+        last = len(self.lengths) - 1
+        self.order[place], self.order[last] = self.order[last], self.order[place]
+        self._finished[self.order[last]] = int(self.lengths[place])
+        self.lengths = torch.cat([self.lengths[:place], self.lengths[last:], self.lengths[place + 1 : last]])[:last]
+        return last
+
+    def recall(self) -> None:
+        """Take all sequences in again, wherever they lie."""
+        known = dict(zip(self.order, self.lengths.tolist(), strict=False)) | self._finished
+        self.lengths = torch.tensor([known[row] for row in self.order])
+        self._finished = {}
+
+
+class BatchLayer(DynamicLayer):
+    """
+    A layer of the target's cache in which every sequence has a length of its own.
+
+    Its rows lie from the first slot on without gaps, in buffers with room to grow; new rows are written behind each
+    sequence's own end, so nothing else is copied. What lies behind the end is overwritten later and must be masked.
+    A sliding-window layer's rows are all kept meanwhile.
+
+    Args:
+        rows ([`BatchRows`]): Shared by the layers.
+        layer (`DynamicLayer`): The cache's own layer, which gets the rows back in the end.
+    """
+
+    def __init__(self, rows: BatchRows, layer: DynamicLayer):
+        super().__init__()
+        self._rows, self.settled = rows, layer
+        self.lazy_initialization(layer.keys, layer.values)
+        self._buffers: list[torch.Tensor] = []
+        num_cached, num_kept = layer.get_seq_length(), layer.keys.shape[2]
+        for known in (layer.keys, layer.values):
+            self._buffers.append(_roomier(known[:, :, :0], num_cached))
+            self._buffers[-1][:, :, num_cached - num_kept : num_cached] = known
+        self.keys, self.values = (buffer[:, :, :num_cached] for buffer in self._buffers)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write rows (decoded, heads, rows, dim) behind each sequence; returns the slots up to the last one."""
+        num_new, lengths = key_states.shape[2], self._rows.lengths
+        end = int(lengths.max()) + num_new
+        if self._buffers[0].shape[2] < end:
+            self._buffers = [_roomier(buffer, end) for buffer in self._buffers]
+        slots = (lengths[:, None] + torch.arange(num_new)).to(key_states.device)[:, None, :, None]
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[: len(lengths)].scatter_(2, slots.expand(states.shape), states)
+        self.keys, self.values = (buffer[: len(lengths), :, :end] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def move(self, sources: torch.Tensor, places: torch.Tensor) -> None:
+        """Copy the rows at slots `sources` (decoded, moved) of each sequence to slots `places`."""
+        for buffer in self._buffers:
+            decoded = buffer[: len(sources)]
+            shape = (*decoded.shape[:2], sources.shape[1], decoded.shape[3])
+            index, target = (slots.to(buffer.device)[:, None, :, None].expand(shape) for slots in (sources, places))
+            decoded.scatter_(2, target, decoded.gather(2, index))
+
+    def swap(self, one: int, other: int) -> None:
+        """Exchange the sequences at two places."""
+        if one != other:
+            for buffer in self._buffers:
+                buffer[[one, other]] = buffer[[other, one]]
+
+    def settle(self, index: torch.Tensor, length: int) -> DynamicLayer:
+        """The cache's own layer again, with `length` rows of the sequences at places `index`."""
+        layer, first = self.settled, 0
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.cumulative_length = length
+            first = max(length - layer.sliding_window + 1, 0)
+        index = index.to(self._buffers[0].device)
+        layer.keys, layer.values = (buffer[index, :, first:length] for buffer in self._buffers)
+        return layer
+
+
+def _roomier(states: torch.Tensor, num_slots: int) -> torch.Tensor:
+    """A buffer with room for more than `num_slots`, that starts with `states`; zeros elsewhere, as a masked NaN would
+    still spoil a sum."""
+    batch, heads, known, dim = states.shape
+    buffer = states.new_zeros(batch, heads, num_slots + max(num_slots // 4, 256), dim)
+    buffer[:, :, :known] = states
+    return buffer
+
+
+def spread_layers(cache: Cache, rows: BatchRows) -> None:
+    """Let the sequences of the cache have different lengths, for the time of a generation."""
+    for index, layer in enumerate(cache.layers):
+        if layer.is_initialized:
+            cache.layers[index] = BatchLayer(rows, layer)
+
+
+def commit_paths(cache: Cache, rows: BatchRows, paths: list[list[int]]) -> None:
+    """
+    Bring the keys and values of each sequence's path together behind its prefix.
+
+    Args:
+        cache (`Cache`): The cache, behind whose sequences the nodes of their trees lie.
+        rows ([`BatchRows`]): Of that cache.
+        paths (`list[list[int]]`): Accepted node ids of each sequence decoded, root first, ascending.
+    """
+    longest = max(len(path) for path in paths)
+    if any(path != list(range(len(path))) for path in paths):
+        # A shorter path is padded with slots that stay where they are.
+        sources = torch.tensor([path + list(range(len(path), longest)) for path in paths]) + rows.lengths[:, None]
+        places = torch.arange(longest) + rows.lengths[:, None]
+        for layer in cache.layers:
+            if isinstance(layer, BatchLayer):
+                layer.move(sources, places)
+
+
+def retire_row(cache: Cache, rows: BatchRows, place: int) -> None:
+    """Let the sequence at `place` take no part any more; the last one decoded takes its place."""
+    last = rows.retire(place)
+    for layer in cache.layers:
+        if isinstance(layer, BatchLayer):
+            layer.swap(place, last)
+
+
+def settle_batch(cache: Cache, rows: BatchRows, length: int) -> None:
+    """The cache's own layers again, with `length` rows of every sequence in the caller's order."""
+    index = torch.tensor(sorted(range(len(rows.order)), key=rows.order.__getitem__))
+    for place, layer in enumerate(cache.layers):
+        if isinstance(layer, BatchLayer):
+            cache.layers[place] = layer.settle(index, length)
