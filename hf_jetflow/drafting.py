@@ -184,7 +184,9 @@ class JetFlowCandidateGenerator(CandidateGenerator):
     def logprobs(self, rows: torch.Tensor) -> torch.Tensor:
         """Draft log-probabilities (..., draft_vocab) of drafted rows (..., hidden), before any branch correction."""
         if self._projection is not None:
-            logits = rows.to(self._projection.device, self._projection.dtype) @ self._projection.T
+            flat = rows.flatten(0, -2)  # a batched product would copy the projection
+            logits = flat.to(self._projection.device, self._projection.dtype) @ self._projection.T
+            logits = logits.view(*rows.shape[:-1], -1)
         else:
             rows = rows.to(self.target.model.device, self.target.model.dtype)
             logits = self.target.output_logits(rows, self.head.draft_token_ids)
