@@ -48,6 +48,7 @@ class BenchSettings:
     node_budgets: Sequence[int | str] = (16, 32, 64, "auto")  # of the method `jetflow`
     temperatures: Sequence[float] = (0.0,)  # 0 for greedy
     context_lengths: Sequence[int] = ()  # tokens that prompts are padded to; none: prompts as they are
+    batch_sizes: Sequence[int] = (1,)  # prompts answered at a time
     max_new_tokens: int = 128
     num_prompts: int = 20  # prompts taken from each file
     repeats: int = 1  # passes over the prompts
@@ -63,7 +64,11 @@ class BenchSettings:
                 f"{', '.join(rivals)} cannot use a {self.cache} cache; leave them out, or the cache dynamic"
             )
         counts = {"max_new_tokens": self.max_new_tokens, "num_prompts": self.num_prompts, "repeats": self.repeats}
-        for name, value in [*counts.items(), *(("context_lengths", length) for length in self.context_lengths)]:
+        if rivals and set(self.batch_sizes) != {1}:
+            raise ValueError(f"{', '.join(rivals)} cannot answer batches; leave them out, or the batch size 1")
+        for name in ("context_lengths", "batch_sizes"):
+            counts |= {name: min(getattr(self, name), default=1)}
+        for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"`{name}` is {value}, but at least 1 is needed")
         if not self.temperatures or min(self.temperatures) < 0:
@@ -127,6 +132,7 @@ def run_bench(
         prompts,
         num_prompts=plan.num_prompts,
         context_lengths=plan.context_lengths,
+        batch_sizes=plan.batch_sizes,
         max_new_tokens=plan.max_new_tokens,
     )
     rivals = {
@@ -139,7 +145,7 @@ def run_bench(
         "target": target.name_or_path,
         "dtype": _dtype_name(target),
         "head": weights_hash(head),
-        "prompts": {f"{each.name} {each.context_length or ''}".strip(): each.content_hash for each in prompt_sets},
+        "prompts": {each.label: each.content_hash for each in prompt_sets},
         **environment(),
     }
     log = BenchLog(log_path, facts)
@@ -180,8 +186,8 @@ class _Bench:
         self._target, self._head, self._plan, self._rivals, self._log = target, head, plan, rivals, log
         self._progress = progress
         self._variants = make_variants(plan.methods, plan.node_budgets)
-        num_prompts = sum(len(prompt_set.prompt_ids) for prompt_set in prompt_sets)
-        self._total = plan.repeats * len(plan.temperatures) * len(self._variants) * num_prompts
+        num_batches = sum(len(prompt_set.batches) for prompt_set in prompt_sets)
+        self._total = plan.repeats * len(plan.temperatures) * len(self._variants) * num_batches
         self._done = 0
 
     def measure(self, prompt_set: PromptSet, temperature: float) -> list[dict[str, Any]]:
@@ -189,7 +195,7 @@ class _Bench:
         plan, is_warm = self._plan, False
         runs: list[list[Run]] = [[] for _ in self._variants]
         for repeat in range(plan.repeats):
-            for number in range(len(prompt_set.prompt_ids)):
+            for number in range(len(prompt_set.batches)):
                 place = (*prompt_set.place, temperature, f"run {repeat} {number}")
                 if self._log.get(*place) is None:
                     if not is_warm:
@@ -205,6 +211,7 @@ class _Bench:
         facts = {
             "prompts": prompt_set.name,
             "context_length": prompt_set.context_length,
+            "batch_size": prompt_set.batch_size,
             "dtype": _dtype_name(self._target),
             "temperature": temperature,
             "num_prompts": len(prompt_set.prompt_ids),
@@ -216,21 +223,21 @@ class _Bench:
         ]
 
     def _answer(self, prompt_set: PromptSet, number: int, temperature: float, repeat: int) -> list[Run]:
-        """Answer one prompt with each variant; who begins changes from prompt to prompt."""
-        input_ids = self._input_ids(prompt_set.prompt_ids[number])
+        """Answer one batch with each variant; who begins changes from batch to batch."""
+        batch = prompt_set.batches[number]
         runs: list[Run | None] = [None] * len(self._variants)
         first = (number + repeat) % len(self._variants)
         for place in [*range(first, len(runs)), *range(first)]:
-            runs[place] = self._run(self._variants[place], input_ids, temperature, seed=repeat * 1000 + number)
+            runs[place] = self._run(self._variants[place], batch, temperature, seed=repeat * 1000 + number)
             self._report(prompt_set, sum(run is not None for run in runs))
         return [run for run in runs if run is not None]
 
-    def _run(self, variant: Variant, input_ids: torch.Tensor, temperature: float, **limits: int) -> Run:
+    def _run(self, variant: Variant, batch: list[list[int]], temperature: float, **limits: int) -> Run:
         return timed_run(
             self._target,
             self._head,
             variant,
-            input_ids,
+            batch,
             rival=self._rivals.get(variant.method),
             cache=self._plan.cache,
             temperature=temperature,
@@ -244,16 +251,17 @@ class _Bench:
         """
         plan = self._plan
         is_static = plan.cache != "dynamic"
-        input_ids = self._input_ids(max(prompt_set.prompt_ids, key=len) if is_static else prompt_set.prompt_ids[0])
+        batches = prompt_set.batches
+        batch = max(batches, key=lambda prompts: max(map(len, prompts))) if is_static else batches[0]
         for variant in self._variants:
             tokens = 64 if variant.node_budget == "auto" else 16
             limit = plan.max_new_tokens if is_static else min(plan.max_new_tokens, tokens)
-            self._run(variant, input_ids, temperature, max_new_tokens=limit)
+            self._run(variant, batch, temperature, max_new_tokens=limit)
 
     def _bare_forwards(self, prompt_set: PromptSet, temperature: float, runs: list[list[Run]]) -> list[list[float]]:
         """What `time_bare_forwards` finds on prompts with the first half of their plain answers; it repeats forwards
-        with copies of growing caches only."""
-        if self._plan.cache != "dynamic":
+        with copies of growing caches of one sequence only."""
+        if self._plan.cache != "dynamic" or prompt_set.batch_size > 1:
             return []
         place = (*prompt_set.place, temperature, "bare forwards")
         if self._log.get(*place) is None:
@@ -267,7 +275,8 @@ class _Bench:
         """Agreement of head and target on the plain greedy answers of the first pass."""
         view = Target(self._target, self._head.config)
         # Rows under a packed output embedding, or under one of the head's own, cannot be compared with the target's.
-        if view.output_rows(None) is None or not self._head.config.is_plain:
+        is_comparable = view.output_rows(None) is not None and self._head.config.is_plain
+        if not is_comparable or prompt_set.batch_size > 1:
             return {}
         texts = [
             (ids + self._log.get(*prompt_set.place, 0.0, f"run 0 {number}")[0]["new_ids"], len(ids))
@@ -275,9 +284,6 @@ class _Bench:
         ]
         rates = measure_agreement(view, self._head, texts).rates()
         return {name: [round(value, 4) for value in values] for name, values in rates.items()}
-
-    def _input_ids(self, ids: list[int]) -> torch.Tensor:
-        return torch.tensor([ids], device=self._target.device)
 
     def _report(self, prompt_set: PromptSet, num_more: int = 0) -> None:
         if self._progress is not None:

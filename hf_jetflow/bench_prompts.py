@@ -16,19 +16,27 @@ from .data import encode_chat, read_prompts
 
 @dataclass
 class PromptSet:
-    """Prompts of one file at one length."""
+    """Prompts of one file at one length, answered so many at a time."""
 
     name: str  # of the file, without the ending
     context_length: int | None  # tokens that the prompts were padded to; `None`: as they are
     prompt_ids: list[list[int]]
+    batch_size: int = 1
 
     @property
-    def place(self) -> tuple[str, int | None]:
-        return self.name, self.context_length
+    def place(self) -> tuple[str, int | None, int]:
+        return self.name, self.context_length, self.batch_size
 
     @property
     def label(self) -> str:
-        return self.name if self.context_length is None else f"{self.name}, {self.context_length} tokens"
+        length = "" if self.context_length is None else f", {self.context_length} tokens"
+        return self.name + length + ("" if self.batch_size == 1 else f", batches of {self.batch_size}")
+
+    @property
+    def batches(self) -> list[list[list[int]]]:
+        """The prompts that are answered together."""
+        starts = range(0, len(self.prompt_ids), self.batch_size)
+        return [self.prompt_ids[start : start + self.batch_size] for start in starts]
 
     @property
     def median_length(self) -> float:
@@ -48,13 +56,15 @@ def make_prompt_sets(
     *,
     num_prompts: int,
     context_lengths: Sequence[int],
+    batch_sizes: Sequence[int] = (1,),
     max_new_tokens: int,
 ) -> list[PromptSet]:
     """
-    The first `num_prompts` prompts of each file, once for each context length.
+    The first `num_prompts` prompts of each file, once for each context length and batch size.
 
     Raises:
-        ValueError: If a file holds no prompts, two files have the same name, or a context does not fit the target.
+        ValueError: If a file holds no prompts or too few for a batch, two files have the same name, or a context does
+            not fit the target.
     """
     names = [Path(path).stem for path in paths]
     doubled = sorted({name for name in names if names.count(name) > 1})
@@ -73,7 +83,13 @@ def make_prompt_sets(
                 else padded_prompt(tokenizer, conversations, number, length)
                 for number, messages in enumerate(conversations[:num_prompts])
             ]
-            sets.append(PromptSet(name, length, encoded))
+            if len(encoded) < max(batch_sizes):
+                raise ValueError(
+                    f"{path} gives {len(encoded)} prompts, too few for batches of {max(batch_sizes)}; give more, or "
+                    "raise the number of prompts taken"
+                )
+            for size in batch_sizes:
+                sets.append(PromptSet(name, length, encoded[: len(encoded) // size * size], size))
     return sets
 
 

@@ -35,6 +35,7 @@ def row_groups(rows: list[Row]) -> Iterator[tuple[str, list[Row]]]:
 
     def label(row: Row) -> str:
         length = f", {row['context_length']} tokens" if row.get("context_length") else ""
+        length += f", batches of {row['batch_size']}" if row.get("batch_size", 1) > 1 else ""
         return f"{row['prompts']}{length}, {temperature_words(row['temperature'])}"
 
     for words, group in groupby(rows, key=label):

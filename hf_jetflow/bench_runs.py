@@ -5,7 +5,7 @@ Both are there for plain decoding too, so that they weigh on no method more than
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -52,10 +52,13 @@ class Run:
     node_budget: int | str | None
     seconds: float  # of the whole call
     prefill_seconds: float  # until the first token came out
-    new_ids: list[int]
-    num_first: int  # tokens that came out at once with the first: 1, or more where the prompt was answered with drafts
+    new_ids: list[int]  # of a batch, one sequence's after another's
+    num_first: (
+        int  # tokens that came out at once with the first: one for each sequence, or more where they were drafted
+    )
     num_forwards: int  # target forwards, the prefill's included
     stats: dict[str, Any] | None  # the fields of `GenerationStats`, for our own loop
+    num_rows: int = 1  # sequences of the batch
 
     @property
     def decode_seconds(self) -> float:
@@ -68,8 +71,10 @@ class Run:
 
     @property
     def num_rounds(self) -> int:
-        """Target forwards behind the prefill."""
-        return self.num_forwards - 1 if self.stats is None else self.stats["num_rounds"]
+        """Target forwards behind the prefill, for each sequence."""
+        if self.stats is None or "plain" in self.stats.get("policy", {}):
+            return (self.num_forwards - 1) * self.num_rows
+        return self.stats["num_rounds"]
 
 
 class TokenClock(BaseStreamer):
@@ -110,7 +115,7 @@ def timed_run(
     target: PreTrainedModel,
     head: JetFlowHead,
     variant: Variant,
-    input_ids: torch.Tensor,
+    prompts: Sequence[Sequence[int]],
     *,
     rival: dict[str, Any] | None = None,
     cache: str = "dynamic",
@@ -119,10 +124,10 @@ def timed_run(
     seed: int = 0,
 ) -> Run:
     """
-    Answer a prompt once.
+    Answer a prompt, or several in one batch, once.
 
     Args:
-        input_ids (`torch.Tensor`, (1, seq)): The prompt.
+        prompts: Token ids of the prompts, padded on the left where they differ in length.
         rival: Keywords of `generate` for a method of `rivals.py`.
         cache: One of `CACHES`.
         temperature: 0 for greedy; else all tokens are sampled from.
@@ -136,12 +141,17 @@ def timed_run(
     if is_ours:
         configure(head, variant)
         kwargs["assistant_model"] = head
+    width = max(map(len, prompts))
+    pad_token_id = target.generation_config.pad_token_id or 0
+    padded = [[pad_token_id] * (width - len(ids)) + list(ids) for ids in prompts]
+    is_token = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
+    input_ids, attention_mask = (torch.tensor(rows, device=target.device) for rows in (padded, is_token))
     clock = TokenClock()
     with counted_forwards(target) as count:
         torch.manual_seed(seed)
         synchronize(target)
         start = time.perf_counter()
-        output = target.generate(input_ids, attention_mask=torch.ones_like(input_ids), streamer=clock, **kwargs)
+        output = target.generate(input_ids, attention_mask=attention_mask, streamer=clock, **kwargs)
         synchronize(target)
         seconds = time.perf_counter() - start
     assert clock.first_time is not None
@@ -150,11 +160,19 @@ def timed_run(
         node_budget=variant.node_budget,
         seconds=seconds,
         prefill_seconds=clock.first_time - start,
-        new_ids=output[0, input_ids.shape[1] :].tolist(),
+        new_ids=[token for row in output[:, width:].tolist() for token in _answer(row, target)],
         num_first=clock.num_first,
         num_forwards=count[0],
         stats=asdict(head.last_stats) if is_ours else None,
+        num_rows=len(prompts),
     )
+
+
+def _answer(ids: list[int], target: PreTrainedModel) -> list[int]:
+    """The ids up to the end of the answer, without the padding of a sequence that ended before others."""
+    ends = target.generation_config.eos_token_id
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    return ids[: next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))]
 
 
 def configure(head: JetFlowHead, variant: Variant) -> None:

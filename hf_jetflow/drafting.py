@@ -186,7 +186,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         if self._projection is not None:
             flat = rows.flatten(0, -2)  # a batched product would copy the projection
             logits = flat.to(self._projection.device, self._projection.dtype) @ self._projection.T
-            logits = logits.view(*rows.shape[:-1], -1)
+            logits = logits.view(*rows.shape[:-1], logits.shape[-1])
         else:
             rows = rows.to(self.target.model.device, self.target.model.dtype)
             logits = self.target.output_logits(rows, self.head.draft_token_ids)

@@ -85,11 +85,13 @@ def make_figure(result: dict[str, Any]) -> "Figure":
     num_basic = len(panels)
     if len({row.get("context_length") for row in rows}) > 1:
         panels += [_speedup_by_context, _round_by_context]
+    if len({row.get("batch_size") for row in rows}) > 1:
+        panels += [_speedup_by_batch, _throughput_by_batch]
     figure = Figure(figsize=(4.3 * len(columns) + 2, 2.9 * len(panels) + 0.6), layout="constrained")
     axes = figure.subplots(len(panels), len(columns), squeeze=False, sharey="row")
     for number, (draw, places) in enumerate(zip(panels, axes, strict=True)):
         for column, ax in zip(columns, places, strict=True):
-            draw(ax, column if number >= num_basic else _shortest(column))
+            draw(ax, column if number >= num_basic else _first(column))
             ax.grid(axis="y", alpha=0.3)
             ax.set_axisbelow(True)
             ax.spines[["top", "right"]].set_visible(False)
@@ -107,8 +109,10 @@ def make_figure(result: dict[str, Any]) -> "Figure":
     return figure
 
 
-def _shortest(rows: list[Row]) -> list[Row]:
-    return [row for row in rows if row.get("context_length") == rows[0].get("context_length")]
+def _first(rows: list[Row]) -> list[Row]:
+    """Rows of the first context length and batch size."""
+    keys = ("context_length", "batch_size")
+    return [row for row in rows if all(row.get(key) == rows[0].get(key) for key in keys)]
 
 
 def _legend(places: Sequence["Axes"]) -> None:
@@ -203,21 +207,31 @@ def _round_times(ax: "Axes", rows: list[Row]) -> None:
     ax.set_ylabel("ms per round")
 
 
-def _by_context(ax: "Axes", rows: list[Row], field: str, scale: float) -> None:
-    names = {row_name(row): color for row, color in _colored(_shortest(rows))}
+def _by(ax: "Axes", rows: list[Row], by: str, field: str, scale: float = 1) -> None:
+    names = {row_name(row): color for row, color in _colored(_first(rows))}
     for name, color in {"plain": "black", **names}.items():
         line = [row for row in rows if row_name(row) == name and row[field] is not None]
-        lengths = [row["context_length"] for row in line]
-        ax.plot(lengths, [scale * row[field] for row in line], color=color, marker=".", linewidth=1.3, label=name)
-    ax.set_xticks(sorted({row["context_length"] for row in rows}))
-    ax.set_xlabel("context length (tokens)")
+        sizes = [row[by] for row in line]
+        ax.plot(sizes, [scale * row[field] for row in line], color=color, marker=".", linewidth=1.3, label=name)
+    ax.set_xticks(sorted({row[by] for row in rows}))
+    ax.set_xlabel({"context_length": "context length (tokens)", "batch_size": "prompts at a time"}[by])
 
 
 def _speedup_by_context(ax: "Axes", rows: list[Row]) -> None:
-    _by_context(ax, rows, "decode_speedup", 1)
+    _by(ax, rows, "context_length", "decode_speedup")
     ax.set_ylabel("speedup of decoding (median)")
 
 
 def _round_by_context(ax: "Axes", rows: list[Row]) -> None:
-    _by_context(ax, rows, "seconds_per_round", 1000)
+    _by(ax, rows, "context_length", "seconds_per_round", 1000)
     ax.set_ylabel("ms per round")
+
+
+def _speedup_by_batch(ax: "Axes", rows: list[Row]) -> None:
+    _by(ax, rows, "batch_size", "speedup")
+    ax.set_ylabel("speedup (median)")
+
+
+def _throughput_by_batch(ax: "Axes", rows: list[Row]) -> None:
+    _by(ax, rows, "batch_size", "tokens_per_second")
+    ax.set_ylabel("tokens per second")

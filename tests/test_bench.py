@@ -244,6 +244,23 @@ def test_prompts_are_padded_to_each_context_length_with_the_other_texts(pair, tm
     assert set(result["agreement"]) == {"few, 16 tokens", "few, 30 tokens"}
 
 
+def test_prompts_are_answered_in_batches_of_each_size(pair, tmp_path):
+    lengths = (1, 4, 2, 3, 6)
+    path = write_lines(tmp_path / "few.jsonl", *({"prompt": "t011 " * length} for length in lengths))
+    settings = dict(methods=["jetflow"], node_budgets=(4,), batch_sizes=(1, 2), max_new_tokens=5)
+    rows = run_bench(*pair, [path], **settings)["rows"]
+    assert [(row["method"], row["batch_size"], row["num_prompts"]) for row in rows] == [
+        ("plain", 1, 5), ("jetflow", 1, 5), ("plain", 2, 4), ("jetflow", 2, 4)
+    ]  # fmt: skip
+    assert all(row["identical_to_plain"] == 1.0 for row in rows)
+    assert [row["num_new_tokens"] for row in rows] == [25, 25, 20, 20]
+    assert rows[2]["tokens_per_round"] == 1.0
+    with pytest.raises(ValueError, match="gives 5 prompts, too few for batches of 6"):
+        run_bench(*pair, [path], **{**settings, "batch_sizes": (6,)})
+    with pytest.raises(ValueError, match="prompt-lookup cannot answer batches"):
+        run_bench(*pair, [path], **{**settings, "methods": ["prompt-lookup"]})
+
+
 def test_a_padded_prompt_holds_its_own_text_last(pair, tmp_path):
     path = write_lines(tmp_path / "few.jsonl", {"prompt": "t050 t051"}, {"prompt": "t060 t061"}, {"prompt": "t070"})
     conversations = [prompt["messages"] for prompt in read_prompts([path])]
@@ -288,6 +305,7 @@ def test_an_unknown_method_is_refused_by_name(method):
         ({"temperatures": (-1.0,)}, "temperatures"),
         ({"num_prompts": 0}, "`num_prompts` is 0"),
         ({"context_lengths": (0,)}, "`context_lengths` is 0"),
+        ({"batch_sizes": (1, 0)}, "`batch_sizes` is 0"),
     ],
 )
 def test_a_setting_out_of_range_is_refused(pair, prompts, settings, message):

@@ -162,6 +162,16 @@ def test_context_lengths_add_panels_of_growth(result):
 
 
 @needs_matplotlib
+def test_batch_sizes_add_panels_of_speedup_and_throughput(result):
+    rows = [{**each, "batch_size": size} for size in (1, 8) for each in copy.deepcopy(result["rows"])]
+    figure = make_figure({**result, "rows": rows})
+    assert len(figure.axes) == 6 * 2
+    throughput = {line.get_label(): list(line.get_xdata()) for line in figure.axes[10].lines}
+    assert throughput["plain"] == [1, 8]
+    assert [ax.get_xlabel() for ax in figure.axes[8:]] == ["prompts at a time"] * 4
+
+
+@needs_matplotlib
 def test_results_without_trees_or_of_earlier_releases_are_drawn_too(result, tmp_path):
     keys = ("context_length", "seconds_per_round", "tokens_per_round_spread", "decode_speedup")
     earlier = [{key: each[key] for key in each.keys() - set(keys)} for each in result["rows"]]
