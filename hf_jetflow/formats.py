@@ -28,7 +28,7 @@ class Layout:
     name: str
     matches: Callable[[Config], bool]
     read: Callable[[Config, Tensors], Reading]
-    checked: str  # with what it was checked, for the README
+    checked: str  # with what it was checked, for docs/heads.md
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ def summary(layout: Layout, reading: Reading) -> str:
 
 
 def layout_table() -> str:
-    """The README's table of layouts, in Markdown."""
+    """The table of layouts in docs/heads.md, in Markdown."""
     lines = ["| Layout | Heads of it |", "|---|---|"]
     lines += [f"| {layout.name} | load; checked with {layout.checked} |" for layout in LAYOUTS]
     lines += [f"| {refusal.name} | refused: {refusal.reason} |" for refusal in REFUSED]
