@@ -82,6 +82,8 @@ format: venv
 # Pages that are made from code and results: the reference and the cards.
 docs: venv
 	$(BIN)/python tools/build_reference.py
+	$(BIN)/python examples/write_card.py
+	$(BIN)/python examples/write_card.py --template MODEL_CARD.md
 
 train-demo-head: venv
 	@echo "== training the head of SmolLM2-135M-Instruct (hours on a CPU)"

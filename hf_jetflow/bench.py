@@ -113,8 +113,8 @@ def run_bench(
         settings: Fields of [`BenchSettings`].
 
     Returns:
-        `dict`: `environment`, `settings` and `rows`, as described in docs/benchmarks.md, and `agreement`: by prompt set
-            and depth, how often the head ranks the target's token first on plain greedy texts (see
+        `dict`: `environment`, `settings` and `rows`, as described in docs/benchmarks.md, and `agreement`: by prompt
+            set and depth, how often the head ranks the target's token first on plain greedy texts (see
             [`~blocks.Agreement`]).
 
     Raises:

@@ -17,6 +17,21 @@ PromptsOption = Annotated[
     list[Path],
     typer.Option(help="JSON lines of prompts (`messages`, `turns` or `prompt`); may be given several times."),
 ]
+AnswersOption = Annotated[
+    list[Path],
+    typer.Option(
+        help="JSON lines of the target's own answers: `prompt_ids` and `answer_ids`, or `messages` that end in the "
+        "answer; may be given several times."
+    ),
+]
+WeightOption = Annotated[
+    list[str],
+    typer.Option(
+        metavar="NAME=WEIGHT",
+        help="How often per epoch the answers of a source occur, 1 if not given; 0.5 is every second epoch. The "
+        "source is a record's field `source`, or the name of its file without the ending; may be given several times.",
+    ),
+]
 DtypeOption = Annotated[
     str, typer.Option(help="float32, bfloat16, float16, or auto: bfloat16 where the device computes in it.")
 ]
@@ -34,22 +49,8 @@ def train(
         Path, typer.Option(help="Folder of the run; the head is saved in it, a killed run continues in it.")
     ],
     prompts: PromptsOption = [],  # noqa: B006
-    answers: Annotated[
-        list[Path],
-        typer.Option(
-            help="JSON lines of the target's own answers: `prompt_ids` and `answer_ids`, or `messages` that end in "
-            "the answer; may be given several times."
-        ),
-    ] = [],  # noqa: B006
-    weight: Annotated[
-        list[str],
-        typer.Option(
-            metavar="NAME=WEIGHT",
-            help="How often per epoch the answers of a source occur, 1 if not given; 0.5 is every second epoch. The "
-            "source is a record's field `source`, or the name of its file without the ending; may be given several "
-            "times.",
-        ),
-    ] = [],  # noqa: B006
+    answers: AnswersOption = [],  # noqa: B006
+    weight: WeightOption = [],  # noqa: B006
     eval_prompts: Annotated[
         list[Path],
         typer.Option(help="Held-out prompts, decoded during training to keep the best head, and at the end."),
@@ -92,6 +93,9 @@ def train(
     dtype: DtypeOption = "auto",
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="ORG/NAME", help="Repository on the Hub that the head is uploaded to.")
+    ] = None,
+    license: Annotated[
+        str | None, typer.Option(help="Licence of the head for its card, as the Hub spells it, such as apache-2.0.")
     ] = None,
 ) -> None:
     """

@@ -81,6 +81,7 @@ class TrainRecipe:
     seed: int = 0
     dtype: str = "auto"
     push_to_hub: str | None = None
+    license: str | None = None
     eval_node_budgets: Sequence[int] = field(default=(16, 32, 64))
 
 
@@ -392,6 +393,7 @@ def _save(
         num_parameters=head.num_parameters(),
         training=training,
         tokens_per_round=figures,
+        license=recipe.license,
     )
     _write_head(head.to(torch.bfloat16), card, recipe.output)
     if recipe.push_to_hub:

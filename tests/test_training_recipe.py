@@ -484,7 +484,7 @@ def uploads(monkeypatch) -> dict[str, dict[str, bytes]]:
 
 
 def test_the_head_and_its_card_are_uploaded(run, uploads, tmp_path):
-    summary, _ = run(push_to_hub="org/head")
+    summary, _ = run(push_to_hub="org/head", license="mit")
     files = uploads["org/head"]
     assert sorted(files) == sorted(recipe.HEAD_FILES)
     assert files["model.safetensors"] == (tmp_path / "run" / "model.safetensors").read_bytes()
@@ -492,12 +492,12 @@ def test_the_head_and_its_card_are_uploaded(run, uploads, tmp_path):
     assert (card.data.library_name, card.data.base_model, card.data.license) == (
         "transformers",
         "org/target",
-        "apache-2.0",
+        "mit",
     )
     assert "speculative-decoding" in card.data.tags
     figures = " | ".join(f"{value:.2f}" for value in summary.values())
     assert f"| tokens per round | 4 nodes | 8 nodes |\n|---|---|---|\n| held_out | {figures} |" in card.text
-    assert 'from_pretrained("org/head")' in card.text
+    assert 'from_pretrained("org/head", dtype' in card.text
 
 
 def test_a_repository_that_the_hub_refuses_is_known_before_training(run, uploads, monkeypatch):
