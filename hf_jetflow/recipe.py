@@ -127,6 +127,7 @@ def train_head(recipe: TrainRecipe, report: Reporter) -> dict[str, Any]:
             *([EarlyStoppingCallback(recipe.patience)] if recipe.patience else []),
         ],
     )
+    trainer.progress = report
     trainer.remove_callback(PrinterCallback)  # the reporter says it in fewer words
     if trainer.train_dataset.left_out:
         report.say(f"of {len(answers)} answers: {trainer.train_dataset.left_out} (see --max-length)")
