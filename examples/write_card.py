@@ -1,8 +1,9 @@
 r"""Write a head's card from its config, a bench result and a description of its training.
 
-    python examples/write_card.py --head examples/heads/smollm2-135m-instruct \
-        --results examples/results/bench_smollm2.json \
-        --training examples/results/training_smollm2.md --output MODEL_CARD.md
+    python examples/write_card.py --head runs/my-head --results bench.json --training training.md --license apache-2.0
+
+Without options it writes the card of the shipped head, and with `--template MODEL_CARD.md` the card with a note in
+each place that is filled in.
 """
 
 import argparse
@@ -10,30 +11,77 @@ import json
 from pathlib import Path
 
 from hf_jetflow import JetFlowHead
-from hf_jetflow.model_card import card_text
+from hf_jetflow.model_card import card_text, template_text
+
+
+HERE = Path(__file__).resolve().parent
+HEAD = HERE / "heads" / "smollm2-135m-instruct"
+SHIPPED = {
+    "name": "examples/heads/smollm2-135m-instruct",
+    "results": HERE / "results" / "bench_smollm2_bf16.json",
+    "training": HERE / "results" / "training_smollm2.md",
+    "license": "apache-2.0",
+    "datasets": ["openai/gsm8k"],
+    "language": ["en"],
+    "sets": {
+        "dev_math": "maths (GSM8K test)",
+        "dev_code": "code (HumanEval)",
+        "dev_chat": "chat (MT-Bench, first turns)",
+    },
+}
+
+
+def card_of(
+    folder: Path,
+    *,
+    name: str,
+    results: Path,
+    training: Path,
+    license: str | None,
+    datasets: list[str],
+    language: list[str],
+    sets: dict[str, str],
+) -> str:
+    """The card of a head; `sets` are words for the prompt sets of the results."""
+    head = JetFlowHead.from_pretrained(folder)
+    result = json.loads(results.read_text(encoding="utf-8"))
+    facts = result["environment"]
+    device = facts.get("cuda_device") or f"{facts['processor']} with {facts['num_threads']} threads"
+    return card_text(
+        head.config,
+        name=name,
+        num_parameters=head.num_parameters(),
+        training=training.read_text(encoding="utf-8").strip(),
+        rows=[{**row, "prompts": sets.get(row["prompts"], row["prompts"])} for row in result["rows"]],
+        hardware=f"{device}, torch {facts['torch']}, transformers {facts['transformers']}",
+        license=license,
+        datasets=datasets or None,
+        language=language or None,
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--head", type=Path, required=True)
-    parser.add_argument("--results", type=Path, required=True, help="JSON of `hf-jetflow bench`")
-    parser.add_argument("--training", type=Path, required=True, help="Markdown about data and length of the training")
-    parser.add_argument("--output", type=Path, action="append", required=True, help="may be given several times")
+    parser.add_argument("--head", type=Path, help="folder of the head; its README.md is written")
+    parser.add_argument("--name", help="what `from_pretrained` will take, such as the head's Hub id; its folder else")
+    parser.add_argument("--results", type=Path, help="JSON of `hf-jetflow bench`")
+    parser.add_argument("--training", type=Path, help="Markdown about data and length of the training")
+    parser.add_argument("--license", help="licence of the head, as the Hub spells it")
+    parser.add_argument("--dataset", action="append", default=[], help="Hub id of data trained on; several times")
+    parser.add_argument("--language", action="append", default=[], help="code of a language of it; several times")
+    parser.add_argument("--template", type=Path, help="write the template here, and no card unless --head is given")
     args = parser.parse_args()
+    if args.head and not (args.results and args.training):
+        parser.error("--head needs --results and --training")
 
-    head = JetFlowHead.from_pretrained(args.head)
-    result = json.loads(args.results.read_text(encoding="utf-8"))
-    facts = result["environment"]
-    hardware = f"{facts['processor']} with {facts['num_threads']} threads, torch {facts['torch']}"
-    card = card_text(
-        head.config,
-        name=args.head.as_posix(),
-        num_parameters=head.num_parameters(),
-        training=args.training.read_text(encoding="utf-8").strip(),
-        rows=result["rows"],
-        hardware=hardware,
-    )
-    for path in args.output:
+    if args.template:
+        args.template.write_text(template_text(), encoding="utf-8")
+        print(f"written: {args.template}")
+    if args.head or not args.template:
+        facts = dict(name=args.name or (args.head or HEAD).as_posix(), results=args.results, training=args.training)
+        facts |= dict(license=args.license, datasets=args.dataset, language=args.language, sets={})
+        card = card_of(args.head or HEAD, **(facts if args.head else SHIPPED))
+        path = (args.head or HEAD) / "README.md"
         path.write_text(card, encoding="utf-8")
         print(f"written: {path}")
 

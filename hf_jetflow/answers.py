@@ -203,7 +203,10 @@ def _split_conversation(
     messages: Any = record.get("messages")
     is_list = isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
     if not is_list or len(messages) < 2 or messages[-1].get("role") != "assistant":
-        raise ValueError(f"{where}: needs `messages` that end in an assistant's turn, as the file's first record has")
+        raise ValueError(
+            f"{where}: needs `messages` that end in an assistant's turn, as the file's first record has; complete the "
+            "record or remove it"
+        )
     try:
         prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
         whole = tokenizer.apply_chat_template(messages, tokenize=False)

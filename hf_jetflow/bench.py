@@ -118,8 +118,9 @@ def run_bench(
         settings: Fields of [`BenchSettings`].
 
     Returns:
-        `dict`: `environment`, `settings` and `rows`, as described in the README, and `agreement`: by prompt set and
-            depth, how often the head ranks the target's token first on plain greedy texts (see [`~blocks.Agreement`]).
+        `dict`: `environment`, `settings` and `rows`, as described in docs/benchmarks.md, and `agreement`: by prompt
+            set and depth, how often the head ranks the target's token first on plain greedy texts (see
+            [`~blocks.Agreement`]).
 
     Raises:
         ValueError: If a setting, a rival or a prompt file is not usable, or `log_path` holds other measurements.

@@ -18,9 +18,9 @@ def make_row(variant: Variant, runs: Sequence[Run], plain: Sequence[Run], bare: 
         bare: What `time_bare_forwards` found, empty if nothing.
 
     Returns:
-        `dict`: The fields described in the README. A speedup is the median over the runs of (plain seconds per token /
-            own seconds per token), its spread the quartiles. Where no run decoded anything behind its first tokens,
-            `decode_speedup` and `decode_tokens_per_second` are `None`.
+        `dict`: The fields described in docs/benchmarks.md. A speedup is the median over the runs of (plain
+            seconds per token / own seconds per token), its spread the quartiles. Where no run decoded anything behind
+            its first tokens, `decode_speedup` and `decode_tokens_per_second` are `None`.
     """
     pairs = list(zip(plain, runs, strict=True))
     speedups = [

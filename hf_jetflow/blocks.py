@@ -57,7 +57,8 @@ def forward_blocks(
     if not head.config.is_plain:
         raise ValueError(
             "the head has an embedding or an LM head of its own, scaled logits, or an anchor's row that predicts; "
-            "heads like it draft in `generate`, but cannot be trained yet"
+            "heads like it draft in `generate`, but cannot be trained yet: leave these fields of its config "
+            "at their defaults"
         )
     anchors = input_ids.gather(1, blocks.anchor_position_ids.clamp_min(0))
     is_anchor, has_mask_token = blocks.depths == 0, head.config.mask_token_id is not None

@@ -17,6 +17,24 @@ PromptsOption = Annotated[
     list[Path],
     typer.Option(help="JSON lines of prompts (`messages`, `turns` or `prompt`); may be given several times."),
 ]
+AnswersOption = Annotated[
+    list[Path],
+    typer.Option(
+        help="JSON lines of the target's own answers: `prompt_ids` and `answer_ids`, or `messages` that end in the "
+        "answer; may be given several times."
+    ),
+]
+WeightOption = Annotated[
+    list[str],
+    typer.Option(
+        metavar="NAME=WEIGHT",
+        help="How often per epoch the answers of a source occur, 1 if not given; 0.5 is every second epoch. The "
+        "source is a record's field `source`, or the name of its file without the ending; may be given several times.",
+    ),
+]
+QuietOption = Annotated[
+    bool, typer.Option("--quiet", help="No progress bars and no log: warnings, errors and the closing lines only.")
+]
 DtypeOption = Annotated[
     str, typer.Option(help="float32, bfloat16, float16, or auto: bfloat16 where the device computes in it.")
 ]
@@ -34,65 +52,55 @@ def train(
         Path, typer.Option(help="Folder of the run; the head is saved in it, a killed run continues in it.")
     ],
     prompts: PromptsOption = [],  # noqa: B006
-    answers: Annotated[
-        list[Path],
-        typer.Option(
-            help="JSON lines of the target's own answers: `prompt_ids` and `answer_ids`, or `messages` that end in "
-            "the answer; may be given several times."
-        ),
-    ] = [],  # noqa: B006
-    weight: Annotated[
-        list[str],
-        typer.Option(
-            metavar="NAME=WEIGHT",
-            help="How often per epoch the answers of a source occur, 1 if not given; 0.5 is every second epoch. The "
-            "source is a record's field `source`, or the name of its file without the ending; may be given several "
-            "times.",
-        ),
-    ] = [],  # noqa: B006
+    answers: AnswersOption = [],  # noqa: B006
+    weight: WeightOption = [],  # noqa: B006
     eval_prompts: Annotated[
         list[Path],
         typer.Option(help="Held-out prompts, decoded during training to keep the best head, and at the end."),
     ] = [],  # noqa: B006
-    eval_steps: Annotated[int, typer.Option(help="Updates between two evaluations; 0 for --save-steps.")] = 0,
-    eval_num_prompts: Annotated[int, typer.Option(help="Prompts of each file decoded during training.")] = 8,
-    eval_max_new_tokens: Annotated[int, typer.Option(help="Tokens decoded of each during training.")] = 64,
+    eval_steps: Annotated[int, typer.Option(min=0, help="Updates between two evaluations; 0 for --save-steps.")] = 0,
+    eval_num_prompts: Annotated[int, typer.Option(min=1, help="Prompts of each file decoded during training.")] = 8,
+    eval_max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded of each during training.")] = 64,
     patience: Annotated[
-        int, typer.Option(help="Evaluations without a better figure after which training stops; 0 for never.")
+        int, typer.Option(min=0, help="Evaluations without a better figure after which training stops; 0 for never.")
     ] = 0,
     head: Annotated[
         str | None, typer.Option(help="Trained head to continue from: a Hub id or a folder; a new one if not given.")
     ] = None,
     train_only: Annotated[str | None, typer.Option(help="`correction` freezes all but the branch correction.")] = None,
     target_name: Annotated[str | None, typer.Option(help="Name of the target for the head's config and card.")] = None,
-    num_layers: Annotated[int, typer.Option(help="Layers of the head.")] = 3,
-    num_taps: Annotated[int, typer.Option(help="Target layers the head listens to.")] = 5,
-    block_size: Annotated[int, typer.Option(help="Rows of a block; one less is the number of drafted depths.")] = 8,
-    draft_vocab: Annotated[int, typer.Option(help="Commonest answer tokens that the head scores; 0 for all.")] = 0,
+    num_layers: Annotated[int, typer.Option(min=1, help="Layers of the head.")] = 3,
+    num_taps: Annotated[int, typer.Option(min=1, help="Target layers the head listens to.")] = 5,
+    block_size: Annotated[int, typer.Option(min=2, help="Rows of a block: the drafted depths and one.")] = 8,
+    draft_vocab: Annotated[int, typer.Option(min=0, help="Commonest answer tokens that are scored; 0 for all.")] = 0,
     mask_token: Annotated[
         str | None, typer.Option(help="Unused special token for the MASK rows; a learned embedding if not given.")
     ] = None,
     branch_correction: Annotated[
         str, typer.Option(help="What corrects the scores of a branch: path, parent (its last token only), or none.")
     ] = "path",
-    max_new_tokens: Annotated[int, typer.Option(help="Longest regenerated answer.")] = 256,
-    temperature: Annotated[float, typer.Option(help="Temperature of regenerated answers, 0 for greedy.")] = 0.0,
-    generation_batch_size: Annotated[int, typer.Option(help="Prompts answered at one time.")] = 32,
-    max_steps: Annotated[int, typer.Option(help="Updates of the head.")] = 4000,
-    batch_size: Annotated[int, typer.Option(help="Sequences per device and update.")] = 8,
-    accumulation: Annotated[int, typer.Option(help="Micro-batches per update.")] = 1,
-    anchors: Annotated[int, typer.Option(help="Random anchors per sequence and update.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest regenerated answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="Temperature of regenerated answers, 0 for greedy.")] = 0.0,
+    generation_batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at one time.")] = 32,
+    max_steps: Annotated[int, typer.Option(min=1, help="Updates of the head.")] = 4000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per device and update.")] = 8,
+    accumulation: Annotated[int, typer.Option(min=1, help="Micro-batches per update.")] = 1,
+    anchors: Annotated[int, typer.Option(min=1, help="Random anchors per sequence and update.")] = 16,
     learning_rate: Annotated[float, typer.Option(help="Learning rate of Muon.")] = 1e-2,
-    feature_loss: Annotated[float, typer.Option(help="Weight of the feature loss, 0 for none.")] = 0.5,
+    feature_loss: Annotated[float, typer.Option(min=0, help="Weight of the feature loss, 0 for none.")] = 0.5,
     depth_gamma: Annotated[float | None, typer.Option(help="Weight exp(-(depth - 1) / gamma) in the loss.")] = None,
-    max_length: Annotated[int, typer.Option(help="Longest training sequence.")] = 512,
+    max_length: Annotated[int, typer.Option(min=3, help="Longest training sequence.")] = 512,
     cache_features: Annotated[bool, typer.Option(help="Keep the target's features on disk between epochs.")] = False,
-    save_steps: Annotated[int, typer.Option(help="Updates between checkpoints.")] = 200,
+    save_steps: Annotated[int, typer.Option(min=1, help="Updates between checkpoints.")] = 200,
     seed: Annotated[int, typer.Option(help="Seed of sampled answers, initialisation, order and anchors.")] = 0,
     dtype: DtypeOption = "auto",
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="ORG/NAME", help="Repository on the Hub that the head is uploaded to.")
     ] = None,
+    license: Annotated[
+        str | None, typer.Option(help="Licence of the head for its card, as the Hub spells it, such as apache-2.0.")
+    ] = None,
+    quiet: QuietOption = False,
 ) -> None:
     """
     Train a draft head for a target. Example:
@@ -103,8 +111,9 @@ def train(
     from .training import leave_together
 
     options = {name: value for name, value in locals().items() if name in TrainRecipe.__dataclass_fields__}
-    with _readable_errors(), _progress() as bars:
-        summary = train_head(TrainRecipe(**options, weights=_weights(weight)), _Reporter(bars))
+    _hush(quiet)
+    with _readable_errors(), _progress(quiet) as bars:
+        summary = train_head(TrainRecipe(**options, weights=_weights(weight)), _Reporter(bars, quiet))
     console.print(f"head saved in {output}" + "".join(f"\n  {name}: {value}" for name, value in summary.items()))
     leave_together()
 
@@ -164,10 +173,12 @@ def bench(
     """
     from .bench import BenchSettings, run_bench, write_json
     from .bench_report import closing_sentences, print_tables
+    from .data import read_prompts
     from .loading import fast_dtype, load_target
     from .modeling_jetflow import JetFlowHead
     from .plots import draw_bench, plot_path
 
+    _hush(quiet)
     with _readable_errors():
         settings: dict[str, Any] = dict(
             methods=methods.split(","),
@@ -181,12 +192,14 @@ def bench(
             cache=cache,
         )
         BenchSettings(**settings)  # what is wrong is said before models are loaded and hours measured
+        for prompt_file in prompts:
+            read_prompts([prompt_file])
         figure = None if plot is None else plot_path(plot)
         model, tokenizer = load_target(target, fast_dtype() if dtype == "auto" else dtype)
         draft_head = JetFlowHead.from_pretrained(head, dtype=model.dtype).to(model.device)
         log_path = None if json is None else json.with_name(f"{json.name}.partial")
         with _progress(quiet) as bars:
-            reporter = _Reporter(bars)
+            reporter = _Reporter(bars, quiet)
             result = run_bench(model, tokenizer, draft_head, prompts, log_path=log_path, progress=reporter, **settings)
         if json is not None and log_path is not None:
             write_json(result, json)
@@ -210,8 +223,8 @@ def doctor(
         list[Path],
         typer.Option(help="JSON lines of prompts in place of the built-in ones; may be given several times."),
     ] = [],  # noqa: B006
-    num_prompts: Annotated[int, typer.Option(help="Prompts taken of those given.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 64,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts taken of those given.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 64,
     dtype: DtypeOption = "auto",
     json: Annotated[Path | None, typer.Option(help="File for all findings as JSON.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="The verdict only.")] = False,
@@ -230,6 +243,7 @@ def doctor(
     from .loading import fast_dtype, load_target
     from .modeling_jetflow import JetFlowHead
 
+    _hush(quiet)
     with _readable_errors(status=2):
         conversations = [prompt["messages"] for prompt in read_prompts(prompts)[:num_prompts]]
         model, tokenizer = load_target(target, fast_dtype() if dtype == "auto" else dtype)
@@ -244,7 +258,7 @@ def doctor(
                 target_name=target,
                 head_name=head,
                 max_new_tokens=max_new_tokens,
-                progress=_Reporter(bars),
+                progress=_Reporter(bars, quiet),
             )
         findings["facts"]["layout"] = layout
         settings = {"target": target, "head": head, "node_budget": NODE_BUDGET, "max_new_tokens": max_new_tokens}
@@ -269,6 +283,7 @@ def convert(
         str | None,
         typer.Option(help="The head's target: a Hub id, a folder, or a .gguf file; some layouts name it."),
     ] = None,
+    quiet: QuietOption = False,
 ) -> None:
     """
     Write a head in another project's layout. Example:
@@ -277,6 +292,7 @@ def convert(
     """
     from .convert import convert_head
 
+    _hush(quiet)
     with _readable_errors():
         left_out = convert_head(head, to, output, target)
     for what in left_out:
@@ -310,10 +326,11 @@ def plot(
 
 
 class _Reporter:
-    """Progress bars by what runs: `reporter(done, in_all, what)`."""
+    """Progress bars by what runs: `reporter(done, in_all, what)`; a quiet one says warnings only."""
 
-    def __init__(self, bars: Progress):
+    def __init__(self, bars: Progress, quiet: bool = False):
         self._bars = bars
+        self._quiet = quiet
         self._tasks: dict[str, Any] = {}
 
     def __call__(self, done: int, total: int, what: str) -> None:
@@ -322,7 +339,8 @@ class _Reporter:
         self._bars.update(self._tasks[what], completed=done, total=total)
 
     def say(self, text: str) -> None:
-        self._bars.console.print(text)
+        if not self._quiet or text.startswith("warning: "):
+            self._bars.console.print(text, markup=False)
 
 
 def _progress(quiet: bool = False) -> Progress:
@@ -336,6 +354,14 @@ def _progress(quiet: bool = False) -> Progress:
     return Progress(*columns, console=console, disable=quiet)
 
 
+def _hush(quiet: bool) -> None:
+    """Without the progress bars of transformers and the Hub, if it is to be quiet."""
+    if quiet:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+
+
 class _readable_errors:
     """Print user errors as one line and leave with status 1, or another; anything else is a bug and keeps its
     traceback."""
@@ -347,9 +373,19 @@ class _readable_errors:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
-        if isinstance(error, ValueError | OSError):
-            console.print(f"error: {error}", style="red", markup=False)
+        is_missing_package = isinstance(error, ImportError) and not isinstance(error, ModuleNotFoundError)
+        if isinstance(error, ValueError | OSError) or is_missing_package:
+            console.print(f"error: {_words(error)}", style="red", markup=False)
             raise SystemExit(self._status)
+
+
+def _words(error: BaseException | None) -> str:
+    """What went wrong and what to do; the system's own errors name a file and no remedy."""
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        return f"{error.filename} does not exist; check the path"
+    if isinstance(error, PermissionError) and error.filename is not None:
+        return f"{error.filename} may not be read or written here; change its permissions or give another path"
+    return str(error)
 
 
 @app.command()
@@ -377,6 +413,7 @@ def simulate(
     context: Annotated[int, typer.Option(help="Tokens in the cache of each sequence.")] = 512,
     json: Annotated[Path | None, typer.Option(help="File for the result as JSON.")] = None,
     plot: Annotated[Path | None, typer.Option(help="File for the lines as .png, .svg or .pdf.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No table.")] = False,
 ) -> None:
     """
     Predict speedup by node budget and batch size on other hardware (docs/cost-model.md says how well). Example:
@@ -393,11 +430,12 @@ def simulate(
             head,
             acceptance,
             hardware,
-            node_budgets=None if node_budgets is None else [int(budget) for budget in node_budgets.split(",")],
-            batch_sizes=[int(size) for size in batch_sizes.split(",")],
+            node_budgets=None if node_budgets is None else [_number(int, each) for each in node_budgets.split(",")],
+            batch_sizes=[_number(int, each) for each in batch_sizes.split(",")],
             context=context,
         )
-        Console(width=None if sys.stdout.isatty() else 120).print(speedup_table(result))
+        if not quiet:
+            Console(width=None if sys.stdout.isatty() else 120).print(speedup_table(result))
         if json is not None:
             write_json(result, json)
             console.print(f"written to {json}")

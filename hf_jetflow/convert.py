@@ -83,7 +83,10 @@ def _target_facts(head: JetFlowHead, to: str, target: str | None) -> TargetFacts
         ("number of layers", head.config.num_target_layers, text.num_hidden_layers),
     ):
         if of_head is not None and of_head != of_target:
-            raise ValueError(f"the head expects a target with {what} {of_head}, but `{target}` has {of_target}")
+            raise ValueError(
+                f"the head expects a target with {what} {of_head}, but `{target}` has {of_target}; give the target "
+                "that the head was made for"
+            )
     rows = None
     if to == "speculators" and head.config.draft_vocab_size is not None and not head.config.own_lm_head:
         rows = _output_rows(target, head.d2t)

@@ -46,7 +46,10 @@ def _records(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
                     f"{path}, line {number}: not valid JSON ({error}); repair or remove the line"
                 ) from error
             if not isinstance(record, dict):
-                raise ValueError(f"{path}, line {number}: holds a {type(record).__name__}, but an object is needed")
+                raise ValueError(
+                    f"{path}, line {number}: holds a {type(record).__name__}, but an object is needed; write one in "
+                    'braces on each line, such as {"prompt": "..."}'
+                )
             yield start, record
 
 
@@ -69,7 +72,8 @@ def read_prompts(paths: Sequence[str | os.PathLike]) -> list[dict[str, Any]]:
                 messages = [{"role": "user", "content": record.get("prompt") or record["turns"][0]}]
             else:
                 raise ValueError(
-                    f"{path}, record {number}: needs `messages`, `turns` or `prompt`, has {sorted(record)}"
+                    f"{path}, record {number}: needs `messages`, `turns` or `prompt`, has {sorted(record)}; rename "
+                    "the field that holds the prompt"
                 )
             prompt_id = str(record.get("id", f"{Path(path).stem}-{number}"))
             if prompt_id in prompts:
@@ -116,7 +120,10 @@ class Answers:
         for number, (offset, record) in enumerate(_records(path), 1):
             where = f"{path}, record {number}"
             if not {"prompt_ids", "answer_ids"} <= record.keys():
-                raise ValueError(f"{where}: needs `prompt_ids` and `answer_ids`, has {sorted(record)}")
+                raise ValueError(
+                    f"{where}: needs `prompt_ids` and `answer_ids`, has {sorted(record)}; give token ids in all "
+                    "records or `messages` in all, and prompts without answers with `--prompts`"
+                )
             for key in ("prompt_ids", "answer_ids"):
                 _check_token_ids(record[key], f"{where}: `{key}`", self._vocab_size)
             answer_id = str(record.get("id", f"{path.stem}-{number}"))

@@ -103,7 +103,10 @@ def read_config(source: Source) -> dict[str, Any]:
         raise OSError(f"`{source.name}` holds no config.json; give the folder or Hub id of a saved head")
     config = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(config, dict):
-        raise ValueError(f"`{source.name}`: config.json holds a {type(config).__name__}, but a JSON object is needed")
+        raise ValueError(
+            f"`{source.name}`: config.json holds a {type(config).__name__}, but a JSON object is needed; download or "
+            "save the head again"
+        )
     return config
 
 
@@ -128,7 +131,10 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
-        raise OSError(f"no {WEIGHTS} found; a head is read from safetensors only, never from pickled weights")
+        raise OSError(
+            f"no {WEIGHTS} found; a head is read from safetensors only, never from pickled weights; "
+            "save it anew as safetensors, where it came from"
+        )
     try:
         names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -139,7 +145,10 @@ def _weight_files(folder: Path) -> list[Path]:
         if Path(str(name)).name != name or not name.endswith(".safetensors") or not (folder / name).is_file()
     )
     if missing:
-        raise OSError(f"{INDEX} lists {', '.join(missing[:3])}, which are not there as safetensors files")
+        raise OSError(
+            f"{INDEX} lists {', '.join(missing[:3])}, which are not there as safetensors files; download or save the "
+            "head again"
+        )
     return [folder / name for name in sorted(names)]
 
 
@@ -174,7 +183,7 @@ def readable_load_errors(source: str) -> Iterator[None]:
         ) from error
     except StrictDataclassError as error:
         cause = " ".join(str(error).split())
-        raise ValueError(f"`{source}`: config.json has a wrong field: {cause}") from error
+        raise ValueError(f"`{source}`: config.json has a wrong field: {cause}; correct it there") from error
     except (OSError, ValueError) as error:
         kind = OSError if isinstance(error, OSError) else ValueError
         cause = " ".join(str(error).split())

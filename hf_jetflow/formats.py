@@ -28,7 +28,7 @@ class Layout:
     name: str
     matches: Callable[[Config], bool]
     read: Callable[[Config, Tensors], Reading]
-    checked: str  # with what it was checked, for the README
+    checked: str  # with what it was checked, for docs/heads.md
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,9 @@ def recognise(config: Config) -> Layout:
     """
     for section in ("dflash_config", "jetspec_config", "speculators_config", "transformer_layer_config"):
         if not isinstance(config.get(section) or {}, dict):
-            raise ValueError(f"config.json: `{section}` is {config[section]!r}, but a JSON object is needed")
+            raise ValueError(
+                f"config.json: `{section}` is {config[section]!r}, but a JSON object is needed; correct config.json"
+            )
     for refusal in REFUSED:
         if refusal.matches(config):
             raise ValueError(_refused(refusal))
@@ -184,7 +186,10 @@ def recognise(config: Config) -> Layout:
         else f"`{_architecture(config) or 'no architecture'}` (`model_type: {config.get('model_type')}`)"
     )
     known = ", ".join(layout.name for layout in LAYOUTS)
-    raise ValueError(f"config.json describes {found}, which is no draft head of a known layout ({known})")
+    raise ValueError(
+        f"config.json describes {found}, which is no draft head of a known layout ({known}); give the folder or Hub "
+        "id of a draft head"
+    )
 
 
 def refuse_foreign_tensors(names: Iterable[str]) -> None:
@@ -247,7 +252,7 @@ def _check_windows(fields: Config) -> None:
     if is_open and window and window < fields["block_size"]:
         raise ValueError(
             f"`sliding_window` {window} is shorter than a block of {fields['block_size']} in a layer that is not "
-            "causal, and implementations disagree on what such rows see"
+            "causal, and implementations disagree on what such rows see; use a head without such a layer"
         )
 
 
@@ -264,7 +269,7 @@ def summary(layout: Layout, reading: Reading) -> str:
 
 
 def layout_table() -> str:
-    """The README's table of layouts, in Markdown."""
+    """The table of layouts in docs/heads.md, in Markdown."""
     lines = ["| Layout | Heads of it |", "|---|---|"]
     lines += [f"| {layout.name} | load; checked with {layout.checked} |" for layout in LAYOUTS]
     lines += [f"| {refusal.name} | refused: {refusal.reason} |" for refusal in REFUSED]

@@ -244,7 +244,9 @@ def _speculators_tensors(tensors: Tensors, is_reduced: bool) -> Tensors:
         is_drafted = tensors["t2d"].bool()
         fits = len(token_ids) == int(is_drafted.sum()) and int(token_ids.max()) < len(is_drafted)
         if not fits or not bool(is_drafted[token_ids].all()):
-            raise ValueError("`d2t` and `t2d` name different draft vocabularies; the checkpoint is damaged")
+            raise ValueError(
+                "`d2t` and `t2d` name different draft vocabularies; the checkpoint is damaged: download it again"
+            )
     if is_reduced:
         kept["d2t"] = token_ids
     elif bool(offsets.any()):
@@ -259,12 +261,16 @@ def read_body(config: Config) -> Config:
         raise ValueError(f"`model_type` of the layers is {model_type!r}, but one of {BODIES} is needed")
     given = {key: copy.deepcopy(config[key]) for key in (*BODY_KEYS, *ROPE_KEYS, *WINDOW_KEYS) if key in config}
     if any(isinstance(value, dict) for value in (given.get("rope_parameters") or {}).values()):
-        raise ValueError("`rope_parameters` differ by kind of layer, but all layers of a head share them")
+        raise ValueError(
+            "`rope_parameters` differ by kind of layer, but all layers of a head share them: use another head"
+        )
     body = CONFIG_MAPPING[model_type](**given)
     fields = {key: getattr(body, key, None) for key in BODY_KEYS}
     rope = {key: value for key, value in body.rope_parameters.items() if key not in NEUTRAL_ROPE_KEYS}
     if rope.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("`partial_rotary_factor` is not 1, and implementations of these heads disagree about it")
+        raise ValueError(
+            "`partial_rotary_factor` is not 1, and implementations of these heads disagree about it: use another head"
+        )
     fields["rope_parameters"] = rope
     layer_types = getattr(body, "layer_types", None) or ["full_attention"] * body.num_hidden_layers
     has_windows = "sliding_attention" in layer_types
@@ -292,7 +298,7 @@ def read_causality(config: Config, section: str | None, layer_types: list[str]) 
     stated = [(key, value) for key, value in [*stated, ("is_causal", config.get("is_causal"))] if value is not None]
     wrong = [f"`{key}: {value}`" for key, value in stated if not isinstance(value, bool)]
     if wrong:
-        raise ValueError(f"{', '.join(wrong)}: a causality flag must be true or false")
+        raise ValueError(f"{', '.join(wrong)}: a causality flag must be true or false; correct config.json")
     if not stated:
         flags = [kind == "sliding_attention" for kind in layer_types]
         return flags, "no flag: sliding layers are causal, full ones are not", []
@@ -311,7 +317,8 @@ def refuse_unknown_keys(config: Config, known: Collection[str], prefix: str = ""
     if unknown:
         raise ValueError(
             f"config.json has {', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}, and what that asks of a "
-            "head is not known here; a head that ignored it might draft rubbish"
+            "head is not known here; a head that ignored it might draft rubbish. Where you know that it changes "
+            "nothing, remove it from config.json"
         )
 
 

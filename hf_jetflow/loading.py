@@ -40,7 +40,7 @@ def load_target(source: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTok
         dtype (`str`): `"float32"`, `"bfloat16"` or `"float16"`.
 
     Raises:
-        ValueError: If `dtype` is unknown.
+        ValueError: If `dtype` is unknown, or `source` is no causal language model.
         OSError: If a file is missing.
     """
     model = load_model(source, dtype)
@@ -56,7 +56,15 @@ def load_model(source: str, dtype: str) -> PreTrainedModel:
     if "gguf_file" in kwargs and GgufConfig is not None:
         # A head borrows rows of the output embedding, which must not be packed.
         kwargs["quantization_config"] = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], **kwargs)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], **kwargs)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise ValueError(
+            f"`{source}` holds no model that generates text; give the target itself, not a head or another kind of "
+            "model"
+        ) from error
     if torch.cuda.is_available():
         model = model.to("cuda")
     return model.eval()

@@ -1,18 +1,16 @@
 """The card of a head: text from its configuration, the training facts and the measured figures."""
 
+import re
 from typing import Any
+
+from huggingface_hub import ModelCardData
 
 from .configuration_jetflow import JetFlowConfig
 
 
+HUB_ID = r"[\w.-]+/[\w.-]+"
 CARD = """---
-library_name: transformers
-{base_model}license: {license}
-pipeline_tag: text-generation
-tags:
-- speculative-decoding
-- draft-head
-- jetflow
+{metadata}
 ---
 
 # Draft head for {target}
@@ -21,15 +19,20 @@ This is a draft head for {target}, not a model by itself: it makes the target's 
 as it is. It needs the package `hf_jetflow`.
 
 ```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_jetflow import JetFlowHead
 
-head = JetFlowHead.from_pretrained("{name}")
-target.generate(**inputs, assistant_model=head)
+target = AutoModelForCausalLM.from_pretrained("{target_id}", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("{target_id}")
+head = JetFlowHead.from_pretrained("{name}", dtype=target.dtype)
+inputs = tokenizer("Why is the sky blue?", return_tensors="pt")
+output = target.generate(**inputs, assistant_model=head, max_new_tokens=256)
+print(tokenizer.decode(output[0]), head.last_stats.tokens_per_round)
 ```
 
 ## The head
 
-{layers} layers of width {hidden}, {parameters:.1f} M parameters, block of {block} rows ({depth} drafted depths); it
+{layers} layers of width {hidden}, {parameters} M parameters, block of {block} rows ({depth} drafted depths); it
 listens to `hidden_states` {indices} of the target, {causality}, {vocabulary}. {correction}
 
 ## Measured
@@ -40,13 +43,38 @@ listens to `hidden_states` {indices} of the target, {causality}, {vocabulary}. {
 
 {training}
 
+## Licence
+
+{licence} It learned from answers of the target, and its layers started from the target's own: see to the target's
+licence too.
+
 ## Limits
 
 In float32 the output equals plain `generate` token for token. In bfloat16 a forward over many rows can rank two nearly
 equal tokens otherwise than a forward over one row, so texts may part at a near-tie; both are the target's own choices.
-Text unlike the training prompts is drafted less well, never decoded less well. Not tested with other targets than the
-one named above.
+Text unlike the training prompts is drafted less well, never decoded less well. Speeds are those of the hardware named
+above; measure your own with `hf-jetflow bench`. Not tested with other targets than the one named above.
 """
+
+# What stands in MODEL_CARD.md where the code fills in the facts of a head.
+PLACES = {
+    "target": "org/target",
+    "target_id": "org/target",
+    "name": "org/head",
+    "layers": "[number of]",
+    "hidden": "[width]",
+    "parameters": "[number of]",
+    "block": "[block_size]",
+    "depth": "[block_size - 1]",
+    "indices": "[tapped entries]",
+    "causality": "[causal inside the block or not]",
+    "vocabulary": "[which tokens it scores]",
+    "correction": "[Its branch correction.]",
+    "measured": "[Tokens per round, speeds with the hardware, and what is kept by depth: from the JSON of\n"
+    "`hf-jetflow bench`; after training alone, tokens per round of the held-out prompts.]",
+    "training": "[Target, data, length and settings of the training.]",
+    "licence": "[The licence of the head.]",
+}
 
 
 def card_text(
@@ -58,7 +86,9 @@ def card_text(
     rows: list[dict[str, Any]] | None = None,
     hardware: str | None = None,
     tokens_per_round: dict[str, dict[int, float]] | None = None,
-    license: str = "apache-2.0",
+    license: str | None = None,
+    datasets: list[str] | None = None,
+    language: list[str] | None = None,
 ) -> str:
     """
     Markdown card of a head.
@@ -72,17 +102,20 @@ def card_text(
         hardware (`str`, *optional*): Where they were measured.
         tokens_per_round (`dict[str, dict[int, float]]`, *optional*): Figures of greedy decoding by prompt set and node
             budget, where there is no bench result.
+        license (`str`, *optional*): Licence of the head, as the Hub spells it (`"apache-2.0"`).
+        datasets (`list[str]`, *optional*): Hub ids of the data trained on.
+        language (`list[str]`, *optional*): Codes of its languages.
     """
     target = config.target_name or "an unnamed target"
-    is_hub_id = config.target_name is not None and config.target_name.count("/") == 1
+    is_hub_id = config.target_name is not None and re.fullmatch(HUB_ID, config.target_name) is not None
     return CARD.format(
-        base_model=f"base_model: {target}\n" if is_hub_id else "",
-        license=license,
+        metadata=metadata(target if is_hub_id else None, license, datasets, language),
         target=target,
+        target_id=config.target_name or PLACES["target_id"],
         name=name,
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
-        parameters=num_parameters / 1e6,
+        parameters=f"{num_parameters / 1e6:.1f}",
         block=config.block_size,
         depth=config.block_size - 1,
         indices=config.hidden_state_indices,
@@ -99,35 +132,82 @@ def card_text(
             "parent": "A branch correction re-scores candidates given their parent's token.",
             "path": "A branch correction re-scores candidates given all tokens of their branch.",
         }[config.branch_correction],
-        measured=(
-            measured_table(rows, hardware)
-            if rows
-            else rounds_table(tokens_per_round)
-            if tokens_per_round
-            else "Nothing was measured yet; run `hf-jetflow bench`."
-        ),
+        measured=_measured(rows, hardware, tokens_per_round),
         training=training,
+        licence=f"`{license}` for this head." if license else "None was stated for this head.",
     )
+
+
+def template_text() -> str:
+    """The card with a note in each place that the code fills: MODEL_CARD.md."""
+    return CARD.format(metadata=metadata(PLACES["target"], None, None, None), **PLACES)
+
+
+def metadata(
+    base_model: str | None, license: str | None, datasets: list[str] | None, language: list[str] | None
+) -> str:
+    """The Hub's metadata of a head, as YAML."""
+    return ModelCardData(
+        library_name="transformers",
+        base_model=base_model,
+        license=license,
+        datasets=datasets,
+        language=language,
+        pipeline_tag="text-generation",
+        tags=["speculative-decoding", "draft-head", "jetflow"],
+    ).to_yaml()
+
+
+def _measured(
+    rows: list[dict[str, Any]] | None, hardware: str | None, tokens_per_round: dict[str, dict[int, float]] | None
+) -> str:
+    if rows:
+        return f"{measured_table(rows, hardware)}\n\n{depth_table(rows)}"
+    if tokens_per_round:
+        return rounds_table(tokens_per_round)
+    return "Nothing was measured yet; run `hf-jetflow bench`."
 
 
 def measured_table(rows: list[dict[str, Any]], hardware: str | None = None) -> str:
     """Bench rows as a Markdown table; plain decoding is the speedup's unit and left out."""
     lines = [
-        "| prompts | temperature | method | node budget | tokens per round | speedup (quartiles) | same as plain |",
-        "|---|---|---|---|---|---|---|",
+        "| prompts | temperature | method | node budget | tokens per round | tokens/s | speedup (quartiles) "
+        "| same as plain |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         if row["method"] == "plain":
             continue
         low, high = row["speedup_spread"]
+        speedup = f"{row['speedup']:.2f} ({low:.2f} - {high:.2f})"
         lines.append(
             f"| {row['prompts']} | {row['temperature']:g} | {row['method']} | {row['node_budget'] or '-'} "
-            f"| {row['tokens_per_round']:.2f} | {row['speedup']:.2f} ({low:.2f} - {high:.2f}) "
+            f"| {row['tokens_per_round']:.2f} | {row['tokens_per_second']:.1f} | {speedup} "
             f"| {100 * row['identical_to_plain']:.0f} % |"
         )
     first = rows[0]
     setting = f"{first['dtype']}, {first['num_prompts']} prompts each, batch 1, medians of interleaved runs"
     return "\n".join(lines) + f"\n\n{setting}{', ' + hardware if hardware else ''}."
+
+
+def depth_table(rows: list[dict[str, Any]]) -> str:
+    """Share of the rounds that kept a token at each depth, of the rows that count it, as a Markdown table."""
+    counted = [row for row in rows if row["acceptance_by_depth"]]
+    depths = max((len(row["acceptance_by_depth"]) for row in counted), default=0)
+    lines = [
+        "Share of the rounds, of those that drafted so deep, which kept a token at depth",
+        "",
+        f"| prompts | temperature | method | node budget | {' | '.join(map(str, range(1, depths + 1)))} |",
+        "|---" * (4 + depths) + "|",
+    ]
+    for row in counted:
+        cells = [f"{share:.2f}" for share in row["acceptance_by_depth"]]
+        cells += ["-"] * (depths - len(cells))
+        lines.append(
+            f"| {row['prompts']} | {row['temperature']:g} | {row['method']} | {row['node_budget'] or '-'} "
+            f"| {' | '.join(cells)} |"
+        )
+    return "\n".join(lines) if counted else ""
 
 
 def rounds_table(tokens_per_round: dict[str, dict[int, float]]) -> str:

@@ -81,6 +81,7 @@ class TrainRecipe:
     seed: int = 0
     dtype: str = "auto"
     push_to_hub: str | None = None
+    license: str | None = None
     eval_node_budgets: Sequence[int] = field(default=(16, 32, 64))
 
 
@@ -109,6 +110,8 @@ def train_head(recipe: TrainRecipe, report: Reporter) -> dict[str, Any]:
         path.stem: [encode_chat(tokenizer, prompt["messages"]) for prompt in read_prompts([path])]
         for path in recipe.eval_prompts
     }
+    if recipe.head is None:
+        head_config(recipe, target, tokenizer)  # what is wrong with it is said before hours of answers
     with state.main_process_first():  # the other processes then find every answer written
         answers = _answers(recipe, target, tokenizer, prompts, report)
     del prompts
@@ -124,6 +127,7 @@ def train_head(recipe: TrainRecipe, report: Reporter) -> dict[str, Any]:
             *([EarlyStoppingCallback(recipe.patience)] if recipe.patience else []),
         ],
     )
+    trainer.progress = report
     trainer.remove_callback(PrinterCallback)  # the reporter says it in fewer words
     if trainer.train_dataset.left_out:
         report.say(f"of {len(answers)} answers: {trainer.train_dataset.left_out} (see --max-length)")
@@ -165,6 +169,11 @@ def _check_options(recipe: TrainRecipe) -> None:
         raise ValueError(
             "`--train-only correction` leaves the rest of the head as it is, so a trained one is needed: give it "
             "with `--head`"
+        )
+    if recipe.depth_gamma is not None and recipe.depth_gamma <= 0:
+        raise ValueError(
+            f"`--depth-gamma` is {recipe.depth_gamma}, but more than 0 is needed; leave the option out to weigh all "
+            "depths alike"
         )
     if recipe.patience and not recipe.eval_prompts:
         raise ValueError(
@@ -268,12 +277,10 @@ def _starting_head(
     return head
 
 
-def new_head(
-    recipe: TrainRecipe, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, answers: Answers
-) -> JetFlowHead:
-    """A head for the target, initialised from the target's own layers."""
+def head_config(recipe: TrainRecipe, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> JetFlowConfig:
+    """The configuration of a new head for the target."""
     num_target_layers = target.config.get_text_config(decoder=True).num_hidden_layers
-    config = JetFlowConfig.for_target(
+    return JetFlowConfig.for_target(
         target.config,
         num_hidden_layers=recipe.num_layers,
         block_size=recipe.block_size,
@@ -283,6 +290,13 @@ def new_head(
         branch_correction=None if recipe.branch_correction == "none" else recipe.branch_correction,
         target_name=recipe.target_name or recipe.target,
     )
+
+
+def new_head(
+    recipe: TrainRecipe, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, answers: Answers
+) -> JetFlowHead:
+    """A head for the target, initialised from the target's own layers."""
+    config = head_config(recipe, target, tokenizer)
     torch.manual_seed(recipe.seed)
     head = JetFlowHead(config).to(target.device)
     initialize_from_target(head, target)
@@ -392,6 +406,7 @@ def _save(
         num_parameters=head.num_parameters(),
         training=training,
         tokens_per_round=figures,
+        license=recipe.license,
     )
     _write_head(head.to(torch.bfloat16), card, recipe.output)
     if recipe.push_to_hub:

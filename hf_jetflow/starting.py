@@ -98,7 +98,8 @@ def start_from_head(source: str, target: PreTrainedModel, branch_correction: str
     if not head.config.is_plain:
         raise ValueError(
             f"the head {source} has an embedding or an LM head of its own, scaled logits, or an anchor's row that "
-            "predicts; heads like it draft in `generate`, but cannot be trained further yet"
+            "predicts; heads like it draft in `generate`, but cannot be trained further yet: train a new one, without "
+            "`--head`"
         )
     own = head.config.branch_correction
     if own is not None and own != branch_correction:

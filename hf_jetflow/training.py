@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,7 @@ class JetFlowTrainer(Trainer):
         self.projection = self.target.plain_output_rows(head.draft_token_ids)
         self.block_size = head.config.block_size
         self._agreement = Agreement()
+        self.progress: Callable[[int, int, str], None] | None = None  # called while held-out prompts are decoded
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches in the sampler's order."""
@@ -281,7 +283,12 @@ class JetFlowTrainer(Trainer):
     def _tokens_per_round(self, head: JetFlowHead, prompts: list[list[int]]) -> float:
         args = self.args
         return tokens_per_round(
-            self.target.model, head, prompts, args.eval_node_budget, max_new_tokens=args.eval_max_new_tokens
+            self.target.model,
+            head,
+            prompts,
+            args.eval_node_budget,
+            max_new_tokens=args.eval_max_new_tokens,
+            progress=self.progress,
         )
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import sys
 
 import pytest
 from helpers import tiny_tokenizer
@@ -95,7 +96,7 @@ def test_answers_made_elsewhere_are_trained_on_with_weights_and_a_warning(target
 def test_the_command_and_the_recipe_have_the_same_options_and_defaults():
     fields = {field.name: field for field in dataclasses.fields(TrainRecipe)}
     options = dict(inspect.signature(train_command).parameters)
-    assert options.keys() - {"weight"} == fields.keys() - {"weights", "eval_node_budgets"}
+    assert options.keys() - {"weight", "quiet"} == fields.keys() - {"weights", "eval_node_budgets"}
     for name, option in options.items():
         if name in fields and option.default not in (inspect.Parameter.empty, []):
             assert option.default == fields[name].default, name
@@ -232,13 +233,33 @@ def test_a_bench_that_cannot_be_run_says_why(target_folder, prompts, tmp_path, o
         ),
         (["bench", "--target", "TARGET", "--head", "nowhere/at/all", "--prompts", "PROMPTS"], "nowhere/at/all"),
         (["plot", "PROMPTS", "x.png"], "is not valid JSON"),
-        (["plot", "nowhere.json", "x.png"], "nowhere.json"),
+        (["plot", "nowhere.json", "x.png"], "nowhere.json does not exist; check the path"),
+        (
+            ["train", "--target", "TARGET", "--prompts", "PROMPTS", "--output", "OUT", "--depth-gamma", "0"],
+            "`--depth-gamma` is 0.0, but more than 0 is needed",
+        ),
+        (
+            ["bench", "--target", "HEAD", "--head", "HEAD", "--prompts", "PROMPTS"],
+            "head` holds no model that generates text; give the target itself",
+        ),
+        (["bench", "--target", "x.gguf", "--head", "HEAD", "--prompts", "no.jsonl"], "no.jsonl does not exist"),
+        (
+            ["simulate", "--target", "TARGET", "--head", "HEAD", "--acceptance", "BAD", "--batch-sizes", "1,two"],
+            "'two' stands where a number is needed",
+        ),
     ],
 )
+@pytest.mark.usefixtures("saved_head")
 def test_a_user_error_is_one_line_with_its_cause_and_status_one(target_folder, prompts, tmp_path, arguments, cause):
     bad = tmp_path / "bad.jsonl"
     bad.write_text("{not json}\n")
-    places = {"TARGET": target_folder, "PROMPTS": prompts, "BAD": bad, "OUT": tmp_path / "out"}
+    places = {
+        "TARGET": target_folder,
+        "PROMPTS": prompts,
+        "BAD": bad,
+        "OUT": tmp_path / "out",
+        "HEAD": tmp_path / "head",
+    }
     result = runner.invoke(app, [str(places.get(argument, argument)) for argument in arguments])
     assert result.exit_code == 1
     assert cause in " ".join(result.output.split()), result.output
@@ -252,3 +273,71 @@ def test_help_of_each_command_shows_an_example(command):
     result = runner.invoke(app, [command.split()[0], "--help"])
     assert result.exit_code == 0
     assert f"hf-jetflow {command}" in result.output
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--batch-size",
+        "--accumulation",
+        "--anchors",
+        "--max-steps",
+        "--save-steps",
+        "--generation-batch-size",
+        "--num-layers",
+        "--num-taps",
+        "--max-new-tokens",
+        "--eval-num-prompts",
+    ],
+)
+def test_a_number_that_is_too_small_is_refused_before_anything_is_loaded(option):
+    result = runner.invoke(app, ["train", "--target", "nowhere", "--output", "run", option, "0"])
+    assert result.exit_code == 2
+    assert f"'{option}'" in " ".join(result.output.split())
+
+
+def test_an_unknown_mask_token_is_said_before_answers_are_made(target_folder, prompts, tmp_path):
+    result = train(target_folder, prompts, tmp_path / "run", 2, "--mask-token", "<none>")
+    assert result.exit_code == 1
+    assert not (tmp_path / "run" / "answers.jsonl").exists()
+
+
+def test_a_quiet_training_says_only_where_the_head_is_and_warnings(target_folder, prompts, tmp_path):
+    made = tmp_path / "made.jsonl"
+    records = [{"prompt_ids": [5, 6], "answer_ids": list(range(n, n + 9))} for n in range(40, 44)]
+    made.write_text("".join(json.dumps(record) + "\n" for record in records))
+    result = train(target_folder, prompts, tmp_path / "run", 2, "--answers", made, "--quiet")
+    assert result.exit_code == 0, result.output
+    text = " ".join(result.output.split())
+    assert text.startswith("warning: ")
+    assert text.endswith(f"head saved in {tmp_path / 'run'}")
+    assert not [word for word in ("updates", "answers regenerated", "Loading", "%|") if word in result.output]
+
+
+@pytest.mark.usefixtures("saved_head")
+def test_a_quiet_conversion_says_what_it_left_out(target_folder, tmp_path):
+    arguments = ["convert", tmp_path / "head", "--to", "dflash", "--target", target_folder, "--quiet", "--output"]
+    result = runner.invoke(app, [str(argument) for argument in [*arguments, tmp_path / "converted"]])
+    assert result.exit_code == 0, result.output
+    assert result.output.split() == f"head in the layout of dflash saved in {tmp_path / 'converted'}".split()
+
+
+def test_without_typer_the_command_says_what_to_install(monkeypatch):
+    from hf_jetflow.__main__ import main
+
+    monkeypatch.delitem(sys.modules, "hf_jetflow.cli")
+    monkeypatch.setitem(sys.modules, "typer", None)
+    with pytest.raises(
+        SystemExit, match="the commands need typer, which is not installed; run `pip install typer rich`"
+    ):
+        main()
+
+
+def test_a_package_that_loading_needs_is_named_without_a_traceback(monkeypatch, prompts):
+    def refuse(*_):
+        raise ImportError("Please install gguf>=0.10.0 to load a GGUF checkpoint.")
+
+    monkeypatch.setattr("hf_jetflow.loading.load_target", refuse)
+    result = runner.invoke(app, ["bench", "--target", "x.gguf", "--head", "head", "--prompts", str(prompts)])
+    assert result.exit_code == 1
+    assert result.output == "error: Please install gguf>=0.10.0 to load a GGUF checkpoint.\n"

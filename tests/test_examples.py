@@ -125,6 +125,7 @@ def test_the_gain_of_a_correction_is_replayed_with_it_on_and_off(tiny_target, ra
     target.save_pretrained(tmp_path / "target")
     tiny_tokenizer(target.config.vocab_size).save_pretrained(tmp_path / "target")
     (tmp_path / "dev.jsonl").write_text("".join(json.dumps(dict(id=i, prompt=f"t0{i + 40}")) + "\n" for i in range(2)))
+    monkeypatch.syspath_prepend(EXAMPLES)  # it imports replayed.py beside it
     gain = load_example("correction_gain")
     for kind in ("path", None):
         random_head(target, branch_correction=kind).save_pretrained(tmp_path / f"head {kind}")
@@ -142,6 +143,27 @@ def test_the_gain_of_a_correction_is_replayed_with_it_on_and_off(tiny_target, ra
     assert all(row["tokens_per_round"] == row["without_correction"] >= 1 for row in rows), "a new correction is none"
     with pytest.raises(SystemExit, match="no branch correction"):
         run(None)
+
+
+def test_ranks_are_measured_by_depth_and_read_by_the_simulation(tiny_target, random_head, tmp_path, monkeypatch):
+    from hf_jetflow.simulate import read_tokens
+
+    target = tiny_target("llama")
+    target.save_pretrained(tmp_path / "target")
+    tiny_tokenizer(target.config.vocab_size).save_pretrained(tmp_path / "target")
+    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(dict(id=i, prompt=f"t0{i + 40}")) + "\n" for i in range(2)))
+    random_head(target).save_pretrained(tmp_path / "head")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    ranks = load_example("measure_ranks")
+    arguments = ["--target", tmp_path / "target", "--head", tmp_path / "head", "--prompts", tmp_path / "dev.jsonl"]
+    arguments += ["--texts", tmp_path / "texts", "--max-new-tokens", 9, "--num-ranks", 300]
+    monkeypatch.setattr(sys, "argv", ["measure_ranks.py", *map(str, arguments), "--json", str(tmp_path / "r.json")])
+    ranks.main()
+    result = json.loads((tmp_path / "r.json").read_text())
+    table = result["acceptance_by_rank"]["dev"]
+    assert len(table) == 7
+    assert all(abs(sum(shares) - 1) < 1e-3 for shares in table), "every token of the vocabulary has a rank"
+    assert read_tokens(result, [8])["dev"][8] >= 1
 
 
 WANTED_ROWS = [("bidirectional", "chain"), ("causal", "algorithm 1"), ("path", "exact")]

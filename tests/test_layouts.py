@@ -630,5 +630,5 @@ def test_a_head_with_modules_of_its_own_is_not_trained_further(tmp_path, target)
         start_from_head(str(tmp_path), target, None, seed=0)
 
 
-def test_the_readme_s_table_of_layouts_is_the_code_s():
-    assert layout_table() in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_documents_table_of_layouts_is_the_code_s():
+    assert layout_table() in (ROOT / "docs" / "heads.md").read_text(encoding="utf-8")

@@ -348,9 +348,10 @@ def test_an_error_that_is_no_full_disk_keeps_its_own_words(target, tmp_path, mon
 class Report:
     def __init__(self):
         self.said: list[str] = []
+        self.bars: dict[str, list[tuple[int, int]]] = {}
 
     def __call__(self, done: int, total: int, what: str) -> None:
-        pass
+        self.bars.setdefault(what, []).append((done, total))
 
     def say(self, text: str) -> None:
         self.said.append(text)
@@ -375,6 +376,7 @@ def run(target, tmp_path, monkeypatch):
             settings = {key: value for key, value in settings.items() if key not in recipe.LAYOUT_OPTIONS}
         report = Report()
         options = {**settings, "answers": [answers], "target_name": "org/target", **options}
+        run.report = report
         return train_head(TrainRecipe("org/target", tmp_path / output, **options), report), report.said
 
     return run
@@ -385,6 +387,12 @@ def test_a_head_with_a_path_correction_is_the_default(run, tmp_path):
     assert JetFlowHead.from_pretrained(tmp_path / "run").config.branch_correction == "path"
     assert list(summary) == [f"tokens per round on held_out, {budget} nodes" for budget in (4, 8)]
     assert any(text.startswith("update 2: tokens per round: mean ") for text in said)
+    assert run.report.bars == {
+        "updates": [(1, 2), (2, 2)],
+        "held-out prompts, 32 nodes": [(1, 2), (2, 2)] * 2,  # after each update
+        "held-out prompts, 4 nodes": [(1, 2), (2, 2)],
+        "held-out prompts, 8 nodes": [(1, 2), (2, 2)],
+    }
 
 
 def test_a_correction_is_trained_onto_a_finished_head(run, tmp_path):
@@ -484,7 +492,7 @@ def uploads(monkeypatch) -> dict[str, dict[str, bytes]]:
 
 
 def test_the_head_and_its_card_are_uploaded(run, uploads, tmp_path):
-    summary, _ = run(push_to_hub="org/head")
+    summary, _ = run(push_to_hub="org/head", license="mit")
     files = uploads["org/head"]
     assert sorted(files) == sorted(recipe.HEAD_FILES)
     assert files["model.safetensors"] == (tmp_path / "run" / "model.safetensors").read_bytes()
@@ -492,12 +500,12 @@ def test_the_head_and_its_card_are_uploaded(run, uploads, tmp_path):
     assert (card.data.library_name, card.data.base_model, card.data.license) == (
         "transformers",
         "org/target",
-        "apache-2.0",
+        "mit",
     )
     assert "speculative-decoding" in card.data.tags
     figures = " | ".join(f"{value:.2f}" for value in summary.values())
     assert f"| tokens per round | 4 nodes | 8 nodes |\n|---|---|---|\n| held_out | {figures} |" in card.text
-    assert 'from_pretrained("org/head")' in card.text
+    assert 'from_pretrained("org/head", dtype' in card.text
 
 
 def test_a_repository_that_the_hub_refuses_is_known_before_training(run, uploads, monkeypatch):

@@ -1,0 +1,79 @@
+"""Talk to a model on the terminal; its answers are drafted by a head and streamed.
+
+    python examples/chat.py
+    python examples/chat.py --target org/model --head org/head --temperature 0.7
+
+An empty line or Ctrl-D ends the talk, `/new` starts another one, Ctrl-C cuts an answer short. Without --target and
+--head it is SmolLM2-135M-Instruct with the head of this repository.
+"""
+
+import argparse
+import time
+
+import torch
+from smollm2 import HEAD, gguf_path
+from transformers import TextStreamer
+
+from hf_jetflow import JetFlowHead
+from hf_jetflow.data import encode_chat
+from hf_jetflow.loading import fast_dtype, load_target
+
+
+class KeepingStreamer(TextStreamer):
+    """Prints an answer as it comes and keeps its text, also of one that is cut short."""
+
+    text = ""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.text += text
+        super().on_finalized_text(text, stream_end)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", help="Hub id, folder or .gguf file")
+    parser.add_argument("--head", default=HEAD, help="Hub id or folder")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--max-new-tokens", type=int, default=512)
+    parser.add_argument("--system", help="what the model is told before the talk")
+    args = parser.parse_args()
+
+    target, tokenizer = load_target(args.target or gguf_path(), fast_dtype())
+    head = JetFlowHead.from_pretrained(args.head, dtype=target.dtype).to(target.device)
+    sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
+    beginning = [{"role": "system", "content": args.system}] if args.system else []
+    messages = list(beginning)
+    while prompt := ask():
+        if prompt == "/new":
+            messages = list(beginning)
+            continue
+        messages.append({"role": "user", "content": prompt})
+        input_ids = torch.tensor([encode_chat(tokenizer, messages)], device=target.device)
+        streamer = KeepingStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        start = time.perf_counter()
+        try:
+            target.generate(
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                assistant_model=head,
+                streamer=streamer,
+                max_new_tokens=args.max_new_tokens,
+                **sampling,
+            )
+        except KeyboardInterrupt:
+            print(" (cut short)")
+        else:
+            stats, seconds = head.last_stats, time.perf_counter() - start
+            print(f"({stats.num_new_tokens / seconds:.1f} tokens/s, {stats.tokens_per_round:.2f} tokens per round)")
+        messages.append({"role": "assistant", "content": streamer.text})
+
+
+def ask() -> str:
+    try:
+        return input("\n> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        return ""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""What the scripts share that replay a head over the target's own greedy answers."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_jetflow import JetFlowHead
+from hf_jetflow.answers import greedy_texts
+from hf_jetflow.data import read_prompts
+from hf_jetflow.loading import fast_dtype, load_target
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of all such scripts."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", required=True, help="Hub id, folder or .gguf file")
+    parser.add_argument("--head", required=True, help="Hub id or folder")
+    parser.add_argument("--prompts", type=Path, nargs="+", required=True, help="JSON lines, a set each")
+    parser.add_argument("--texts", type=Path, required=True, help="folder that keeps the target's greedy answers")
+    parser.add_argument("--num-prompts", type=int, default=40, help="of each set")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--json", type=Path, required=True, help="file for the result")
+    return parser
+
+
+def load_pair(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, JetFlowHead]:
+    target, tokenizer = load_target(args.target, fast_dtype())
+    return target, tokenizer, JetFlowHead.from_pretrained(args.head, dtype=target.dtype).to(target.device)
+
+
+def text_sets(
+    args: argparse.Namespace, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[str, list[tuple[list[int], int]]]]:
+    """Each set's name, and its texts as `replay` takes them; answers that are kept already are not made again."""
+    for path in args.prompts:
+        prompts = read_prompts([path])[: args.num_prompts]
+        yield path.stem, greedy_texts(target, tokenizer, prompts, args.texts / path.name, args.max_new_tokens)
