@@ -48,6 +48,13 @@ class HeadCache:
         self._position_ids = position_ids if known is None else torch.cat([known, position_ids], dim=1)
         return self._position_ids
 
+    def context_rows(self) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor | None]:
+        """Keys and values (batch, heads, rows, dim) of the context in each layer, and positions (batch, rows)."""
+        if self._position_ids is None:
+            return [], None
+        stores = zip(self._keys, self._values, self._lengths, strict=True)
+        return [(keys[:, :, :end], values[:, :, :end]) for keys, values, end in stores], self._position_ids  # type: ignore[index]
+
 
 class StaticHeadCache:
     """
@@ -90,6 +97,14 @@ class StaticHeadCache:
             self._length = self._length.to(device)
         places = torch.arange(position_ids.shape[1], device=position_ids.device) + self._length
         return self._position_ids.index_copy_(1, places, position_ids)
+
+    def context_rows(self) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor | None]:
+        """Keys and values (batch, heads, rows, dim) of the context in each layer, and positions (batch, rows)."""
+        if self._position_ids is None:
+            return [], None
+        end = int(self._length)
+        rows = [(keys[:, :, :end], values[:, :, :end]) for keys, values in self._layers]  # type: ignore[misc]
+        return rows, self._position_ids[:, :end]
 
     @property
     def is_empty(self) -> bool:

@@ -20,6 +20,7 @@ from .drafting import JetFlowCandidateGenerator
 from .emit import Emitter
 from .modeling_jetflow import JetFlowHead
 from .policy import AutoPolicy, FixedPolicy, RoundCosts, read_limits
+from .reuse import recall, remember
 from .stats import GenerationStats
 from .target import Target
 from .tree import build_tree
@@ -50,9 +51,10 @@ def decode(
     stats = head.last_stats = GenerationStats()
 
     with _timed(stats, "prefill"):
+        past = recall(model_kwargs.get("past_key_values"), head)
         context, states = target.prefill(input_ids, generation_config, model_kwargs)
         emitter.record_prompt(states)
-        drafter = JetFlowCandidateGenerator(head, target, context)
+        drafter = JetFlowCandidateGenerator(head, target, context, past)
         drafter.observe(states)
         emitter.push(chooser.choose(states.logits, emitter.committed_ids()))
     while not emitter.is_finished:
@@ -74,6 +76,7 @@ def decode(
         stats.count_round(len(tree.tokens) - 1, tree.max_depth, len(walk.path) - 1)
     stats.num_new_tokens, stats.policy = emitter.num_new_tokens, policy.report()
     settle_layers(context.cache)
+    remember(context.cache, head, drafter.head_context())
     return emitter.finish(context.cache, wants)
 
 

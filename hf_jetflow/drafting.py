@@ -9,6 +9,7 @@ from transformers.generation.candidate_generator import CandidateGenerator
 
 from .caches import HeadCache, StaticHeadCache
 from .modeling_jetflow import BranchCorrection, JetFlowHead
+from .reuse import HeadContext
 from .target import Context, Target, TargetStates
 from .tree import BranchScorer, Candidates, build_tree, corrected_logprobs
 
@@ -67,9 +68,16 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         target ([`Target`]): The target it borrows its embeddings from.
         context ([`Context`], *optional*): The generation's. Where its cache is static, the head's forwards have one
             shape, and are compiled where the target's are.
+        past ([`HeadContext`], *optional*): What the head was shown by an earlier call that left the target's cache.
     """
 
-    def __init__(self, head: JetFlowHead, target: Target, context: Context | None = None):
+    def __init__(
+        self,
+        head: JetFlowHead,
+        target: Target,
+        context: Context | None = None,
+        past: HeadContext | None = None,
+    ):
         self.head = head
         self.target = target
         self._context = context
@@ -79,6 +87,9 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             capacity = context.num_static_slots + self._path_rows
             self._cache = StaticHeadCache(head.config.num_hidden_layers, capacity)
         self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # features and positions the head has not read
+        if past is not None:
+            past.load(self._cache, head.config.num_rows)
+            self._pending.append((past.features, past.feature_position_ids))
         self._newest_position: torch.Tensor | None = None  # (1,), of the newest committed token that was observed
         self._projection = target.output_rows(head.draft_token_ids) if head.lm_head is None else head.lm_head.weight
         self._slots = torch.arange(head.config.num_rows, device=head.device)
@@ -91,6 +102,14 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             features, position_ids = features[:, rows], position_ids[:, rows]
         self._pending.append((features, position_ids))
         self._newest_position = position_ids[0, -1:]
+
+    def head_context(self) -> HeadContext:
+        """All that the head was shown."""
+        layers, position_ids = self._cache.context_rows()
+        features, feature_position_ids = (torch.cat(parts, dim=1) for parts in zip(*self._pending, strict=True))
+        if position_ids is None:
+            position_ids = feature_position_ids[:, :0]
+        return HeadContext(tuple(layers), position_ids, features, feature_position_ids)
 
     @torch.no_grad()
     def propose(self, anchor_id: torch.Tensor, position: int, max_depth: int, width: int) -> Candidates:
