@@ -224,7 +224,7 @@ def commit_path(cache: Cache, path: torch.Tensor, num_rows: int) -> None:
     Args:
         cache (`DynamicCache` or `StaticCache`): The target's cache, whose last `num_rows` rows are the tree's nodes
             and, with a static cache, padding.
-        path (`torch.Tensor`, (length,)): Accepted node ids, root first, ascending.
+        path (`torch.Tensor`, (length,)): Accepted node ids, root first, ascending; none drops all nodes.
         num_rows (`int`): Rows of the verifying forward.
     """
     for layer in cache.layers:
@@ -254,7 +254,7 @@ def _commit_dynamic(layer: DynamicLayer, path: torch.Tensor, num_rows: int) -> N
 
 def _move_rows(layer: DynamicLayer | StaticLayer, path: torch.Tensor, start: int | torch.Tensor) -> None:
     """Bring the nodes of the path to the first rows from `start` on. The root is there already."""
-    if len(path) == 1:
+    if len(path) <= 1:
         return
     device = layer.keys.device
     rows, places = path[1:].to(device) + start, torch.arange(1, len(path), device=device) + start

@@ -66,7 +66,7 @@ def decode(
             tree = policy.fit(tree)
         with _timed(stats, "verify"):
             states = target.verify(context, tree)
-        with _timed(stats, "walk"):
+        with _timed(stats, "walk"), target.undone_on_error(context, tree):
             walk = walk_tree(tree, states.logits, chooser, emitter.committed_ids, emitter.push)
         with _timed(stats, "commit"):
             emitter.record_path(states, walk.path, cache_windows(context.cache))

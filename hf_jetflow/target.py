@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from transformers import CompileConfig, DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 
 from .attention import grouped_attention
-from .caches import check_target_cache, commit_path, grow_layers, most_static_nodes, static_rows
+from .caches import check_target_cache, commit_path, grow_layers, most_static_nodes, settle_layers, static_rows
 from .configuration_jetflow import JetFlowConfig
 from .tree import DraftTree
 
@@ -174,6 +174,21 @@ class Target:
         commit_path(context.cache, torch.tensor(path), self._num_rows(context, tree))
         context.position += len(path)
         context.num_cached += len(path)
+
+    @contextmanager
+    def undone_on_error(self, context: Context, tree: DraftTree) -> Iterator[None]:
+        """Takes the nodes out of the cache where something inside raises, such as a streamer whose reader has left.
+
+        The cache then holds the text up to the round's anchor, and a later call can go on from it.
+        """
+        is_done = False
+        try:
+            yield
+            is_done = True
+        finally:
+            if not is_done:
+                commit_path(context.cache, torch.empty(0, dtype=torch.long), self._num_rows(context, tree))
+                settle_layers(context.cache)
 
     def _num_rows(self, context: Context, tree: DraftTree) -> int:
         """Rows of the forward that verifies the tree."""

@@ -9,9 +9,10 @@ import pytest
 import torch
 from conftest import make_prompt
 from reference import assert_same_text
-from transformers import QuantizedCache, StaticCache
+from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from hf_jetflow import JetFlowCandidateGenerator
+from hf_jetflow.caches import GrowingLayer
 from hf_jetflow.reuse import CacheMarks, recall
 
 
@@ -231,19 +232,19 @@ def test_what_was_known_of_tokens_that_were_replaced_is_forgotten(tiny_target, r
     assert_same_text(generate(target, other), generate(target, other, head, past_key_values=cache))
 
 
-@pytest.mark.parametrize("by_head", [False, True])
-def test_copies_of_a_cache_go_their_own_ways(by_head, tiny_target, random_head, prompt, drafts_of):
+@pytest.mark.parametrize("num_tokens", [1, 9])
+def test_copies_of_a_cache_go_their_own_ways(num_tokens, tiny_target, random_head, prompt, drafts_of):
     """A prompt is read once and continued several times."""
     target = tiny_target("llama")
     head = random_head(target)
-    _, cache = ask(target, prompt, head, max_new_tokens=1 if by_head else 9)
+    text, cache = ask(target, prompt, head, max_new_tokens=num_tokens)
     num_cached = int(cache.get_seq_length())
-    texts = [follow_up(prompt if by_head else generate(target, prompt, max_new_tokens=9), seed) for seed in (9, 10, 11)]
-    for text in [*texts, texts[0]]:
-        _, fresh = drafts_of(generate, target, text, head)
+    for seed in (9, 10, 9):
+        question = follow_up(text[:, :num_cached], seed)
+        _, fresh = drafts_of(generate, target, question, head)
         copied = copy.deepcopy(cache)
-        got, drafts = drafts_of(generate, target, text, head, past_key_values=copied)
-        assert_same_text(generate(target, text), got)
+        got, drafts = drafts_of(generate, target, question, head, past_key_values=copied)
+        assert_same_text(generate(target, question), got)
         assert_same_drafts(fresh, drafts)
         assert copied.get_seq_length() > cache.get_seq_length() == num_cached
         assert known_positions(cache, head) == list(range(num_cached))
@@ -305,6 +306,45 @@ def test_head_and_cache_do_not_keep_each_other_alive(tiny_target, random_head, p
     assert context() is None
 
 
+class ReaderLeft(RuntimeError):
+    pass
+
+
+class LeavingReader:
+    """A streamer that raises at its `limit`-th token."""
+
+    def __init__(self, limit):
+        self.limit, self.ids = limit, []
+
+    def put(self, value):
+        self.ids += value.flatten().tolist()
+        if len(self.ids) >= self.limit:
+            raise ReaderLeft
+
+    def end(self):
+        raise AssertionError("the generation was not ended")
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 5, 12])
+@pytest.mark.parametrize("kind", ["llama", "mistral-sliding", "gemma3_text", "static"])
+def test_a_generation_that_broke_off_can_be_gone_on_from(kind, num_tokens, tiny_target, noisy_head, prompt):
+    target = tiny_target("llama" if kind == "static" else kind)
+    plain = generate(target, prompt)
+    head = noisy_head(target, plain)
+    cache = DynamicCache(config=target.config)
+    if kind == "static":
+        cache = StaticCache(config=target.config, max_cache_len=120)
+    reader = LeavingReader(prompt.shape[1] + num_tokens)
+    with pytest.raises(ReaderLeft):
+        generate(target, prompt, head, streamer=reader, past_key_values=cache)
+    text = torch.tensor([reader.ids])
+    assert text.shape[1] == prompt.shape[1] + num_tokens
+    assert cache.get_seq_length() < text.shape[1]
+    assert num_tokens == 1 or not any(isinstance(layer, GrowingLayer) for layer in cache.layers)
+    text = follow_up(text)
+    assert_same_text(generate(target, text), generate(target, text, head, past_key_values=cache))
+
+
 # --- marks -----------------------------------------------------------------------------------------------------------
 
 
@@ -344,5 +384,5 @@ def test_a_quantized_cache_is_refused(way, tiny_target, random_head, prompt):
     asked = dict(past_key_values=cache)
     if way == "name":
         asked = dict(cache_implementation="quantized", cache_config={"backend": "fp8"})
-    with pytest.raises(ValueError, match="`QuantizedCache`.*leave `cache_implementation` unset to use the dynamic"):
+    with pytest.raises(ValueError, match=r"`QuantizedCache`.*leave `cache_implementation` unset to use the dynamic"):
         generate(target, prompt, random_head(target), **asked)
