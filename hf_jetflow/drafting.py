@@ -49,7 +49,7 @@ class _CorrectedScores:
         if depth == 0:  # the anchor is the only branch, and the block was drafted after it
             return logprobs
         slots = self._slots
-        embeds = self._target.embed(tokens.to(self._target.model.device)).to(slots.device, slots.dtype)
+        embeds = self._target.embed(tokens.to(self._target.device)).to(slots.device, slots.dtype)
         state = None if self._state is None else self._state[parents.to(slots.device)]
         shifts, self._state = self._correction(slots[depth], embeds, state)
         adjustments = self._candidate_logits(depth, shifts).to(logprobs.device, torch.float32)
@@ -192,7 +192,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         if self._projection is not None:
             logits = rows.to(self._projection.device, self._projection.dtype) @ self._projection.T
         else:
-            rows = rows.to(self.target.model.device, self.target.model.dtype)
+            rows = rows.to(self.target.device, self.target.model.dtype)
             logits = self.target.output_logits(rows, self.head.draft_token_ids)
         return torch.log_softmax(self.head.shape_logits(logits.float()), dim=-1)
 
@@ -201,12 +201,12 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         if self._projection is not None:
             columns = self._projection[places].transpose(1, 2)
             return lambda depth, shifts: shifts.to(columns.device, columns.dtype) @ columns[depth]
-        model, token_ids = self.target.model, self.head.draft_token_ids
+        target, token_ids = self.target, self.head.draft_token_ids
 
         def changes(depth: int, shifts: torch.Tensor) -> torch.Tensor:
-            shifts = shifts.to(model.device, model.dtype)
+            shifts = shifts.to(target.device, target.model.dtype)
             rows = torch.cat([shifts, torch.zeros_like(shifts[:1])])  # the zero row yields what is no shift: the bias
-            logits = self.target.output_logits(rows, token_ids)[:, places[depth]]
+            logits = target.output_logits(rows, token_ids)[:, places[depth]]
             return logits[:-1] - logits[-1]
 
         return changes

@@ -68,6 +68,7 @@ class Target:
 
     def __init__(self, model: PreTrainedModel, head_config: JetFlowConfig):
         self.model = model
+        self.device = model.device  # of what is passed to it
         self.head_config = head_config
         assert head_config.hidden_state_indices is not None
         self._tapped = head_config.hidden_state_indices
@@ -85,6 +86,8 @@ class Target:
         Returns:
             `Context` and the `TargetStates` of the prompt's rows, padding left out; logits of the last row only.
         """
+        if self.device.type == "meta":  # accelerate brings the weights in for each module's forward
+            self.device = input_ids.device
         cache = check_target_cache(model_kwargs.get("past_key_values"))
         wants_states = bool(generation_config.output_hidden_states)
         forward_kwargs: dict[str, Any] = {"output_hidden_states": wants_states or self._wanted_states}
@@ -146,7 +149,7 @@ class Target:
 
     def verify(self, context: Context, tree: DraftTree) -> TargetStates:
         """One target forward over all nodes; its keys and values lie in the cache until `commit`."""
-        device, nodes = self.model.device, len(tree.tokens)
+        device, nodes = self.device, len(tree.tokens)
         num_pad = self._num_rows(context, tree) - nodes
         position_ids = (context.position + tree.depths)[None].to(device)
         if isinstance(context.cache, DynamicCache):
@@ -211,7 +214,7 @@ class Target:
 
         With a static cache, rows that pad see what the root sees, and slots behind the nodes are seen by none.
         """
-        device, nodes = self.model.device, len(tree.tokens)
+        device, nodes = self.device, len(tree.tokens)
         cached = self._cached_rows(context, window)
         # A cached row's distance is counted in positions: the last one lies directly before the anchor.
         slot_positions = torch.arange(context.position - cached, context.position, device=device)
@@ -267,9 +270,14 @@ class Target:
         return torch.where(is_anchor[..., None], embeds, mask_embedding.to(embeds.dtype))
 
     def output_rows(self, token_ids: torch.Tensor | None) -> torch.Tensor | None:
-        """Rows (draft_vocab, hidden) of the target's output embedding; `None` where it is not a plain linear layer."""
+        """
+        Rows (draft_vocab, hidden) of the target's output embedding; `None` where it is not a plain linear layer, or
+        its weight is quantized, sharded or not in memory.
+        """
         module = self.model.get_output_embeddings()
         if type(module) is not nn.Linear or module.bias is not None:
+            return None
+        if type(module.weight) is not nn.Parameter or module.weight.is_meta:
             return None
         return module.weight if token_ids is None else module.weight[token_ids.to(module.weight.device)]
 
