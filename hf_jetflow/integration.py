@@ -113,6 +113,7 @@ def _checked_decode(
 ) -> torch.Tensor | GenerateDecoderOnlyOutput:
     generation_config = kwargs["generation_config"]
     check_call(model, input_ids, generation_config, kwargs.pop("synced_gpus", False))
+    check_processes(model, head)
     return decode(model, head, input_ids, **kwargs)
 
 
@@ -189,6 +190,20 @@ def check_call(
         raise ValueError(
             f"the attention implementation {model.config._attn_implementation!r} takes no tree masks; load the target "
             'with `attn_implementation="sdpa"` (or "eager")'
+        )
+
+
+def check_processes(model: PreTrainedModel, head: JetFlowHead) -> None:
+    """
+    Refuse what processes that share a target could decide differently.
+
+    Raises:
+        ValueError: Naming the setting and the way round.
+    """
+    if (model.tp_size or 1) > 1 and getattr(head.generation_config, "node_budget", None) == "auto":
+        raise ValueError(
+            "`node_budget` is 'auto', which goes by each process's own clock, but the processes of a tensor parallel "
+            "target must verify the same tree; set `head.generation_config.node_budget` to a number, such as 16"
         )
 
 

@@ -100,6 +100,7 @@ class Target:
             forward_kwargs["output_attentions"] = True
         with self._collected_features() as parts:
             outputs = self.model._prefill(input_ids, generation_config, {**model_kwargs, **forward_kwargs})
+        cache = check_target_cache(outputs.past_key_values)  # adapters with virtual tokens bring a cache of their own
         features = torch.cat([part for part, _ in parts], dim=1)
         last_position = parts[-1][1]
         num_cached = int(cache.get_seq_length())
@@ -110,6 +111,7 @@ class Target:
         is_padding = None
         if model_kwargs.get("attention_mask") is not None:
             is_padding = model_kwargs["attention_mask"][0] == 0
+            is_padding = pad(is_padding, (num_cached - len(is_padding), 0))  # virtual tokens lie before the prompt's
             keep = ~is_padding[-num_rows:].to(features.device)
             features, position_ids = features[:, keep], position_ids[:, keep]
         context = Context(cache, last_position + 1, num_cached, is_padding, wants_states, forward_kwargs)
