@@ -23,7 +23,7 @@ def generate(target: PreTrainedModel, head: JetFlowHead | None = None, do_sample
 def main(folder: Path, limit: float) -> None:
     faulthandler.dump_traceback_later(limit, exit=True)
     torch.set_num_threads(1)
-    whole = build_target("llama")
+    whole = build_target("llama", vocab_size=258)
     split = AutoModelForCausalLM.from_pretrained(folder / "target", tp_plan="auto").eval()
     split.generation_config.eos_token_id = None
     facts = dict(tp_size=split.tp_size, texts=[])

@@ -1,8 +1,11 @@
 """The doors people come in by: pipelines, streamers and servers with threads, evaluation loops, dispatched models."""
 
 import copy
+import itertools
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,6 +104,19 @@ def test_a_head_is_an_auto_model(target, random_head, tmp_path):
     head = random_head(target)
     head.save_pretrained(tmp_path)
     assert type(AutoModel.from_pretrained(tmp_path)) is type(head)
+
+
+PAGE = (Path(__file__).resolve().parents[1] / "docs" / "chats.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL), ids=itertools.count())
+def test_the_page_on_chats_runs(code, target, tokenizer, random_head, tmp_path, monkeypatch):
+    head = random_head(target)
+    for model, name in ((target, "target"), (tokenizer, "target"), (head, "head")):
+        model.save_pretrained(tmp_path / "org" / name)
+    monkeypatch.chdir(tmp_path)
+    inputs = tokenizer(QUESTION, return_tensors="pt", return_token_type_ids=False)
+    exec(compile(code, "docs/chats.md", "exec"), dict(target=target, tokenizer=tokenizer, head=head, inputs=inputs))
 
 
 # --- threads ---------------------------------------------------------------------------------------------------------
