@@ -1,5 +1,6 @@
 # make test   lint and tests          make demo   a draft head next to plain decoding, on the CPU
 # make parity   logits of heads in other projects' layouts, against their own packages, in an environment of its own
+# make targets-test   the tests of adapted and quantized targets, with peft, torchao, bitsandbytes and quanto, in an environment of its own
 # make vllm-check   the exported head in vLLM on the CPU: same text, tokens per pass; in an environment of its own (3.5 GB)
 #
 # Needs python3 (3.10 or newer, with venv) only: everything else goes into $(VENV), once.
@@ -14,6 +15,7 @@ VENV ?= .venv
 TRANSFORMERS ?=
 PARITY_VENV ?= .venv-parity
 PARITY_ARGS ?=
+TARGETS_VENV ?= .venv-targets
 VLLM_VENV ?= .venv-vllm
 VLLM_ARGS ?=
 PYTEST_ARGS ?=
@@ -37,7 +39,7 @@ PIP = $(BIN)/python -m pip install -q --disable-pip-version-check
 INSTALLED = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format docs train-demo-head parity vllm-check clean
+.PHONY: help venv demo test lint format docs train-demo-head parity targets-test vllm-check clean
 
 help:
 	@sed -n '/^# make/,/^$$/s/^# \{0,1\}//p' Makefile
@@ -99,6 +101,16 @@ parity:
 	@$(PARITY_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps \
 	    dflash==0.1.0 speculators==0.9.0 hs-connectors==0.9.0
 	$(PARITY_VENV)/bin/python examples/parity.py $(PARITY_ARGS)
+
+targets-test: $(TARGETS_VENV)/.installed
+	$(TARGETS_VENV)/bin/python -m pytest -m 'slow or not slow' tests/test_wrapped_targets.py $(PYTEST_ARGS)
+
+$(TARGETS_VENV)/.installed: pyproject.toml
+	@echo "== $(TARGETS_VENV): $(TORCH), peft, torchao, bitsandbytes and optimum-quanto (minutes on a slow line)"
+	@test -d $(TARGETS_VENV) || $(PYTHON) -m venv $(TARGETS_VENV)
+	@$(TARGETS_VENV)/bin/python -m pip install -q --disable-pip-version-check $(TORCH)
+	@$(TARGETS_VENV)/bin/python -m pip install -q --disable-pip-version-check -e '.[dev,targets]' $(if $(TRANSFORMERS),'$(TRANSFORMERS)')
+	@touch $@
 
 # What vLLM asks for, less torch's packages: its torch is pinned to a build that the package index does not have under
 # that name, and the torchvision, torchaudio and torchcodec that pip would find do not match it. Text needs none of them.

@@ -57,6 +57,13 @@ class HeadCache:
             self._keys = [None if keys is None else keys[index] for keys in self._keys]
             self._values = [None if values is None else values[index] for values in self._values]
 
+    def context_rows(self) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor | None]:
+        """Keys and values (batch, heads, rows, dim) of the context in each layer, and positions (batch, rows)."""
+        if self._position_ids is None:
+            return [], None
+        stores = zip(self._keys, self._values, self._lengths, strict=True)
+        return [(keys[:, :, :end], values[:, :, :end]) for keys, values, end in stores], self._position_ids  # type: ignore[index]
+
 
 class StaticHeadCache:
     """
@@ -99,6 +106,14 @@ class StaticHeadCache:
             self._length = self._length.to(device)
         places = torch.arange(position_ids.shape[1], device=position_ids.device) + self._length
         return self._position_ids.index_copy_(1, places, position_ids)
+
+    def context_rows(self) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor | None]:
+        """Keys and values (batch, heads, rows, dim) of the context in each layer, and positions (batch, rows)."""
+        if self._position_ids is None:
+            return [], None
+        end = int(self._length)
+        rows = [(keys[:, :, :end], values[:, :, :end]) for keys, values in self._layers]  # type: ignore[misc]
+        return rows, self._position_ids[:, :end]
 
     @property
     def is_empty(self) -> bool:
@@ -218,7 +233,7 @@ def commit_path(cache: Cache, path: torch.Tensor, num_rows: int) -> None:
     Args:
         cache (`DynamicCache` or `StaticCache`): The target's cache, whose last `num_rows` rows are the tree's nodes
             and, with a static cache, padding.
-        path (`torch.Tensor`, (length,)): Accepted node ids, root first, ascending.
+        path (`torch.Tensor`, (length,)): Accepted node ids, root first, ascending; none drops all nodes.
         num_rows (`int`): Rows of the verifying forward.
     """
     for layer in cache.layers:
@@ -248,7 +263,7 @@ def _commit_dynamic(layer: DynamicLayer, path: torch.Tensor, num_rows: int) -> N
 
 def _move_rows(layer: DynamicLayer | StaticLayer, path: torch.Tensor, start: int | torch.Tensor) -> None:
     """Bring the nodes of the path to the first rows from `start` on. The root is there already."""
-    if len(path) == 1:
+    if len(path) <= 1:
         return
     device = layer.keys.device
     rows, places = path[1:].to(device) + start, torch.arange(1, len(path), device=device) + start

@@ -23,6 +23,7 @@ from .drafting import JetFlowCandidateGenerator
 from .emit import Emitter
 from .modeling_jetflow import JetFlowHead
 from .policy import AutoPolicy, FixedPolicy, RoundCosts, read_limits
+from .reuse import recall, remember
 from .stats import GenerationStats
 from .target import Context, Target
 from .tree import build_tree
@@ -54,9 +55,10 @@ def decode(
     stats = head.last_stats = GenerationStats()
 
     with _timed(stats, "prefill"):
+        past = recall(model_kwargs.get("past_key_values"), head)
         context, states = target.prefill(input_ids, generation_config, model_kwargs)
         emitter.record_prompt(states)
-        drafter = JetFlowCandidateGenerator(head, target, context)
+        drafter = JetFlowCandidateGenerator(head, target, context, past)
         drafter.observe(states)
         for row, chooser in enumerate(choosers):
             emitter.push(row, chooser.choose(states.logits[row], emitter.committed_ids(row)), chooser.scores)
@@ -73,7 +75,7 @@ def decode(
             tree = policy.fit(tree)
         with _timed(stats, "verify"):
             states = target.verify(context, tree)
-        with _timed(stats, "walk"):
+        with _timed(stats, "walk"), target.undone_on_error(context, tree):
             paths = walk_trees(tree, states.logits, [choosers[row] for row in emitter.rows], emitter)
         with _timed(stats, "commit"):
             emitter.record_path(states, paths[0], cache_windows(context.cache))
@@ -82,9 +84,8 @@ def decode(
         policy.record(tree, sum(len(path) - 1 for path in paths) / len(paths))
         stats.count_round(tree.num_nodes - 1, tree.max_depth, [len(path) - 1 for path in paths])
     stats.num_new_tokens, stats.policy = emitter.num_new_tokens, policy.report()
-    if batch > 1 and (wants["return_dict_in_generate"] or getattr(context.cache, "_is_user_defined", False)):
-        target.read_rest(context, emitter.rest_ids())
-    target.settle(context, emitter.length - 1)
+    if wants["return_dict_in_generate"] or getattr(context.cache, "_is_user_defined", False):
+        _leave_cache(head, emitter, target, context, drafter)
     return emitter.finish(context.cache, wants, choosers[0])
 
 
@@ -100,6 +101,18 @@ def _choosers(
         Chooser(row_processors(logits_processor, row), do_sample, draw=partial(noise.draw, row))
         for row in range(batch)
     ]
+
+
+def _leave_cache(
+    head: JetFlowHead, emitter: Emitter, target: Target, context: Context, drafter: JetFlowCandidateGenerator
+) -> None:
+    """Leave the cache as plain decoding does, and with that of one sequence what the head has read."""
+    is_batch = len(context.rows.order) > 1
+    if is_batch:
+        target.read_rest(context, emitter.rest_ids())
+    target.settle(context, emitter.length - 1)
+    if not is_batch:
+        remember(context.cache, head, drafter.head_context())
 
 
 def _rounded_up(num_places: int) -> int:

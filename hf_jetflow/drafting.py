@@ -9,6 +9,7 @@ from transformers.generation.candidate_generator import CandidateGenerator
 
 from .caches import UNSEEN_POSITION, HeadCache, StaticHeadCache
 from .modeling_jetflow import BranchCorrection, JetFlowHead
+from .reuse import HeadContext
 from .target import Context, Target, TargetStates
 from .tree import BranchScorer, Candidates, build_tree, corrected_logprobs
 
@@ -48,7 +49,7 @@ class _CorrectedScores:
         if depth == 0:  # the anchor is the only branch, and the block was drafted after it
             return logprobs
         slots = self._slots
-        embeds = self._target.embed(tokens.to(self._target.model.device)).to(slots.device, slots.dtype)
+        embeds = self._target.embed(tokens.to(self._target.device)).to(slots.device, slots.dtype)
         state = None if self._state is None else _gather_rows(self._state, parents.to(slots.device))
         shifts, self._state = self._correction(slots[..., depth, :].unsqueeze(-2), embeds, state)
         adjustments = self._candidate_logits(depth, shifts).to(logprobs.device, torch.float32)
@@ -72,9 +73,16 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         target ([`Target`]): The target it borrows its embeddings from.
         context ([`Context`], *optional*): The generation's. Where its cache is static, the head's forwards have one
             shape, and are compiled where the target's are.
+        past ([`HeadContext`], *optional*): What the head was shown by an earlier call that left the target's cache.
     """
 
-    def __init__(self, head: JetFlowHead, target: Target, context: Context | None = None):
+    def __init__(
+        self,
+        head: JetFlowHead,
+        target: Target,
+        context: Context | None = None,
+        past: HeadContext | None = None,
+    ):
         self.head = head
         self.target = target
         self._context = context
@@ -84,6 +92,9 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             capacity = context.num_static_slots + self._path_rows
             self._cache = StaticHeadCache(head.config.num_hidden_layers, capacity)
         self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # features and positions the head has not read
+        if past is not None:
+            past.load(self._cache, head.config.num_rows)
+            self._pending.append((past.features, past.feature_position_ids))
         self._newest_positions: torch.Tensor | None = None  # (batch,), of the newest tokens that were observed
         self._projection = target.output_rows(head.draft_token_ids) if head.lm_head is None else head.lm_head.weight
         self._slots = torch.arange(head.config.num_rows, device=head.device)
@@ -103,6 +114,14 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         self._pending = [(features[places], position_ids[places]) for features, position_ids in self._pending]
         if isinstance(self._cache, HeadCache):
             self._cache.keep_rows(index)
+
+    def head_context(self) -> HeadContext:
+        """All that the head was shown."""
+        layers, position_ids = self._cache.context_rows()
+        features, feature_position_ids = (torch.cat(parts, dim=1) for parts in zip(*self._pending, strict=True))
+        if position_ids is None:
+            position_ids = feature_position_ids[:, :0]
+        return HeadContext(tuple(layers), position_ids, features, feature_position_ids)
 
     @torch.no_grad()
     def propose(self, anchor_ids: torch.Tensor, positions: torch.Tensor, max_depth: int, width: int) -> Candidates:
@@ -188,7 +207,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             logits = flat.to(self._projection.device, self._projection.dtype) @ self._projection.T
             logits = logits.view(*rows.shape[:-1], logits.shape[-1])
         else:
-            rows = rows.to(self.target.model.device, self.target.model.dtype)
+            rows = rows.to(self.target.device, self.target.model.dtype)
             logits = self.target.output_logits(rows, self.head.draft_token_ids)
         return torch.log_softmax(self.head.shape_logits(logits.float()), dim=-1)
 
@@ -198,12 +217,12 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         if self._projection is not None:
             columns = self._projection[places].transpose(-1, -2)
             return lambda depth, shifts: shifts.to(columns.device, columns.dtype) @ columns[..., depth, :, :]
-        model, token_ids = self.target.model, self.head.draft_token_ids
+        target, token_ids = self.target, self.head.draft_token_ids
 
         def changes(depth: int, shifts: torch.Tensor) -> torch.Tensor:
-            shifts = shifts.to(model.device, model.dtype)
+            shifts = shifts.to(target.device, target.model.dtype)
             zero = torch.zeros_like(shifts[..., :1, :])  # yields what is no shift: the bias
-            logits = self.target.output_logits(torch.cat([shifts, zero], dim=-2), token_ids)
+            logits = target.output_logits(torch.cat([shifts, zero], dim=-2), token_ids)
             columns = places[..., depth, :].unsqueeze(-2)
             logits = logits.gather(-1, columns.expand(*logits.shape[:-1], columns.shape[-1]))
             return logits[..., :-1, :] - logits[..., -1:, :]

@@ -1,8 +1,9 @@
 """The door: how `model.generate(assistant_model=head)` reaches our loop.
 
 `generate` looks its decoding loop up on the class, so two methods of `GenerationMixin` are wrapped once: the early
-validation, to say what is wrong with a pairing, and the assisted loop, to dispatch heads to ours. Every other
-assistant goes through untouched. `custom_generate=head.custom_generate` needs no wrap at all.
+validation, to say what is wrong with a pairing, and the assisted loop, to dispatch heads to ours. The function by
+which pipelines load their assistant is wrapped to load heads. Every other assistant goes through untouched.
+`custom_generate=head.custom_generate` needs no wrap at all.
 """
 
 import functools
@@ -14,6 +15,7 @@ from transformers import AutoConfig, AutoModel, GenerationConfig, GenerationMixi
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.pipelines import base as pipelines
 from transformers.utils import logging
 
 from .batch import reason_to_step_together
@@ -24,23 +26,27 @@ from .stats import GenerationStats
 
 
 logger = logging.get_logger(__name__)
-_ORIGINALS: dict[str, Callable] = {}  # wrapped methods of GenerationMixin, while the dispatch is installed
+_ORIGINALS: dict[tuple[Any, str], Callable] = {}  # what is wrapped, while the dispatch is installed
 
 
 def enable() -> None:
     """Let `generate` take a [`JetFlowHead`] as `assistant_model`. Done on import; calling it again changes nothing."""
     if _ORIGINALS:
         return
-    for name, wrap in (("_assisted_decoding", _dispatching), ("_validate_generation_mode", _validating)):
-        _ORIGINALS[name] = getattr(GenerationMixin, name)
-        setattr(GenerationMixin, name, wrap(_ORIGINALS[name]))
+    for place, name, wrap in (
+        (GenerationMixin, "_assisted_decoding", _dispatching),
+        (GenerationMixin, "_validate_generation_mode", _validating),
+        (pipelines, "load_assistant_model", _loading),
+    ):
+        original = _ORIGINALS[place, name] = getattr(place, name)
+        setattr(place, name, wrap(original))
 
 
 def disable() -> None:
-    """Take the dispatch out again: `GenerationMixin` is then as transformers made it."""
+    """Take the dispatch out again: everything is then as transformers made it."""
     while _ORIGINALS:
-        name, original = _ORIGINALS.popitem()
-        setattr(GenerationMixin, name, original)
+        (place, name), original = _ORIGINALS.popitem()
+        setattr(place, name, original)
 
 
 def _dispatching(original: Callable) -> Callable:
@@ -68,6 +74,20 @@ def _validating(original: Callable) -> Callable:
         return original(self, generation_mode, generation_config, kwargs)
 
     return _validate_generation_mode
+
+
+def _loading(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def load_assistant_model(model: PreTrainedModel, assistant_model: Any, assistant_tokenizer: Any) -> Any:
+        """A head, loaded or by its name, comes without a tokenizer: it drafts the target's own token ids."""
+        head = assistant_model
+        if isinstance(head, str) and isinstance(AutoConfig.from_pretrained(head), JetFlowConfig):
+            head = JetFlowHead.from_pretrained(head).to(device=model.device, dtype=model.dtype)
+        if isinstance(head, JetFlowHead):
+            return head, None
+        return original(model, assistant_model, assistant_tokenizer)
+
+    return load_assistant_model
 
 
 def _custom_generate(self: JetFlowHead) -> Callable:
@@ -99,6 +119,7 @@ def _checked_decode(
 ) -> torch.Tensor | GenerateDecoderOnlyOutput:
     generation_config = kwargs["generation_config"]
     check_call(model, generation_config, kwargs.pop("synced_gpus", False))
+    check_processes(model, head)
     if len(input_ids) > 1:
         parts = (kwargs["logits_processor"], kwargs["stopping_criteria"], generation_config)
         reason = reason_to_step_together(*parts, kwargs.get("past_key_values"))
@@ -175,6 +196,20 @@ def check_call(model: PreTrainedModel, generation_config: GenerationConfig, sync
         raise ValueError(
             f"the attention implementation {model.config._attn_implementation!r} takes no tree masks; load the target "
             'with `attn_implementation="sdpa"` (or "eager")'
+        )
+
+
+def check_processes(model: PreTrainedModel, head: JetFlowHead) -> None:
+    """
+    Refuse what processes that share a target could decide differently.
+
+    Raises:
+        ValueError: Naming the setting and the way round.
+    """
+    if (model.tp_size or 1) > 1 and getattr(head.generation_config, "node_budget", None) == "auto":
+        raise ValueError(
+            "`node_budget` is 'auto', which goes by each process's own clock, but the processes of a tensor parallel "
+            "target must verify the same tree; set `head.generation_config.node_budget` to a number, such as 16"
         )
 
 

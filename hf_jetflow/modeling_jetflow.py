@@ -6,6 +6,7 @@ with `configuration_jetflow.py`, `formats.py`, `layouts.py` and `fetching.py` on
 """
 
 import os
+import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -222,7 +223,8 @@ class JetFlowHead(PreTrainedModel):
             # Target ids of the draft vocabulary, ascending, (draft_vocab_size,); int64 and saved with the weights.
             self.register_buffer("d2t", torch.arange(config.draft_vocab_size))
         self.generation_config = GenerationConfig(node_budget=64, max_depth=config.block_size - 1)
-        self.last_stats: Any = None  # GenerationStats of the latest generate call
+        self._newest_stats: Any = None
+        self._stats_by_thread: dict[int, Any] = {}
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -231,6 +233,15 @@ class JetFlowHead(PreTrainedModel):
             nn.init.normal_(module.mask_embedding, std=self.config.initializer_range)
         if isinstance(module, ZeroLinear):
             nn.init.zeros_(module.weight)
+
+    @property
+    def last_stats(self) -> Any:
+        """[`GenerationStats`] of this thread's latest `generate` call; of any thread's where this one made none."""
+        return self._stats_by_thread.get(threading.get_ident(), self._newest_stats)
+
+    @last_stats.setter
+    def last_stats(self, stats: Any) -> None:
+        self._newest_stats = self._stats_by_thread[threading.get_ident()] = stats
 
     @property
     def draft_token_ids(self) -> torch.Tensor | None:

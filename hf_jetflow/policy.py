@@ -1,7 +1,6 @@
 """What to draft in the next round: a fixed node budget, or the one that the running machine repays best."""
 
 import time
-from collections import deque
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -15,6 +14,7 @@ MAX_WIDTH = 64  # children considered per node; a child ranked lower has a proba
 AUTO_BUDGETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # what "auto" chooses from; 1 is plain decoding
 FIRST_TRIALS = (16, 1, 32, 8, 64)  # tried in the first rounds of a process; the other budgets are read off these
 NUM_TRIALS = 2  # rounds per trial; each budget's first round is not counted (kernels are made ready in it)
+NUM_SAMPLES = 9  # rounds of each size whose seconds are kept
 EVIDENCE = 4.0  # drafted rounds by which it is decided whether drafting pays
 MARGIN = 1.03  # drafted rounds must yield so many times what plain ones would
 EXPLORING_SHARE = 0.01  # of all time that drafting may lose where it does not pay, to notice when it does
@@ -89,10 +89,14 @@ class FixedPolicy:
 
 @dataclass
 class RoundCosts:
-    """What rounds cost and yield on this machine, for one pair of head and target; kept for the process."""
+    """
+    What rounds cost and yield on this machine, for one pair of head and target; kept for the process.
+
+    Threads share it. Samples are replaced, never changed, so that one thread can read what another one adds to.
+    """
 
     num_places: int = 1  # sequences decoded at once; nodes, tokens and promises are those of one of them
-    samples: dict[int, deque[float]] = field(default_factory=dict)  # seconds of the latest rounds, by nodes
+    samples: dict[int, tuple[float, ...]] = field(default_factory=dict)  # seconds of the latest rounds, by nodes
     expected: float = 1.0  # tokens that the draft probabilities promised in recent rounds
     accepted: float = 1.0  # tokens that were accepted in them
     tokens: float = 0.0  # mean yield of drafted rounds, the latest weighing most
@@ -102,10 +106,8 @@ class RoundCosts:
 
     def add(self, num_nodes: int, seconds: float) -> None:
         """Count a round; the first one of each size is left out."""
-        if num_nodes in self.samples:
-            self.samples[num_nodes].append(seconds)
-        else:
-            self.samples[num_nodes] = deque(maxlen=9)
+        known = self.samples.get(num_nodes)
+        self.samples[num_nodes] = () if known is None else (*known, seconds)[-NUM_SAMPLES:]
 
     def untried(self, most_nodes: int) -> int | None:
         """A node budget that must be tried before there is anything to choose by; no tree exceeds `most_nodes`."""
@@ -114,7 +116,7 @@ class RoundCosts:
 
     def seconds(self, num_nodes: int) -> float:
         """Of a round: the median of its latest, or what lies on the line between its neighbours'."""
-        known = sorted((nodes, median(values)) for nodes, values in self.samples.items() if values)
+        known = sorted((nodes, median(values)) for nodes, values in self.samples.copy().items() if values)
         above = next((i for i, (nodes, _) in enumerate(known) if nodes >= num_nodes), len(known) - 1)
         (low, low_seconds), (high, high_seconds) = known[max(above - 1, 0)], known[max(above, 1)]
         return low_seconds + (high_seconds - low_seconds) * (num_nodes - low) / (high - low)
@@ -214,7 +216,7 @@ class AutoPolicy:
     def report(self) -> dict[str, Any]:
         """Seconds of a round by nodes, the calibration, and the yield of recent drafted rounds against plain ones."""
         costs = self._costs
-        known = {nodes: median(values) for nodes, values in sorted(costs.samples.items()) if values}
+        known = {nodes: median(values) for nodes, values in sorted(costs.samples.copy().items()) if values}
         rate = self._tokens / self._seconds if self._seconds else None
         return {
             "round_seconds": known,

@@ -8,7 +8,7 @@ from typing import Any
 @dataclass
 class GenerationStats:
     """
-    Figures of one `generate` call; `head.last_stats` holds the latest.
+    Figures of one `generate` call; `head.last_stats` holds those of the thread's latest.
 
     A round is one draft and one verify; the prefill that yields the first token is not one. In a batch, every round
     counts once for each sequence that took part, so that all figures are those of a sequence on average.

@@ -85,6 +85,7 @@ class Target:
 
     def __init__(self, model: PreTrainedModel, head_config: JetFlowConfig):
         self.model = model
+        self.device = model.device  # of what is passed to it
         self.head_config = head_config
         assert head_config.hidden_state_indices is not None
         self._tapped = head_config.hidden_state_indices
@@ -102,6 +103,8 @@ class Target:
         Returns:
             `Context` and the `TargetStates` of the prompt's rows, padding left out; logits of the last row only.
         """
+        if self.device.type == "meta":  # accelerate brings the weights in for each module's forward
+            self.device = input_ids.device
         cache = check_target_cache(model_kwargs.get("past_key_values"))
         wants_states = bool(generation_config.output_hidden_states)
         forward_kwargs: dict[str, Any] = {"output_hidden_states": wants_states or self._wanted_states}
@@ -114,6 +117,7 @@ class Target:
             forward_kwargs["output_attentions"] = True
         with self._collected_features() as parts:
             outputs = self.model._prefill(input_ids, generation_config, {**model_kwargs, **forward_kwargs})
+        cache = check_target_cache(outputs.past_key_values)  # adapters with virtual tokens bring a cache of their own
         features = torch.cat([part for part, _ in parts], dim=1)
         batch, num_rows = features.shape[:2]
         num_cached = int(cache.get_seq_length())
@@ -124,6 +128,8 @@ class Target:
         is_padding = None
         if model_kwargs.get("attention_mask") is not None:
             is_padding = model_kwargs["attention_mask"] == 0
+            # Virtual tokens of an adapter lie before the prompt's.
+            is_padding = pad(is_padding, (num_cached - is_padding.shape[1], 0))
             is_pad = is_padding[:, -num_rows:].to(features.device)
             features, position_ids = _without_padding(features, position_ids, is_pad)
         rows = BatchRows(batch, num_cached)
@@ -167,7 +173,7 @@ class Target:
 
     def verify(self, context: Context, tree: DraftTree) -> TargetStates:
         """One target forward over all nodes; their keys and values lie in the cache until `commit`."""
-        device, nodes = self.model.device, tree.num_nodes
+        device, nodes = self.device, tree.num_nodes
         num_pad = self._num_rows(context, tree) - nodes
         position_ids = context.positions[:, None].to(device) + tree.depths.to(device)
         if isinstance(context.cache, DynamicCache):
@@ -218,6 +224,25 @@ class Target:
         elif isinstance(context.cache, DynamicCache):
             settle_layers(context.cache)
 
+    @contextmanager
+    def undone_on_error(self, context: Context, tree: DraftTree) -> Iterator[None]:
+        """Takes the nodes out of the cache where something inside raises, such as a streamer whose reader has left.
+
+        The cache then holds the text up to the round's anchor, that of a batch as much as every sequence has, and a
+        later call can go on from it.
+        """
+        is_done = False
+        try:
+            yield
+            is_done = True
+        finally:
+            if not is_done:
+                if len(context.rows.order) > 1:
+                    context.rows.recall()  # what lies behind the lengths is not taken along
+                else:
+                    commit_path(context.cache, torch.empty(0, dtype=torch.long), self._num_rows(context, tree))
+                self.settle(context, int(context.rows.lengths.min()))
+
     def _num_rows(self, context: Context, tree: DraftTree) -> int:
         """Rows of the forward that verifies the tree."""
         return tree.num_nodes if context.num_static_slots is None else static_rows(tree.num_nodes)
@@ -240,7 +265,7 @@ class Target:
 
         Slots behind a sequence's nodes are seen by none. With a static cache, rows that pad see what the root sees.
         """
-        device, nodes = self.model.device, tree.num_nodes
+        device, nodes = self.device, tree.num_nodes
         cached = self._cached_rows(context, window)
         slots = torch.arange(int(cached.max()), device=device)
         num_forgotten = (context.rows.lengths - cached).to(device)[:, None]
@@ -303,9 +328,14 @@ class Target:
         return torch.where(is_anchor[..., None], embeds, mask_embedding.to(embeds.dtype))
 
     def output_rows(self, token_ids: torch.Tensor | None) -> torch.Tensor | None:
-        """Rows (draft_vocab, hidden) of the target's output embedding; `None` where it is not a plain linear layer."""
+        """
+        Rows (draft_vocab, hidden) of the target's output embedding; `None` where it is not a plain linear layer, or
+        its weight is quantized, sharded or not in memory.
+        """
         module = self.model.get_output_embeddings()
         if type(module) is not nn.Linear or module.bias is not None:
+            return None
+        if type(module.weight) is not nn.Parameter or module.weight.is_meta:
             return None
         return module.weight if token_ids is None else module.weight[token_ids.to(module.weight.device)]
 

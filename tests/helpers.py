@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hf_jetflow import JetFlowConfig, JetFlowHead
@@ -115,6 +115,15 @@ def tiny_tokenizer(vocab_size: int, eos_id: int | None = None) -> PreTrainedToke
         "{% if add_generation_prompt %}t005{% endif %}"
     )
     return tokenizer
+
+
+def dotted_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """Token 7 reads ".7": a stop string can end inside a token and span several. The first ids are letters."""
+    letters = {letter: place for place, letter in enumerate("abcdef")}
+    words = {f".{token}": token for token in range(len(letters), vocab_size)}
+    backend = Tokenizer(models.BPE(vocab=letters | words, merges=[]))
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
 def word(token: int) -> str:

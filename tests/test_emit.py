@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from helpers import dotted_tokenizer
 from reference import assert_same_text
-from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 
 NUM_TOKENS = 25
@@ -68,12 +68,7 @@ def test_an_eos_token_in_the_prompt_does_not_end_the_text(target, echo_head, pla
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """Token 7 reads ".7": a stop string can end inside a token and span several. The first ids are letters."""
-    letters = {letter: place for place, letter in enumerate("abcdef")}
-    words = {f".{token}": token for token in range(len(letters), 257)}
-    backend = Tokenizer(models.BPE(vocab=letters | words, merges=[]))
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=backend)
+    return dotted_tokenizer(257)
 
 
 @pytest.mark.parametrize("kind", ["echo", "wrong"])

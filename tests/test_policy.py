@@ -1,5 +1,8 @@
 """`node_budget="auto"`: on made-up machines, the budget that yields most tokens per second, and no less than plain."""
 
+import sys
+import threading
+
 import pytest
 import torch
 from helpers import make_tree
@@ -138,10 +141,31 @@ def test_a_trial_that_was_disturbed_is_forgotten(monkeypatch):
     best = max((4, 8, 16), key=lambda budget: rate(monkeypatch, seconds, 0.8, budget))
     machine, costs = Machine(monkeypatch, seconds, 0.8), RoundCosts()
     machine.run(AutoPolicy(LIMITS, costs), 100)
-    costs.samples[best].clear()
-    costs.samples[best].append(5 * seconds(best))
+    costs.samples[best] = (5 * seconds(best),)
     machine.run(AutoPolicy(LIMITS, costs), 3000)
     assert costs.seconds(best) < 1.5 * seconds(best)
+
+
+def test_one_thread_reads_what_another_one_learns():
+    costs, is_over = RoundCosts(), threading.Event()
+
+    def learn():
+        while not is_over.is_set():
+            for nodes in range(1, 100):
+                costs.add(nodes, 1.0)
+
+    for nodes in (1, 8) * 2:
+        costs.add(nodes, 1.0)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=learn)
+    thread.start()
+    try:
+        assert {costs.seconds(5) for _ in range(1000)} == {1.0}
+    finally:
+        is_over.set()
+        thread.join()
+        sys.setswitchinterval(interval)
 
 
 def test_seconds_that_scatter_do_not_mislead(monkeypatch):

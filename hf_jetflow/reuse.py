@@ -1,0 +1,129 @@
+"""What a head has read, kept with the target's cache, so that a call that goes on from that cache drafts as well.
+
+Whatever became of the cache in between (cropped, copied, extended, reset, used for another text), only what still
+belongs to its tokens is taken up. Kept states are never changed: a call copies them, copies of the cache share them.
+"""
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+from transformers import Cache
+
+from .caches import HeadCache, StaticHeadCache
+from .modeling_jetflow import JetFlowHead
+
+
+ATTRIBUTE = "_jetflow_memory"  # of the target's cache
+
+
+@dataclass(frozen=True)
+class HeadContext:
+    """What a head was shown: the rows it has read, and the features that it has not read yet."""
+
+    layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]  # keys and values (1, heads, read, dim) of each head layer
+    position_ids: torch.Tensor  # (1, read), ascending
+    features: torch.Tensor  # (1, unread, taps x target_hidden)
+    feature_position_ids: torch.Tensor  # (1, unread), ascending, behind those that were read
+
+    @property
+    def end(self) -> int:
+        """The position behind the newest token."""
+        return int(self.feature_position_ids[0, -1]) + 1
+
+    def before(self, position: int) -> "HeadContext":
+        """The part about tokens in front of `position`."""
+        read = int((self.position_ids < position).sum())
+        unread = int((self.feature_position_ids < position).sum())
+        return HeadContext(
+            layers=tuple((keys[:, :, :read], values[:, :, :read]) for keys, values in self.layers),
+            position_ids=self.position_ids[:, :read],
+            features=self.features[:, :unread],
+            feature_position_ids=self.feature_position_ids[:, :unread],
+        )
+
+    def load(self, cache: HeadCache | StaticHeadCache, num_block_rows: int) -> None:
+        """Copies the rows that were read into an empty cache whose forwards have blocks of `num_block_rows`."""
+        num_rows = self.position_ids.shape[1]
+        if num_rows == 0:
+            return
+        cache.extend_positions(self.position_ids)
+        for index, states in enumerate(self.layers):
+            keys, values = (pad(rows, (0, 0, 0, num_block_rows)) for rows in states)
+            cache.extend(index, keys, values, num_rows)
+        if isinstance(cache, StaticHeadCache):
+            cache.keep(num_rows)
+
+
+@dataclass(frozen=True)
+class CacheMarks:
+    """A few numbers of each row in the target's cache, to tell later which of its tokens are still the same."""
+
+    numbers: torch.Tensor  # (batch, rows, 4), of the deepest layer's keys: they depend on the whole text before
+    num_cached: int  # tokens in the cache; a layer with a window holds the last rows only
+
+    @staticmethod
+    def of(cache: Cache) -> "CacheMarks | None":
+        """`None` where no layer has keys yet."""
+        layers = [layer for layer in cache.layers if isinstance(getattr(layer, "keys", None), torch.Tensor)]
+        num_cached = int(cache.get_seq_length())
+        if not layers or num_cached == 0:
+            return None
+        deepest = max(reversed(layers), key=lambda layer: layer.keys.shape[2])
+        return CacheMarks(deepest.keys[:, 0, :num_cached, :4].clone(), num_cached)
+
+    def num_common(self, other: "CacheMarks") -> int:
+        """Tokens at the start of both caches, judged by the rows that both still hold."""
+        if len(self.numbers) != len(other.numbers):
+            return 0
+        fewest = min(self.num_cached, other.num_cached)
+        starts = [marks.num_cached - marks.numbers.shape[1] for marks in (self, other)]
+        num_compared = fewest - max(starts)
+        if num_compared <= 0:
+            return fewest
+        mine, others = (
+            marks.numbers[:, max(starts) - start :][:, :num_compared]
+            for marks, start in zip((self, other), starts, strict=True)
+        )
+        is_equal = (mine == others.to(mine.device)).all(dim=-1).all(dim=0)
+        num_equal = int(is_equal.cumprod(dim=0).sum())
+        return max(starts) + num_equal if num_equal else 0
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """What is kept with a cache."""
+
+    head: "weakref.ref[JetFlowHead]"
+    dtype: torch.dtype
+    device: torch.device
+    marks: CacheMarks
+    context: HeadContext
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> "_Memory":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # stays behind where a cache is pickled
+
+
+def remember(cache: Cache, head: JetFlowHead, context: HeadContext) -> None:
+    """Keep with the target's cache what the head was shown of its tokens."""
+    marks = CacheMarks.of(cache)
+    if marks is not None:
+        setattr(cache, ATTRIBUTE, _Memory(weakref.ref(head), head.dtype, head.device, marks, context))
+
+
+def recall(cache: Cache | None, head: JetFlowHead) -> HeadContext | None:
+    """What the head was shown of the tokens that the cache holds now; `None` if nothing of them."""
+    memory: _Memory | None = getattr(cache, ATTRIBUTE, None)
+    if memory is None or memory.head() is not head or (memory.dtype, memory.device) != (head.dtype, head.device):
+        return None
+    assert cache is not None
+    marks = CacheMarks.of(cache)
+    if marks is None:
+        return None
+    num_lost = memory.marks.num_cached - memory.marks.num_common(marks)
+    return memory.context.before(memory.context.end - num_lost)
