@@ -1,5 +1,7 @@
 """The target's cache of a batch whose sequences advance by different lengths."""
 
+from typing import Any
+
 import torch
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -18,25 +20,50 @@ class BatchRows:
         self.order = list(range(num_rows))  # the sequence that lies at each place; those decoded come first
         self.lengths = torch.full((num_rows,), num_cached)  # (decoded,) tokens cached of each sequence decoded
         self._finished: dict[int, int] = {}  # tokens cached of the others
+        self._new_slots: dict[tuple[Any, ...], torch.Tensor] = {}  # for the lengths of now
 
     @property
     def decoded(self) -> list[int]:
         """The sequences that still take part, by place."""
         return self.order[: len(self.lengths)]
 
+    def advance(self, paths: list[list[int]]) -> None:
+        """Count the tokens of each sequence's path as cached."""
+        self._set_lengths(self.lengths + torch.tensor([len(path) for path in paths]))
+
+    def _set_lengths(self, lengths: torch.Tensor) -> None:
+        self.lengths = lengths
+        self._new_slots = {}
+
+    def new_slots(self, num_new: int, heads: int, capacity: int, device: torch.device) -> torch.Tensor:
+        """Where new rows go in a buffer (batch, heads, capacity, dim), seen as rows of one list; every layer asks."""
+        key = (num_new, heads, capacity, device)
+        if key not in self._new_slots:
+            slots = self.lengths[:, None] + torch.arange(num_new)
+            self._new_slots[key] = _flat(slots, heads, capacity).to(device)
+        return self._new_slots[key]
+
     def retire(self, place: int) -> int:
         """Take the sequence at `place` out; returns the last place, whose sequence now lies there."""
         last = len(self.lengths) - 1
         self.order[place], self.order[last] = self.order[last], self.order[place]
         self._finished[self.order[last]] = int(self.lengths[place])
-        self.lengths = torch.cat([self.lengths[:place], self.lengths[last:], self.lengths[place + 1 : last]])[:last]
+        lengths = self.lengths.clone()
+        lengths[place] = lengths[last]
+        self._set_lengths(lengths[:last])
         return last
 
     def recall(self) -> None:
         """Take all sequences in again, wherever they lie."""
         known = dict(zip(self.order, self.lengths.tolist(), strict=False)) | self._finished
-        self.lengths = torch.tensor([known[row] for row in self.order])
+        self._set_lengths(torch.tensor([known[row] for row in self.order]))
         self._finished = {}
+
+
+def _flat(slots: torch.Tensor, heads: int, capacity: int) -> torch.Tensor:
+    """Slots (places, count) of a buffer (batch, heads, capacity, dim) as rows of one list."""
+    firsts = torch.arange(len(slots) * heads, device=slots.device).view(-1, heads, 1) * capacity
+    return (firsts + slots[:, None]).flatten()
 
 
 class BatchLayer(DynamicLayer):
@@ -71,19 +98,20 @@ class BatchLayer(DynamicLayer):
         end = int(lengths.max()) + num_new
         if self._buffers[0].shape[2] < end:
             self._buffers = [_roomier(buffer, end) for buffer in self._buffers]
-        slots = (lengths[:, None] + torch.arange(num_new)).to(key_states.device)[:, None, :, None]
+        heads, capacity = self._buffers[0].shape[1:3]
+        slots = self._rows.new_slots(num_new, heads, capacity, key_states.device)
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[: len(lengths)].scatter_(2, slots.expand(states.shape), states)
+            buffer.view(-1, buffer.shape[-1]).index_copy_(0, slots, states.reshape(-1, buffer.shape[-1]))
         self.keys, self.values = (buffer[: len(lengths), :, :end] for buffer in self._buffers)
         return self.keys, self.values
 
     def move(self, sources: torch.Tensor, places: torch.Tensor) -> None:
         """Copy the rows at slots `sources` (decoded, moved) of each sequence to slots `places`."""
+        heads, capacity = self._buffers[0].shape[1:3]
+        index, target = (_flat(slots, heads, capacity).to(self.device) for slots in (sources, places))
         for buffer in self._buffers:
-            decoded = buffer[: len(sources)]
-            shape = (*decoded.shape[:2], sources.shape[1], decoded.shape[3])
-            index, target = (slots.to(buffer.device)[:, None, :, None].expand(shape) for slots in (sources, places))
-            decoded.scatter_(2, target, decoded.gather(2, index))
+            rows = buffer.view(-1, buffer.shape[-1])
+            rows.index_copy_(0, target, rows.index_select(0, index))
 
     def swap(self, one: int, other: int) -> None:
         """Exchange the sequences at two places."""
@@ -129,9 +157,9 @@ def commit_paths(cache: Cache, rows: BatchRows, paths: list[list[int]]) -> None:
     """
     longest = max(len(path) for path in paths)
     if any(path != list(range(len(path))) for path in paths):
-        # A shorter path is padded with slots that stay where they are.
-        sources = torch.tensor([path + list(range(len(path), longest)) for path in paths]) + rows.lengths[:, None]
-        places = torch.arange(longest) + rows.lengths[:, None]
+        # The root is there already; a shorter path is padded with slots that stay where they are.
+        sources = torch.tensor([[*path[1:], *range(len(path), longest)] for path in paths]) + rows.lengths[:, None]
+        places = torch.arange(1, longest) + rows.lengths[:, None]
         for layer in cache.layers:
             if isinstance(layer, BatchLayer):
                 layer.move(sources, places)

@@ -202,7 +202,7 @@ class Target:
             commit_paths(context.cache, context.rows, paths)
         else:
             commit_path(context.cache, torch.tensor(paths[0]), self._num_rows(context, tree))
-        context.rows.lengths = context.rows.lengths + torch.tensor([len(path) for path in paths])
+        context.rows.advance(paths)
 
     def retire(self, context: Context, place: int) -> None:
         """Go on without the sequence at `place`; the last one takes its place."""
