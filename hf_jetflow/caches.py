@@ -3,10 +3,12 @@
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, StaticCache, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 
+# Layers that read what others keep, or nothing; early releases have no such class, nor layers of it.
+EMPTY_LAYERS: tuple[type, ...] = tuple(filter(None, [getattr(cache_utils, "DummyLayer", None)]))
 STATIC_ROWS = (1, 4, 8, 16, 32, 64, 128, 256)  # rows of a forward with a static cache: one compiled graph for each
 
 
@@ -170,7 +172,7 @@ def check_target_cache(cache: Cache | None) -> DynamicCache | StaticCache:
             f"draft trees are not supported with {kind} yet; leave `cache_implementation` unset to use the dynamic "
             f"cache, or {without}"
         )
-    known = (DynamicLayer, DynamicSlidingWindowLayer, GrowingLayer, StaticLayer)
+    known = (DynamicLayer, DynamicSlidingWindowLayer, GrowingLayer, StaticLayer, *EMPTY_LAYERS)
     foreign = {type(layer).__name__ for layer in cache.layers if type(layer) not in known}
     if "StaticSlidingWindowLayer" in foreign:
         raise ValueError(
@@ -213,6 +215,8 @@ def commit_path(cache: Cache, path: torch.Tensor, num_rows: int) -> None:
         num_rows (`int`): Rows of the verifying forward.
     """
     for layer in cache.layers:
+        if isinstance(layer, EMPTY_LAYERS):
+            continue
         if isinstance(layer, StaticLayer):
             _commit_static(layer, path, num_rows)
         elif isinstance(layer, DynamicSlidingWindowLayer) or len(path) < num_rows:

@@ -18,8 +18,9 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from .caches import cache_windows, settle_layers
 from .drafting import JetFlowCandidateGenerator
 from .emit import Emitter
+from .layer_kinds import takes_trees
 from .modeling_jetflow import JetFlowHead
-from .policy import AutoPolicy, FixedPolicy, RoundCosts, read_limits
+from .policy import AutoPolicy, FixedPolicy, RoundCosts, chain_limits, read_limits
 from .stats import GenerationStats
 from .target import Target
 from .tree import build_tree
@@ -84,6 +85,8 @@ ROUND_COSTS: WeakKeyDictionary[JetFlowHead, WeakKeyDictionary[PreTrainedModel, d
 def choose_policy(head: JetFlowHead, model: PreTrainedModel) -> AutoPolicy | FixedPolicy:
     """The policy that the head's generation config asks for; what rounds cost is remembered."""
     limits = read_limits(head.generation_config, head.config.block_size)
+    if not takes_trees(model):
+        limits = chain_limits(limits)
     if getattr(head.generation_config, "node_budget", None) != "auto":
         return FixedPolicy(limits)
     of_head = ROUND_COSTS.setdefault(head, WeakKeyDictionary())

@@ -12,8 +12,9 @@ from torch.nn.functional import pad
 from transformers import CompileConfig, DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 
 from .attention import grouped_attention
-from .caches import check_target_cache, commit_path, grow_layers, most_static_nodes, static_rows
+from .caches import cache_windows, check_target_cache, commit_path, grow_layers, most_static_nodes, static_rows
 from .configuration_jetflow import JetFlowConfig
+from .layer_kinds import Window, layer_windows, takes_trees
 from .tree import DraftTree
 
 
@@ -75,6 +76,7 @@ class Target:
         wanted = {index + shift for index in self._tapped for shift in (-1, 0)}
         self._wanted_states: bool | list[int] = -1 in wanted or sorted(wanted)
         self._windows = layer_windows(model)
+        self._takes_trees = takes_trees(model)
 
     def prefill(
         self, input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
@@ -151,7 +153,7 @@ class Target:
         position_ids = (context.position + tree.depths)[None].to(device)
         if isinstance(context.cache, DynamicCache):
             context.cache.activate_past_recording()  # sliding layers keep all rows until the commit
-        with grouped_attention(self.model.config.get_text_config(decoder=True)):
+        with grouped_attention(self.model):
             outputs = context.forward_of(self.model)(
                 input_ids=pad(tree.tokens[None].to(device), (0, num_pad)),
                 attention_mask=self._tree_masks(context, tree),
@@ -182,8 +184,11 @@ class Target:
     def _tree_masks(self, context: Context, tree: DraftTree) -> Any:
         """The 4-D mask for the model's forward: one tensor, or one per kind of layer where the model has several.
 
-        A root alone needs none, as in plain decoding, unless there is padding.
+        A root alone needs none, as in plain decoding, unless there is padding. Nor does a chain for a target that
+        takes no trees: there padding is all that it needs to know.
         """
+        if not self._takes_trees:
+            return self._padding_mask(context, len(tree.tokens))
         if len(tree.tokens) == 1 and context.is_padding is None and context.num_static_slots is None:
             return None
         if self._windows.keys() == {"full_attention"}:
@@ -191,7 +196,14 @@ class Target:
         masks = {kind: self._tree_mask(context, tree, window) for kind, window in self._windows.items()}
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
-    def _tree_mask(self, context: Context, tree: DraftTree, window: int | None) -> torch.Tensor:
+    def _padding_mask(self, context: Context, num_rows: int) -> torch.Tensor | None:
+        """(1, keys): 0 where the prompt was padded, as in plain decoding; `None` without padding."""
+        if context.is_padding is None:
+            return None
+        num_new = context.num_cached + num_rows - len(context.is_padding)
+        return pad((~context.is_padding).long(), (0, num_new), value=1)[None].to(self.model.device)
+
+    def _tree_mask(self, context: Context, tree: DraftTree, window: Window | None) -> torch.Tensor:
         """(1, 1, rows, keys): a node sees the prefix within the window in positions, its ancestors and itself.
 
         With a static cache, rows that pad see what the root sees, and slots behind the nodes are seen by none.
@@ -208,8 +220,8 @@ class Target:
         node_positions = context.position + tree.depths.to(device)
         sees_node = tree.ancestor_mask.to(device)
         if window is not None:
-            sees_prefix &= node_positions[:, None] - slot_positions < window
-            sees_node = sees_node & (node_positions[:, None] - node_positions < window)
+            sees_prefix &= window.sees(node_positions[:, None], slot_positions)
+            sees_node = sees_node & window.sees(node_positions[:, None], node_positions)
         mask = torch.cat([sees_prefix, sees_node], dim=1)
         if (slots := context.num_static_slots) is not None:
             mask = torch.cat([mask, mask[:1].expand(self._num_rows(context, tree) - nodes, -1)])
@@ -220,10 +232,11 @@ class Target:
             return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
         return mask
 
-    def _cached_rows(self, context: Context, window: int | None) -> int:
+    def _cached_rows(self, context: Context, window: Window | None) -> int:
         """Rows that a layer with this window returns from the cache in front of the nodes."""
-        forgets = any(getattr(layer, "sliding_window", None) == window for layer in context.cache.layers)
-        return min(context.num_cached, window - 1) if window is not None and forgets else context.num_cached
+        if window is None or all(size != window.size for size in cache_windows(context.cache)):
+            return context.num_cached
+        return min(context.num_cached, window.size - 1)
 
     @torch.no_grad()
     def states(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -232,9 +245,18 @@ class Target:
         return self._fuse(outputs.hidden_states), outputs.last_hidden_state
 
     def _fuse(self, hidden_states: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        num_layers = self.model.config.get_text_config(decoder=True).num_hidden_layers
-        shift = len(hidden_states) - 1 - num_layers  # -1 where index 0 is the first layer's
-        return torch.cat([hidden_states[index + shift] for index in self._tapped], dim=-1)
+        text = self.model.config.get_text_config(decoder=True)
+        shift = len(hidden_states) - 1 - text.num_hidden_layers  # -1 where index 0 is the first layer's
+        if shift not in (-1, 0):
+            raise ValueError(
+                f"the target returns {len(hidden_states)} hidden states, but its configuration has "
+                f"{text.num_hidden_layers} layers, so a draft head cannot tell which it listens to; generate without "
+                "`assistant_model`"
+            )
+        states = [hidden_states[index + shift] for index in self._tapped]
+        if states[0].ndim == 4:  # gemma3n runs several streams beside each other; this one becomes the output
+            states = [state[text.altup_active_idx] for state in states]
+        return torch.cat(states, dim=-1)
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The target's embeddings of tokens, (..., hidden), scaled as the head was trained with."""
@@ -273,22 +295,3 @@ class Target:
         """Logits (rows, draft_vocab) by the target's own output module, whatever it is (quantized, biased, ...)."""
         logits = self.model.get_output_embeddings()(rows)
         return logits if token_ids is None else logits[:, token_ids.to(logits.device)]
-
-
-def layer_windows(model: PreTrainedModel) -> dict[str, int | None]:
-    """
-    Attention kinds of the target's layers and their windows in positions.
-
-    Raises:
-        ValueError: If a layer kind cannot take a tree mask.
-    """
-    text = model.config.get_text_config(decoder=True)
-    window = getattr(text, "sliding_window", None)
-    kinds = set(getattr(text, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
-    known = {"full_attention": None, "sliding_attention": window}
-    if not kinds <= known.keys():
-        raise ValueError(
-            f"the target has {sorted(kinds - known.keys())} layers, which cannot take a tree mask yet; "
-            "generate without `assistant_model`"
-        )
-    return {kind: known[kind] for kind in sorted(kinds)}
