@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 
 RECURRENT_KINDS = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
+SCANS_FROM_NOTHING = {"jamba", "zamba"}  # transformers' scan of mamba-1 layers takes no state to begin with
 KINDS_WITHOUT_ROWS = {"moe", "mlp"}  # layers that keep nothing of what they read
 
 
@@ -34,10 +35,22 @@ def layer_windows(model: PreTrainedModel) -> dict[str, Window | None]:
     Attention kinds of the target's layers and their windows, `None` for full attention.
 
     Raises:
-        ValueError: If a kind of layer is not known.
+        ValueError: If a kind of layer is not known, or cannot verify a draft.
     """
+    text = model.config.get_text_config(decoder=True)
+    if text.model_type in SCANS_FROM_NOTHING:
+        raise ValueError(
+            f"the mamba layers of `{text.model_type}` read several rows at once from an empty state only, so they "
+            "cannot verify a draft; generate without `assistant_model`"
+        )
+    layers = _kinds(text)
+    if {kind for kind, _ in layers} <= {"linear_attention", "conv"} | KINDS_WITHOUT_ROWS:
+        raise ValueError(
+            f"`{text.model_type}` has recurrent layers only; draft heads need a target with attention, generate "
+            "without `assistant_model`"
+        )
     windows: dict[str, Window | None] = {}
-    for kind, layer in _kinds(model.config.get_text_config(decoder=True)):
+    for kind, layer in layers:
         if kind == "full_attention":
             windows[kind] = None
         elif kind in ("sliding_attention", "hybrid_sliding"):
@@ -60,6 +73,12 @@ def takes_trees(model: PreTrainedModel) -> bool:
     has_local_layers = "local" in getattr(text, "attention_layers", ())
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     return takes_positions and not (kinds & RECURRENT_KINDS or has_alibi or has_local_layers)
+
+
+def scaling_step(model: PreTrainedModel) -> int | None:
+    """Places in the cache whose queries are scaled alike, where a target scales them by place (llama4)."""
+    text = model.config.get_text_config(decoder=True)
+    return text.floor_scale if getattr(text, "attn_temperature_tuning", False) else None
 
 
 def _kinds(text: PretrainedConfig) -> list[tuple[str, PretrainedConfig]]:

@@ -10,12 +10,14 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 from transformers import CompileConfig, DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
+from transformers.utils import ModelOutput
 
 from .attention import grouped_attention
 from .caches import cache_windows, check_target_cache, commit_path, grow_layers, most_static_nodes, static_rows
 from .configuration_jetflow import JetFlowConfig
-from .layer_kinds import Window, layer_windows, takes_trees
-from .tree import DraftTree
+from .layer_kinds import Window, layer_windows, scaling_step, takes_trees
+from .recurrent import RecurrentStates, check_states, needs_replay, record_rows
+from .tree import DraftTree, trim_tree
 
 
 @dataclass
@@ -41,6 +43,8 @@ class Context:
     forward_kwargs: dict[str, Any] = field(default_factory=dict)
     is_compiled: bool = False  # `generate` would compile the target's forward
     compile_config: CompileConfig | None = None
+    states_before: RecurrentStates | None = None  # of the newest verify, where the target has recurrent layers
+    scaling_step: int | None = None  # see `layer_kinds.scaling_step`
 
     def forward_of(self, model: PreTrainedModel) -> Callable:
         """The model's call, compiled by transformers' own means where `generate` would."""
@@ -53,9 +57,13 @@ class Context:
 
     @property
     def most_nodes(self) -> int | None:
-        """Nodes that the cache can take in a round; `None` if any number."""
-        slots = self.num_static_slots
-        return None if slots is None else most_static_nodes(slots - self.num_cached)
+        """Nodes that a round can verify; `None` if any number."""
+        limits = []
+        if self.num_static_slots is not None:
+            limits.append(most_static_nodes(self.num_static_slots - self.num_cached))
+        if self.scaling_step is not None:  # within one step places are as good as depths
+            limits.append(self.scaling_step - (self.num_cached + 1) % self.scaling_step)
+        return min(limits, default=None)
 
 
 class Target:
@@ -88,6 +96,11 @@ class Target:
             `Context` and the `TargetStates` of the prompt's rows, padding left out; logits of the last row only.
         """
         cache = check_target_cache(model_kwargs.get("past_key_values"))
+        if isinstance(cache, StaticCache) and not self._takes_trees:
+            raise ValueError(
+                "this target verifies chains only, which are not supported with a static cache; leave "
+                "`cache_implementation` unset, or generate without `assistant_model`"
+            )
         wants_states = bool(generation_config.output_hidden_states)
         forward_kwargs: dict[str, Any] = {"output_hidden_states": wants_states or self._wanted_states}
         if generation_config.output_attentions:
@@ -99,6 +112,7 @@ class Target:
             forward_kwargs["output_attentions"] = True
         with self._collected_features() as parts:
             outputs = self.model._prefill(input_ids, generation_config, {**model_kwargs, **forward_kwargs})
+        check_states(cache)
         features = torch.cat([part for part, _ in parts], dim=1)
         last_position = parts[-1][1]
         num_cached = int(cache.get_seq_length())
@@ -112,6 +126,7 @@ class Target:
             keep = ~is_padding[-num_rows:].to(features.device)
             features, position_ids = features[:, keep], position_ids[:, keep]
         context = Context(cache, last_position + 1, num_cached, is_padding, wants_states, forward_kwargs)
+        context.scaling_step = scaling_step(self.model)
         if isinstance(cache, DynamicCache):
             grow_layers(cache)
         else:
@@ -148,31 +163,43 @@ class Target:
 
     def verify(self, context: Context, tree: DraftTree) -> TargetStates:
         """One target forward over all nodes; its keys and values lie in the cache until `commit`."""
-        device, nodes = self.model.device, len(tree.tokens)
-        num_pad = self._num_rows(context, tree) - nodes
-        position_ids = (context.position + tree.depths)[None].to(device)
-        if isinstance(context.cache, DynamicCache):
-            context.cache.activate_past_recording()  # sliding layers keep all rows until the commit
+        if needs_replay(context.cache):
+            context.states_before = RecurrentStates.copy(context.cache)
+        outputs = self._read(context, tree)
+        nodes = len(tree.tokens)
+        return TargetStates(
+            logits=outputs.logits[0, :nodes],
+            features=self._fuse(outputs.hidden_states)[:, :nodes],
+            position_ids=(context.position + tree.depths)[None].to(self.model.device),
+            hidden_states=outputs.hidden_states if context.wants_states else (),
+            attentions=(outputs.attentions or ()) if "output_attentions" in context.forward_kwargs else (),
+        )
+
+    def _read(self, context: Context, tree: DraftTree) -> ModelOutput:
+        """The model's forward over all nodes, and padding with a static cache."""
+        device = self.model.device
+        num_pad = self._num_rows(context, tree) - len(tree.tokens)
+        record_rows(context.cache)
         with grouped_attention(self.model):
-            outputs = context.forward_of(self.model)(
+            return context.forward_of(self.model)(
                 input_ids=pad(tree.tokens[None].to(device), (0, num_pad)),
                 attention_mask=self._tree_masks(context, tree),
-                position_ids=pad(position_ids, (0, num_pad), value=context.position),
+                position_ids=pad(
+                    (context.position + tree.depths)[None].to(device), (0, num_pad), value=context.position
+                ),
                 past_key_values=context.cache,
                 use_cache=True,
                 return_dict=True,
                 **context.forward_kwargs,
             )
-        return TargetStates(
-            logits=outputs.logits[0, :nodes],
-            features=self._fuse(outputs.hidden_states)[:, :nodes],
-            position_ids=position_ids,
-            hidden_states=outputs.hidden_states if context.wants_states else (),
-            attentions=(outputs.attentions or ()) if "output_attentions" in context.forward_kwargs else (),
-        )
 
     def commit(self, context: Context, tree: DraftTree, path: list[int]) -> None:
         """Keep the path in the cache and move the anchor behind it."""
+        if context.states_before is not None and len(path) < len(tree.tokens):
+            commit_path(context.cache, torch.tensor(path[:0]), len(tree.tokens))
+            context.states_before.put_back(context.cache)
+            tree = trim_tree(tree, len(path))
+            self._read(context, tree)
         commit_path(context.cache, torch.tensor(path), self._num_rows(context, tree))
         context.position += len(path)
         context.num_cached += len(path)

@@ -19,7 +19,7 @@ PACKAGE = "hf_jetflow"
 ROOMS = {
     "words": ("versions", "configuration_jetflow", "stats"),
     "pure": ("tree", "walk", "losses", "fetching", "layouts", "formats", "exports", "model_card", "hardware"),
-    "models": ("modeling_jetflow", "attention", "layer_kinds", "target", "caches", "drafting"),
+    "models": ("modeling_jetflow", "attention", "layer_kinds", "recurrent", "target", "caches", "drafting"),
     "loop": ("emit", "policy", "decoding"),
     "door": ("integration",),
     "workshop": (
