@@ -35,17 +35,18 @@ class RecurrentStates:
 
 def check_states(cache: Cache) -> None:
     """
-    Refuse a target whose recurrent layers, after the prompt, keep their state anywhere but in its cache.
+    Refuse a target that, after the prompt, keeps what it read anywhere but in its cache.
 
     Raises:
         ValueError: Naming the way round.
     """
-    for layer in cache.layers:
-        if isinstance(layer, LinearAttentionLayer) and not any(layer.has_previous_state.values()):
-            raise ValueError(
-                "the target keeps the state of its recurrent layers outside of its cache, where draft heads cannot "
-                "take back a rejected draft; generate without `assistant_model`"
-            )
+    layers = [layer for layer in cache.layers if isinstance(layer, LinearAttentionLayer)]
+    is_elsewhere = layers and not any(any(layer.has_previous_state.values()) for layer in layers)
+    if is_elsewhere or not cache.get_seq_length():
+        raise ValueError(
+            "the target keeps its recurrent state outside of its cache, where draft heads cannot take back a rejected "
+            "draft; generate without `assistant_model`"
+        )
 
 
 def needs_replay(cache: Cache) -> bool:

@@ -11,7 +11,7 @@ import transformers
 from conftest import build_noisy, build_random
 from families import COMMON, FAMILIES, WINDOW
 from reference import assert_same_text
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_jetflow import JetFlowHead
 
@@ -30,6 +30,11 @@ COLUMNS = (
 NUM_TOKENS = 24  # with the prompts below, far more than the windows of the targets
 SHORT, LONG = 5, 14  # tokens of the prompts, fewer and more than the windows
 NODE_BUDGET = 80  # more than the tokens of the vocabulary, so that a random head's trees hold the right one, too
+
+
+def is_known(name: str) -> bool:
+    """Whether the installed transformers has the family."""
+    return (FAMILIES[name].model_type or name) in CONFIG_MAPPING
 
 
 def build(name: str, **overrides: Any) -> PreTrainedModel:

@@ -313,9 +313,9 @@ def test_a_config_for_an_encoder_decoder_target_is_refused():
 def test_a_target_that_cannot_verify_a_draft_is_refused(name, way, random_head, prompt):
     message = {
         "jamba": "mamba layers of `jamba` read several rows at once from an empty state only",
-        "recurrent_gemma": "state of its recurrent layers outside of its cache",
+        "recurrent_gemma": "recurrent state outside of its cache",
         "minimax": "makes one of its own",
-        "deepseek_v32": "'indexed_attention' layers, which draft heads do not know",
+        "deepseek_v32": "attention' layers, which draft heads do not know",
     }
     target = support_matrix.build(name)
     refuse(target, random_head(target), way, f"{message[name]}.*without `assistant_model`", prompt % 67)
