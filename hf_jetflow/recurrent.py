@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers import Cache
-from transformers.cache_utils import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
 
 RECURRENT_LAYERS = (LinearAttentionLayer, LinearAttentionAndFullAttentionLayer)  # the second has keys and values, too
@@ -41,8 +41,9 @@ def check_states(cache: Cache) -> None:
         ValueError: Naming the way round.
     """
     layers = [layer for layer in cache.layers if isinstance(layer, LinearAttentionLayer)]
-    is_elsewhere = layers and not any(any(layer.has_previous_state.values()) for layer in layers)
-    if is_elsewhere or not cache.get_seq_length():
+    is_stateless = layers and not any(any(layer.has_previous_state.values()) for layer in layers)
+    is_unread = any(isinstance(layer, DynamicLayer) and not layer.is_initialized for layer in cache.layers)
+    if is_stateless or is_unread:
         raise ValueError(
             "the target keeps its recurrent state outside of its cache, where draft heads cannot take back a rejected "
             "draft; generate without `assistant_model`"
