@@ -1,4 +1,5 @@
 # make test   lint and tests          make demo   a draft head next to plain decoding, on the CPU
+# make support-matrix   docs/support-matrix.md: decodes with tiny targets of many families and writes what was seen
 # make parity   logits of heads in other projects' layouts, against their own packages, in an environment of its own
 # make targets-test   the tests of adapted and quantized targets, with peft, torchao, bitsandbytes and quanto, in an environment of its own
 # make vllm-check   the exported head in vLLM on the CPU: same text, tokens per pass; in an environment of its own (3.5 GB)
@@ -39,7 +40,7 @@ PIP = $(BIN)/python -m pip install -q --disable-pip-version-check
 INSTALLED = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format docs train-demo-head parity targets-test vllm-check clean
+.PHONY: help venv demo test lint format docs train-demo-head support-matrix parity targets-test vllm-check clean
 
 help:
 	@sed -n '/^# make/,/^$$/s/^# \{0,1\}//p' Makefile
@@ -90,6 +91,9 @@ docs: venv
 train-demo-head: venv
 	@echo "== training the head of SmolLM2-135M-Instruct (hours on a CPU)"
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/train_smollm2.sh $(TRAIN_ARGS)
+
+support-matrix: venv
+	$(BIN)/python tests/support_matrix.py
 
 # These packages want older releases than ours; what they import only for training on GPUs is left out.
 parity:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -68,13 +68,15 @@ def _repeated_mask(mask: torch.Tensor, groups: int, dtype: torch.dtype) -> torch
 
 
 @contextmanager
-def grouped_attention(config: PretrainedConfig) -> Iterator[None]:
+def grouped_attention(model: PreTrainedModel) -> Iterator[None]:
     """
-    Lets the model of `config` attend by `grouped_sdpa` inside, where it uses SDPA.
+    Lets the model attend by `grouped_sdpa` inside, where it uses SDPA and looks its attention function up by name.
 
     Another thread that runs the same model meanwhile gets the same results, by either function.
     """
-    if config._attn_implementation != "sdpa":
+    config = model.config.get_text_config(decoder=True)
+    # Older models, such as falcon, compare the name themselves: any other one means eager attention to them.
+    if config._attn_implementation != "sdpa" or not model._supports_attention_backend:
         yield
         return
     config._attn_implementation = NAME

@@ -9,10 +9,13 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedModel,
     StaticCache,
     StoppingCriteriaList,
 )
 from transformers.generation import logits_process, stopping_criteria
+
+from .layer_kinds import scaling_step, takes_trees
 
 
 # Processors and criteria that look at one sequence at a time and remember nothing.
@@ -57,6 +60,7 @@ MOST_NOISE_BYTES = 2**28
 
 
 def reason_to_step_together(
+    model: PreTrainedModel,
     logits_processor: LogitsProcessorList,
     criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
@@ -64,6 +68,8 @@ def reason_to_step_together(
 ) -> str | None:
     """Why the sequences of a batch cannot advance by different lengths with the output of plain decoding; `None` if
     they can."""
+    if not takes_trees(model) or scaling_step(model) is not None:
+        return f"`{model.config.model_type}` goes by the order of its cache, which drafts for a batch do not keep"
     foreign = [
         type(part).__name__
         for part in (*logits_processor, *criteria)

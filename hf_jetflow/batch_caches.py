@@ -142,7 +142,7 @@ def _roomier(states: torch.Tensor, num_slots: int) -> torch.Tensor:
 def spread_layers(cache: Cache, rows: BatchRows) -> None:
     """Let the sequences of the cache have different lengths, for the time of a generation."""
     for index, layer in enumerate(cache.layers):
-        if layer.is_initialized:
+        if isinstance(layer, DynamicLayer) and layer.is_initialized:
             cache.layers[index] = BatchLayer(rows, layer)
 
 

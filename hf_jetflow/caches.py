@@ -4,11 +4,15 @@
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, StaticCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers import Cache, DynamicCache, StaticCache, cache_utils
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, StaticLayer
+
+from .recurrent import RECURRENT_LAYERS, drop_rows
 
 
 UNSEEN_POSITION = torch.iinfo(torch.int32).max  # of context rows that pad: no block row sees what is behind its anchor
+# Layers that read what others keep, or nothing; early releases have no such class, nor layers of it.
+EMPTY_LAYERS: tuple[type, ...] = tuple(filter(None, [getattr(cache_utils, "DummyLayer", None)]))
 STATIC_ROWS = (1, 4, 8, 16, 32, 64, 128, 256)  # rows of a forward with a static cache: one compiled graph for each
 
 
@@ -185,16 +189,19 @@ def check_target_cache(cache: Cache | None) -> DynamicCache | StaticCache:
     Raises:
         ValueError: Naming the cache and the way round.
     """
-    if cache is None:
-        raise ValueError("this call runs without a cache, but a draft tree needs one; leave `use_cache` at True")
     without = "generate without `assistant_model`"
+    if cache is None:
+        raise ValueError(
+            "this call runs without a cache, or the target makes one of its own, which draft heads cannot roll back; "
+            f"leave `use_cache` at True, or {without}"
+        )
     if not isinstance(cache, (DynamicCache, StaticCache)) or cache.offloading:
         kind = f"`{type(cache).__name__}`" if not getattr(cache, "offloading", False) else "an offloaded cache"
         raise ValueError(
             f"draft trees are not supported with {kind} yet; leave `cache_implementation` unset to use the dynamic "
             f"cache, or {without}"
         )
-    known = (DynamicLayer, DynamicSlidingWindowLayer, GrowingLayer, StaticLayer)
+    known = (DynamicLayer, DynamicSlidingWindowLayer, GrowingLayer, StaticLayer, *EMPTY_LAYERS, *RECURRENT_LAYERS)
     foreign = {type(layer).__name__ for layer in cache.layers if type(layer) not in known}
     if "StaticSlidingWindowLayer" in foreign:
         raise ValueError(
@@ -203,8 +210,8 @@ def check_target_cache(cache: Cache | None) -> DynamicCache | StaticCache:
         )
     if foreign:
         raise ValueError(
-            f"the target's cache has {sorted(foreign)} layers, whose state cannot be rolled back after a draft tree; "
-            f"hybrid and linear-attention targets are not supported yet, {without}"
+            f"the target's cache has {sorted(foreign)} layers, whose state draft heads cannot take back after a "
+            f"rejected draft; {without}"
         )
     return cache
 
@@ -237,10 +244,13 @@ def commit_path(cache: Cache, path: torch.Tensor, num_rows: int) -> None:
         num_rows (`int`): Rows of the verifying forward.
     """
     for layer in cache.layers:
+        if isinstance(layer, EMPTY_LAYERS):
+            continue
+        if isinstance(layer, LinearAttentionLayer):
+            drop_rows(layer, num_rows - len(path))
         if isinstance(layer, StaticLayer):
             _commit_static(layer, path, num_rows)
-        elif isinstance(layer, DynamicSlidingWindowLayer) or len(path) < num_rows:
-            assert isinstance(layer, DynamicLayer)
+        elif isinstance(layer, DynamicLayer) and (layer.is_sliding or len(path) < num_rows):
             _commit_dynamic(layer, path, num_rows)
 
 

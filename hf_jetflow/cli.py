@@ -148,16 +148,14 @@ def bench(
     temperature: Annotated[str, typer.Option(help="Comma-separated temperatures, 0 for greedy.")] = "0",
     context_lengths: Annotated[
         str,
-        typer.Option(help="Comma-separated numbers of tokens that prompts are padded to with the file's own texts."),
+        typer.Option(help="Comma-separated lengths that prompts are padded to with the file's own texts, in tokens."),
     ] = "",
     batch_sizes: Annotated[str, typer.Option(help="Comma-separated numbers of prompts answered at a time.")] = "1",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens generated per prompt.")] = 128,
     num_prompts: Annotated[int, typer.Option(help="Prompts taken from each file.")] = 20,
     repeats: Annotated[int, typer.Option(help="Passes over the prompts.")] = 1,
     dtype: DtypeOption = "auto",
-    cache: Annotated[
-        str, typer.Option(help="The target's cache: dynamic, static, or compiled (static, forwards by torch.compile).")
-    ] = "dynamic",
+    cache: Annotated[str, typer.Option(help="The target's cache: dynamic, static or compiled.")] = "dynamic",
     json: Annotated[
         Path | None, typer.Option(help="File for the result as JSON; a killed bench then continues where it stopped.")
     ] = None,

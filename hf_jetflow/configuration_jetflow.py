@@ -277,7 +277,8 @@ class JetFlowConfig(PreTrainedConfig):
         if unknown:
             raise ValueError(f"{unknown} are not fields of `JetFlowConfig`; see its docstring for the names")
         text = target_config.get_text_config(decoder=True)
-        heads = getattr(text, "num_attention_heads", None)
+        layer = text.per_layer_config[0]  # the layers of some targets have heads of different sizes
+        heads = getattr(layer, "num_attention_heads", None)
         if not heads:
             raise ValueError(
                 f"`{target_config.model_type}` has no attention heads; draft heads need a target with attention"
@@ -285,10 +286,10 @@ class JetFlowConfig(PreTrainedConfig):
         fields: dict[str, Any] = {
             "vocab_size": text.vocab_size,
             "hidden_size": text.hidden_size,
-            "intermediate_size": _dense_width(text),
+            "intermediate_size": _dense_width(layer),
             "num_attention_heads": heads,
-            "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
-            "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+            "num_key_value_heads": getattr(layer, "num_key_value_heads", None) or heads,
+            "head_dim": getattr(layer, "head_dim", None) or text.hidden_size // heads,
             "max_position_embeddings": getattr(text, "max_position_embeddings", 32768),
             "rms_norm_eps": float(getattr(text, "rms_norm_eps", 1e-6)),
             "rope_parameters": _head_rope(text),
@@ -299,12 +300,12 @@ class JetFlowConfig(PreTrainedConfig):
         return cls(**{**fields, **overrides})
 
 
-def _dense_width(text: PreTrainedConfig) -> int:
-    """The target's dense MLP width, or the SwiGLU default where its `intermediate_size` is per expert or missing."""
-    width = getattr(text, "intermediate_size", None)
+def _dense_width(layer: PreTrainedConfig) -> int:
+    """A target layer's dense MLP width, or SwiGLU's default where its `intermediate_size` is per expert or missing."""
+    width = getattr(layer, "intermediate_size", None)
     if isinstance(width, list):
         width = max(width)
-    return width or 8 * text.hidden_size // 3
+    return width or 8 * layer.hidden_size // 3
 
 
 def _head_rope(text: PreTrainedConfig) -> dict[str, Any]:

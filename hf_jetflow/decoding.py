@@ -21,8 +21,9 @@ from .batch import BatchNoise, row_processors
 from .caches import cache_windows
 from .drafting import JetFlowCandidateGenerator
 from .emit import Emitter
+from .layer_kinds import takes_trees
 from .modeling_jetflow import JetFlowHead
-from .policy import AutoPolicy, FixedPolicy, RoundCosts, read_limits
+from .policy import AutoPolicy, FixedPolicy, RoundCosts, chain_limits, read_limits
 from .reuse import recall, remember
 from .stats import GenerationStats
 from .target import Context, Target
@@ -142,6 +143,8 @@ def choose_policy(head: JetFlowHead, model: PreTrainedModel, num_places: int) ->
     """The policy that the head's generation config asks for, for about `num_places` sequences at once; what rounds
     cost is remembered."""
     limits = read_limits(head.generation_config, head.config.block_size)
+    if not takes_trees(model):
+        limits = chain_limits(limits)
     if getattr(head.generation_config, "node_budget", None) != "auto":
         return FixedPolicy(limits)
     of_pair = ROUND_COSTS.setdefault(head, WeakKeyDictionary()).setdefault(model, {})

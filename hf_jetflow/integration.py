@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModel, GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.pipelines import base as pipelines
@@ -70,7 +69,10 @@ def _validating(original: Callable) -> Callable:
         if isinstance(kwargs.get("assistant_model"), JetFlowHead):
             check_pairing(self, kwargs["assistant_model"])
             check_mode(generation_config)
-            generation_mode = GenerationMode.SAMPLE  # several sequences are no reason to refuse, as they are there
+            # As the plain call whose text it gives: stateful targets and several sequences are refused in assisted
+            # generation only.
+            kwargs = {name: value for name, value in kwargs.items() if name != "assistant_model"}
+            generation_mode = generation_config.get_generation_mode()
         return original(self, generation_mode, generation_config, kwargs)
 
     return _validate_generation_mode
@@ -122,7 +124,7 @@ def _checked_decode(
     check_processes(model, head)
     if len(input_ids) > 1:
         parts = (kwargs["logits_processor"], kwargs["stopping_criteria"], generation_config)
-        reason = reason_to_step_together(*parts, kwargs.get("past_key_values"))
+        reason = reason_to_step_together(model, *parts, kwargs.get("past_key_values"))
         if reason is not None:
             logger.warning_once(f"this batch is decoded plainly, without the draft head: {reason}.")
             head.last_stats = GenerationStats(policy={"plain": reason})
@@ -146,10 +148,15 @@ def check_pairing(model: PreTrainedModel, head: JetFlowHead) -> None:
     made_for = (
         f"; this head was made for {config.target_name or config.target_model_type or 'another target'}, load that one"
     )
-    borrows = not (config.own_embedding and config.own_lm_head)
+    borrows, embedding_width = not (config.own_embedding and config.own_lm_head), _embedding_width(model)
+    if borrows and embedding_width != text.hidden_size == config.hidden_size:
+        raise ValueError(
+            f"the target's embeddings are {embedding_width} wide and its hidden states {text.hidden_size}, so this "
+            "head cannot borrow them; load a head with embeddings of its own, or generate without `assistant_model`"
+        )
     for name, of_head, of_target in (
         ("hidden size", config.target_hidden_size, text.hidden_size),
-        ("embedding width", config.hidden_size if borrows else None, model.get_input_embeddings().weight.shape[-1]),
+        ("embedding width", config.hidden_size if borrows else None, embedding_width),
         ("vocabulary size", config.vocab_size, text.vocab_size),
         ("number of layers", config.num_target_layers, text.num_hidden_layers),
     ):
@@ -163,6 +170,10 @@ def check_pairing(model: PreTrainedModel, head: JetFlowHead) -> None:
             f"the head listens to `hidden_states` {config.hidden_state_indices}, but this target ends at "
             f"{text.num_hidden_layers}{made_for}"
         )
+
+
+def _embedding_width(model: PreTrainedModel) -> int:
+    return model.get_input_embeddings().weight.shape[-1]
 
 
 def check_mode(generation_config: GenerationConfig) -> None:

@@ -58,6 +58,11 @@ def read_limits(generation_config: GenerationConfig, block_size: int) -> RoundPl
     return RoundPlan(node_budget, max_depth, min(width or MAX_WIDTH, max(node_budget - 1, 1)))
 
 
+def chain_limits(limits: RoundPlan) -> RoundPlan:
+    """The same limits for a target that takes chains only."""
+    return RoundPlan(min(limits.node_budget, limits.max_depth + 1), limits.max_depth, width=1)
+
+
 def plan_round(limits: RoundPlan, num_remaining: int | None, most_nodes: int | None = None) -> RoundPlan:
     """The next round, with `num_remaining` tokens left to emit, the bonus token included, in a cache that takes
     `most_nodes` (`None`: no limit)."""

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 from transformers import CompileConfig, DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
+from transformers.utils import ModelOutput
 
 from .attention import grouped_attention
 from .batch_caches import BatchRows, commit_paths, retire_row, settle_batch, spread_layers
 from .caches import (
     UNSEEN_POSITION,
+    cache_windows,
     check_target_cache,
     commit_path,
     grow_layers,
@@ -23,7 +25,9 @@ from .caches import (
     static_rows,
 )
 from .configuration_jetflow import JetFlowConfig
-from .tree import DraftTree, chain_of
+from .layer_kinds import Window, layer_windows, scaling_step, takes_trees
+from .recurrent import RecurrentStates, check_states, needs_replay, record_rows
+from .tree import DraftTree, chain_of, trim_tree
 
 
 REST_ROWS = 16  # tokens that sequences read at a time when a batch's cache is left to the caller
@@ -52,6 +56,8 @@ class Context:
     forward_kwargs: dict[str, Any] = field(default_factory=dict)
     is_compiled: bool = False  # `generate` would compile the target's forward
     compile_config: CompileConfig | None = None
+    states_before: RecurrentStates | None = None  # of the newest verify, where the target has recurrent layers
+    scaling_step: int | None = None  # see `layer_kinds.scaling_step`
 
     @property
     def positions(self) -> torch.Tensor:
@@ -69,9 +75,13 @@ class Context:
 
     @property
     def most_nodes(self) -> int | None:
-        """Nodes that the cache can take in a round; `None` if any number."""
-        slots = self.num_static_slots
-        return None if slots is None else most_static_nodes(slots - int(self.rows.lengths))
+        """Nodes that a round can verify; `None` if any number."""
+        limits = []
+        if self.num_static_slots is not None:
+            limits.append(most_static_nodes(self.num_static_slots - int(self.rows.lengths)))
+        if self.scaling_step is not None:  # within one step places are as good as depths
+            limits.append(self.scaling_step - (int(self.rows.lengths) + 1) % self.scaling_step)
+        return min(limits, default=None)
 
 
 class Target:
@@ -93,6 +103,7 @@ class Target:
         wanted = {index + shift for index in self._tapped for shift in (-1, 0)}
         self._wanted_states: bool | list[int] = -1 in wanted or sorted(wanted)
         self._windows = layer_windows(model)
+        self._takes_trees = takes_trees(model)
 
     def prefill(
         self, input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
@@ -106,6 +117,11 @@ class Target:
         if self.device.type == "meta":  # accelerate brings the weights in for each module's forward
             self.device = input_ids.device
         cache = check_target_cache(model_kwargs.get("past_key_values"))
+        if isinstance(cache, StaticCache) and not self._takes_trees:
+            raise ValueError(
+                "this target verifies chains only, which are not supported with a static cache; leave "
+                "`cache_implementation` unset, or generate without `assistant_model`"
+            )
         wants_states = bool(generation_config.output_hidden_states)
         forward_kwargs: dict[str, Any] = {"output_hidden_states": wants_states or self._wanted_states}
         if generation_config.output_attentions:
@@ -117,7 +133,9 @@ class Target:
             forward_kwargs["output_attentions"] = True
         with self._collected_features() as parts:
             outputs = self.model._prefill(input_ids, generation_config, {**model_kwargs, **forward_kwargs})
-        cache = check_target_cache(outputs.past_key_values)  # adapters with virtual tokens bring a cache of their own
+        # Adapters with virtual tokens bring a cache of their own, and few targets return none.
+        cache = check_target_cache(getattr(outputs, "past_key_values", cache))
+        check_states(cache)
         features = torch.cat([part for part, _ in parts], dim=1)
         batch, num_rows = features.shape[:2]
         num_cached = int(cache.get_seq_length())
@@ -134,6 +152,7 @@ class Target:
             features, position_ids = _without_padding(features, position_ids, is_pad)
         rows = BatchRows(batch, num_cached)
         context = Context(cache, rows, last_positions + 1 - num_cached, is_padding, wants_states, forward_kwargs)
+        context.scaling_step = scaling_step(self.model)
         if isinstance(cache, StaticCache):
             context.is_compiled = self.model._valid_auto_compile_criteria(model_kwargs, generation_config)
             context.compile_config = generation_config.compile_config
@@ -173,14 +192,26 @@ class Target:
 
     def verify(self, context: Context, tree: DraftTree) -> TargetStates:
         """One target forward over all nodes; their keys and values lie in the cache until `commit`."""
-        device, nodes = self.device, tree.num_nodes
-        num_pad = self._num_rows(context, tree) - nodes
-        position_ids = context.positions[:, None].to(device) + tree.depths.to(device)
-        if isinstance(context.cache, DynamicCache):
-            context.cache.activate_past_recording()  # sliding layers keep all rows until the commit
-        with grouped_attention(self.model.config.get_text_config(decoder=True)):
-            outputs = context.forward_of(self.model)(
-                input_ids=pad(tree.tokens.to(device), (0, num_pad)),
+        if needs_replay(context.cache):
+            context.states_before = RecurrentStates.copy(context.cache)
+        outputs = self._read(context, tree)
+        nodes = tree.num_nodes
+        return TargetStates(
+            logits=outputs.logits[:, :nodes],
+            features=self._fuse(outputs.hidden_states)[:, :nodes],
+            position_ids=context.positions[:, None].to(self.device) + tree.depths.to(self.device),
+            hidden_states=outputs.hidden_states if context.wants_states else (),
+            attentions=(outputs.attentions or ()) if "output_attentions" in context.forward_kwargs else (),
+        )
+
+    def _read(self, context: Context, tree: DraftTree) -> ModelOutput:
+        """The model's forward over all nodes, and padding with a static cache."""
+        num_pad = self._num_rows(context, tree) - tree.num_nodes
+        position_ids = context.positions[:, None].to(self.device) + tree.depths.to(self.device)
+        record_rows(context.cache)
+        with grouped_attention(self.model):
+            return context.forward_of(self.model)(
+                input_ids=pad(tree.tokens.to(self.device), (0, num_pad)),
                 attention_mask=self._tree_masks(context, tree),
                 position_ids=torch.cat([position_ids, position_ids[:, :1].expand(-1, num_pad)], dim=1),
                 past_key_values=context.cache,
@@ -188,21 +219,25 @@ class Target:
                 return_dict=True,
                 **context.forward_kwargs,
             )
-        return TargetStates(
-            logits=outputs.logits[:, :nodes],
-            features=self._fuse(outputs.hidden_states)[:, :nodes],
-            position_ids=position_ids,
-            hidden_states=outputs.hidden_states if context.wants_states else (),
-            attentions=(outputs.attentions or ()) if "output_attentions" in context.forward_kwargs else (),
-        )
 
     def commit(self, context: Context, tree: DraftTree, paths: list[list[int]]) -> None:
         """Keep each sequence's path in the cache and move its anchor behind it."""
         if len(context.rows.order) > 1:
             commit_paths(context.cache, context.rows, paths)
         else:
-            commit_path(context.cache, torch.tensor(paths[0]), self._num_rows(context, tree))
+            self._commit_one(context, tree, paths[0])
         context.rows.advance(paths)
+
+    def _commit_one(self, context: Context, tree: DraftTree, path: list[int]) -> None:
+        """The same for a batch of one, which may have recurrent states or a static cache; no path drops all nodes."""
+        if context.states_before is not None and len(path) < tree.num_nodes:
+            commit_path(context.cache, torch.tensor(path[:0]), tree.num_nodes)
+            context.states_before.put_back(context.cache)
+            if not path:
+                return
+            tree = trim_tree(tree, len(path))
+            self._read(context, tree)
+        commit_path(context.cache, torch.tensor(path), self._num_rows(context, tree))
 
     def retire(self, context: Context, place: int) -> None:
         """Go on without the sequence at `place`; the last one takes its place."""
@@ -240,7 +275,7 @@ class Target:
                 if len(context.rows.order) > 1:
                     context.rows.recall()  # what lies behind the lengths is not taken along
                 else:
-                    commit_path(context.cache, torch.empty(0, dtype=torch.long), self._num_rows(context, tree))
+                    self._commit_one(context, tree, [])
                 self.settle(context, int(context.rows.lengths.min()))
 
     def _num_rows(self, context: Context, tree: DraftTree) -> int:
@@ -250,8 +285,11 @@ class Target:
     def _tree_masks(self, context: Context, tree: DraftTree) -> Any:
         """The 4-D mask for the model's forward: one tensor, or one per kind of layer where the model has several.
 
-        A root alone needs none, as in plain decoding, unless there is padding.
+        A root alone needs none, as in plain decoding, unless there is padding. Nor does a chain for a target that
+        takes no trees: there padding is all that it needs to know.
         """
+        if not self._takes_trees:
+            return self._padding_mask(context, tree.num_nodes)
         is_even = context.padding is None and len(set(context.rows.lengths.tolist())) == 1
         if tree.num_nodes == 1 and is_even and context.num_static_slots is None:
             return None
@@ -260,7 +298,14 @@ class Target:
         masks = {kind: self._tree_mask(context, tree, window) for kind, window in self._windows.items()}
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
-    def _tree_mask(self, context: Context, tree: DraftTree, window: int | None) -> torch.Tensor:
+    def _padding_mask(self, context: Context, num_rows: int) -> torch.Tensor | None:
+        """(1, keys): 0 where the prompt was padded, as in plain decoding; `None` without padding."""
+        if context.padding is None:
+            return None
+        num_new = int(context.rows.lengths) + num_rows - context.padding.shape[1]
+        return pad((~context.padding).long(), (0, num_new), value=1).to(self.device)
+
+    def _tree_mask(self, context: Context, tree: DraftTree, window: Window | None) -> torch.Tensor:
         """(places, 1, rows, keys): a node sees the prefix within the window in positions, its ancestors and itself.
 
         Slots behind a sequence's nodes are seen by none. With a static cache, rows that pad see what the root sees.
@@ -282,8 +327,8 @@ class Target:
             # A cached row's distance is counted in positions: the last one lies directly before the anchor.
             slot_positions = positions - cached + slots
             node_positions = positions + tree.depths.to(device)
-            sees_prefix = sees_prefix & (node_positions[:, :, None] - slot_positions[:, None] < window)
-            sees_node = sees_node & (node_positions[:, :, None] - node_positions[:, None] < window)
+            sees_prefix = sees_prefix & window.sees(node_positions[:, :, None], slot_positions[:, None])
+            sees_node = sees_node & window.sees(node_positions[:, :, None], node_positions[:, None])
         node_slots = cached + torch.arange(nodes, device=device)
         mask = pad(sees_prefix, (0, nodes)).scatter_(2, node_slots[:, None].expand_as(sees_node), sees_node)
         if (num_slots := context.num_static_slots) is not None:
@@ -295,11 +340,11 @@ class Target:
             return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
         return mask
 
-    def _cached_rows(self, context: Context, window: int | None) -> torch.Tensor:
+    def _cached_rows(self, context: Context, window: Window | None) -> torch.Tensor:
         """Rows (places,) that a layer with this window returns from the cache in front of the nodes."""
         lengths = context.rows.lengths
-        forgets = any(getattr(layer, "sliding_window", None) == window for layer in context.cache.layers)
-        return lengths.clamp_max(window - 1) if window is not None and forgets else lengths
+        forgets = window is not None and window.size in cache_windows(context.cache)
+        return lengths.clamp_max(window.size - 1) if forgets else lengths  # type: ignore[union-attr]
 
     @torch.no_grad()
     def states(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -308,9 +353,18 @@ class Target:
         return self._fuse(outputs.hidden_states), outputs.last_hidden_state
 
     def _fuse(self, hidden_states: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        num_layers = self.model.config.get_text_config(decoder=True).num_hidden_layers
-        shift = len(hidden_states) - 1 - num_layers  # -1 where index 0 is the first layer's
-        return torch.cat([hidden_states[index + shift] for index in self._tapped], dim=-1)
+        text = self.model.config.get_text_config(decoder=True)
+        shift = len(hidden_states) - 1 - text.num_hidden_layers  # -1 where index 0 is the first layer's
+        if shift not in (-1, 0):
+            raise ValueError(
+                f"the target returns {len(hidden_states)} hidden states, but its configuration has "
+                f"{text.num_hidden_layers} layers, so a draft head cannot tell which it listens to; generate without "
+                "`assistant_model`"
+            )
+        states = [hidden_states[index + shift] for index in self._tapped]
+        if states[0].ndim == 4:  # gemma3n runs several streams beside each other; this one becomes the output
+            states = [state[text.altup_active_idx] for state in states]
+        return torch.cat(states, dim=-1)
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The target's embeddings of tokens, (..., hidden), scaled as the head was trained with."""
@@ -367,22 +421,3 @@ def _without_padding(
         features = features.masked_fill(is_pad[..., None], 0)
         position_ids = position_ids.masked_fill(is_pad, UNSEEN_POSITION)
     return features, position_ids
-
-
-def layer_windows(model: PreTrainedModel) -> dict[str, int | None]:
-    """
-    Attention kinds of the target's layers and their windows in positions.
-
-    Raises:
-        ValueError: If a layer kind cannot take a tree mask.
-    """
-    text = model.config.get_text_config(decoder=True)
-    window = getattr(text, "sliding_window", None)
-    kinds = set(getattr(text, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
-    known = {"full_attention": None, "sliding_attention": window}
-    if not kinds <= known.keys():
-        raise ValueError(
-            f"the target has {sorted(kinds - known.keys())} layers, which cannot take a tree mask yet; "
-            "generate without `assistant_model`"
-        )
-    return {kind: known[kind] for kind in sorted(kinds)}

@@ -105,6 +105,21 @@ def answer_rows(target: PreTrainedModel, continuation: torch.Tensor) -> torch.Te
     return rows
 
 
+def build_random(target: PreTrainedModel, **config: Any) -> JetFlowHead:
+    settings = dict(num_hidden_layers=2, block_size=BLOCK_SIZE, mask_token_id=0)
+    torch.manual_seed(2)
+    return JetFlowHead(JetFlowConfig.for_target(target.config, **{**settings, **config})).eval()
+
+
+def build_noisy(target: PreTrainedModel, continuation: torch.Tensor, **config: Any) -> OracleHead:
+    right = answer_rows(target, continuation)
+    generator = torch.Generator().manual_seed(3)
+    decoys = right[torch.randperm(len(right), generator=generator)]
+    weights = torch.tensor([0.0, 0.97, 1.03])[torch.randint(3, (len(right), 1), generator=generator)]
+    lost = torch.rand(len(right), 1, generator=generator) < 0.1
+    return build_oracle(target, torch.where(lost, -right, right + weights * decoys), **config)
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
@@ -125,13 +140,7 @@ def tiny_target():
 @pytest.fixture(scope="session")
 def random_head():
     """`random_head(target, **config)`: an untrained head, right by chance only."""
-
-    def build(target: PreTrainedModel, **config: Any) -> JetFlowHead:
-        settings = dict(num_hidden_layers=2, block_size=BLOCK_SIZE, mask_token_id=0)
-        torch.manual_seed(2)
-        return JetFlowHead(JetFlowConfig.for_target(target.config, **{**settings, **config})).eval()
-
-    return build
+    return build_random
 
 
 @pytest.fixture(scope="session")
@@ -153,16 +162,7 @@ def noisy_head():
 
     Its accepted paths leave the best branch of the tree and end at every depth.
     """
-
-    def build(target: PreTrainedModel, continuation: torch.Tensor, **config: Any) -> OracleHead:
-        right = answer_rows(target, continuation)
-        generator = torch.Generator().manual_seed(3)
-        decoys = right[torch.randperm(len(right), generator=generator)]
-        weights = torch.tensor([0.0, 0.97, 1.03])[torch.randint(3, (len(right), 1), generator=generator)]
-        lost = torch.rand(len(right), 1, generator=generator) < 0.1
-        return build_oracle(target, torch.where(lost, -right, right + weights * decoys), **config)
-
-    return build
+    return build_noisy
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, FalconConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_jetflow import attention
@@ -64,20 +65,21 @@ def test_a_mask_is_repeated_once_for_all_layers():
     torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-6)
 
 
-def stop_inside(config) -> None:
-    with grouped_attention(config):
+def stop_inside(target) -> None:
+    config = target.config
+    with grouped_attention(target):
         assert config._attn_implementation == NAME
-        with grouped_attention(config):  # another thread's verify
+        with grouped_attention(target):  # another thread's verify
             assert config._attn_implementation == NAME
         assert config._attn_implementation == NAME
         raise RuntimeError("stop")
 
 
 def test_the_target_attends_so_inside_only_and_also_after_an_error(tiny_target):
-    config = tiny_target("llama").config
+    target = tiny_target("llama")
     with pytest.raises(RuntimeError, match="stop"):
-        stop_inside(config)
-    assert config._attn_implementation == "sdpa"
+        stop_inside(target)
+    assert target.config._attn_implementation == "sdpa"
 
 
 @torch.no_grad()
@@ -89,13 +91,20 @@ def test_a_forward_inside_is_that_outside_with_and_without_a_mask(tiny_target):
     tree_mask = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
     for mask in (None, padding, tree_mask):
         outside = model(ids, attention_mask=mask).logits
-        with grouped_attention(model.config):
+        with grouped_attention(model):
             inside = model(ids, attention_mask=mask).logits
         torch.testing.assert_close(inside, outside, atol=1e-5, rtol=1e-5)
 
 
 def test_other_attention_is_left_alone(tiny_target, monkeypatch):
-    config = tiny_target("llama").config
-    monkeypatch.setattr(config, "_attn_implementation", "eager")
-    with grouped_attention(config):
-        assert config._attn_implementation == "eager"
+    target = tiny_target("llama")
+    monkeypatch.setattr(target.config, "_attn_implementation", "eager")
+    with grouped_attention(target):
+        assert target.config._attn_implementation == "eager"
+
+
+def test_models_that_compare_the_name_themselves_are_left_alone():
+    target = AutoModelForCausalLM.from_config(FalconConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=4))
+    assert target.config._attn_implementation == "sdpa"
+    with grouped_attention(target):
+        assert target.config._attn_implementation == "sdpa"

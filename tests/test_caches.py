@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import NUM_TAPS, as_batch, random_parents
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
-from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionAndSlidingWindowAttentionLayer
 
 from hf_jetflow import JetFlowConfig
 from hf_jetflow.batch_caches import BatchRows
@@ -223,10 +223,10 @@ def test_an_offloaded_cache_is_refused(tiny_target):
         check_target_cache(cache)
 
 
-def test_a_cache_with_recurrent_layers_is_refused_by_name():
+def test_a_cache_with_layers_that_cannot_roll_back_is_refused_by_name():
     cache = DynamicCache()
-    cache.layers.append(LinearAttentionLayer())
-    with pytest.raises(ValueError, match=r"LinearAttentionLayer.*cannot be rolled back.*generate without"):
+    cache.layers.append(LinearAttentionAndSlidingWindowAttentionLayer(sliding_window=4))
+    with pytest.raises(ValueError, match=r"LinearAttentionAndSliding.*cannot take back.*generate without"):
         check_target_cache(cache)
 
 

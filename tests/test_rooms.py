@@ -19,7 +19,17 @@ PACKAGE = "hf_jetflow"
 ROOMS = {
     "words": ("versions", "configuration_jetflow", "stats"),
     "pure": ("tree", "walk", "losses", "fetching", "layouts", "formats", "exports", "model_card", "hardware"),
-    "models": ("modeling_jetflow", "attention", "target", "caches", "batch_caches", "reuse", "drafting"),
+    "models": (
+        "modeling_jetflow",
+        "attention",
+        "layer_kinds",
+        "recurrent",
+        "target",
+        "caches",
+        "batch_caches",
+        "reuse",
+        "drafting",
+    ),
     "loop": ("emit", "batch", "policy", "decoding"),
     "door": ("integration",),
     "workshop": (

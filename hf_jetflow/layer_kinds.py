@@ -1,0 +1,97 @@
+"""What the layers of a target see, by kind, and whether they take draft trees or chains only.
+
+A tree needs a mask and a position of its own for every node. A target that takes neither (alibi biases and local masks
+by place in the cache) or that carries a state from row to row (recurrent layers) verifies one path at a time.
+"""
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+
+RECURRENT_KINDS = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
+SCANS_FROM_NOTHING = {"jamba", "zamba"}  # transformers' scan of mamba-1 layers takes no state to begin with
+KINDS_WITHOUT_ROWS = {"moe", "mlp"}  # layers that keep nothing of what they read
+
+
+@dataclass(frozen=True)
+class Window:
+    """The positions that a row of a sliding or chunked layer sees."""
+
+    size: int
+    is_chunked: bool = False  # it sees its own chunk of the sequence, not the `size` positions up to its own
+
+    def sees(self, rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Whether rows see earlier keys, both given by position; the shapes are broadcast."""
+        if self.is_chunked:
+            return rows // self.size == keys // self.size
+        return rows - keys < self.size
+
+
+def layer_windows(model: PreTrainedModel) -> dict[str, Window | None]:
+    """
+    Attention kinds of the target's layers and their windows, `None` for full attention.
+
+    Raises:
+        ValueError: If a kind of layer is not known, or cannot verify a draft.
+    """
+    text = model.config.get_text_config(decoder=True)
+    if text.model_type in SCANS_FROM_NOTHING:
+        raise ValueError(
+            f"the mamba layers of `{text.model_type}` read several rows at once from an empty state only, so they "
+            "cannot verify a draft; generate without `assistant_model`"
+        )
+    layers = _kinds(text)
+    if {kind for kind, _ in layers} <= {"linear_attention", "conv"} | KINDS_WITHOUT_ROWS:
+        raise ValueError(
+            f"`{text.model_type}` has recurrent layers only; draft heads need a target with attention, generate "
+            "without `assistant_model`"
+        )
+    windows: dict[str, Window | None] = {}
+    for kind, layer in layers:
+        if kind == "full_attention":
+            windows[kind] = None
+        elif kind in ("sliding_attention", "hybrid_sliding"):
+            windows[kind] = Window(layer.sliding_window)
+        elif kind == "chunked_attention":
+            windows[kind] = Window(layer.attention_chunk_size, is_chunked=True)
+        elif kind not in RECURRENT_KINDS | KINDS_WITHOUT_ROWS:
+            raise ValueError(
+                f"the target has {kind!r} layers, which draft heads do not know; generate without `assistant_model`"
+            )
+    return dict(sorted(windows.items()))
+
+
+def takes_trees(model: PreTrainedModel) -> bool:
+    """Whether the target can verify several branches in one forward; otherwise chains only."""
+    text = model.config.get_text_config(decoder=True)
+    kinds = {kind for kind, _ in _kinds(text)}
+    # Probed because few configurations have them: `alibi` of falcon and, in `attn_config`, of mpt; gpt_neo's layers.
+    has_alibi = any(getattr(config, "alibi", False) for config in (text, getattr(text, "attn_config", None)))
+    has_local_layers = "local" in getattr(text, "attention_layers", ())
+    takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
+    return takes_positions and not (kinds & RECURRENT_KINDS or has_alibi or has_local_layers)
+
+
+def scaling_step(model: PreTrainedModel) -> int | None:
+    """Places in the cache whose queries are scaled alike, where a target scales them by place (llama4)."""
+    text = model.config.get_text_config(decoder=True)
+    return text.floor_scale if getattr(text, "attn_temperature_tuning", False) else None
+
+
+def _kinds(text: PretrainedConfig) -> list[tuple[str, PretrainedConfig]]:
+    """Kind and configuration of each layer of a text model."""
+    layers = list(text.per_layer_config)
+    kinds = getattr(text, "layer_types", None)
+    if kinds is None:  # probed, as in transformers' caches: not every configuration has the fields
+        kinds = [
+            "sliding_attention"
+            if getattr(layer, "sliding_window", None)
+            else "chunked_attention"
+            if getattr(layer, "attention_chunk_size", None)
+            else "full_attention"
+            for layer in layers
+        ]
+    return list(zip(kinds, layers, strict=False))

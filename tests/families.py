@@ -1,0 +1,269 @@
+"""The families of the support matrix: of each the smallest configuration that keeps what is special about it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+WINDOW = 9
+
+COMMON: dict[str, Any] = dict(
+    vocab_size=67,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+EXPERTS: dict[str, Any] = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+LOCAL_EXPERTS: dict[str, Any] = dict(num_local_experts=4, num_experts_per_tok=2)
+LATENT: dict[str, Any] = dict(  # multi-head latent attention
+    num_key_value_heads=4,
+    q_lora_rank=16,
+    kv_lora_rank=16,
+    qk_rope_head_dim=8,
+    qk_nope_head_dim=8,
+    v_head_dim=8,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=16,
+    first_k_dense_replace=1,
+    n_group=1,
+    topk_group=1,
+)
+DELTA: dict[str, Any] = dict(
+    linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4
+)
+MAMBA: dict[str, Any] = dict(mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_chunk_size=8)
+HYBRID = ["linear_attention", "full_attention"] * 2
+MIXED = ["sliding_attention", "full_attention"] * 2
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the support matrix."""
+
+    attention: str  # what is special about the attention, in words
+    settings: dict[str, Any] = field(default_factory=dict)
+    model_type: str | None = None  # where a family has several rows
+    window: int | None = None  # positions that a sliding or chunked layer sees
+    seed: int = 1  # of weights whose greedy texts do not repeat themselves
+
+
+def _sliding(attention: str = "sliding window", seed: int = 1, **settings: Any) -> Family:
+    return Family(attention, {"sliding_window": WINDOW, **settings}, window=WINDOW, seed=seed)
+
+
+def _mixed(attention: str = "sliding and full", seed: int = 1, **settings: Any) -> Family:
+    return _sliding(attention, seed, layer_types=MIXED, **settings)
+
+
+FAMILIES: dict[str, Family] = {
+    "apertus": Family("full", seed=11),
+    "arcee": Family("full", seed=4),
+    "bailing_hybrid": Family(
+        "recurrent and latent, experts",
+        dict(
+            {name: size for name, size in LATENT.items() if name != "n_routed_experts"},
+            head_dim=8,
+            layer_types=HYBRID,
+            num_local_experts=4,
+        ),
+    ),
+    "bamba": Family("recurrent and full", dict(attn_layer_indices=[1, 3], **MAMBA)),
+    "biogpt": Family("full, learned positions", seed=11),
+    "bitnet": Family("full"),
+    "bloom": Family("alibi", seed=12),
+    "codegen": Family("full", dict(rotary_dim=4, n_ctx=128), seed=11),
+    "cohere": Family("full, logit scale", dict(logit_scale=0.5), seed=2),
+    "cohere2": _mixed("sliding and full, logit scale", logit_scale=0.5),
+    "cwm": _mixed(seed=5),
+    "deepseek_v2": Family("latent, experts", LATENT),
+    "deepseek_v3": Family("latent, experts", LATENT, seed=2),
+    "deepseek_v32": Family("latent, sparse by index", dict(LATENT, index_topk=4, index_head_dim=8, index_n_heads=2)),
+    "diffllama": Family("full, differential"),
+    "dots1": _mixed("sliding and full, experts", n_shared_experts=1, **{**LATENT, "num_key_value_heads": 2}),
+    "ernie4_5": Family("full", seed=5),
+    "exaone4": _mixed(seed=3),
+    "falcon": Family("multi-query", dict(multi_query=True), seed=4),
+    "falcon-alibi": Family("multi-query, alibi", dict(multi_query=True, alibi=True), model_type="falcon", seed=14),
+    "falcon_h1": Family("recurrent and full in each layer", dict(MAMBA, mamba_d_ssm=32, mamba_d_head=8), seed=4),
+    "flex_olmo": Family("full, experts", EXPERTS),
+    "gemma": Family("full, embedding scale", dict(head_dim=8)),
+    "gemma2": _sliding("sliding and full, soft caps, eager", head_dim=8, attn_logit_softcapping=2.0, seed=7),
+    "gemma3_text": _mixed("sliding and full, embedding scale", head_dim=8, seed=6),
+    "gemma3n_text": _mixed(
+        "sliding and full, keys and values shared by layers",
+        head_dim=8,
+        num_kv_shared_layers=2,
+        vocab_size_per_layer_input=67,
+        hidden_size_per_layer_input=8,
+        laurel_rank=8,
+        altup_num_inputs=2,
+        activation_sparsity_pattern=[0.0] * 4,
+    ),
+    "gemma4_text": _mixed(
+        "sliding and full, keys and values shared by layers",
+        head_dim=8,
+        global_head_dim=16,
+        num_global_key_value_heads=1,
+        num_kv_shared_layers=2,
+        vocab_size_per_layer_input=67,
+        hidden_size_per_layer_input=8,
+    ),
+    "glm": Family("full, partial rotary", dict(head_dim=8)),
+    "glm4": Family("full, partial rotary", dict(head_dim=8), seed=4),
+    "glm4_moe": Family("full, experts", {**LATENT, "head_dim": 8, "num_key_value_heads": 2}, seed=3),
+    "gpt2": Family("full, learned positions", seed=2),
+    "gpt_bigcode": Family("multi-query, learned positions", dict(multi_query=True), seed=2),
+    "gpt_neo": Family(
+        "local and full, learned positions",
+        dict(attention_types=[[["global", "local"], 2]], window_size=WINDOW),
+        seed=2,
+    ),
+    "gpt_neox": Family("full, partial rotary", seed=5),
+    "gpt_oss": _mixed("sliding and full, sinks, experts, eager", head_dim=8, **LOCAL_EXPERTS),
+    "gptj": Family("full, partial rotary", dict(rotary_dim=4), seed=8),
+    "granite": Family(
+        "full, multipliers", dict(embedding_multiplier=3.0, logits_scaling=2.0, residual_multiplier=0.5)
+    ),
+    "granitemoe": Family("full, experts", dict(embedding_multiplier=3.0, logits_scaling=2.0, **LOCAL_EXPERTS)),
+    "granitemoehybrid": Family(
+        "recurrent and full, experts", dict(layer_types=HYBRID, shared_intermediate_size=16, **LOCAL_EXPERTS, **MAMBA)
+    ),
+    "helium": Family("full", dict(head_dim=8), seed=3),
+    "hunyuan_v1_dense": Family("full", dict(head_dim=8), seed=5),
+    "hunyuan_v1_moe": Family("full, experts", dict(head_dim=8, num_experts=4, moe_topk=2), seed=2),
+    "jamba": Family(
+        "recurrent and full, experts",
+        dict(attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8, mamba_dt_rank=4, num_experts=2),
+    ),
+    "jetmoe": Family(
+        "full, experts of attention heads", dict(kv_channels=8, num_key_value_heads=4, **LOCAL_EXPERTS), seed=7
+    ),
+    "kimi_linear": Family(
+        "recurrent and latent, experts",
+        dict(LATENT, layer_types=HYBRID, linear_head_dim=8, linear_num_heads=4, num_local_experts=4),
+    ),
+    "lfm2": Family("convolutions and full", dict(layer_types=["conv", "full_attention"] * 2)),
+    "lfm2_moe": Family(
+        "convolutions and full, experts",
+        dict(layer_types=["conv", "full_attention"] * 2, num_dense_layers=1, **EXPERTS),
+        seed=2,
+    ),
+    "lfm3": _sliding(
+        "convolutions, sliding and full",
+        head_dim=8,
+        layer_types=["conv", "sliding_attention", "conv", "full_attention"],
+    ),
+    "llama": Family("full", seed=2),
+    "llama4_text": Family(
+        "chunked and full, queries scaled by place, experts",
+        dict(
+            head_dim=8,
+            intermediate_size_mlp=48,
+            attention_chunk_size=WINDOW,
+            layer_types=["chunked_attention", "full_attention"] * 2,
+            num_local_experts=2,
+            floor_scale=18,
+            attn_scale=2.0,
+        ),
+        window=WINDOW,
+        seed=2,
+    ),
+    "longcat_flash": Family(
+        "latent, experts",
+        dict(
+            LATENT,
+            head_dim=8,
+            ffn_hidden_size=48,
+            expert_ffn_hidden_size=16,
+            num_layers=2,
+            moe_topk=2,
+            zero_expert_num=1,
+        ),
+    ),
+    "mamba2": Family("recurrent", dict(num_heads=4, head_dim=16, state_size=8, chunk_size=8, n_groups=1)),
+    "mellum": _mixed("sliding and full, experts", head_dim=8, **EXPERTS),
+    "minimax": Family(
+        "recurrent and full, experts", dict(head_dim=8, layer_types=HYBRID, block_size=8, **LOCAL_EXPERTS)
+    ),
+    "minimax_m2": Family("full, experts", dict(head_dim=8, **LOCAL_EXPERTS), seed=8),
+    "ministral": _mixed(head_dim=8),
+    "ministral3": _sliding(head_dim=8),
+    "mistral": _sliding(),
+    "mixtral": _sliding("sliding window, experts", **LOCAL_EXPERTS),
+    "modernbert-decoder": _mixed(local_attention=2 * WINDOW),
+    "mpt": Family("alibi", dict(max_seq_len=128, use_cache=True), seed=3),
+    "nanochat": Family("full, logit soft cap", seed=2),
+    "nemotron": Family("full, partial rotary", seed=2),
+    "nemotron_h": Family(
+        "recurrent and full, layers without either, experts",
+        dict(
+            layers_block_type=["linear_attention", "moe", "full_attention", "mlp"],
+            mamba_num_heads=4,
+            mamba_head_dim=16,
+            ssm_state_size=8,
+            n_groups=1,
+            chunk_size=8,
+            head_dim=8,
+            n_routed_experts=4,
+            moe_intermediate_size=16,
+            moe_shared_expert_intermediate_size=16,
+        ),
+    ),
+    "olmo": Family("full", seed=4),
+    "olmo2": Family("full", seed=3),
+    "olmo3": _mixed(seed=3),
+    "olmo_hybrid": Family("recurrent and full", dict(layer_types=HYBRID, **DELTA)),
+    "olmoe": Family("full, experts", EXPERTS, seed=8),
+    "opt": Family("full, learned positions", dict(ffn_dim=48, word_embed_proj_dim=32), seed=7),
+    "opt-projected": Family(
+        "full, embeddings of another width", dict(ffn_dim=48, word_embed_proj_dim=16), model_type="opt"
+    ),
+    "persimmon": Family("full, partial rotary"),
+    "phi": Family("full, partial rotary", seed=2),
+    "phi3": _sliding(),
+    "phimoe": _sliding("sliding window, experts", **LOCAL_EXPERTS),
+    "qwen2": _mixed(use_sliding_window=True),
+    "qwen2_moe": Family("full, experts", dict(EXPERTS, shared_expert_intermediate_size=16), seed=3),
+    "qwen3": Family("full", dict(head_dim=8), seed=5),
+    "qwen3_5_moe_text": Family(
+        "recurrent and full, experts",
+        dict(head_dim=8, layer_types=HYBRID, shared_expert_intermediate_size=16, **DELTA, **EXPERTS),
+    ),
+    "qwen3_5_text": Family("recurrent and full", dict(head_dim=8, layer_types=HYBRID, **DELTA)),
+    "qwen3_moe": Family("full, experts", dict(head_dim=8, **EXPERTS), seed=13),
+    "qwen3_next": Family(
+        "recurrent and full, experts",
+        dict(head_dim=8, layer_types=HYBRID, shared_expert_intermediate_size=16, **DELTA, **EXPERTS),
+    ),
+    "recurrent_gemma": Family(
+        "recurrent and sliding",
+        dict(block_types=["recurrent", "attention"], lru_width=32, attention_window_size=WINDOW),
+        window=WINDOW,
+    ),
+    "seed_oss": Family("full", dict(head_dim=8)),
+    "smollm3": Family("full, layers without positions"),
+    "stablelm": Family("full, partial rotary", seed=3),
+    "starcoder2": _sliding(seed=7),
+    "vaultgemma": _mixed("sliding and full, soft caps, eager", head_dim=8),
+    "xglm": Family(
+        "full, sinusoidal positions", dict(d_model=32, ffn_dim=48, attention_heads=4, num_layers=4), seed=13
+    ),
+    "youtu": Family("latent", LATENT),
+    "zamba2": Family(
+        "recurrent and full",
+        dict(
+            layers_block_type=["linear_attention", "hybrid"] * 2,
+            n_mamba_heads=4,
+            mamba_d_state=8,
+            chunk_size=8,
+            num_mem_blocks=1,
+            adapter_rank=4,
+        ),
+    ),
+}

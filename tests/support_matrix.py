@@ -1,0 +1,165 @@
+"""What each family of `families.py` was seen to do with a draft head, and the table of it in `docs/`.
+
+`python tests/support_matrix.py` runs all checks and writes the table; `test_families.py` runs the same checks.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from conftest import build_noisy, build_random
+from families import COMMON, FAMILIES, WINDOW
+from reference import assert_same_text
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from hf_jetflow import JetFlowHead
+
+
+TABLE = Path(__file__).parent.parent / "docs" / "support-matrix.md"
+COLUMNS = (
+    "family",
+    "attention",
+    "drafts",
+    "greedy",
+    "sampled",
+    "tied embeddings",
+    "beyond the window",
+    "batches",
+    "refused because",
+)
+NUM_TOKENS = 24  # with the prompts below, far more than the windows of the targets
+SHORT, LONG = 5, 14  # tokens of the prompts, fewer and more than the windows
+NODE_BUDGET = 80  # more than the tokens of the vocabulary, so that a random head's trees hold the right one, too
+
+
+def is_known(name: str) -> bool:
+    """Whether the installed transformers has the family."""
+    return (FAMILIES[name].model_type or name) in CONFIG_MAPPING
+
+
+def build(name: str, **overrides: Any) -> PreTrainedModel:
+    """The family's target, with weights that make its text depend on the whole context."""
+    family = FAMILIES[name]
+    torch.manual_seed(family.seed)
+    config = AutoConfig.for_model(family.model_type or name, **{**COMMON, **family.settings, **overrides})
+    target = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in target.named_parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(3 if "embed" in parameter_name else 10)
+    target.generation_config.eos_token_id = None
+    return target
+
+
+def check(target: PreTrainedModel, num_prompt: int, kind: str, do_sample: bool) -> JetFlowHead:
+    """Decode with a head of the kind and compare with plain decoding, text and random numbers alike."""
+    input_ids = torch.randint(3, COMMON["vocab_size"], (1, num_prompt), generator=torch.Generator().manual_seed(4))
+    settings = dict(max_new_tokens=NUM_TOKENS, do_sample=do_sample, top_k=0)
+    torch.manual_seed(5)
+    plain = target.generate(input_ids, **settings)
+    state = torch.get_rng_state()
+    assert len(set(plain[0, num_prompt:].tolist())) > NUM_TOKENS // 4, "the text repeats itself and shows little"
+    head = build_random(target) if kind == "random" else build_noisy(target, plain)
+    head.generation_config.node_budget = NODE_BUDGET
+    torch.manual_seed(5)
+    assert_same_text(plain, target.generate(input_ids, assistant_model=head, **settings))
+    assert torch.equal(state, torch.get_rng_state()), "the head draws more or fewer random numbers than plain decoding"
+    if kind == "noisy" or drafts_of(head) == "trees":
+        assert head.last_stats.num_accepted, "no drafted token was accepted, so this shows nothing"
+    return head
+
+
+def check_batch(target: PreTrainedModel) -> str:
+    """Decode prompts of different lengths in one batch, padded on the left, and compare with plain decoding."""
+    mask = (torch.arange(LONG) >= torch.tensor([[0], [9], [4]])).long()
+    input_ids = torch.randint(3, COMMON["vocab_size"], mask.shape, generator=torch.Generator().manual_seed(4))
+    inputs = dict(input_ids=input_ids.masked_fill(mask == 0, 0), attention_mask=mask)
+    head = build_random(target)
+    head.generation_config.node_budget = NODE_BUDGET
+    for do_sample in (False, True):
+        settings = dict(max_new_tokens=NUM_TOKENS, do_sample=do_sample, top_k=0, pad_token_id=0)
+        torch.manual_seed(5)
+        plain = target.generate(**inputs, **settings)
+        torch.manual_seed(5)
+        drafted = target.generate(**inputs, **settings, assistant_model=head)
+        assert drafted.tolist() == plain.tolist(), "a batch is decoded differently with the head"
+    if "plain" in head.last_stats.policy:
+        return "exact, decoded plainly"
+    assert head.last_stats.num_accepted, "no drafted token of a batch was accepted, so this shows nothing"
+    return "exact"
+
+
+def drafts_of(head: JetFlowHead) -> str:
+    """What the head's latest generation verified."""
+    stats = head.last_stats
+    return "trees" if stats.num_drafted > stats.num_rounds * (head.config.block_size - 1) else "chains"
+
+
+def row(name: str) -> dict[str, str]:
+    """
+    The family's row of the table, from what it is seen to do.
+
+    Raises:
+        AssertionError: If a text differs from plain decoding.
+    """
+    family, target = FAMILIES[name], build(name, tie_word_embeddings=False)
+    cells = dict.fromkeys(COLUMNS, "") | {"family": name, "attention": family.attention}
+    try:
+        head = check(target, SHORT, "noisy", do_sample=False)
+    except ValueError as error:
+        return cells | {"refused because": str(error)}
+    cells["drafts"] = drafts_of(head)
+    cells["greedy"] = "exact"
+    check(target, SHORT, "random", do_sample=True)
+    cells["sampled"] = "exact"
+    if family.window is not None:
+        check(target, LONG, "noisy", do_sample=False)
+        check(target, LONG, "random", do_sample=True)
+        cells["beyond the window"] = "exact"
+    cells["batches"] = check_batch(target)
+    check(build(name, tie_word_embeddings=True), SHORT, "noisy", do_sample=True)
+    cells["tied embeddings"] = "exact"
+    return cells
+
+
+HEADER = f"""# Support matrix
+
+What a draft head was seen to do with tiny random float32 targets of each family, in transformers {{version}}. *Exact*:
+the text and the state of the random number generator equal those of plain `generate`, with drafted tokens accepted;
+sampled texts are drawn from the same seed. *Trees* are drafted where the target can verify them, *chains* elsewhere.
+Beyond the window: a prompt longer than the window of {WINDOW}. Batches: three prompts of different lengths, padded on
+the left, greedy and sampled; *decoded plainly* where the target takes no drafts for a batch. A family that is refused
+raises a `ValueError` before a token is generated.
+
+Written by `make support-matrix` from the checks of `tests/test_families.py`, which fail where it says otherwise.
+
+"""
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """The rows as a Markdown table."""
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *(tuple(cells[column] for column in COLUMNS) for cells in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def read_table() -> dict[str, dict[str, str]]:
+    """The committed rows by family."""
+    lines = [line for line in TABLE.read_text().splitlines() if line.startswith("| ")]
+    rows = [dict(zip(COLUMNS, (cell.strip() for cell in line.split("|")[1:-1]), strict=True)) for line in lines[2:]]
+    return {cells["family"]: cells for cells in rows}
+
+
+def main() -> None:
+    rows = []
+    for name in FAMILIES:
+        rows.append(row(name))
+        print(*filter(None, rows[-1].values()), sep=" | ")
+    text = HEADER.format(version=transformers.__version__) + table(rows)
+    part = TABLE.with_suffix(".part")
+    part.write_text(text)
+    part.replace(TABLE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Targets that verify chains only: biases and masks by place in the cache, and recurrent layers that are replayed."""
+
+import pytest
+import torch
+from conftest import build_noisy, build_random
+from reference import assert_same_text
+from support_matrix import build, is_known
+from transformers import AutoModelForCausalLM
+
+from hf_jetflow.caches import commit_path
+from hf_jetflow.layer_kinds import takes_trees
+from hf_jetflow.recurrent import RecurrentStates, needs_replay, record_rows
+
+
+BY_PLACE = ["bloom", "falcon-alibi", "gpt_neo", "mpt"]
+REPLAYED = ["bamba", "falcon_h1", "kimi_linear", "qwen3_5_text", "qwen3_next"]
+CONVOLVED = list(filter(is_known, ["lfm2", "lfm3"]))
+CHAINED = [*BY_PLACE, *REPLAYED, *CONVOLVED]
+NUM_TOKENS = 18
+
+
+def prompt(length: int = 9) -> torch.Tensor:
+    return torch.randint(3, 67, (1, length), generator=torch.Generator().manual_seed(4))
+
+
+def generate(target, input_ids, head=None, **kwargs):
+    settings = dict(max_new_tokens=NUM_TOKENS, do_sample=False, return_dict_in_generate=True)
+    return target.generate(input_ids, assistant_model=head, **{**settings, **kwargs})
+
+
+@pytest.mark.parametrize("name", CHAINED)
+def test_a_prompt_behind_padding_gives_the_plain_text(name):
+    target = build(name)
+    input_ids = torch.cat([torch.zeros(1, 4, dtype=torch.long), prompt()], dim=1)
+    attention_mask = (input_ids != 0).long()
+    plain = generate(target, input_ids, attention_mask=attention_mask).sequences
+    # The padding has no position where a target takes positions.
+    head = build_noisy(target, plain if name in ("bloom", "mpt") else plain[:, 4:])
+    assert_same_text(plain, generate(target, input_ids, head, attention_mask=attention_mask).sequences)
+    assert head.last_stats.num_accepted
+
+
+@pytest.mark.parametrize("turns", ["head then head", "head then plain", "plain then head"])
+@pytest.mark.parametrize("name", CHAINED)
+def test_turns_on_one_cache_give_the_plain_text(turns, name):
+    target = build(name)
+    texts = []
+    for kinds in ("plain then plain", turns):
+        ids, cache = prompt(), None
+        for kind in kinds.split(" then "):
+            head = build_noisy(target, texts[0]) if kind == "head" else None
+            output = generate(target, ids, head, past_key_values=cache)
+            ids, cache = torch.cat([output.sequences, prompt(5)], dim=1), output.past_key_values
+        texts.append(output.sequences)
+    assert_same_text(*texts)
+
+
+@pytest.mark.parametrize("settings", [dict(node_budget="auto"), dict(node_budget=3), dict(width=2), dict(max_depth=1)])
+@pytest.mark.parametrize("name", ["bloom", "qwen3_next", "lfm2"])
+def test_whatever_is_asked_for_a_chain_is_verified(settings, name):
+    target = build(name)
+    plain = generate(target, prompt()).sequences
+    head = build_noisy(target, plain)
+    for setting, value in settings.items():
+        setattr(head.generation_config, setting, value)
+    assert_same_text(plain, generate(target, prompt(), head).sequences)
+    stats = head.last_stats
+    assert 0 < stats.num_drafted <= stats.num_rounds * head.generation_config.max_depth
+
+
+@pytest.mark.parametrize("name", ["bloom", "bamba"])
+def test_a_branch_correction_ranks_chains(name, corrected_head):
+    target = build(name)
+    plain = generate(target, prompt()).sequences
+    head = corrected_head("path", target, plain)
+    assert_same_text(plain, generate(target, prompt(), head).sequences)
+    assert head.last_stats.num_accepted
+
+
+@pytest.mark.parametrize("name", [*REPLAYED, *CONVOLVED])
+def test_the_returned_states_are_those_of_plain_decoding(name):
+    target = build(name)
+    plain = generate(target, prompt())
+    drafted = generate(target, prompt(), build_noisy(target, plain.sequences))
+    for expected, got in zip(plain.past_key_values.layers, drafted.past_key_values.layers, strict=True):
+        for states in ("conv_states", "recurrent_states"):
+            for index, state in getattr(expected, states, {}).items():
+                if state is not None:
+                    torch.testing.assert_close(getattr(got, states)[index], state, atol=1e-3, rtol=1e-3)
+        assert not getattr(got, "record_past", False)
+
+
+@torch.no_grad()
+def test_states_are_put_back_into_their_own_tensors():
+    target = build("bamba")
+    cache = target(prompt(), use_cache=True).past_key_values
+    assert needs_replay(cache)
+    before, layer = RecurrentStates.copy(cache), cache.layers[0]
+    tensor, values = layer.recurrent_states[0], layer.recurrent_states[0].clone()
+    record_rows(cache)
+    target(prompt(3), past_key_values=cache, use_cache=True)
+    assert not torch.equal(tensor, values), "the state did not change, so this test shows nothing"
+    commit_path(cache, torch.tensor([], dtype=torch.long), 3)
+    before.put_back(cache)
+    assert layer.recurrent_states[0] is tensor
+    assert torch.equal(tensor, values)
+    assert cache.get_seq_length() == 9
+
+
+def test_convolutions_drop_rows_without_a_replay():
+    target = build("lfm2")
+    plain = generate(target, prompt()).sequences
+    calls = []
+    handle = target.register_forward_hook(lambda *_: calls.append(1))
+    head = build_noisy(target, plain)
+    assert_same_text(plain, generate(target, prompt(), head).sequences)
+    handle.remove()
+    assert len(calls) == 1 + head.last_stats.num_rounds, "the prompt and one forward per round"
+
+
+def test_plain_rounds_of_recurrent_targets_read_nothing_twice():
+    target = build("qwen3_next")
+    head = build_random(target)
+    head.generation_config.node_budget = 1
+    calls = []
+    handle = target.register_forward_hook(lambda *_: calls.append(1))
+    plain = generate(target, prompt()).sequences
+    assert_same_text(plain, generate(target, prompt(), head).sequences)
+    handle.remove()
+    assert len(calls) == 2 * NUM_TOKENS
+
+
+@pytest.mark.parametrize("name", ["bloom", "gpt_neo", "qwen3_next"])
+def test_static_caches_are_refused(name):
+    target = build(name)
+    with pytest.raises(ValueError, match=r"chains only.*leave `cache_implementation` unset"):
+        generate(target, prompt(), build_random(target), cache_implementation="static")
+
+
+def test_other_assistants_of_recurrent_targets_are_refused_as_before():
+    target = build("qwen3_next")
+    assistant = AutoModelForCausalLM.from_config(target.config)
+    with pytest.raises(ValueError, match="stateful"):
+        generate(target, prompt(), assistant)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "llama4_text"])
+def test_other_targets_take_trees(name):
+    assert takes_trees(build(name))
