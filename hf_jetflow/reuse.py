@@ -110,9 +110,9 @@ class _Memory:
 
 
 def remember(cache: Cache, head: JetFlowHead, context: HeadContext) -> None:
-    """Keep with the target's cache what the head was shown of its tokens."""
+    """Keep with the target's cache what the head was shown of its tokens; for one sequence, not for a batch."""
     marks = CacheMarks.of(cache)
-    if marks is not None:
+    if marks is not None and len(marks.numbers) == 1:
         setattr(cache, ATTRIBUTE, _Memory(weakref.ref(head), head.dtype, head.device, marks, context))
 
 
