@@ -123,7 +123,7 @@ def recall(cache: Cache | None, head: JetFlowHead) -> HeadContext | None:
         return None
     assert cache is not None
     marks = CacheMarks.of(cache)
-    if marks is None:
+    num_common = 0 if marks is None else memory.marks.num_common(marks)
+    if num_common == 0:
         return None
-    num_lost = memory.marks.num_cached - memory.marks.num_common(marks)
-    return memory.context.before(memory.context.end - num_lost)
+    return memory.context.before(memory.context.end - (memory.marks.num_cached - num_common))
