@@ -110,9 +110,9 @@ class _Memory:
 
 
 def remember(cache: Cache, head: JetFlowHead, context: HeadContext) -> None:
-    """Keep with the target's cache what the head was shown of its tokens."""
+    """Keep with the target's cache what the head was shown of its tokens; for one sequence, not for a batch."""
     marks = CacheMarks.of(cache)
-    if marks is not None:
+    if marks is not None and len(marks.numbers) == 1:
         setattr(cache, ATTRIBUTE, _Memory(weakref.ref(head), head.dtype, head.device, marks, context))
 
 
@@ -123,7 +123,7 @@ def recall(cache: Cache | None, head: JetFlowHead) -> HeadContext | None:
         return None
     assert cache is not None
     marks = CacheMarks.of(cache)
-    if marks is None:
+    num_common = 0 if marks is None else memory.marks.num_common(marks)
+    if num_common == 0:
         return None
-    num_lost = memory.marks.num_cached - memory.marks.num_common(marks)
-    return memory.context.before(memory.context.end - num_lost)
+    return memory.context.before(memory.context.end - (memory.marks.num_cached - num_common))
