@@ -43,6 +43,7 @@ class Context:
     forward_kwargs: dict[str, Any] = field(default_factory=dict)
     is_compiled: bool = False  # `generate` would compile the target's forward
     compile_config: CompileConfig | None = None
+    row_offsets: torch.Tensor | None = None  # (kinds,) where the target has several kinds of positions (multimodal rope)
     states_before: RecurrentStates | None = None  # of the newest verify, where the target has recurrent layers
     scaling_step: int | None = None  # see `layer_kinds.scaling_step`
 
@@ -114,10 +115,8 @@ class Target:
             outputs = self.model._prefill(input_ids, generation_config, {**model_kwargs, **forward_kwargs})
         check_states(cache)
         features = torch.cat([part for part, _ in parts], dim=1)
-        last_position = parts[-1][1]
         num_cached = int(cache.get_seq_length())
-        if last_position is None:
-            last_position = num_cached - 1
+        last_position, row_offsets = _text_position(parts[-1][1], num_cached)
         num_rows = features.shape[1]
         position_ids = torch.arange(last_position - num_rows + 1, last_position + 1, device=features.device)[None]
         is_padding = None
@@ -126,7 +125,7 @@ class Target:
             keep = ~is_padding[-num_rows:].to(features.device)
             features, position_ids = features[:, keep], position_ids[:, keep]
         context = Context(cache, last_position + 1, num_cached, is_padding, wants_states, forward_kwargs)
-        context.scaling_step = scaling_step(self.model)
+        context.scaling_step, context.row_offsets = scaling_step(self.model), row_offsets
         if isinstance(cache, DynamicCache):
             grow_layers(cache)
         else:
@@ -142,18 +141,16 @@ class Target:
         return context, states
 
     @contextmanager
-    def _collected_features(self) -> Iterator[list[tuple[torch.Tensor, int | None]]]:
-        """Collects (features, last position) of every target forward inside; prefill may run several, by chunks."""
-        parts: list[tuple[torch.Tensor, int | None]] = []
+    def _collected_features(self) -> Iterator[list[tuple[torch.Tensor, torch.Tensor | None]]]:
+        """Collects (features, last positions) of every target forward inside; prefill may run several, by chunks."""
+        parts: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         thread_id = threading.get_ident()
 
         def collect(_module: nn.Module, _args: Any, kwargs: dict[str, Any], outputs: Any) -> None:
             if threading.get_ident() != thread_id:  # another thread generates with the same target
                 return
             position_ids = kwargs.get("position_ids")
-            parts.append(
-                (self._fuse(outputs.hidden_states), None if position_ids is None else int(position_ids[0, -1]))
-            )
+            parts.append((self._fuse(outputs.hidden_states), None if position_ids is None else position_ids[..., -1]))
 
         handle = self.model.register_forward_hook(collect, with_kwargs=True)
         try:
@@ -179,14 +176,15 @@ class Target:
         """The model's forward over all nodes, and padding with a static cache."""
         device = self.model.device
         num_pad = self._num_rows(context, tree) - len(tree.tokens)
+        position_ids = pad((context.position + tree.depths)[None].to(device), (0, num_pad), value=context.position)
+        if context.row_offsets is not None:
+            position_ids = context.row_offsets[:, None, None] + position_ids
         record_rows(context.cache)
         with grouped_attention(self.model):
             return context.forward_of(self.model)(
                 input_ids=pad(tree.tokens[None].to(device), (0, num_pad)),
                 attention_mask=self._tree_masks(context, tree),
-                position_ids=pad(
-                    (context.position + tree.depths)[None].to(device), (0, num_pad), value=context.position
-                ),
+                position_ids=position_ids,
                 past_key_values=context.cache,
                 use_cache=True,
                 return_dict=True,
@@ -254,7 +252,7 @@ class Target:
             mask = torch.cat([mask, mask[:1].expand(self._num_rows(context, tree) - nodes, -1)])
             mask = pad(mask, (0, slots - mask.shape[1]))
         mask = mask[None, None]
-        if self.model.config._attn_implementation == "eager":
+        if self.model.config.get_text_config(decoder=True)._attn_implementation == "eager":
             dtype = self.model.dtype
             return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
         return mask
@@ -322,3 +320,22 @@ class Target:
         """Logits (rows, draft_vocab) by the target's own output module, whatever it is (quantized, biased, ...)."""
         logits = self.model.get_output_embeddings()(rows)
         return logits if token_ids is None else logits[:, token_ids.to(logits.device)]
+
+
+def _text_position(last: torch.Tensor | None, num_cached: int) -> tuple[int, torch.Tensor | None]:
+    """
+    The newest cached token's place in the text, and how its other kinds of positions differ from it.
+
+    Multimodal targets have positions (kinds, batch, seq), all of which grow by one with each generated token: places in
+    the text first, where there are four kinds, then time, height and width.
+
+    Args:
+        last (`torch.Tensor`, (batch,) or (kinds, batch)): Its positions, `None` where the target takes none.
+        num_cached (`int`): Tokens in the cache.
+    """
+    if last is None:
+        return num_cached - 1, None
+    if last.ndim == 1:
+        return int(last[0]), None
+    position = int(last[0, 0]) if len(last) == 4 else num_cached - 1
+    return position, last[:, 0] - position
