@@ -45,8 +45,8 @@ def layer_windows(model: PreTrainedModel) -> dict[str, Window | None]:
         )
     if getattr(text, "cross_attention_layers", None):
         raise ValueError(
-            f"`{text.model_type}` has layers that attend to images beside the text, whose cache draft heads do not know; "
-            "generate without `assistant_model`"
+            f"`{text.model_type}` has layers that attend to images beside the text, whose cache draft heads do not "
+            "know; generate without `assistant_model`"
         )
     layers = _kinds(text)
     if {kind for kind, _ in layers} <= {"linear_attention", "conv"} | KINDS_WITHOUT_ROWS:

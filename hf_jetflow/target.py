@@ -43,7 +43,7 @@ class Context:
     forward_kwargs: dict[str, Any] = field(default_factory=dict)
     is_compiled: bool = False  # `generate` would compile the target's forward
     compile_config: CompileConfig | None = None
-    row_offsets: torch.Tensor | None = None  # (kinds,) where the target has several kinds of positions (multimodal rope)
+    row_offsets: torch.Tensor | None = None  # (kinds,) where there are several kinds of positions
     states_before: RecurrentStates | None = None  # of the newest verify, where the target has recurrent layers
     scaling_step: int | None = None  # see `layer_kinds.scaling_step`
 
@@ -326,7 +326,7 @@ def _text_position(last: torch.Tensor | None, num_cached: int) -> tuple[int, tor
     """
     The newest cached token's place in the text, and how its other kinds of positions differ from it.
 
-    Multimodal targets have positions (kinds, batch, seq), all of which grow by one with each generated token: places in
+    Multimodal targets have positions (kinds, batch, seq), which all grow by one with each generated token: places in
     the text first, where there are four kinds, then time, height and width.
 
     Args:
