@@ -43,6 +43,11 @@ def layer_windows(model: PreTrainedModel) -> dict[str, Window | None]:
             f"the mamba layers of `{text.model_type}` read several rows at once from an empty state only, so they "
             "cannot verify a draft; generate without `assistant_model`"
         )
+    if getattr(text, "cross_attention_layers", None):
+        raise ValueError(
+            f"`{text.model_type}` has layers that attend to images beside the text, whose cache draft heads do not "
+            "know; generate without `assistant_model`"
+        )
     layers = _kinds(text)
     if {kind for kind, _ in layers} <= {"linear_attention", "conv"} | KINDS_WITHOUT_ROWS:
         raise ValueError(

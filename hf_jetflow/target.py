@@ -56,6 +56,7 @@ class Context:
     forward_kwargs: dict[str, Any] = field(default_factory=dict)
     is_compiled: bool = False  # `generate` would compile the target's forward
     compile_config: CompileConfig | None = None
+    kind_offsets: torch.Tensor | None = None  # (kinds, batch) where there are several kinds of positions
     states_before: RecurrentStates | None = None  # of the newest verify, where the target has recurrent layers
     scaling_step: int | None = None  # see `layer_kinds.scaling_step`
 
@@ -139,9 +140,7 @@ class Target:
         features = torch.cat([part for part, _ in parts], dim=1)
         batch, num_rows = features.shape[:2]
         num_cached = int(cache.get_seq_length())
-        last_positions = torch.full((batch,), num_cached - 1)
-        if parts[-1][1] is not None:
-            last_positions = parts[-1][1].cpu().expand(batch)
+        last_positions, kind_offsets = _text_positions(parts[-1][1], num_cached, batch)
         position_ids = (last_positions[:, None] + torch.arange(1 - num_rows, 1)).to(features.device)
         is_padding = None
         if model_kwargs.get("attention_mask") is not None:
@@ -152,7 +151,7 @@ class Target:
             features, position_ids = _without_padding(features, position_ids, is_pad)
         rows = BatchRows(batch, num_cached)
         context = Context(cache, rows, last_positions + 1 - num_cached, is_padding, wants_states, forward_kwargs)
-        context.scaling_step = scaling_step(self.model)
+        context.scaling_step, context.kind_offsets = scaling_step(self.model), kind_offsets
         if isinstance(cache, StaticCache):
             context.is_compiled = self.model._valid_auto_compile_criteria(model_kwargs, generation_config)
             context.compile_config = generation_config.compile_config
@@ -182,7 +181,7 @@ class Target:
             if threading.get_ident() != thread_id:  # another thread generates with the same target
                 return
             position_ids = kwargs.get("position_ids")
-            parts.append((self._fuse(outputs.hidden_states), None if position_ids is None else position_ids[:, -1]))
+            parts.append((self._fuse(outputs.hidden_states), None if position_ids is None else position_ids[..., -1]))
 
         handle = self.model.register_forward_hook(collect, with_kwargs=True)
         try:
@@ -208,12 +207,15 @@ class Target:
         """The model's forward over all nodes, and padding with a static cache."""
         num_pad = self._num_rows(context, tree) - tree.num_nodes
         position_ids = context.positions[:, None].to(self.device) + tree.depths.to(self.device)
+        position_ids = torch.cat([position_ids, position_ids[:, :1].expand(-1, num_pad)], dim=1)
+        if context.kind_offsets is not None:
+            position_ids = context.kind_offsets[:, context.rows.decoded, None].to(self.device) + position_ids
         record_rows(context.cache)
         with grouped_attention(self.model):
             return context.forward_of(self.model)(
                 input_ids=pad(tree.tokens.to(self.device), (0, num_pad)),
                 attention_mask=self._tree_masks(context, tree),
-                position_ids=torch.cat([position_ids, position_ids[:, :1].expand(-1, num_pad)], dim=1),
+                position_ids=position_ids,
                 past_key_values=context.cache,
                 use_cache=True,
                 return_dict=True,
@@ -335,7 +337,7 @@ class Target:
             mask = torch.cat([mask, mask[:, :1].expand(-1, self._num_rows(context, tree) - nodes, -1)], dim=1)
             mask = pad(mask, (0, num_slots - mask.shape[2]))
         mask = mask[:, None]
-        if self.model.config._attn_implementation == "eager":
+        if self.model.config.get_text_config(decoder=True)._attn_implementation == "eager":
             dtype = self.model.dtype
             return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
         return mask
@@ -408,6 +410,33 @@ class Target:
         """Logits (..., draft_vocab) by the target's own output module, whatever it is (quantized, biased, ...)."""
         logits = self.model.get_output_embeddings()(rows)
         return logits if token_ids is None else logits[..., token_ids.to(logits.device)]
+
+
+def _text_positions(
+    last: torch.Tensor | None, num_cached: int, batch: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    Places in the text of the newest cached tokens (batch,), and how their other kinds of positions (kinds, batch)
+    differ from them, both on the host.
+
+    Multimodal targets have positions (kinds, batch, seq), which all grow by one with each generated token: places in
+    the text first, where there are four kinds, then time, height and width.
+
+    Args:
+        last (`torch.Tensor`, (batch,) or (kinds, batch)): Their positions, `None` where the target takes none.
+        num_cached (`int`): Tokens in the cache.
+        batch (`int`): Sequences.
+    """
+    places = torch.full((batch,), num_cached - 1)
+    if last is None:
+        return places, None
+    last = last.cpu()
+    if last.ndim == 1:
+        return last.expand(batch), None
+    last = last.expand(-1, batch)
+    if len(last) == 4:
+        places = last[0]
+    return places, last - places
 
 
 def _without_padding(

@@ -38,6 +38,13 @@ DELTA: dict[str, Any] = dict(
     linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4
 )
 MAMBA: dict[str, Any] = dict(mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_chunk_size=8)
+IMAGE_ID = 60
+# Images of 4 x 4 patches, four of which become one token where the family merges them.
+PATCHES: dict[str, Any] = dict(depth=2, num_heads=2, patch_size=4, temporal_patch_size=2, spatial_merge_size=2)
+PIXELS: dict[str, Any] = dict(
+    hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4
+)
+MULTIMODAL_ROPE: dict[str, Any] = dict(rope_type="default", rope_theta=10000.0, mrope_section=[1, 1, 2])
 HYBRID = ["linear_attention", "full_attention"] * 2
 MIXED = ["sliding_attention", "full_attention"] * 2
 
@@ -51,6 +58,7 @@ class Family:
     model_type: str | None = None  # where a family has several rows
     window: int | None = None  # positions that a sliding or chunked layer sees
     seed: int = 1  # of weights whose greedy texts do not repeat themselves
+    image: str | None = None  # how the family is given an image: its prompts then have one
 
 
 def _sliding(attention: str = "sliding window", seed: int = 1, **settings: Any) -> Family:
@@ -59,6 +67,19 @@ def _sliding(attention: str = "sliding window", seed: int = 1, **settings: Any) 
 
 def _mixed(attention: str = "sliding and full", seed: int = 1, **settings: Any) -> Family:
     return _sliding(attention, seed, layer_types=MIXED, **settings)
+
+
+def _seeing(attention: str, vision: dict[str, Any], seed: int = 1, **text: Any) -> Family:
+    """A family that takes images, whose positions in time, height and width are rotated beside each other."""
+    settings = dict(
+        text_config={**COMMON, "rope_parameters": MULTIMODAL_ROPE, **text},
+        vision_config=dict(PATCHES, hidden_size=32, intermediate_size=32, out_hidden_size=32, in_channels=3) | vision,
+        image_token_id=IMAGE_ID,
+        video_token_id=61,
+        vision_start_token_id=62,
+        vision_end_token_id=63,
+    )
+    return Family(attention, settings, seed=seed, image="patches")
 
 
 FAMILIES: dict[str, Family] = {
@@ -94,6 +115,20 @@ FAMILIES: dict[str, Family] = {
     "flex_olmo": Family("full, experts", EXPERTS),
     "gemma": Family("full, embedding scale", dict(head_dim=8)),
     "gemma2": _sliding("sliding and full, soft caps, eager", head_dim=8, attn_logit_softcapping=2.0, seed=7),
+    "gemma3": Family(
+        "image, sliding and full",
+        dict(
+            text_config=dict(COMMON, head_dim=8, sliding_window=WINDOW, layer_types=MIXED),
+            vision_config=PIXELS,
+            mm_tokens_per_image=4,
+            image_token_index=IMAGE_ID,
+            boi_token_index=62,
+            eoi_token_index=63,
+        ),
+        window=WINDOW,
+        seed=23,
+        image="pixels of 4 tokens",
+    ),
     "gemma3_text": _mixed("sliding and full, embedding scale", head_dim=8, seed=6),
     "gemma3n_text": _mixed(
         "sliding and full, keys and values shared by layers",
@@ -117,6 +152,7 @@ FAMILIES: dict[str, Family] = {
     "glm": Family("full, partial rotary", dict(head_dim=8)),
     "glm4": Family("full, partial rotary", dict(head_dim=8), seed=4),
     "glm4_moe": Family("full, experts", {**LATENT, "head_dim": 8, "num_key_value_heads": 2}, seed=3),
+    "glm4v": _seeing("image, multimodal rope", dict(image_size=16), seed=21),
     "gpt2": Family("full, learned positions", seed=2),
     "gpt_bigcode": Family("multi-query, learned positions", dict(multi_query=True), seed=2),
     "gpt_neo": Family(
@@ -174,6 +210,16 @@ FAMILIES: dict[str, Family] = {
         window=WINDOW,
         seed=2,
     ),
+    "llava": Family(
+        "image, full",
+        dict(
+            text_config=dict(COMMON, model_type="llama"),
+            vision_config=dict(PIXELS, model_type="clip_vision_model", projection_dim=32),
+            image_token_index=IMAGE_ID,
+            vision_feature_layer=-1,
+        ),
+        image="pixels of 16 tokens",
+    ),
     "longcat_flash": Family(
         "latent, experts",
         dict(
@@ -196,6 +242,26 @@ FAMILIES: dict[str, Family] = {
     "ministral3": _sliding(head_dim=8),
     "mistral": _sliding(),
     "mixtral": _sliding("sliding window, experts", **LOCAL_EXPERTS),
+    "mllama": Family(
+        "image, cross-attention",
+        dict(
+            text_config=dict(COMMON, cross_attention_layers=[1]),
+            vision_config=dict(
+                hidden_size=32,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_global_layers=1,
+                attention_heads=2,
+                image_size=16,
+                patch_size=4,
+                vision_output_dim=64,
+                intermediate_layers_indices=[0],
+                max_num_tiles=1,
+                supported_aspect_ratios=[[1, 1]],
+            ),
+        ),
+        seed=3,
+    ),
     "modernbert-decoder": _mixed(local_attention=2 * WINDOW),
     "mpt": Family("alibi", dict(max_seq_len=128, use_cache=True), seed=3),
     "nanochat": Family("full, logit soft cap", seed=2),
@@ -229,8 +295,17 @@ FAMILIES: dict[str, Family] = {
     "phi3": _sliding(),
     "phimoe": _sliding("sliding window, experts", **LOCAL_EXPERTS),
     "qwen2": _mixed(use_sliding_window=True),
+    "qwen2_5_vl": _seeing("image, multimodal rope", dict(window_size=16, fullatt_block_indexes=[1]), seed=4),
     "qwen2_moe": Family("full, experts", dict(EXPERTS, shared_expert_intermediate_size=16), seed=3),
+    "qwen2_vl": _seeing("image, multimodal rope", dict(embed_dim=32, mlp_ratio=1), seed=4),
     "qwen3": Family("full", dict(head_dim=8), seed=5),
+    "qwen3_5": _seeing(
+        "image, multimodal rope, recurrent and full",
+        dict(num_position_embeddings=16),
+        head_dim=8,
+        layer_types=HYBRID,
+        **DELTA,
+    ),
     "qwen3_5_moe_text": Family(
         "recurrent and full, experts",
         dict(head_dim=8, layer_types=HYBRID, shared_expert_intermediate_size=16, **DELTA, **EXPERTS),
@@ -240,6 +315,9 @@ FAMILIES: dict[str, Family] = {
     "qwen3_next": Family(
         "recurrent and full, experts",
         dict(head_dim=8, layer_types=HYBRID, shared_expert_intermediate_size=16, **DELTA, **EXPERTS),
+    ),
+    "qwen3_vl": _seeing(
+        "image, multimodal rope", dict(num_position_embeddings=16, deepstack_visual_indexes=[0, 1]), seed=2, head_dim=8
     ),
     "recurrent_gemma": Family(
         "recurrent and sliding",

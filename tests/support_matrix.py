@@ -3,15 +3,16 @@
 `python tests/support_matrix.py` runs all checks and writes the table; `test_families.py` runs the same checks.
 """
 
+import copy
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from conftest import build_noisy, build_random
-from families import COMMON, FAMILIES, WINDOW
+from families import COMMON, FAMILIES, IMAGE_ID, WINDOW
 from reference import assert_same_text
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from torch.nn.functional import pad
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from hf_jetflow import JetFlowHead
 
@@ -38,12 +39,16 @@ def is_known(name: str) -> bool:
     return (FAMILIES[name].model_type or name) in CONFIG_MAPPING
 
 
-def build(name: str, **overrides: Any) -> PreTrainedModel:
+def build(name: str, tie_word_embeddings: bool = False) -> PreTrainedModel:
     """The family's target, with weights that make its text depend on the whole context."""
     family = FAMILIES[name]
     torch.manual_seed(family.seed)
-    config = AutoConfig.for_model(family.model_type or name, **{**COMMON, **family.settings, **overrides})
-    target = AutoModelForCausalLM.from_config(config).eval()
+    settings = copy.deepcopy(family.settings)
+    for level in (settings, settings.get("text_config", {})):
+        level["tie_word_embeddings"] = tie_word_embeddings
+    sees = "vision_config" in settings
+    config = AutoConfig.for_model(family.model_type or name, **(settings if sees else {**COMMON, **settings}))
+    target = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_config(config).eval()
     with torch.no_grad():
         for parameter_name, parameter in target.named_parameters():
             if parameter.ndim > 1:
@@ -52,29 +57,61 @@ def build(name: str, **overrides: Any) -> PreTrainedModel:
     return target
 
 
-def check(target: PreTrainedModel, num_prompt: int, kind: str, do_sample: bool) -> JetFlowHead:
+def prompt(name: str, num_tokens: int) -> dict[str, torch.Tensor]:
+    """Random tokens and, where the family takes images, a random image behind the first of them."""
+    generator, image = torch.Generator().manual_seed(4), FAMILIES[name].image
+    highest = IMAGE_ID if image else COMMON["vocab_size"]
+    ids = torch.randint(3, highest, (num_tokens,), generator=generator).tolist()
+    inputs: dict[str, torch.Tensor] = {}
+    if image == "patches":
+        ids[1:1] = [IMAGE_ID] * 4
+        inputs = dict(pixel_values=torch.randn(16, 96, generator=generator), image_grid_thw=torch.tensor([[1, 4, 4]]))
+        inputs["mm_token_type_ids"] = (torch.tensor([ids]) == IMAGE_ID).long()
+    elif image:
+        ids[1:1] = [IMAGE_ID] * int(image.split()[2])
+        inputs = dict(pixel_values=torch.randn(1, 3, 16, 16, generator=generator))
+    input_ids = torch.tensor([ids])
+    if name == "gemma3":
+        inputs["token_type_ids"] = (input_ids == IMAGE_ID).long()
+    return dict(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), **inputs)
+
+
+def check(name: str, target: PreTrainedModel, num_prompt: int, kind: str, do_sample: bool) -> JetFlowHead:
     """Decode with a head of the kind and compare with plain decoding, text and random numbers alike."""
-    input_ids = torch.randint(3, COMMON["vocab_size"], (1, num_prompt), generator=torch.Generator().manual_seed(4))
+    inputs = prompt(name, num_prompt)
     settings = dict(max_new_tokens=NUM_TOKENS, do_sample=do_sample, top_k=0)
     torch.manual_seed(5)
-    plain = target.generate(input_ids, **settings)
+    plain = target.generate(**inputs, **settings)
     state = torch.get_rng_state()
-    assert len(set(plain[0, num_prompt:].tolist())) > NUM_TOKENS // 4, "the text repeats itself and shows little"
+    assert len(set(plain[0, -NUM_TOKENS:].tolist())) > NUM_TOKENS // 4, "the text repeats itself and shows little"
     head = build_random(target) if kind == "random" else build_noisy(target, plain)
     head.generation_config.node_budget = NODE_BUDGET
     torch.manual_seed(5)
-    assert_same_text(plain, target.generate(input_ids, assistant_model=head, **settings))
+    assert_same_text(plain, target.generate(**inputs, assistant_model=head, **settings))
     assert torch.equal(state, torch.get_rng_state()), "the head draws more or fewer random numbers than plain decoding"
     if kind == "noisy" or drafts_of(head) == "trees":
         assert head.last_stats.num_accepted, "no drafted token was accepted, so this shows nothing"
     return head
 
 
-def check_batch(target: PreTrainedModel) -> str:
-    """Decode prompts of different lengths in one batch, padded on the left, and compare with plain decoding."""
-    mask = (torch.arange(LONG) >= torch.tensor([[0], [9], [4]])).long()
-    input_ids = torch.randint(3, COMMON["vocab_size"], mask.shape, generator=torch.Generator().manual_seed(4))
-    inputs = dict(input_ids=input_ids.masked_fill(mask == 0, 0), attention_mask=mask)
+def batch_of(name: str) -> dict[str, torch.Tensor]:
+    """Prompts of different lengths, padded on the left."""
+    prompts = [prompt(name, num_tokens) for num_tokens in (LONG, SHORT, 10)]
+    width = max(each["input_ids"].shape[1] for each in prompts)
+    return {
+        key: torch.cat(
+            [
+                pad(each[key], (width - each[key].shape[1], 0)) if "ids" in key or "mask" in key else each[key]
+                for each in prompts
+            ]
+        )
+        for key in prompts[0]
+    }
+
+
+def check_batch(name: str, target: PreTrainedModel) -> str:
+    """Decode prompts of different lengths in one batch, and compare with plain decoding."""
+    inputs = batch_of(name)
     head = build_random(target)
     head.generation_config.node_budget = NODE_BUDGET
     for do_sample in (False, True):
@@ -103,22 +140,22 @@ def row(name: str) -> dict[str, str]:
     Raises:
         AssertionError: If a text differs from plain decoding.
     """
-    family, target = FAMILIES[name], build(name, tie_word_embeddings=False)
+    family, target = FAMILIES[name], build(name)
     cells = dict.fromkeys(COLUMNS, "") | {"family": name, "attention": family.attention}
     try:
-        head = check(target, SHORT, "noisy", do_sample=False)
+        head = check(name, target, SHORT, "noisy", do_sample=False)
     except ValueError as error:
         return cells | {"refused because": str(error)}
     cells["drafts"] = drafts_of(head)
     cells["greedy"] = "exact"
-    check(target, SHORT, "random", do_sample=True)
+    check(name, target, SHORT, "random", do_sample=True)
     cells["sampled"] = "exact"
     if family.window is not None:
-        check(target, LONG, "noisy", do_sample=False)
-        check(target, LONG, "random", do_sample=True)
+        check(name, target, LONG, "noisy", do_sample=False)
+        check(name, target, LONG, "random", do_sample=True)
         cells["beyond the window"] = "exact"
-    cells["batches"] = check_batch(target)
-    check(build(name, tie_word_embeddings=True), SHORT, "noisy", do_sample=True)
+    cells["batches"] = check_batch(name, target)
+    check(name, build(name, tie_word_embeddings=True), SHORT, "noisy", do_sample=True)
     cells["tied embeddings"] = "exact"
     return cells
 
