@@ -98,15 +98,13 @@ def batch_of(name: str) -> dict[str, torch.Tensor]:
     """Prompts of different lengths, padded on the left."""
     prompts = [prompt(name, num_tokens) for num_tokens in (LONG, SHORT, 10)]
     width = max(each["input_ids"].shape[1] for each in prompts)
-    return {
-        key: torch.cat(
-            [
-                pad(each[key], (width - each[key].shape[1], 0)) if "ids" in key or "mask" in key else each[key]
-                for each in prompts
-            ]
-        )
-        for key in prompts[0]
-    }
+    batch = {}
+    for key, values in prompts[0].items():
+        parts = [each[key] for each in prompts]
+        if values.shape == prompts[0]["input_ids"].shape:  # one for each token
+            parts = [pad(part, (width - part.shape[1], 0)) for part in parts]
+        batch[key] = torch.cat(parts)
+    return batch
 
 
 def check_batch(name: str, target: PreTrainedModel) -> str:
