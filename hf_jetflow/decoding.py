@@ -22,6 +22,7 @@ from .modeling_jetflow import JetFlowHead
 from .policy import AutoPolicy, FixedPolicy, RoundCosts, read_limits
 from .stats import GenerationStats
 from .target import Target
+from .trace import Trace
 from .tree import build_tree
 from .walk import Chooser, walk_tree
 
@@ -55,6 +56,7 @@ def decode(
         drafter = JetFlowCandidateGenerator(head, target, context)
         drafter.observe(states)
         emitter.push(chooser.choose(states.logits, emitter.committed_ids()))
+    trace = Trace(head, stats)
     while not emitter.is_finished:
         plan = policy.plan(emitter.num_remaining, context.most_nodes)
         with _timed(stats, "draft"):
@@ -72,6 +74,7 @@ def decode(
             drafter.observe(states, walk.path)
         policy.record(tree, len(walk.path) - 1)
         stats.count_round(len(tree.tokens) - 1, tree.max_depth, len(walk.path) - 1)
+        trace.record(tree, walk)
     stats.num_new_tokens, stats.policy = emitter.num_new_tokens, policy.report()
     settle_layers(context.cache)
     return emitter.finish(context.cache, wants)
