@@ -1,4 +1,5 @@
 # make test   lint and tests          make demo   a draft head next to plain decoding, on the CPU
+# make notebooks   examples/notebooks run anew, outputs and all
 # make parity   logits of heads in other projects' layouts, against their own packages, in an environment of its own
 # make vllm-check   the exported head in vLLM on the CPU: same text, tokens per pass; in an environment of its own (3.5 GB)
 #
@@ -7,7 +8,7 @@
 #   VENV=.venv-2                            another environment
 #   TORCH='torch==2.13.0 --index-url URL'   another torch, such as the small CPU build from PyTorch's own index
 #   TRANSFORMERS=transformers==5.17.0       another transformers; give it a VENV of its own
-#   PYTEST_ARGS='-k tree'  DEMO_ARGS=...  TRAIN_ARGS=...
+#   PYTEST_ARGS='-k tree'  DEMO_ARGS=...  NOTEBOOK_ARGS='02 --set NODE_BUDGET=64'  TRAIN_ARGS=...
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,6 +19,7 @@ VLLM_VENV ?= .venv-vllm
 VLLM_ARGS ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+NOTEBOOK_ARGS ?=
 TRAIN_ARGS ?=
 
 # Where a CUDA device is visible the newest torch fits it best; elsewhere one fixed release keeps the install small.
@@ -37,7 +39,7 @@ PIP = $(BIN)/python -m pip install -q --disable-pip-version-check
 INSTALLED = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format train-demo-head parity vllm-check clean
+.PHONY: help venv demo notebooks test lint format train-demo-head parity vllm-check clean
 
 help:
 	@sed -n '/^# make/,/^$$/s/^# \{0,1\}//p' Makefile
@@ -64,6 +66,10 @@ $(INSTALLED): pyproject.toml
 
 demo: venv
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
+
+notebooks: venv
+	@echo "== running examples/notebooks (minutes on two CPU cores)"
+	$(BIN)/python examples/run_notebooks.py $(NOTEBOOK_ARGS)
 
 test: lint
 	@echo "== pytest (minutes on two CPU cores)"

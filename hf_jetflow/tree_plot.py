@@ -31,6 +31,7 @@ LEGEND = {
     "bonus": "the target's own next token",
     "rejected": "drafted, not kept",
 }
+PERCENTAGES = "percentages: the head's probability of the way to a token"
 
 
 def draw_trees(
@@ -184,10 +185,11 @@ def _draw_legend(axes: "Axes") -> None:
     for kind, words in LEGEND.items():
         _draw_chip(axes, left, MARGIN + CHIP / 2, _chip_width(words, ""), kind, words, "")
         left += _chip_width(words, "") + 14
+    axes.text(left, MARGIN + CHIP / 2, PERCENTAGES, **_font(SHARE_SIZE, "#4b5563"))
 
 
 def _legend_width() -> float:
-    return sum(_chip_width(words, "") + 14 for words in LEGEND.values())
+    return sum(_chip_width(words, "") + 14 for words in LEGEND.values()) + _text_width(PERCENTAGES, SHARE_SIZE)
 
 
 def _chip_width(label: str, share: str) -> float:
