@@ -67,7 +67,9 @@ def test_quick_start(runner, demo_target, tmp_path):
 def test_look_inside(runner, demo_target, tmp_path):
     parameters = dict(TARGET=demo_target, HEAD=HEAD, MAX_NEW_TOKENS=12, ROUNDS=[1, 2], BUDGETS=[2, 8])
     notebook = runner.run_notebook(NOTEBOOKS[1], parameters, tmp_path)
-    assert [float(rate) > 1 for rate in re.findall(r"nodes  ([\d.]+) tokens per round", text_of(notebook))] == [True] * 2
+    rates = re.findall(r"nodes  ([\d.]+) tokens per round", text_of(notebook))
+    assert len(rates) == 2
+    assert min(map(float, rates)) >= 1
     assert num_pictures(notebook) == 4
     assert (tmp_path / "trees.html").exists()
 
