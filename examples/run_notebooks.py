@@ -56,6 +56,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="beginnings of their names; all if none is given")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter, in Python")
+    parser.add_argument(
+        "--no-times", action="store_true", help="leave empty what cells tagged `timing` print: the machine is busy"
+    )
     args = parser.parse_args()
 
     parameters = {name: ast.literal_eval(value) for name, _, value in (text.partition("=") for text in args.set)}
@@ -66,6 +69,10 @@ def main() -> None:
         print(f"{path.name} ...", end=" ", flush=True)
         start = time.perf_counter()
         notebook = run_notebook(path, parameters, NOTEBOOKS)
+        if args.no_times:
+            for cell in notebook.cells:
+                if "timing" in cell.metadata.get("tags", []):
+                    cell.outputs, cell.execution_count = [], None
         partial = path.with_name(f"{path.name}.tmp")
         nbformat.write(notebook, partial)
         os.replace(partial, path)
