@@ -1,5 +1,6 @@
 # make test   lint and tests          make demo   a draft head next to plain decoding, on the CPU
 # make support-matrix   docs/support-matrix.md: decodes with tiny targets of many families and writes what was seen
+# make notebooks   examples/notebooks run anew, outputs and all
 # make parity   logits of heads in other projects' layouts, against their own packages, in an environment of its own
 # make targets-test   the tests of adapted and quantized targets, with peft, torchao, bitsandbytes and quanto, in an environment of its own
 # make vllm-check   the exported head in vLLM on the CPU: same text, tokens per pass; in an environment of its own (3.5 GB)
@@ -9,7 +10,7 @@
 #   VENV=.venv-2                            another environment
 #   TORCH='torch==2.13.0 --index-url URL'   another torch, such as the small CPU build from PyTorch's own index
 #   TRANSFORMERS=transformers==5.17.0       another transformers; give it a VENV of its own
-#   PYTEST_ARGS='-k tree'  DEMO_ARGS=...  TRAIN_ARGS=...
+#   PYTEST_ARGS='-k tree'  DEMO_ARGS=...  NOTEBOOK_ARGS='02 --set NODE_BUDGET=64'  TRAIN_ARGS=...
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -21,6 +22,7 @@ VLLM_VENV ?= .venv-vllm
 VLLM_ARGS ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+NOTEBOOK_ARGS ?=
 TRAIN_ARGS ?=
 
 # Where a CUDA device is visible the newest torch fits it best; elsewhere one fixed release keeps the install small.
@@ -40,7 +42,7 @@ PIP = $(BIN)/python -m pip install -q --disable-pip-version-check
 INSTALLED = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format docs train-demo-head support-matrix parity targets-test vllm-check clean
+.PHONY: help venv demo notebooks test lint format docs train-demo-head support-matrix parity targets-test vllm-check clean
 
 help:
 	@sed -n '/^# make/,/^$$/s/^# \{0,1\}//p' Makefile
@@ -67,6 +69,10 @@ $(INSTALLED): pyproject.toml
 
 demo: venv
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
+
+notebooks: venv
+	@echo "== running examples/notebooks (minutes on two CPU cores)"
+	$(BIN)/python examples/run_notebooks.py $(NOTEBOOK_ARGS)
 
 test: lint
 	@echo "== pytest (minutes on two CPU cores)"

@@ -105,6 +105,10 @@ class BatchLayer(DynamicLayer):
         self.keys, self.values = (buffer[: len(lengths), :, :end] for buffer in self._buffers)
         return self.keys, self.values
 
+    def get_seq_length(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(self._rows.lengths.max())
+
     def move(self, sources: torch.Tensor, places: torch.Tensor) -> None:
         """Copy the rows at slots `sources` (decoded, moved) of each sequence to slots `places`."""
         heads, capacity = self._buffers[0].shape[1:3]

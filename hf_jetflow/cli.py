@@ -323,6 +323,52 @@ def plot(
     console.print(f"written to {path}")
 
 
+@app.command()
+def show(
+    target: TargetOption,
+    head: Annotated[str, typer.Option(help="Draft head: a Hub id or a folder.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            help="File to write: .html is a page of all rounds, which needs no network; .svg or .png is a picture."
+        ),
+    ],
+    prompt: Annotated[str | None, typer.Option(help="The user's message.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSON lines of prompts (`messages`, `turns` or `prompt`) to take one from.")
+    ] = None,
+    index: Annotated[int, typer.Option(help="Which prompt of the file; the first is 0.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of the answer.")] = 96,
+    node_budget: Annotated[str, typer.Option(help="Nodes verified per round, root included, or auto.")] = "32",
+    round: Annotated[
+        int | None,
+        typer.Option(help="The one round to draw, the first is 1; on a page, the one that is shown first."),
+    ] = None,
+    dtype: DtypeOption = "auto",
+) -> None:
+    """
+    Draw the draft trees of an answer. Example:
+
+    hf-jetflow show --target org/model --head org/head --prompt "Why is the sky blue?" --output trees.html
+    """
+    from .loading import fast_dtype, load_target
+    from .modeling_jetflow import JetFlowHead
+    from .show import check_output, choose_prompt, record_trees, write_trees
+
+    with _readable_errors():
+        check_output(output)  # what is wrong is said before models are loaded
+        messages = choose_prompt(prompt, prompts, index)
+        budget = int(node_budget) if node_budget.isdecimal() else node_budget
+        model, tokenizer = load_target(target, fast_dtype() if dtype == "auto" else dtype)
+        draft_head = JetFlowHead.from_pretrained(head, dtype=model.dtype).to(model.device)
+        rounds = record_trees(model, tokenizer, draft_head, messages, max_new_tokens, budget)
+        names = f"{Path(head).name} drafts for {Path(target).name}"
+        about = f"{names}, {str(model.dtype).removeprefix('torch.')}, node budget {node_budget}"
+        write_trees(rounds, tokenizer, output, only=round, prompt=messages[-1]["content"], about=about)
+    stats = draft_head.last_stats
+    console.print(f"{stats.num_rounds} rounds, {stats.tokens_per_round:.2f} tokens per round; written to {output}")
+
+
 class _Reporter:
     """Progress bars by what runs: `reporter(done, in_all, what)`; a quiet one says warnings only."""
 

@@ -27,6 +27,7 @@ from .policy import AutoPolicy, FixedPolicy, RoundCosts, chain_limits, read_limi
 from .reuse import recall, remember
 from .stats import GenerationStats
 from .target import Context, Target
+from .trace import Trace
 from .tree import build_tree
 from .walk import Chooser, walk_trees
 
@@ -63,6 +64,7 @@ def decode(
         drafter.observe(states)
         for row, chooser in enumerate(choosers):
             emitter.push(row, chooser.choose(states.logits[row], emitter.committed_ids(row)), chooser.scores)
+    trace = Trace(head, stats)
     if not emitter.is_finished:
         target.open(context)
     while not emitter.is_finished:
@@ -84,6 +86,7 @@ def decode(
             drafter.observe(states, paths)
         policy.record(tree, sum(len(path) - 1 for path in paths) / len(paths))
         stats.count_round(tree.num_nodes - 1, tree.max_depth, [len(path) - 1 for path in paths])
+        trace.record(tree, paths, emitter)
     stats.num_new_tokens, stats.policy = emitter.num_new_tokens, policy.report()
     if wants["return_dict_in_generate"] or getattr(context.cache, "_is_user_defined", False):
         _leave_cache(head, emitter, target, context, drafter)

@@ -45,13 +45,16 @@ def tokens_per_round(
 @contextmanager
 def decoding_with(head: JetFlowHead, node_budget: int) -> Iterator[None]:
     """Decode with a node budget; the head is left as it was."""
-    was_training, settings, stats = head.training, head.generation_config, head.last_stats
-    head.generation_config = copy.deepcopy(settings)
+    was_training = head.training
+    kept = {name: getattr(head, name) for name in ("generation_config", "last_stats", "record_trees", "last_trees")}
+    head.generation_config = copy.deepcopy(head.generation_config)
     head.generation_config.node_budget = node_budget
+    head.record_trees = False
     head.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        head.generation_config, head.last_stats = settings, stats
+        for name, value in kept.items():
+            setattr(head, name, value)
         head.train(was_training)

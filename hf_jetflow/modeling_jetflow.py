@@ -183,7 +183,8 @@ class JetFlowHead(PreTrainedModel):
 
     Pass it to `generate` as `assistant_model=head`. `head.generation_config` holds `node_budget` (rows the target
     verifies per round, root included) and `max_depth` (1 .. `config.block_size - 1`); after a call
-    `head.last_stats` holds its [`GenerationStats`].
+    `head.last_stats` holds its [`GenerationStats`]. With `head.record_trees = True` before it, `head.last_trees` holds
+    its draft trees, a list of [`~trace.TreeRound`].
 
     Args:
         config ([`JetFlowConfig`]): The head's configuration. The weights are random until loaded or trained.
@@ -225,6 +226,8 @@ class JetFlowHead(PreTrainedModel):
         self.generation_config = GenerationConfig(node_budget=64, max_depth=config.block_size - 1)
         self._newest_stats: Any = None
         self._stats_by_thread: dict[int, Any] = {}
+        self.record_trees = False
+        self.last_trees: Any = None  # list of TreeRound of the latest generate call, if `record_trees` was on
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

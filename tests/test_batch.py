@@ -132,6 +132,9 @@ def test_a_penalty_leaves_the_padding_of_each_prompt_out():
 @pytest.mark.parametrize("settings", [dict(), dict(do_sample=True)], ids=["greedy", "sampling"])
 def test_eager_attention_takes_batches(settings):
     assert_same_batch(small_target(attn_implementation="eager"), small_head(), **settings)
+    # Sequences of one length, a root alone at last: here the target makes the mask itself, by the cache's length.
+    one_length = dict(input_ids=prompts()["input_ids"][3:4].repeat(3, 1))
+    assert_same_batch(small_target(attn_implementation="eager"), small_head(), one_length, **settings)
 
 
 def test_the_auto_policy_takes_batches():
