@@ -1,6 +1,7 @@
 """`JetFlowCandidateGenerator`: anchor and context features -> block -> head -> candidates per depth."""
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -96,9 +97,14 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             past.load(self._cache, head.config.num_rows)
             self._pending.append((past.features, past.feature_position_ids))
         self._newest_positions: torch.Tensor | None = None  # (batch,), of the newest tokens that were observed
-        self._projection = target.output_rows(head.draft_token_ids) if head.lm_head is None else head.lm_head.weight
         self._slots = torch.arange(head.config.num_rows, device=head.device)
         self.branch_scorer: BranchScorer | None = None  # of the newest proposal, for a head with a branch correction
+
+    @cached_property
+    def _projection(self) -> torch.Tensor | None:
+        """Output rows (draft_vocab, hidden). Copied from the target at the first draft: some calls never draft."""
+        head = self.head
+        return self.target.output_rows(head.draft_token_ids) if head.lm_head is None else head.lm_head.weight
 
     def observe(self, states: TargetStates, paths: list[list[int]] | None = None) -> None:
         """Take over the states of newly committed tokens; of each sequence's path only, where trees were verified."""
