@@ -93,8 +93,10 @@ def test_bring_a_public_head(runner, demo_target, tmp_path):
     notebook = runner.run_notebook(NOTEBOOKS[3], parameters, tmp_path)
     text = text_of(notebook)
     assert "same text: True" in text
-    assert "No fault found" in text
-    assert "FAULT" in text
+    assert len(re.findall(r"No fault found|FAULT", text)) == 2, (
+        "few tokens tell little from chance; the doctor ran twice"
+    )
+    assert "prompts, greedy: " in text, "the sentence that closes a bench"
     assert num_pictures(notebook) == 1
 
 
