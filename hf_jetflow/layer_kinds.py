@@ -76,7 +76,7 @@ def takes_trees(model: PreTrainedModel) -> bool:
     # Probed because few configurations have them: `alibi` of falcon and, in `attn_config`, of mpt; gpt_neo's layers.
     has_alibi = any(getattr(config, "alibi", False) for config in (text, getattr(text, "attn_config", None)))
     has_local_layers = "local" in getattr(text, "attention_layers", ())
-    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
     return takes_positions and not (kinds & RECURRENT_KINDS or has_alibi or has_local_layers)
 
 
