@@ -204,7 +204,7 @@ FAMILIES: dict[str, Family] = {
             attention_chunk_size=WINDOW,
             layer_types=["chunked_attention", "full_attention"] * 2,
             num_local_experts=2,
-            floor_scale=18,
+            floor_scale=16,
             attn_scale=2.0,
         ),
         window=WINDOW,
