@@ -146,6 +146,8 @@ class GrowingLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append rows (batch, heads, rows, dim); returns all rows."""
+        if torch.compiler.is_compiling():  # where tensors lie would break the graph
+            return super().update(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]

@@ -306,6 +306,36 @@ def test_head_and_cache_do_not_keep_each_other_alive(tiny_target, random_head, p
     assert context() is None
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "static"])
+def test_whatever_is_done_to_a_cache_the_text_is_the_plain_one(kind, seed, tiny_target, random_head, prompt):
+    """Turns with one of two heads or none, in any order, from caches that were cropped or copied in between."""
+    target = tiny_target("llama" if kind == "static" else kind)
+    heads = [None, random_head(target), random_head(target, num_hidden_layers=1)]
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(most):
+        return int(torch.randint(most, (), generator=generator))
+
+    text, cache = prompt, DynamicCache(config=target.config)
+    if kind == "static":
+        cache = StaticCache(config=target.config, max_cache_len=400)
+    for turn in range(8):
+        if pick(2):
+            cache = copy.deepcopy(cache)
+        if kind == "llama" and turn and pick(2):
+            cache.crop(-1 - pick(10))
+            text = text[:, : int(cache.get_seq_length())]
+        text = follow_up(text, seed=turn, length=1 + pick(9))
+        settings = dict(max_new_tokens=1 + pick(12), do_sample=bool(pick(2)))
+        settings["attention_mask"] = torch.ones_like(text)  # else a padding token in the text would be masked
+        plain, head = generate(target, text, **settings), heads[pick(3)]
+        text, cache = ask(target, text, head, past_key_values=cache, **settings)
+        assert_same_text(plain, text)
+        if head is not None and kind != "gemma3_text":
+            assert known_positions(cache, head)[-1] == int(cache.get_seq_length()) - 1
+
+
 class ReaderLeft(RuntimeError):
     pass
 
