@@ -22,10 +22,11 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
 from .blocks import Agreement, draft_blocks, make_blocks, score_candidates
-from .checkpoints import checkpoint_fault, find_checkpoints, is_write_failure
+from .checkpoints import STATE_NAME, checkpoint_fault, find_checkpoints, is_write_failure
 from .configuration_jetflow import JetFlowConfig
 from .data import AnchorCollator, AnswerDataset, Answers, EpochSampler, FeatureStore
 from .evaluation import tokens_per_round
@@ -299,7 +300,8 @@ class JetFlowTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
-        As the parent's, but an incomplete checkpoint is never continued from.
+        As the parent's, but an incomplete checkpoint is never continued from, and a finished run makes no further
+        update (with FSDP it makes one, as the parent does).
 
         Args:
             resume_from_checkpoint: A checkpoint's folder, or `True` for the last complete one of the output folder;
@@ -317,7 +319,23 @@ class JetFlowTrainer(Trainer):
                 f"{resume_from_checkpoint} cannot be continued from: {fault}; give another checkpoint, or `True` for "
                 "the last complete one"
             )
+        if resume_from_checkpoint and not self.is_fsdp_enabled and self._is_finished(resume_from_checkpoint):
+            self._load_from_checkpoint(resume_from_checkpoint)
+            if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+                self._load_best_model()
+            return TrainOutput(self.state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _is_finished(self, checkpoint: str) -> bool:
+        """Whether the checkpoint is the end of a run; its state is then this trainer's."""
+        state = TrainerState.load_from_json(str(Path(checkpoint) / STATE_NAME))
+        if self.args.max_steps > 0:
+            is_finished = state.global_step >= self.args.max_steps
+        else:
+            is_finished = (state.epoch or 0) >= self.args.num_train_epochs
+        if is_finished:
+            self.state = state
+        return is_finished
 
     def _last_complete_checkpoint(self) -> str | None:
         complete, faults = find_checkpoints(Path(self.args.output_dir))

@@ -87,12 +87,17 @@ def check_rounds(rounds: Sequence[TreeRound] | None, only: Sequence[int] | None 
     The numbers of the rounds that are wanted, the first is 1.
 
     Raises:
-        ValueError: If nothing was recorded, or a number is out of range.
+        ValueError: If nothing was recorded, of several sequences, or a number is out of range.
     """
     if not rounds:
         raise ValueError(
             "no rounds were recorded; set `head.record_trees = True` before `generate`, and let it make more than one "
             "token"
+        )
+    if len({each.row for each in rounds}) > 1:
+        raise ValueError(
+            "the rounds are those of several sequences of a batch; take one's: `[each for each in head.last_trees if "
+            "each.row == 0]`"
         )
     numbers = list(range(1, len(rounds) + 1)) if only is None else list(only)
     wrong = [number for number in numbers if not 1 <= number <= len(rounds)]

@@ -62,7 +62,7 @@ def target_of(name: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     return target
 
 
-@functools.cache
+@functools.lru_cache(maxsize=16)
 def head_of(name: str, dtype: torch.dtype, config: tuple[tuple[str, Any], ...]) -> JetFlowHead:
     head = build_random(target_of(name, torch.float32, "sdpa"), **dict(config))
     generator = torch.Generator().manual_seed(6)
@@ -219,6 +219,7 @@ def soak(seed: int, numbers: range) -> Counter[str]:
     if len(numbers) > 500:
         growth = memory_bytes() - settled
         counts["memory gained in the second half (MiB)"] = growth // 2**20
+        print(dict(counts), flush=True)
         assert growth < MOST_GROWTH, f"memory grew by {growth / 2**20:.0f} MiB in the second half of the calls"
     return counts
 

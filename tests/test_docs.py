@@ -115,6 +115,7 @@ def reader(tiny_target, random_head, tmp_path, monkeypatch):
     for folder in ("org/head", "examples/heads/smollm2-135m-instruct"):
         head.save_pretrained(tmp_path / folder)
     monkeypatch.chdir(tmp_path)
+    tokenizer.pad_token = "t000"
     inputs = tokenizer("t005 t006 t007", return_tensors="pt", return_token_type_ids=False)
     return {"target": target, "tokenizer": tokenizer, "head": head, "inputs": inputs}
 

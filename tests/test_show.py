@@ -21,7 +21,7 @@ from hf_jetflow.token_text import TokenLabels, display_width, text_pieces
 from hf_jetflow.trace import TreeRound
 from hf_jetflow.tree_layout import lay_out
 from hf_jetflow.tree_page import tree_page
-from hf_jetflow.tree_plot import CHIP, draw_trees
+from hf_jetflow.tree_plot import CHIP, check_rounds, draw_trees
 
 
 NEW_TOKENS = 24
@@ -166,6 +166,13 @@ def test_siblings_stand_in_order_of_probability_and_the_bonus_above_them():
     assert [node.row for node in nodes] == [0, 1, 0, 2, 1]
     assert nodes[4].probability is None
     assert [node.row for node in lay_out(tree, path_first=True)] == [0, 0, 1, 1, 0]
+
+
+def test_rounds_of_several_sequences_are_not_mixed():
+    rounds = [TreeRound([9], [-1], [0], [1.0], [0], 5, 0, row, {}) for row in (0, 1)]
+    with pytest.raises(ValueError, match=r"several sequences of a batch; take one's: .*each.row == 0"):
+        check_rounds(rounds)
+    assert check_rounds(rounds[:1]) == [1]
 
 
 def test_a_drafted_last_token_is_drawn_once():

@@ -268,6 +268,22 @@ def test_a_resumed_run_equals_the_uninterrupted_one(target, tmp_path, num_answer
         assert torch.equal(resumed.state_dict()[name], tensor), name
 
 
+@pytest.mark.parametrize(
+    "length", [{"max_steps": 4}, {"num_train_epochs": 2, "max_steps": -1}], ids=["steps", "epochs"]
+)
+def test_a_finished_run_makes_no_further_update(target, tmp_path, length):
+    settings = dict(save_strategy="steps", save_steps=2, **length)
+    trainer = make_trainer(target, tmp_path, **settings)
+    trainer.train()
+    again = make_trainer(target, tmp_path, **settings)
+    updates = []
+    again.add_callback(type("Count", (TrainerCallback,), {"on_step_end": lambda *_, **__: updates.append(1)})())
+    assert again.train(resume_from_checkpoint=True).global_step == trainer.state.global_step
+    assert not updates
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], tensor), name
+
+
 def test_every_epoch_has_other_anchors(target, tmp_path):
     trainer = make_trainer(target, tmp_path, answers=make_answers(4, 60), max_steps=3)
     seen = Seen(trainer)
