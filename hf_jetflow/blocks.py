@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .losses import KLResult, chunked_forward_kl, correction_kl
+from .losses import AS_IT_IS, KLResult, LogitShape, chunked_forward_kl, correction_kl
 from .modeling_jetflow import JetFlowHead
 from .target import Target
 
@@ -168,12 +168,23 @@ class Agreement:
 
 
 def score_candidates(
-    drafted: DraftedRows, projection: torch.Tensor, weights: torch.Tensor, temperature: float, num_candidates: int
+    drafted: DraftedRows,
+    projection: torch.Tensor,
+    weights: torch.Tensor,
+    temperature: float,
+    num_candidates: int,
+    teacher_shape: LogitShape = AS_IT_IS,
 ) -> tuple[KLResult, torch.Tensor | None, torch.Tensor | None]:
     """KL of the rows, and the corrected rows' divergence (rows,) and top-1 agreement (rows,), if there are shifts."""
     num_candidates = min(num_candidates, len(projection))
     kl = chunked_forward_kl(
-        drafted.rows, drafted.teacher, projection, weights, temperature, num_candidates=num_candidates
+        drafted.rows,
+        drafted.teacher,
+        projection,
+        weights,
+        temperature,
+        num_candidates=num_candidates,
+        teacher_shape=teacher_shape,
     )
     if drafted.shifts is None:
         return kl, None, None

@@ -11,6 +11,21 @@ import torch
 from .tree import MIN_REST, corrected_logprobs
 
 
+@dataclass(frozen=True)
+class LogitShape:
+    """How a target shapes the logits of its output embedding: times `scale`, then `cap * tanh(x / cap)`."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        logits = logits * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+AS_IT_IS = LogitShape()
+
+
 @dataclass
 class KLResult:
     """What one call of `chunked_forward_kl` yields, per row. Tokens are places in the projection."""
@@ -31,7 +46,7 @@ class KLResult:
 class _ChunkedForwardKL(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, rows, teacher_rows, projection, row_weights, temperature, num_candidates, chunk_size
+        ctx, rows, teacher_rows, projection, row_weights, temperature, num_candidates, chunk_size, teacher_shape
     ):
         new = rows.new_empty
         divergence = new(rows.shape[0], dtype=torch.float32)
@@ -43,7 +58,7 @@ class _ChunkedForwardKL(torch.autograd.Function):
         for start in range(0, rows.shape[0], chunk_size):
             part = slice(start, start + chunk_size)
             logits = (rows[part].to(projection.dtype) @ projection.T).float()
-            teacher = (teacher_rows[part].to(projection.dtype) @ projection.T).float()
+            teacher = teacher_shape((teacher_rows[part].to(projection.dtype) @ projection.T).float())
             teacher_tokens[part] = teacher.argmax(-1)
             best = logits.topk(num_candidates)
             candidates[part] = best.indices
@@ -64,7 +79,7 @@ class _ChunkedForwardKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_loss, *[None] * 6
+        return gradient * grad_loss, *[None] * 7
 
 
 def chunked_forward_kl(
@@ -75,6 +90,7 @@ def chunked_forward_kl(
     temperature: float = 1.0,
     chunk_size: int = 1024,
     num_candidates: int = 1,
+    teacher_shape: LogitShape = AS_IT_IS,
 ) -> KLResult:
     """
     Weighted sum over rows of T^2 KL(target || head), both seen through the same frozen output projection.
@@ -87,13 +103,13 @@ def chunked_forward_kl(
         temperature (`float`): Distillation temperature T.
         chunk_size (`int`): Rows whose logits exist at a time.
         num_candidates (`int`): Tokens of each row whose log-probabilities are returned, at most the draft vocabulary.
+        teacher_shape ([`LogitShape`]): What the target makes of the projection's logits.
 
     Returns:
         `KLResult`: The loss and per-row figures.
     """
-    return KLResult(
-        *_ChunkedForwardKL.apply(rows, teacher_rows, projection, row_weights, temperature, num_candidates, chunk_size)
-    )
+    sizes = temperature, num_candidates, chunk_size
+    return KLResult(*_ChunkedForwardKL.apply(rows, teacher_rows, projection, row_weights, *sizes, teacher_shape))
 
 
 class _CandidateLogits(torch.autograd.Function):

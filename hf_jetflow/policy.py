@@ -11,7 +11,7 @@ from .tree import DraftTree, trim_tree
 
 
 MAX_WIDTH = 64  # children considered per node; a child ranked lower has a probability below 1/64 of its parent's
-AUTO_BUDGETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # what "auto" chooses from; 1 is plain decoding
+AUTO_BUDGETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # what "auto" chooses from; 1 is plain decoding
 FIRST_TRIALS = (16, 1, 32, 8, 64)  # tried in the first rounds of a process; the other budgets are read off these
 NUM_TRIALS = 2  # rounds per trial; each budget's first round is not counted (kernels are made ready in it)
 NUM_SAMPLES = 9  # rounds of each size whose seconds are kept
@@ -20,6 +20,9 @@ MARGIN = 1.03  # drafted rounds must yield so many times what plain ones would
 EXPLORING_SHARE = 0.01  # of all time that drafting may lose where it does not pay, to notice when it does
 LEAST_CREDIT, MOST_CREDIT = -1.0, 6.0  # plain rounds whose time may be owed, and saved up, for that
 REFRESH_EVERY = 16  # drafted rounds after which a neighbour of the best budget is taken, to learn its seconds anew
+REFRESH_FIRST = (4, 8, 12)  # the same among the first of them, when little is known
+RETIME_EVERY = 8  # rounds after which a plain one is timed anew, while drafted ones are little better
+LITTLE_BETTER = 1.25
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,7 @@ class AutoPolicy:
         self._weight = EVIDENCE if costs.num_drafted else 0.0
         self._tokens, self._seconds = self._weight * costs.tokens, self._weight * costs.drafted_seconds
         self._is_trial = False
+        self._num_planned = 0
         self._promised = 0.0  # drafted tokens that this round's tree promises
         self._start = 0.0
 
@@ -171,13 +175,20 @@ class AutoPolicy:
         self._start = time.perf_counter()
         untried = self._costs.untried(min(self._most_nodes, most_nodes or self._most_nodes))
         self._is_trial = untried is not None
-        drafts = self._is_trial or self._drafting_pays() or self._costs.credit > 0
-        budget = untried or (self._ceiling if drafts else 1)
-        limits = RoundPlan(budget, self._limits.max_depth, self._limits.width)
+        self._num_planned += 1
+        limits = RoundPlan(untried or self._choose(), self._limits.max_depth, self._limits.width)
         return plan_round(limits, num_remaining, most_nodes)
 
-    def _drafting_pays(self) -> bool:
-        return self._weight < EVIDENCE or self._tokens * self._costs.seconds(1) >= MARGIN * self._seconds
+    def _choose(self) -> int:
+        """Nodes to draft; 1 decodes plainly."""
+        costs = self._costs
+        if self._weight >= EVIDENCE:
+            over_plain = self._tokens * costs.seconds(1) / self._seconds
+            if over_plain < MARGIN and costs.credit <= 0:
+                return 1
+            if MARGIN <= over_plain < LITTLE_BETTER and self._num_planned % RETIME_EVERY == 0:
+                return 1
+        return self._ceiling
 
     def fit(self, tree: DraftTree) -> DraftTree:
         """The part of the tree that is worth its verification."""
@@ -198,7 +209,8 @@ class AutoPolicy:
         place = rates.index(max(rates))
         self._ceiling = next((budget for budget in AUTO_BUDGETS if budget >= 2 * budgets[place]), AUTO_BUDGETS[-1])
         turn, is_between = divmod(costs.num_drafted, REFRESH_EVERY)
-        if not is_between:
+        if not is_between or costs.num_drafted in REFRESH_FIRST:
+            turn += costs.num_drafted // REFRESH_FIRST[0]  # above and below in turn
             place = min(max(place + (1 if turn % 2 else -1), 0), len(budgets) - 1)
         return budgets[place]
 

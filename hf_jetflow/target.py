@@ -351,7 +351,9 @@ class Target:
     @torch.no_grad()
     def states(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Features (batch, seq, taps x hidden) and normed last hidden states of whole, right-padded sequences."""
-        outputs = self.model.base_model(input_ids=input_ids, output_hidden_states=self._wanted_states, use_cache=False)
+        # The base model of few targets, such as llama4, goes by another name than its class says.
+        body = self.model.base_model if self.model.base_model is not self.model else self.model.get_decoder()
+        outputs = body(input_ids=input_ids, output_hidden_states=self._wanted_states, use_cache=False)
         return self._fuse(outputs.hidden_states), outputs.last_hidden_state
 
     def _fuse(self, hidden_states: tuple[torch.Tensor, ...]) -> torch.Tensor:

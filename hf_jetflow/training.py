@@ -33,6 +33,7 @@ from .evaluation import tokens_per_round
 from .losses import depth_weights, feature_loss
 from .modeling_jetflow import JetFlowHead
 from .target import Target
+from .teacher import logit_shape
 
 
 logger = logging.getLogger(__name__)
@@ -168,6 +169,7 @@ class JetFlowTrainer(Trainer):
         folder = Path(args.features_dir) / features_fingerprint(head.config) if args.features_dir else None
         self.features = FeatureStore(self.target.states, folder)
         self.projection = self.target.plain_output_rows(head.draft_token_ids)
+        self.teacher_shape = logit_shape(self.target)
         self.block_size = head.config.block_size
         self._agreement = Agreement()
         self.progress: Callable[[int, int, str], None] | None = None  # called while held-out prompts are decoded
@@ -209,7 +211,12 @@ class JetFlowTrainer(Trainer):
         else:  # the trainer takes the mean over micro-batches and processes
             weights = weights * (self.current_gradient_accumulation_steps * args.world_size / num_items_in_batch)
         kl, corrected, is_top1_corrected = score_candidates(
-            drafted, self.projection, weights, args.distillation_temperature, head.config.branch_candidates
+            drafted,
+            self.projection,
+            weights,
+            args.distillation_temperature,
+            head.config.branch_candidates,
+            self.teacher_shape,
         )
         loss = kl.loss
         if args.feature_loss_weight:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_jetflow.losses import chunked_forward_kl, depth_weights, feature_loss
+from hf_jetflow.losses import LogitShape, chunked_forward_kl, depth_weights, feature_loss
 
 
 ROWS, HIDDEN, VOCAB = 11, 6, 17
@@ -130,3 +130,14 @@ def test_the_feature_loss_pulls_rows_towards_the_teacher():
     rows, teacher, _, weights = make_rows()
     feature_loss(rows, teacher, weights).backward()
     assert bool(((rows - teacher) * rows.grad >= 0).all())
+
+
+def test_the_teacher_s_logits_are_shaped_as_the_target_shapes_them():
+    rows, teacher, projection, weights = make_rows()
+    shape = LogitShape(scale=0.4, cap=3.0)
+    log_q = torch.log_softmax(rows @ projection.T, dim=-1)
+    log_p = torch.log_softmax(3 * torch.tanh(0.4 * teacher @ projection.T / 3), dim=-1)
+    expected = torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=-1)
+    result = chunked_forward_kl(rows, teacher, projection, weights, chunk_size=4, teacher_shape=shape)
+    torch.testing.assert_close(result.divergence, expected)
+    assert not torch.allclose(expected, dense_divergence(rows, teacher, projection))

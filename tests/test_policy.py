@@ -64,6 +64,16 @@ class Machine:
         return done, self.now - start
 
 
+def test_a_plain_round_that_was_timed_too_slow_is_timed_anew(monkeypatch):
+    machine = Machine(monkeypatch, lambda nodes: 1.0 if nodes == 1 else 4.4, top=0.6)
+    costs = RoundCosts()
+    costs.samples = {nodes: (1.25 if nodes == 1 else 4.4,) for nodes in (1, 8, 16, 32, 64)}  # as in a cold process
+    machine.run(AutoPolicy(LIMITS, costs), 400)
+    assert costs.seconds(1) == pytest.approx(1.0)
+    tokens, spent = machine.run(AutoPolicy(LIMITS, costs), 400)
+    assert tokens / spent > 0.95
+
+
 def rate(monkeypatch, seconds, top, node_budget, claimed=None):
     """Tokens per second with a fixed budget, or with "auto" once it has had its trials."""
     machine = Machine(monkeypatch, seconds, top, claimed)

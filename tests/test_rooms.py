@@ -37,6 +37,7 @@ ROOMS = {
         "answers",
         "loading",
         "blocks",
+        "teacher",
         "cost",
         "replay",
         "roofline",

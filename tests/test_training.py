@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import build_target
 from helpers import HIDDEN, tiny_config
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
@@ -15,6 +16,8 @@ from hf_jetflow import JetFlowConfig, JetFlowHead
 from hf_jetflow.blocks import make_blocks
 from hf_jetflow.data import AnchorCollator, AnswerDataset
 from hf_jetflow.starting import initialize_from_target
+from hf_jetflow.target import Target
+from hf_jetflow.teacher import logit_shape
 from hf_jetflow.training import JetFlowTrainer, JetFlowTrainingConfig, MuonAdamW, features_fingerprint
 
 
@@ -442,3 +445,29 @@ def test_the_fingerprint_tells_targets_and_taps_apart(target):
         make_head(target, hidden_state_indices=[1, 2]).config,
     ]
     assert len({features_fingerprint(config) for config in configs}) == 3
+
+
+@pytest.mark.parametrize(
+    ("family", "scale", "cap"),
+    [("llama", 1, None), ("cohere", 0.0625, None), ("granite", 0.5, None), ("gemma2", 1, 30.0), ("nanochat", 1, 15.0)],
+)
+def test_the_teacher_is_the_target_s_own_distribution(family, scale, cap):
+    settings = {"logits_scaling": 2.0} if family == "granite" else {}
+    target = build_target(family, **settings)
+    config = JetFlowConfig.for_target(target.config, num_hidden_layers=1, block_size=4)
+    view = Target(target, config)
+    shape = logit_shape(view)
+    assert shape.cap == cap
+    assert shape.scale == pytest.approx(scale, rel=1e-3)
+    ids = torch.randint(3, 257, (1, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        raw = view.states(ids)[1][0] @ view.plain_output_rows(None).T
+        torch.testing.assert_close(shape(raw), target(ids).logits[0], atol=1e-3, rtol=1e-3)
+
+
+def test_a_target_whose_logits_are_made_otherwise_is_refused():
+    target = copy.deepcopy(build_target("llama"))
+    target.lm_head.register_forward_hook(lambda _module, _args, logits: logits.square())
+    view = Target(target, JetFlowConfig.for_target(target.config, num_hidden_layers=1, block_size=4))
+    with pytest.raises(ValueError, match=r"logits of `llama` are not those of its output embedding"):
+        logit_shape(view)
