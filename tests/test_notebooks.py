@@ -1,4 +1,4 @@
-"""The notebooks, run from end to end with few tokens and steps (`pytest -m slow`), and what is committed of them."""
+"""The notebooks, run from end to end with few tokens and steps, and what is committed of them."""
 
 import importlib.util
 import re
@@ -56,7 +56,6 @@ def num_pictures(notebook):
     return sum("image/png" in output.get("data", {}) for output in outputs)
 
 
-@pytest.mark.slow
 def test_quick_start(runner, demo_target, tmp_path):
     parameters = dict(TARGET=demo_target, HEAD=HEAD, MAX_NEW_TOKENS=10)
     notebook = runner.run_notebook(NOTEBOOKS[0], parameters, tmp_path)
@@ -65,7 +64,6 @@ def test_quick_start(runner, demo_target, tmp_path):
     assert num_pictures(notebook) == 2
 
 
-@pytest.mark.slow
 def test_look_inside(runner, demo_target, tmp_path):
     parameters = dict(TARGET=demo_target, HEAD=HEAD, MAX_NEW_TOKENS=12, ROUNDS=[1, 2], BUDGETS=[2, 8])
     notebook = runner.run_notebook(NOTEBOOKS[1], parameters, tmp_path)
@@ -76,7 +74,6 @@ def test_look_inside(runner, demo_target, tmp_path):
     assert (tmp_path / "trees.html").exists()
 
 
-@pytest.mark.slow
 def test_train_your_own_head(runner, demo_target, tmp_path):
     options = "--anchors 2 --eval-num-prompts 1 --max-length 96"
     parameters = dict(TARGET=demo_target, NUM_PROMPTS=6, MAX_NEW_TOKENS=16, STEPS=2, OPTIONS=options, RUN="run")
@@ -87,7 +84,6 @@ def test_train_your_own_head(runner, demo_target, tmp_path):
     assert (tmp_path / "run-published" / "model.safetensors").exists()
 
 
-@pytest.mark.slow
 def test_bring_a_public_head(runner, demo_target, tmp_path):
     parameters = dict(TARGET=demo_target, SHIPPED_HEAD=HEAD, NUM_PROMPTS=3, MAX_NEW_TOKENS=10)
     notebook = runner.run_notebook(NOTEBOOKS[3], parameters, tmp_path)
