@@ -101,16 +101,17 @@ class Emitter:
         open_lengths = [length for row, length in enumerate(self._lengths) if row not in self._finished_rows]
         end = min(open_lengths, default=max(self._lengths))
         while self._prompt_length + self._num_streamed < end:
+            place = self._prompt_length + self._num_streamed
+            self._streamer.put(self._padded_ids(place, place + 1)[:, 0].cpu())
             self._num_streamed += 1
-            self._streamer.put(self._padded_ids(self._prompt_length + self._num_streamed)[:, -1].cpu())
 
-    def _padded_ids(self, length: int) -> torch.Tensor:
-        """Ids (batch, length), behind the end of a sequence the padding token."""
-        ids = self._ids[:, :length].clone()
+    def _padded_ids(self, start: int, end: int) -> torch.Tensor:
+        """Ids (batch, end - start) at these places, behind the end of a sequence the padding token."""
+        ids = self._ids[:, start:end].clone()
         for row, known in enumerate(self._lengths):
-            if known < length:
+            if known < end:
                 assert self._pad_token_id is not None  # `generate` sees to it where there is an EOS token
-                ids[row, known:] = self._pad_token_id
+                ids[row, max(known - start, 0) :] = self._pad_token_id
         return ids
 
     @property
@@ -151,7 +152,7 @@ class Emitter:
         """End the stream and assemble what `generate` returns."""
         if self._streamer is not None:
             self._streamer.end()
-        sequences = self._padded_ids(self.length)
+        sequences = self._padded_ids(0, self.length)
         if not wants["return_dict_in_generate"]:
             return sequences
         return GenerateDecoderOnlyOutput(
