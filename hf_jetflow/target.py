@@ -177,9 +177,11 @@ class Target:
         parts: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         thread_id = threading.get_ident()
 
-        def collect(_module: nn.Module, _args: Any, kwargs: dict[str, Any], outputs: Any) -> None:
-            if threading.get_ident() != thread_id:  # another thread generates with the same target
+        def collect(_module: nn.Module, *call: Any) -> None:
+            # Another thread may generate with the same target, and may find the hook before its `with_kwargs`.
+            if threading.get_ident() != thread_id:
                 return
+            _args, kwargs, outputs = call
             position_ids = kwargs.get("position_ids")
             parts.append((self._fuse(outputs.hidden_states), None if position_ids is None else position_ids[..., -1]))
 

@@ -4,6 +4,7 @@ import copy
 import itertools
 import re
 import threading
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -162,6 +163,31 @@ def test_threads_share_one_head(family, node_budget, tiny_target, random_head):
         assert_same_text(expected, text)
         assert num_new_tokens in (None, 24 - place), "these statistics are another thread's"
     assert target.config._attn_implementation == "sdpa"
+
+
+def test_another_thread_reads_between_the_steps_of_a_hook(target, random_head, prompt, monkeypatch):
+    """torch adds and removes a hook and its flags one after the other; a thread may call the target in between."""
+    expected = generate(target, prompt)
+    texts = []
+
+    class Flags(OrderedDict):
+        def read_elsewhere(self):
+            with ThreadPoolExecutor(1) as pool:
+                texts.append(pool.submit(generate, target, prompt).result())
+
+        def __setitem__(self, hook, flag):
+            self.read_elsewhere()
+            super().__setitem__(hook, flag)
+
+        def __delitem__(self, hook):
+            super().__delitem__(hook)
+            self.read_elsewhere()
+
+    monkeypatch.setattr(target, "_forward_hooks_with_kwargs", Flags())
+    texts.append(generate(target, prompt, random_head(target)))
+    assert len(texts) == 3
+    for text in texts:
+        assert_same_text(expected, text)
 
 
 def test_a_chat_may_move_between_threads(target, random_head, prompt):
