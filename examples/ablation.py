@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_jetflow import JetFlowConfig, JetFlowHead
 from hf_jetflow.answers import greedy_texts, regenerate_answers
-from hf_jetflow.configuration_jetflow import spaced_layer_ids
+from hf_jetflow.configuration_jetflow import NGRAM_WEIGHTS, spaced_layer_ids
 from hf_jetflow.data import frequent_tokens, read_answers, read_prompts
 from hf_jetflow.loading import fast_dtype, load_target
 from hf_jetflow.replay import replay
@@ -83,9 +83,11 @@ ROWS = {
     "causal, parent correction": ("parent", "exact"),
     "causal, path correction": ("path", "exact"),
     "causal, path correction, chain": ("path", "chain"),
+    "causal, context n-grams": ("causal", "n-grams"),
+    "causal, path correction, context n-grams": ("path", "n-grams"),
     **{f"path correction, {name}": (name, "exact") for name in list(TRAININGS)[4:]},
 }
-MAIN_ROWS = list(ROWS)[:7]
+MAIN_ROWS = list(ROWS)[:9]
 
 
 def algorithm_1_tree(
@@ -134,6 +136,7 @@ def train_row(
     answers = read_answers(paths)
     num_target_layers = target.config.get_text_config(decoder=True).num_hidden_layers
     settings = dict(num_hidden_layers=3, block_size=8, branch_correction="path", target_name=args.target_name)
+    settings["ngram_weights"] = []
     config = JetFlowConfig.for_target(
         target.config,
         **{**settings, **how.config},
@@ -201,6 +204,7 @@ def measure_row(
 ) -> list[dict[str, Any]]:
     training, drafts = ROWS[name]
     head = train_row(training, target, tokenizer, args).to(target.dtype).eval()
+    head.config.ngram_weights = list(NGRAM_WEIGHTS) if drafts == "n-grams" else []
     is_chain = drafts == "chain"
     budgets = [head.config.block_size] if is_chain else list(NODE_BUDGETS)
     texts = {}

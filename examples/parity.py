@@ -262,6 +262,7 @@ def our_head(folder: Path, number: int, to: str, settings: dict[str, Any]) -> tu
     """A head of ours, and where it was written in their layout."""
     config = JetFlowConfig(
         **{**BODY, **settings},
+        ngram_weights=[],  # it is the heads that are compared
         block_size=BLOCK,
         mask_token_id=MASK,
         hidden_state_indices=[index + 1 for index in LAYER_IDS],

@@ -28,6 +28,7 @@ SIZES = (
     "branch_candidates",
 )
 BRANCH_CORRECTIONS = ("parent", "path")
+NGRAM_WEIGHTS = (1.0, 1.5, 1.5, 1.0)  # where a checkpoint does not say
 
 
 def spaced_layer_ids(num_target_layers: int, num_taps: int) -> list[int]:
@@ -83,6 +84,9 @@ class JetFlowConfig(PreTrainedConfig):
         branch_intermediate_size (`int`, *optional*): Width of the correction's gated layer; `2 * hidden_size` when
             `None`.
         branch_candidates (`int`): Tokens per depth that the correction re-scores, the depth's own best.
+        ngram_weights (`list[float]`, *optional*): How much a candidate's logit gains where it followed a branch's last
+            tokens earlier in the text, by the number of tokens that match, from 1 (see `~ngrams.ContextNgrams`).
+            Nothing is searched when it is empty.
         target_model_type (`str`, *optional*): `model_type` of the target the head was trained for.
         target_name (`str`, *optional*): Name of the target the head was trained for.
 
@@ -124,6 +128,7 @@ class JetFlowConfig(PreTrainedConfig):
     branch_correction: str | None = None
     branch_intermediate_size: int | None = None
     branch_candidates: int = 128
+    ngram_weights: list[float | int] | None = None
     target_model_type: str | None = None
     target_name: str | None = None
 
@@ -135,6 +140,8 @@ class JetFlowConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.target_hidden_size is None:
             self.target_hidden_size = self.hidden_size
+        if self.ngram_weights is None:
+            self.ngram_weights = list(NGRAM_WEIGHTS)
         if self.branch_intermediate_size is None:
             self.branch_intermediate_size = 2 * self.hidden_size
         if self.layer_types is None:
@@ -150,6 +157,7 @@ class JetFlowConfig(PreTrainedConfig):
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
         super().__post_init__(**kwargs)
         self._check()
+        self._check_ngram_weights()
         self._check_own_modules()
 
     @property
@@ -241,6 +249,11 @@ class JetFlowConfig(PreTrainedConfig):
                 f"`branch_correction` {self.branch_correction!r} is not known; choose from {BRANCH_CORRECTIONS}, or "
                 "None for a head without one"
             )
+
+    def _check_ngram_weights(self) -> None:
+        assert self.ngram_weights is not None
+        if not all(0 <= weight < float("inf") for weight in self.ngram_weights):
+            raise ValueError(f"`ngram_weights` {self.ngram_weights} must be numbers of at least 0, or an empty list")
 
     def _check_own_modules(self) -> None:
         """Reject what heads with embeddings or logits of their own cannot have."""

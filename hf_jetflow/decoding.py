@@ -23,6 +23,7 @@ from .drafting import JetFlowCandidateGenerator
 from .emit import Emitter
 from .layer_kinds import takes_trees
 from .modeling_jetflow import JetFlowHead
+from .ngrams import MAX_CONTEXT
 from .policy import AutoPolicy, FixedPolicy, RoundCosts, chain_limits, read_limits
 from .reuse import recall, remember
 from .stats import GenerationStats
@@ -52,7 +53,8 @@ def decode(
     policy_of = cache(partial(choose_policy, head, model))
     policy = policy_of(_rounded_up(batch))
     choosers = _choosers(batch, logits_processor, generation_config.do_sample, wants)
-    emitter = Emitter(input_ids, stopping_criteria, streamer, _pad_token_id(generation_config))
+    padding = _pad_token_id(generation_config), model_kwargs.get("attention_mask")
+    emitter = Emitter(input_ids, stopping_criteria, streamer, *padding)
     target = Target(model, head.config)
     stats = head.last_stats = GenerationStats()
 
@@ -72,7 +74,9 @@ def decode(
         policy = policy_of(_rounded_up(len(emitter.rows)))
         plan = policy.plan(emitter.num_remaining, context.most_nodes)
         with _timed(stats, "draft"):
-            candidates = drafter.propose(emitter.anchor_ids, context.positions, plan.max_depth, plan.width)
+            candidates = drafter.propose(
+                emitter.newest_ids(MAX_CONTEXT), context.positions, plan.max_depth, plan.width
+            )
         with _timed(stats, "tree"):
             tree = build_tree(emitter.anchor_ids, candidates, plan.node_budget, drafter.branch_scorer, plan.width)
             tree = policy.fit(tree)

@@ -10,6 +10,7 @@ from transformers.generation.candidate_generator import CandidateGenerator
 
 from .caches import UNSEEN_POSITION, HeadCache, StaticHeadCache
 from .modeling_jetflow import BranchCorrection, JetFlowHead
+from .ngrams import MAX_CONTEXT, ContextNgrams
 from .reuse import HeadContext
 from .target import Context, Target, TargetStates
 from .tree import BranchScorer, Candidates, build_tree, corrected_logprobs
@@ -18,43 +19,56 @@ from .tree import BranchScorer, Candidates, build_tree, corrected_logprobs
 CandidateLogits = Callable[[int, torch.Tensor], torch.Tensor]
 
 
-class _CorrectedScores:
+class _BranchScores:
     """
     The branch scorer of one proposal: once per depth, over all branches of the frontier (see `tree.BranchScorer`).
+
+    Args:
+        candidates ([`Candidates`]): Their scores are the depths' own.
+        ngrams ([`ContextNgrams`], *optional*): Of the same candidates.
+        correction ([`_Correction`], *optional*): Of the same candidates.
+    """
+
+    def __init__(self, candidates: Candidates, ngrams: ContextNgrams | None, correction: "_Correction | None"):
+        self._logprobs, self._ngrams, self._correction = candidates.logprobs, ngrams, correction
+
+    @torch.no_grad()
+    def __call__(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        logprobs = self._logprobs[..., depth, :].unsqueeze(-2)
+        adjustments = None
+        if self._correction is not None and depth:  # the block was drafted after the anchor, the only branch at first
+            adjustments = self._correction(depth, parents, tokens).to(logprobs.device, torch.float32)
+        if self._ngrams is not None:
+            votes = self._ngrams(depth, parents, tokens)
+            adjustments = votes if adjustments is None else adjustments + votes
+        return logprobs if adjustments is None else corrected_logprobs(logprobs, adjustments)[0]
+
+
+class _Correction:
+    """
+    The head's branch correction of one proposal.
 
     Args:
         correction ([`BranchCorrection`]): The head's.
         target ([`Target`]): Whose embeddings it reads.
         rows (`torch.Tensor`, (..., depth, hidden)): The head's rows.
-        candidates ([`Candidates`]): Of the same depths.
         candidate_logits: Turns shifts of a depth into logit changes of its candidates.
     """
 
     def __init__(
-        self,
-        correction: BranchCorrection,
-        target: Target,
-        rows: torch.Tensor,
-        candidates: Candidates,
-        candidate_logits: CandidateLogits,
+        self, correction: BranchCorrection, target: Target, rows: torch.Tensor, candidate_logits: CandidateLogits
     ):
         self._correction, self._target = correction, target
         self._slots = correction.project_slots(rows)
-        self._logprobs = candidates.logprobs
         self._candidate_logits = candidate_logits
         self._state: torch.Tensor | None = None
 
-    @torch.no_grad()
     def __call__(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        logprobs = self._logprobs[..., depth, :].unsqueeze(-2)
-        if depth == 0:  # the anchor is the only branch, and the block was drafted after it
-            return logprobs
         slots = self._slots
         embeds = self._target.embed(tokens.to(self._target.device)).to(slots.device, slots.dtype)
         state = None if self._state is None else _gather_rows(self._state, parents.to(slots.device))
         shifts, self._state = self._correction(slots[..., depth, :].unsqueeze(-2), embeds, state)
-        adjustments = self._candidate_logits(depth, shifts).to(logprobs.device, torch.float32)
-        return corrected_logprobs(logprobs, adjustments)[0]
+        return self._candidate_logits(depth, shifts)
 
 
 def _gather_rows(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -98,7 +112,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             self._pending.append((past.features, past.feature_position_ids))
         self._newest_positions: torch.Tensor | None = None  # (batch,), of the newest tokens that were observed
         self._slots = torch.arange(head.config.num_rows, device=head.device)
-        self.branch_scorer: BranchScorer | None = None  # of the newest proposal, for a head with a branch correction
+        self.branch_scorer: BranchScorer | None = None  # of the newest proposal, if branches are scored apart
 
     @cached_property
     def _projection(self) -> torch.Tensor | None:
@@ -130,20 +144,20 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         return HeadContext(tuple(layers), position_ids, features, feature_position_ids)
 
     @torch.no_grad()
-    def propose(self, anchor_ids: torch.Tensor, positions: torch.Tensor, max_depth: int, width: int) -> Candidates:
+    def propose(self, context_ids: torch.Tensor, positions: torch.Tensor, max_depth: int, width: int) -> Candidates:
         """
         One head forward.
 
         Args:
-            anchor_ids (`torch.Tensor`, (batch, 1)): The newest committed token of each sequence.
-            positions (`torch.Tensor`, (batch,)): Their absolute positions.
+            context_ids (`torch.Tensor`, (batch, seq)): The newest committed tokens of each sequence, the anchor last.
+            positions (`torch.Tensor`, (batch,)): The anchors' absolute positions.
             max_depth (`int`): Depths to draft; 0 drafts nothing and leaves the head alone.
-            width (`int`): Candidates per depth; a head with a branch correction proposes those it re-scores.
+            width (`int`): Candidates per depth; a head that scores branches apart proposes those it re-scores.
 
         Returns:
-            `Candidates`: (batch, max_depth, width), on the anchors' device; `branch_scorer` then re-scores them.
+            `Candidates`: (batch, max_depth, width), on the tokens' device; `branch_scorer` then re-scores them.
         """
-        head, device = self.head, anchor_ids.device
+        head, device, anchor_ids = self.head, context_ids.device, context_ids[:, -1:]
         if max_depth == 0:
             shape = (len(anchor_ids), 0, width)
             return Candidates(anchor_ids.new_empty(shape), torch.empty(shape, device=device))
@@ -163,7 +177,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             context_position_ids=context_position_ids.to(head.device),
             past_key_values=self._cache,
         )[:, first : first + max_depth]
-        return self.rank(rows, width, device)
+        return self.rank(rows, context_ids, width)
 
     def _read_static(self, features: torch.Tensor, context_position_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
         """The head's forward with one number of context rows: a path's, padded. More of them, as in a prompt, are read
@@ -190,21 +204,35 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         assert head.config.mask_token_id is not None
         return head.embed_tokens(torch.where(is_anchor, block_ids, head.config.mask_token_id).to(head.device))
 
-    def rank(self, rows: torch.Tensor, width: int, device: torch.device) -> Candidates:
-        """The candidates of drafted rows (..., depth, hidden), on `device`; `branch_scorer` is then theirs."""
-        correction = self.head.branch_correction
-        if correction is None:
-            return self._candidates(rows, width, device)[0]
-        candidates, places = self._candidates(rows, self.head.config.branch_candidates, device)
-        self.branch_scorer = _CorrectedScores(correction, self.target, rows, candidates, self._output(places))
+    def rank(self, rows: torch.Tensor, context_ids: torch.Tensor, width: int) -> Candidates:
+        """The candidates of drafted rows (..., depth, hidden) behind tokens (..., seq), on the tokens' device;
+        `branch_scorer` is then theirs."""
+        config, correction, device = self.head.config, self.head.branch_correction, context_ids.device
+        weights = config.ngram_weights
+        scores_branches = bool(weights) or correction is not None
+        logprobs, token_ids = self.logprobs(rows), self.head.draft_token_ids
+        order = logprobs
+        if weights:  # what the text holds is ranked by the most that its scores can gain
+            order = logprobs + sum(weights) * self._occurs(context_ids.to(logprobs.device)).unsqueeze(-2)
+        places = order.topk(min(config.branch_candidates if scores_branches else width, order.shape[-1])).indices
+        tokens = places if token_ids is None else token_ids.to(places.device)[places]
+        candidates = Candidates(tokens.to(device), logprobs.gather(-1, places).to(device))
+        if scores_branches:
+            ngrams = ContextNgrams(context_ids, candidates, weights) if weights else None
+            corrected = None
+            if correction is not None:
+                corrected = _Correction(correction, self.target, rows, self._output(places))
+            self.branch_scorer = _BranchScores(candidates, ngrams, corrected)
         return candidates
 
-    def _candidates(self, rows: torch.Tensor, width: int, device: torch.device) -> tuple[Candidates, torch.Tensor]:
-        """Best `width` tokens of each row (..., depth, hidden) and their places in the draft vocabulary."""
-        token_ids, logprobs = self.head.draft_token_ids, self.logprobs(rows)
-        best = logprobs.topk(min(width, logprobs.shape[-1]))
-        tokens = best.indices if token_ids is None else token_ids.to(best.indices.device)[best.indices]
-        return Candidates(tokens.to(device), best.values.to(device)), best.indices
+    def _occurs(self, context_ids: torch.Tensor) -> torch.Tensor:
+        """Which tokens of the draft vocabulary are among the newest of a text, (..., draft_vocab)."""
+        token_ids, size = self.head.draft_token_ids, self.head.config.vocab_size
+        ids = context_ids[..., -MAX_CONTEXT:]
+        ids = ids.where((ids >= 0) & (ids < size), size)  # padding; placeholders of images may lie outside too
+        occurs = torch.zeros(*ids.shape[:-1], size + 1, dtype=torch.bool, device=ids.device)
+        occurs.scatter_(-1, ids, True)
+        return occurs[..., :size] if token_ids is None else occurs[..., token_ids.to(ids.device)]
 
     def logprobs(self, rows: torch.Tensor) -> torch.Tensor:
         """Draft log-probabilities (..., draft_vocab) of drafted rows (..., hidden), before any branch correction."""
@@ -244,7 +272,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         if self._newest_positions is None:
             raise ValueError("nothing was observed yet; call `observe` with the target's states of the prompt first")
         block_size, anchor_ids = self.head.config.block_size, input_ids[:, -1:]
-        candidates = self.propose(anchor_ids, self._newest_positions + 1, block_size - 1, width=1)
+        candidates = self.propose(input_ids, self._newest_positions + 1, block_size - 1, width=1)
         chain = build_tree(anchor_ids, candidates, block_size, self.branch_scorer, width=1)
         return torch.cat([input_ids, chain.tokens[:, 1:]], dim=1), None
 

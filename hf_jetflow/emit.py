@@ -20,6 +20,7 @@ class Emitter:
         stopping_criteria (`StoppingCriteriaList`): Asked after every token, for one sequence at a time.
         streamer (*optional*): Gets every token; of a batch, the tokens of all sequences as soon as each has one.
         pad_token_id (`int`, *optional*): Follows the end of a sequence while others go on.
+        attention_mask (`torch.Tensor`, (batch, at least seq), *optional*): 0 for the padding in front of prompts.
     """
 
     def __init__(
@@ -28,8 +29,13 @@ class Emitter:
         stopping_criteria: StoppingCriteriaList,
         streamer: BaseStreamer | None = None,
         pad_token_id: int | None = None,
+        attention_mask: torch.Tensor | None = None,
     ):
         batch, self._prompt_length = input_ids.shape
+        self._num_padding = [0] * batch
+        if batch > 1 and attention_mask is not None:
+            is_padding = attention_mask[:, attention_mask.shape[1] - self._prompt_length :].cumsum(1) == 0
+            self._num_padding = is_padding.sum(1).tolist()
         self._lengths = [self._prompt_length] * batch
         self._ids = torch.cat([input_ids, input_ids.new_empty(batch, 64)], dim=1)
         self._streamer = streamer
@@ -54,6 +60,17 @@ class Emitter:
     def anchor_ids(self) -> torch.Tensor:
         """The newest committed token at each place, (places, 1)."""
         return torch.cat([self._ids[row : row + 1, self._lengths[row] - 1, None] for row in self.rows])
+
+    def newest_ids(self, most: int) -> torch.Tensor:
+        """The newest committed tokens at each place, (places, up to `most`); -1 in front of shorter sequences."""
+        if len(self._lengths) == 1:
+            return self.committed_ids()[:, -most:]
+        lengths, starts = (
+            torch.tensor([counts[row] for row in self.rows])[:, None] for counts in (self._lengths, self._num_padding)
+        )
+        columns = (lengths + torch.arange(-min(int((lengths - starts).max()), most), 0)).to(self._ids.device)
+        ids = self._ids[self.rows].gather(1, columns.clamp_min(0))
+        return ids.masked_fill_(columns < starts.to(columns.device), -1)
 
     @property
     def num_remaining(self) -> int | None:

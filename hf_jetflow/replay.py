@@ -49,7 +49,7 @@ def replay(
         for budget in node_budgets:
             settings = {**head.generation_config.to_dict(), "node_budget": budget, "width": width}
             limits = read_limits(type(head.generation_config)(**settings), block_size)
-            _replay_text(drafter, blocks, list(ids[num_prompt:]), limits, tree_builder, stats[budget])
+            _replay_text(drafter, blocks, list(ids), num_prompt, limits, tree_builder, stats[budget])
         if progress is not None:
             progress(number)
     return stats
@@ -84,7 +84,7 @@ def acceptance_by_rank(
         drafter = JetFlowCandidateGenerator(head, target)
         for place, rows in enumerate(_rows_of_all_anchors(drafter, ids, num_prompt), num_prompt):
             following = ids[place + 1 : place + 1 + num_depths]
-            candidates = drafter.rank(rows[: len(following)], num_ranks, rows.device)
+            candidates = drafter.rank(rows[: len(following)], torch.tensor(ids[: place + 1]), num_ranks)
             for depth, rank in enumerate(_ranks(drafter, candidates, ids[place], following, num_ranks)):
                 reached[depth] += 1
                 if rank is not None:
@@ -159,24 +159,26 @@ def _rows_of_all_anchors(drafter: JetFlowCandidateGenerator, ids: Sequence[int],
 def _replay_text(
     drafter: JetFlowCandidateGenerator,
     blocks: torch.Tensor,
-    answer: list[int],
+    ids: list[int],
+    num_prompt: int,
     limits: RoundPlan,
     tree_builder: Callable[..., DraftTree],
     stats: GenerationStats,
 ) -> None:
-    place = 0  # of the anchor in the answer
-    while place < len(answer) - 1:
-        plan = plan_round(limits, len(answer) - 1 - place)
-        anchor_id = torch.tensor(answer[place : place + 1], device=blocks.device)
-        candidates = drafter.rank(blocks[place, : plan.max_depth], plan.width, blocks.device)
+    place = num_prompt  # of the anchor
+    while place < len(ids) - 1:
+        plan = plan_round(limits, len(ids) - 1 - place)
+        context_ids = torch.tensor(ids[: place + 1], device=blocks.device)
+        anchor_id = context_ids[-1:]
+        candidates = drafter.rank(blocks[place - num_prompt, : plan.max_depth], context_ids, plan.width)
         tree = tree_builder(anchor_id, candidates, plan.node_budget, drafter.branch_scorer, plan.width)
         parents, tokens = tree.parents.tolist(), tree.tokens.tolist()
         children = {pair: node for node, pair in enumerate(zip(parents, tokens, strict=True))}
         node, num_accepted = 0, 0
-        while (child := children.get((node, answer[place + num_accepted + 1]))) is not None:
+        while (child := children.get((node, ids[place + num_accepted + 1]))) is not None:
             node, num_accepted = child, num_accepted + 1
-            if place + num_accepted + 1 == len(answer):
+            if place + num_accepted + 1 == len(ids):
                 break
         stats.count_round(len(tokens) - 1, tree.max_depth, [num_accepted])
         place += num_accepted + 1
-    stats.num_new_tokens += len(answer)
+    stats.num_new_tokens += len(ids) - num_prompt

@@ -27,7 +27,7 @@ def rows() -> torch.Tensor:
 
 def make_drafter(tiny_target, random_head, **config) -> JetFlowCandidateGenerator:
     target = tiny_target("llama")
-    head = random_head(target, **config)
+    head = random_head(target, ngram_weights=[], **config)
     alter(head)
     return JetFlowCandidateGenerator(head, Target(target, head.config))
 
@@ -43,9 +43,10 @@ def shifts_along(head: JetFlowHead, target: nn.Module, rows: torch.Tensor, path:
 def test_a_new_correction_changes_no_score(kind, tiny_target, random_head, rows):
     target = tiny_target("llama")
     drafter = JetFlowCandidateGenerator(
-        head := random_head(target, branch_correction=kind, branch_candidates=20), Target(target, head.config)
+        head := random_head(target, branch_correction=kind, branch_candidates=20, ngram_weights=[]),
+        Target(target, head.config),
     )
-    candidates = drafter.rank(rows, 64, rows.device)
+    candidates = drafter.rank(rows, torch.tensor([9]), 64)
     for depth in range(7):
         scores = drafter.branch_scorer(depth, torch.zeros(1, dtype=torch.long), torch.tensor([5]))
         torch.testing.assert_close(scores[0], candidates.logprobs[depth])
@@ -58,7 +59,7 @@ def test_a_branch_is_scored_as_in_training(kind, tiny_target, random_head, rows)
     head, target = drafter.head, drafter.target.model
     weight = target.get_output_embeddings().weight.detach()
     rows = rows * 0.05  # so that no depth is certain of one token
-    candidates = drafter.rank(rows, 64, rows.device)
+    candidates = drafter.rank(rows, torch.tensor([9]), 64)
     tree = build_tree(torch.tensor([9]), candidates, 40, drafter.branch_scorer)
     assert tree.depths.max() > 2
     assert len(set(tree.parents.tolist())) > 5, "hardly any branches, so this test shows little"

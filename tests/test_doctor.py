@@ -228,7 +228,7 @@ OWN = {"own_embedding": True, "own_lm_head": True, "anchor_predicts": True, "log
     "config", [{}, {"draft_vocab_size": 200}, OWN], ids=["plain", "draft vocabulary", "all its own"]
 )
 def test_answers_are_scored_as_decoding_would_draft_them(config, tiny_target, random_head, prompt):
-    target, head = tiny_target("llama"), random_head(tiny_target("llama"), **config)
+    target, head = tiny_target("llama"), random_head(tiny_target("llama"), ngram_weights=[], **config)
     if "draft_vocab_size" in config:
         head.d2t.copy_(torch.arange(20, 220))
     view, num_prompt, num_depths = Target(target, head.config), prompt.shape[1], head.config.block_size - 1

@@ -152,7 +152,8 @@ def test_ranks_are_measured_by_depth_and_read_by_the_simulation(tiny_target, ran
     target.save_pretrained(tmp_path / "target")
     tiny_tokenizer(target.config.vocab_size).save_pretrained(tmp_path / "target")
     (tmp_path / "dev.jsonl").write_text("".join(json.dumps(dict(id=i, prompt=f"t0{i + 40}")) + "\n" for i in range(2)))
-    random_head(target).save_pretrained(tmp_path / "head")
+    size = target.config.vocab_size
+    random_head(target, branch_candidates=size).save_pretrained(tmp_path / "head")
     monkeypatch.syspath_prepend(EXAMPLES)
     ranks = load_example("measure_ranks")
     arguments = ["--target", tmp_path / "target", "--head", tmp_path / "head", "--prompts", tmp_path / "dev.jsonl"]

@@ -530,7 +530,8 @@ def test_the_candidate_generator_returns_the_chain_behind_the_text(target, echo_
     assert logits is None
 
 
-def test_the_candidate_generator_drafts_the_best_token_of_every_depth(target, head, plain):
+def test_the_candidate_generator_drafts_the_best_token_of_every_depth(target, random_head, plain):
+    head = random_head(target, ngram_weights=[])
     generator = JetFlowCandidateGenerator(head, Target(target, head.config))
     observe_all(generator, target, plain[:, :20])
     chain, _ = generator.get_candidates(plain[:, :20])
@@ -538,7 +539,7 @@ def test_the_candidate_generator_drafts_the_best_token_of_every_depth(target, he
     assert again.tolist() == chain.tolist(), "asking twice with nothing observed in between drafted something else"
     other = JetFlowCandidateGenerator(head, Target(target, head.config))
     observe_all(other, target, plain[:, :20])
-    best = other.propose(plain[:, 19:20], torch.tensor([19]), 7, width=5)
+    best = other.propose(plain[:, :20], torch.tensor([19]), 7, width=5)
     assert chain[0, 20:].tolist() == best.tokens[0, :, 0].tolist()
     assert best.tokens.shape == best.logprobs.shape == (1, 7, 5)
 

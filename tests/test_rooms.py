@@ -18,7 +18,18 @@ PACKAGE = "hf_jetflow"
 # The table of CONTRIBUTING.md. A file imports from its own room or from one further up.
 ROOMS = {
     "words": ("versions", "configuration_jetflow", "stats"),
-    "pure": ("tree", "walk", "losses", "fetching", "layouts", "formats", "exports", "model_card", "hardware"),
+    "pure": (
+        "tree",
+        "ngrams",
+        "walk",
+        "losses",
+        "fetching",
+        "layouts",
+        "formats",
+        "exports",
+        "model_card",
+        "hardware",
+    ),
     "models": (
         "modeling_jetflow",
         "attention",

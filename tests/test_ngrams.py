@@ -1,0 +1,178 @@
+"""Context n-grams: what followed a branch's last tokens earlier in the text."""
+
+import pytest
+import torch
+from conftest import make_prompt
+from reference import assert_same_text
+
+from hf_jetflow import JetFlowConfig
+from hf_jetflow.configuration_jetflow import NGRAM_WEIGHTS
+from hf_jetflow.drafting import JetFlowCandidateGenerator
+from hf_jetflow.ngrams import MAX_CONTEXT, ContextNgrams
+from hf_jetflow.target import Target
+from hf_jetflow.tree import Candidates, build_tree
+
+
+VOCAB, DEPTHS, WIDTH = 9, 5, 6
+WEIGHTS = [0.5, 2.0, 1.0]
+
+
+def branches(ngrams, generator, batch=()):
+    """Random frontiers, depth by depth, and their votes."""
+    parents, tokens = torch.zeros(*batch, 1, dtype=torch.long), torch.zeros(*batch, 1, dtype=torch.long)
+    for depth in range(DEPTHS):
+        if depth:
+            parents = torch.randint(0, 1 if depth == 1 else 3, (*batch, 3), generator=generator)
+            tokens = torch.randint(0, VOCAB, (*batch, 3), generator=generator)
+        yield depth, parents, tokens, ngrams(depth, parents, tokens)
+
+
+def random_candidates(generator, batch=()):
+    tokens = torch.stack([torch.randperm(VOCAB, generator=generator)[:WIDTH] for _ in range(DEPTHS)])
+    return Candidates(tokens.expand(*batch, DEPTHS, WIDTH), torch.zeros(*batch, DEPTHS, WIDTH))
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 40])
+@pytest.mark.parametrize("weights", [WEIGHTS, [1.0], list(NGRAM_WEIGHTS)])
+def test_votes_are_those_counted_by_hand(weights, length):
+    generator = torch.Generator().manual_seed(length)
+    text = torch.randint(0, VOCAB, (length,), generator=generator)
+    candidates = random_candidates(generator)
+    texts = [text.tolist()]
+    num_votes = 0
+    for depth, parents, tokens, votes in branches(ContextNgrams(text, candidates, weights), generator):
+        if depth:
+            texts = [texts[parent] + [token] for parent, token in zip(parents.tolist(), tokens.tolist(), strict=True)]
+        assert votes.shape == (len(texts), WIDTH)
+        for branch, of_branch in zip(texts, votes.tolist(), strict=True):
+            # Only the committed text is searched, by the branch's own last tokens.
+            expected = in_committed(text.tolist(), branch, weights)
+            assert of_branch == pytest.approx([expected[token] for token in candidates.tokens[depth].tolist()])
+            num_votes += any(of_branch)
+    assert num_votes > 5 or length < 40
+
+
+def in_committed(text: list[int], branch: list[int], weights: list[float]) -> dict[int, float]:
+    """What each token gains as the next one of a branch, counted place by place."""
+    votes = dict.fromkeys(range(VOCAB), 0.0)
+    for length, weight in enumerate(weights, 1):
+        tail = branch[-length:]
+        ends = [end for end in range(length, len(text)) if len(tail) == length and text[end - length : end] == tail]
+        for end in ends:
+            votes[text[end]] += weight / len(ends)
+    return votes
+
+
+def test_a_batch_is_as_its_rows():
+    """Rows of other lengths are padded in front by -1."""
+    generator = torch.Generator().manual_seed(3)
+    texts = [torch.randint(0, VOCAB, (length,), generator=generator) for length in (30, 12)]
+    ids = torch.stack([texts[0], torch.cat([torch.full((18,), -1), texts[1]])])
+    candidates = random_candidates(generator, (2,))
+    rows = [
+        ContextNgrams(text, Candidates(candidates.tokens[row], candidates.logprobs[row]), WEIGHTS)
+        for row, text in enumerate(texts)
+    ]
+    for depth, parents, tokens, votes in branches(ContextNgrams(ids, candidates, WEIGHTS), generator, (2,)):
+        for row, alone in enumerate(rows):
+            torch.testing.assert_close(votes[row], alone(depth, parents[row], tokens[row]))
+
+
+def test_the_newest_tokens_of_a_long_text_are_searched():
+    candidates = Candidates(torch.tensor([[7, 8]]), torch.zeros(1, 2))
+    filler = torch.zeros(MAX_CONTEXT, dtype=torch.long)
+    first, none = torch.zeros(1, dtype=torch.long), torch.empty(0, dtype=torch.long)
+    far = torch.cat([torch.tensor([5, 7]), filler, torch.tensor([5])])
+    near = torch.cat([filler, torch.tensor([5, 7, 3, 5])])
+    assert ContextNgrams(far, candidates, [1.0])(0, first, none).tolist() == [[0.0, 0.0]]
+    assert ContextNgrams(near, candidates, [1.0])(0, first, none).tolist() == [[1.0, 0.0]]
+
+
+# --- in drafting -----------------------------------------------------------------------------------------------------
+
+
+def first_scores(drafter, rows, text):
+    with torch.no_grad():
+        candidates = drafter.rank(rows, torch.tensor(text), 8)
+    scores = candidates.logprobs[0]
+    if drafter.branch_scorer is not None:
+        scores = drafter.branch_scorer(0, torch.zeros(1, dtype=torch.long), torch.tensor(text[-1:]))[0]
+    return dict(zip(candidates.tokens[0].tolist(), scores.tolist(), strict=True)), candidates
+
+
+@pytest.mark.parametrize("kind", [None, "parent", "path"])
+@pytest.mark.parametrize("draft_vocab_size", [None, 200])
+def test_a_token_that_came_next_before_is_proposed_and_more_likely(kind, draft_vocab_size, tiny_target, random_head):
+    """Also one that the head ranks far behind, and with ids in the text that no vocabulary has."""
+    target = tiny_target("llama")
+    config = dict(branch_correction=kind, draft_vocab_size=draft_vocab_size, branch_candidates=8)
+    head = random_head(target, **config)
+    if draft_vocab_size:
+        head.d2t.copy_(torch.arange(20, 220))
+    drafter = JetFlowCandidateGenerator(head, Target(target, head.config))
+    rows = torch.randn(3, 64, generator=torch.Generator().manual_seed(7)) * 0.1
+    head.config.ngram_weights = []
+    plain = drafter.logprobs(rows)[0].detach()
+    place = int(plain.argsort()[20])  # of the draft vocabulary
+    token = place if head.draft_token_ids is None else int(head.draft_token_ids[place])
+    text = [100, 101, token, 10**6, -1, 100, 101]
+    without, _ = first_scores(drafter, rows, text)
+    assert token not in without
+    head.config.ngram_weights = [1.0, 2.0]
+    scores, candidates = first_scores(drafter, rows, text)
+    assert token in scores
+    assert candidates.logprobs[0, candidates.tokens[0] == token].item() == pytest.approx(float(plain[place]))
+    logits = plain.clone()
+    logits[place] += 3.0
+    for known, score in scores.items():
+        known_place = known if head.draft_token_ids is None else int((head.draft_token_ids == known).nonzero())
+        assert score == pytest.approx(float(torch.log_softmax(logits, -1)[known_place]), abs=1e-4)
+
+
+def test_a_tree_follows_the_text(tiny_target, random_head):
+    """With rows that say nothing, the best path is what came before, token by token."""
+    target = tiny_target("llama")
+    head = random_head(target, ngram_weights=[2.0, 4.0], branch_candidates=20)
+    drafter = JetFlowCandidateGenerator(head, Target(target, head.config))
+    text = [*range(50, 58), 9, 50, 51]
+    candidates = drafter.rank(torch.zeros(5, 64), torch.tensor(text), 8)
+    tree = build_tree(torch.tensor([51]), candidates, 12, drafter.branch_scorer)
+    node, path = 0, []
+    for token in range(52, 57):
+        found = ((tree.parents == node) & (tree.tokens == token)).nonzero().flatten().tolist()
+        assert found, path
+        node = found[0]
+        path.append(token)
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(width=1), dict(node_budget="auto")])
+def test_a_text_that_repeats_itself_is_drafted_better(settings, tiny_target, random_head):
+    target = tiny_target("llama")
+    head = random_head(target)
+    for name, value in settings.items():
+        setattr(head.generation_config, name, value)
+    prompt = make_prompt(6).repeat(1, 8)
+    cycle = prompt[0, :6].tolist()
+    kwargs = dict(max_new_tokens=40, do_sample=False)
+    kwargs["prefix_allowed_tokens_fn"] = lambda _row, ids: [cycle[len(ids) % 6]]
+    plain = target.generate(prompt, **kwargs)
+    accepted = []
+    for weights in ([], list(NGRAM_WEIGHTS)):
+        head.config.ngram_weights = weights
+        assert_same_text(plain, target.generate(prompt, assistant_model=head, **kwargs))
+        accepted.append(head.last_stats.num_accepted)
+    if settings.get("node_budget") != "auto":  # which may choose not to draft
+        assert accepted[1] > accepted[0] + 10
+
+
+@pytest.mark.parametrize("weights", [[-1.0], [1.0, float("nan")], [float("inf")]])
+def test_weights_that_are_no_weights_are_refused(weights):
+    with pytest.raises(ValueError, match="ngram_weights"):
+        JetFlowConfig(mask_token_id=4, ngram_weights=weights)
+
+
+def test_the_weights_are_kept(tiny_target, random_head, tmp_path):
+    target = tiny_target("llama")
+    for given, kept in ((None, list(NGRAM_WEIGHTS)), ([], []), ([2, 1.5], [2, 1.5])):
+        random_head(target, ngram_weights=given).save_pretrained(tmp_path)
+        assert JetFlowConfig.from_pretrained(tmp_path).ngram_weights == kept
