@@ -53,8 +53,7 @@ def decode(
     policy_of = cache(partial(choose_policy, head, model))
     policy = policy_of(_rounded_up(batch))
     choosers = _choosers(batch, logits_processor, generation_config.do_sample, wants)
-    padding = _pad_token_id(generation_config), model_kwargs.get("attention_mask")
-    emitter = Emitter(input_ids, stopping_criteria, streamer, *padding)
+    emitter = Emitter(input_ids, stopping_criteria, streamer, **_padding(generation_config, model_kwargs))
     target = Target(model, head.config)
     stats = head.last_stats = GenerationStats()
 
@@ -128,9 +127,11 @@ def _rounded_up(num_places: int) -> int:
     return 2 ** (num_places - 1).bit_length()
 
 
-def _pad_token_id(generation_config: GenerationConfig) -> int | None:
+def _padding(generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What the emitter is told of padding, in front of prompts and behind what has ended."""
     pad_token = getattr(generation_config, "_pad_token_tensor", None)
-    return None if pad_token is None else int(pad_token)
+    pad_token_id = None if pad_token is None else int(pad_token)
+    return {"pad_token_id": pad_token_id, "attention_mask": model_kwargs.get("attention_mask")}
 
 
 def _retire_finished(emitter: Emitter, target: Target, context: Context, drafter: JetFlowCandidateGenerator) -> None:

@@ -131,7 +131,8 @@ def card_text(
             None: "It has no branch correction: all branches of a depth share one distribution.",
             "parent": "A branch correction re-scores candidates given their parent's token.",
             "path": "A branch correction re-scores candidates given all tokens of their branch.",
-        }[config.branch_correction],
+        }[config.branch_correction]
+        + _ngrams(config),
         measured=_measured(rows, hardware, tokens_per_round),
         training=training,
         licence=f"`{license}` for this head." if license else "None was stated for this head.",
@@ -156,6 +157,13 @@ def metadata(
         pipeline_tag="text-generation",
         tags=["speculative-decoding", "draft-head", "jetflow"],
     ).to_yaml()
+
+
+def _ngrams(config: JetFlowConfig) -> str:
+    if not config.ngram_weights:
+        return ""
+    weights = ", ".join(f"{weight:g}" for weight in config.ngram_weights)
+    return f" What followed a branch's last tokens earlier in the text counts, too (weights {weights} by tokens that match)."
 
 
 def _measured(

@@ -141,6 +141,7 @@ def test_the_gain_of_a_correction_is_replayed_with_it_on_and_off(tiny_target, ra
     rows = run("path")
     assert [(row["prompts"], row["num_prompts"], row["node_budget"]) for row in rows] == [("dev", 2, 4), ("dev", 2, 8)]
     assert all(row["tokens_per_round"] == row["without_correction"] >= 1 for row in rows), "a new correction is none"
+    assert all(row["without_ngrams"] == row["without_both"] >= 1 for row in rows)
     with pytest.raises(SystemExit, match="no branch correction"):
         run(None)
 
