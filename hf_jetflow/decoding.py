@@ -23,7 +23,6 @@ from .drafting import JetFlowCandidateGenerator
 from .emit import Emitter
 from .layer_kinds import takes_trees
 from .modeling_jetflow import JetFlowHead
-from .ngrams import MAX_CONTEXT
 from .policy import AutoPolicy, FixedPolicy, RoundCosts, chain_limits, read_limits
 from .reuse import recall, remember
 from .stats import GenerationStats
@@ -73,9 +72,7 @@ def decode(
         policy = policy_of(_rounded_up(len(emitter.rows)))
         plan = policy.plan(emitter.num_remaining, context.most_nodes)
         with _timed(stats, "draft"):
-            candidates = drafter.propose(
-                emitter.newest_ids(MAX_CONTEXT), context.positions, plan.max_depth, plan.width
-            )
+            candidates = drafter.propose(emitter.newest_ids, context.positions, plan.max_depth, plan.width)
         with _timed(stats, "tree"):
             tree = build_tree(emitter.anchor_ids, candidates, plan.node_budget, drafter.branch_scorer, plan.width)
             tree = policy.fit(tree)

@@ -48,6 +48,9 @@ class _Correction:
     """
     The head's branch correction of one proposal.
 
+    What branches share is computed once: the part of their last token, and the part of their parent's state, which is
+    known only when a child asks for it.
+
     Args:
         correction ([`BranchCorrection`]): The head's.
         target ([`Target`]): Whose embeddings it reads.
@@ -61,14 +64,35 @@ class _Correction:
         self._correction, self._target = correction, target
         self._slots = correction.project_slots(rows)
         self._candidate_logits = candidate_logits
-        self._state: torch.Tensor | None = None
+        # Of the branches of the depth before, one after the other: inner rows, and states before that depth.
+        self._inner: torch.Tensor | None = None
+        self._states: torch.Tensor | None = None
+        self._num_before = 0
 
     def __call__(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        slots = self._slots
-        embeds = self._target.embed(tokens.to(self._target.device)).to(slots.device, slots.dtype)
-        state = None if self._state is None else _gather_rows(self._state, parents.to(slots.device))
-        shifts, self._state = self._correction(slots[..., depth, :].unsqueeze(-2), embeds, state)
-        return self._candidate_logits(depth, shifts)
+        correction, slots, shape = self._correction, self._slots[..., depth, :].unsqueeze(-2), tokens.shape
+        ids, of_branch = _distinct(tokens.flatten().to(self._target.device))
+        parts = correction.project_tokens(self._target.embed(ids).to(slots.device, slots.dtype))
+        projected = parts[of_branch.to(slots.device)].view(*shape, -1) + slots
+        if self._inner is not None:
+            first = torch.arange(0, parents[..., 0].numel() * self._num_before, self._num_before)
+            places = (parents.view(-1, shape[-1]) + first[:, None].to(parents.device)).flatten()
+            places, of_branch = _distinct(places.to(slots.device))
+            before = None if self._states is None else self._states[places]
+            states = correction.carry(self._inner[places], before)
+            projected = projected + correction.project_states(states)[of_branch].view_as(projected)
+            self._states = states[of_branch]
+        inner = correction.gate(projected)
+        if correction.has_state:
+            self._inner, self._num_before = inner.flatten(0, -2), shape[-1]
+        return self._candidate_logits(depth, correction.down_proj(inner))
+
+
+def _distinct(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Distinct ones of some numbers, and the place of each number among them."""
+    if numbers.device.type == "cpu":
+        return torch.unique(numbers, return_inverse=True)
+    return numbers, torch.arange(len(numbers), device=numbers.device)  # the host would have to wait for their count
 
 
 def _gather_rows(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

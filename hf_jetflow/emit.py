@@ -7,6 +7,7 @@ from transformers import Cache, EosTokenCriteria, MaxLengthCriteria, StoppingCri
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from .ngrams import MAX_CONTEXT
 from .target import TargetStates
 from .walk import Chooser
 
@@ -33,7 +34,7 @@ class Emitter:
     ):
         batch, self._prompt_length = input_ids.shape
         self._num_padding = [0] * batch
-        if batch > 1 and attention_mask is not None:
+        if batch > 1 and attention_mask is not None and attention_mask.dim() == 2:
             is_padding = attention_mask[:, attention_mask.shape[1] - self._prompt_length :].cumsum(1) == 0
             self._num_padding = is_padding.sum(1).tolist()
         self._lengths = [self._prompt_length] * batch
@@ -61,14 +62,15 @@ class Emitter:
         """The newest committed token at each place, (places, 1)."""
         return torch.cat([self._ids[row : row + 1, self._lengths[row] - 1, None] for row in self.rows])
 
-    def newest_ids(self, most: int) -> torch.Tensor:
-        """The newest committed tokens at each place, (places, up to `most`); -1 in front of shorter sequences."""
+    @property
+    def newest_ids(self) -> torch.Tensor:
+        """What is searched for n-grams at each place, (places, up to `MAX_CONTEXT`); -1 in front of shorter texts."""
         if len(self._lengths) == 1:
-            return self.committed_ids()[:, -most:]
+            return self.committed_ids()[:, -MAX_CONTEXT:]
         lengths, starts = (
             torch.tensor([counts[row] for row in self.rows])[:, None] for counts in (self._lengths, self._num_padding)
         )
-        columns = (lengths + torch.arange(-min(int((lengths - starts).max()), most), 0)).to(self._ids.device)
+        columns = (lengths + torch.arange(-min(int((lengths - starts).max()), MAX_CONTEXT), 0)).to(self._ids.device)
         ids = self._ids[self.rows].gather(1, columns.clamp_min(0))
         return ids.masked_fill_(columns < starts.to(columns.device), -1)
 

@@ -163,7 +163,10 @@ def _ngrams(config: JetFlowConfig) -> str:
     if not config.ngram_weights:
         return ""
     weights = ", ".join(f"{weight:g}" for weight in config.ngram_weights)
-    return f" What followed a branch's last tokens earlier in the text counts, too (weights {weights} by tokens that match)."
+    return (
+        " What followed a branch's last tokens earlier in the text counts, too "
+        f"(weights {weights} by the number of tokens that match)."
+    )
 
 
 def _measured(

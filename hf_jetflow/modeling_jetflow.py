@@ -152,6 +152,24 @@ class BranchCorrection(nn.Module):
         """The part of the gated layer that all branches of a depth share: (..., hidden) to (..., 2 x width)."""
         return self.slot_proj(self.slot_norm(slots))
 
+    def project_tokens(self, embeds: torch.Tensor) -> torch.Tensor:
+        """The part that branches with the same last token share: (..., hidden) to (..., 2 x width)."""
+        return self.token_proj(self.token_norm(embeds))
+
+    def project_states(self, states: torch.Tensor) -> torch.Tensor:
+        """The part that branches with the same parent share: (..., hidden) to (..., 2 x width)."""
+        return self.state_proj(self.state_norm(states))
+
+    def gate(self, projected: torch.Tensor) -> torch.Tensor:
+        """The gated layer's inner rows, of the sum of its parts: (..., 2 x width) to (..., width)."""
+        gate, up = projected.chunk(2, dim=-1)
+        return nn.functional.silu(gate) * up
+
+    def carry(self, inner: torch.Tensor, states: torch.Tensor | None) -> torch.Tensor:
+        """States (..., hidden) of branches behind a depth, of its inner rows and their states before it."""
+        carried = self.carry_proj(inner)
+        return carried if states is None else states + carried
+
     def forward(
         self, projected_slots: torch.Tensor, parent_embeds: torch.Tensor, state: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -166,15 +184,11 @@ class BranchCorrection(nn.Module):
         Returns:
             Shifts (..., hidden) of the depth's row and the branches' new state (`None` for the parent kind).
         """
-        inner = projected_slots + self.token_proj(self.token_norm(parent_embeds))
+        projected = projected_slots + self.project_tokens(parent_embeds)
         if state is not None:
-            inner = inner + self.state_proj(self.state_norm(state))
-        gate, up = inner.chunk(2, dim=-1)
-        inner = nn.functional.silu(gate) * up
-        if self.has_state:
-            carried = self.carry_proj(inner)
-            state = carried if state is None else state + carried
-        return self.down_proj(inner), state
+            projected = projected + self.project_states(state)
+        inner = self.gate(projected)
+        return self.down_proj(inner), self.carry(inner, state) if self.has_state else None
 
 
 class JetFlowHead(PreTrainedModel):
