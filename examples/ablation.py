@@ -273,7 +273,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     kept = "causal, path correction"
     names = [name for name in ROWS if name not in MAIN_ROWS and (name, 32) in mean]
     figure, axes = plt.subplots(
-        1, 1 + bool(names), figsize=(13 if names else 7.5, 5.5), layout="constrained", squeeze=False
+        1, 1 + bool(names), figsize=(13 if names else 7.5, 6.5), layout="constrained", squeeze=False
     )
     left, right = axes[0, 0], axes[0, -1]
     for name in MAIN_ROWS:
@@ -282,7 +282,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
             left.plot(*zip(*points, strict=True), marker="o", label=name)
     left.set(xscale="log", xlabel="node budget", ylabel="tokens per round, mean over prompt sets")
     left.set_xticks([8, *NODE_BUDGETS], [str(budget) for budget in (8, *NODE_BUDGETS)])
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncol=2)
     left.grid(alpha=0.3)
     if names:
         names = ([kept] if (kept, 32) in mean else []) + names
