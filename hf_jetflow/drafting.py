@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
+from torch.nn.functional import embedding, pad
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from .caches import UNSEEN_POSITION, HeadCache, StaticHeadCache
@@ -13,7 +13,7 @@ from .modeling_jetflow import BranchCorrection, JetFlowHead
 from .ngrams import MAX_CONTEXT, ContextNgrams
 from .reuse import HeadContext
 from .target import Context, Target, TargetStates
-from .tree import BranchScorer, Candidates, build_tree, corrected_logprobs
+from .tree import BranchScorer, Candidates, build_tree, corrected_logprobs, with_rest
 
 
 CandidateLogits = Callable[[int, torch.Tensor], torch.Tensor]
@@ -30,7 +30,7 @@ class _BranchScores:
     """
 
     def __init__(self, candidates: Candidates, ngrams: ContextNgrams | None, correction: "_Correction | None"):
-        self._logprobs, self._ngrams, self._correction = candidates.logprobs, ngrams, correction
+        self._logprobs, self._ngrams, self._correction = with_rest(candidates.logprobs), ngrams, correction
 
     @torch.no_grad()
     def __call__(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -41,7 +41,8 @@ class _BranchScores:
         if self._ngrams is not None:
             votes = self._ngrams(depth, parents, tokens)
             adjustments = votes if adjustments is None else adjustments + votes
-        return logprobs if adjustments is None else corrected_logprobs(logprobs, adjustments)[0]
+        scores = logprobs if adjustments is None else corrected_logprobs(logprobs, adjustments)
+        return scores[..., :-1]
 
 
 class _Correction:
@@ -73,15 +74,15 @@ class _Correction:
         correction, slots, shape = self._correction, self._slots[..., depth, :].unsqueeze(-2), tokens.shape
         ids, of_branch = _distinct(tokens.flatten().to(self._target.device))
         parts = correction.project_tokens(self._target.embed(ids).to(slots.device, slots.dtype))
-        projected = parts[of_branch.to(slots.device)].view(*shape, -1) + slots
+        projected = parts.index_select(0, of_branch.to(slots.device)).view(*shape, -1) + slots
         if self._inner is not None:
             first = torch.arange(0, parents[..., 0].numel() * self._num_before, self._num_before)
             places = (parents.view(-1, shape[-1]) + first[:, None].to(parents.device)).flatten()
             places, of_branch = _distinct(places.to(slots.device))
-            before = None if self._states is None else self._states[places]
-            states = correction.carry(self._inner[places], before)
-            projected = projected + correction.project_states(states)[of_branch].view_as(projected)
-            self._states = states[of_branch]
+            before = None if self._states is None else self._states.index_select(0, places)
+            states = correction.carry(self._inner.index_select(0, places), before)
+            projected += correction.project_states(states).index_select(0, of_branch).view_as(projected)
+            self._states = states.index_select(0, of_branch)
         inner = correction.gate(projected)
         if correction.has_state:
             self._inner, self._num_before = inner.flatten(0, -2), shape[-1]
@@ -273,7 +274,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         """What turns shifts (..., branches, hidden) of a depth into logit changes of its candidates, (..., branches,
         width)."""
         if self._projection is not None:
-            columns = self._projection[places].transpose(-1, -2)
+            columns = embedding(places, self._projection).transpose(-1, -2)
             return lambda depth, shifts: shifts.to(columns.device, columns.dtype) @ columns[..., depth, :, :]
         target, token_ids = self.target, self.head.draft_token_ids
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .tree import MIN_REST, corrected_logprobs
+from .tree import corrected_logprobs, with_rest
 
 
 @dataclass(frozen=True)
@@ -151,11 +151,9 @@ def correction_kl(
         token first (rows,).
     """
     adjustments = _CandidateLogits.apply(shifts, kl.candidates, projection, chunk_size)
-    log_q, log_q_rest = corrected_logprobs(kl.logprobs, adjustments)
-    p = kl.teacher_logprobs.exp()
-    p_rest = (1 - p.sum(-1)).clamp_min(MIN_REST)
-    divergence = (p * (kl.teacher_logprobs - log_q)).sum(-1) + p_rest * (p_rest.log() - log_q_rest[..., 0])
-    best = kl.candidates.gather(1, log_q.argmax(-1, keepdim=True))[:, 0]
+    log_q, log_p = corrected_logprobs(with_rest(kl.logprobs), adjustments), with_rest(kl.teacher_logprobs)
+    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+    best = kl.candidates.gather(1, log_q[..., :-1].argmax(-1, keepdim=True))[:, 0]
     return divergence, best == kl.teacher_tokens
 
 

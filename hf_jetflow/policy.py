@@ -104,7 +104,8 @@ class RoundCosts:
     """
 
     num_places: int = 1  # sequences decoded at once; nodes, tokens and promises are those of one of them
-    samples: dict[int, tuple[float, ...]] = field(default_factory=dict)  # seconds of the latest rounds, by nodes
+    samples: dict[int, tuple[float, ...]] = field(default_factory=dict)  # latest rounds by nodes: seconds over `pace`
+    paces: tuple[float, ...] = ()  # of the latest rounds of any size: seconds over what their size takes at pace 1
     expected: float = 1.0  # tokens that the draft probabilities promised in recent rounds
     accepted: float = 1.0  # tokens that were accepted in them
     tokens: float = 0.0  # mean yield of drafted rounds, the latest weighing most
@@ -112,10 +113,17 @@ class RoundCosts:
     num_drafted: int = 0
     credit: float = 0.0  # seconds that drafting may lose
 
+    @property
+    def pace(self) -> float:
+        """How slow the machine is now: a size that was not used of late is slower by as much as the others are."""
+        return median(self.paces) if self.paces else 1.0
+
     def add(self, num_nodes: int, seconds: float) -> None:
-        """Count a round; the first one of each size is left out."""
+        """Count a round, a drafted one from the moment its tree is known; the first one of each size is left out."""
         known = self.samples.get(num_nodes)
-        self.samples[num_nodes] = () if known is None else (*known, seconds)[-NUM_SAMPLES:]
+        if known:
+            self.paces = (*self.paces, seconds / median(known))[-NUM_SAMPLES:]
+        self.samples[num_nodes] = () if known is None else (*known, seconds / self.pace)[-NUM_SAMPLES:]
 
     def untried(self, most_nodes: int) -> int | None:
         """A node budget that must be tried before there is anything to choose by; no tree exceeds `most_nodes`."""
@@ -123,11 +131,25 @@ class RoundCosts:
         return next((budget for budget in trials if len(self.samples.get(budget, ())) < NUM_TRIALS - 1), None)
 
     def seconds(self, num_nodes: int) -> float:
-        """Of a round: the median of its latest, or what lies on the line between its neighbours'."""
-        known = sorted((nodes, median(values)) for nodes, values in self.samples.copy().items() if values)
+        """Of a round without its drafting: what its latest took, or what lies on the line between its neighbours'."""
+        known = self.by_nodes()
         above = next((i for i, (nodes, _) in enumerate(known) if nodes >= num_nodes), len(known) - 1)
         (low, low_seconds), (high, high_seconds) = known[max(above - 1, 0)], known[max(above, 1)]
-        return low_seconds + (high_seconds - low_seconds) * (num_nodes - low) / (high - low)
+        return self.pace * (low_seconds + (high_seconds - low_seconds) * (num_nodes - low) / (high - low))
+
+    def by_nodes(self) -> list[tuple[int, float]]:
+        """Nodes and seconds at pace 1. Where more nodes seem to take less time, both take the mean of the two."""
+        levels: list[tuple[float, list[int]]] = []
+        for nodes, values in sorted(self.samples.copy().items()):
+            if not values:
+                continue
+            level, members = median(values), [nodes]
+            while len(levels) > 1 and levels[-1][0] > level:  # the first is plain decoding
+                before, others = levels.pop()
+                level = (before * len(others) + level * len(members)) / (len(others) + len(members))
+                members = others + members
+            levels.append((level, members))
+        return [(nodes, level) for level, members in levels for nodes in members]
 
     def earn(self, seconds: float) -> None:
         """Add to the credit, or take from it."""
@@ -153,10 +175,12 @@ class AutoPolicy:
     """
     Chooses the node budget of each round that yields most tokens per second, and plain decoding where none repays.
 
-    A tree is drafted, then cut to the `n` likeliest nodes that maximise (1 + c x sum of their path probabilities) /
-    seconds(n), with the seconds of earlier rounds and the calibration c of `RoundCosts` (arXiv 2606.01813 chooses a
-    budget likewise). Where drafted rounds yield less than plain ones would, plain rounds follow; drafting is tried
-    again as often as its loss stays within a small share of all time.
+    A tree is drafted, then cut to the `n` likeliest nodes that maximise 1 + c x sum of their path probabilities -
+    r x seconds(n), with the seconds of earlier rounds and the calibration c of `RoundCosts`, and the tokens per second
+    r of recent rounds: a round's last node must repay its time as well as the text does on average, which makes most
+    of all rounds together, while the best ratio of each round alone does not. Where drafted rounds yield less than
+    plain ones would, plain rounds follow; drafting is tried again as often as its loss stays within a small share of
+    all time.
     """
 
     def __init__(self, limits: RoundPlan, costs: RoundCosts):
@@ -169,7 +193,7 @@ class AutoPolicy:
         self._is_trial = False
         self._num_planned = 0
         self._promised = 0.0  # drafted tokens that this round's tree promises
-        self._start = 0.0
+        self._start = self._start_of_rest = 0.0  # of the round, and of what follows its drafting
 
     def plan(self, num_remaining: int | None, most_nodes: int | None = None) -> RoundPlan:
         self._start = time.perf_counter()
@@ -194,7 +218,9 @@ class AutoPolicy:
         """The part of the tree that is worth its verification."""
         num_nodes = tree.num_nodes
         if num_nodes == 1:
+            self._start_of_rest = self._start
             return tree
+        self._start_of_rest = time.perf_counter()
         # The root's 1 comes first; of a batch, what its trees promise on average.
         gains = tree.logprobs.exp().sort(descending=True).values.cumsum(-1).view(-1, num_nodes).mean(0).tolist()
         best = num_nodes if self._is_trial else self._best_budget(gains)
@@ -205,8 +231,12 @@ class AutoPolicy:
         """Of a tree whose best `n` nodes have path probabilities that sum to `gains[n - 1]`, the root's 1 included."""
         costs, most = self._costs, len(gains)
         budgets = [budget for budget in AUTO_BUDGETS[1:] if budget < most] + [most]
-        rates = [(1 + costs.calibration * (gains[n - 1] - 1)) / costs.seconds(n) for n in budgets]
-        place = rates.index(max(rates))
+        yields = [(1 + costs.calibration * (gains[n - 1] - 1), costs.seconds(n)) for n in budgets]
+        drafting = self._start_of_rest - self._start
+        rate = self._rate or max(tokens / (drafting + seconds) for tokens, seconds in yields)
+        rate = max(rate, 1 / costs.seconds(1))
+        surplus = [tokens - rate * seconds for tokens, seconds in yields]
+        place = surplus.index(max(surplus))
         self._ceiling = next((budget for budget in AUTO_BUDGETS if budget >= 2 * budgets[place]), AUTO_BUDGETS[-1])
         turn, is_between = divmod(costs.num_drafted, REFRESH_EVERY)
         if not is_between or costs.num_drafted in REFRESH_FIRST:
@@ -216,9 +246,9 @@ class AutoPolicy:
 
     def record(self, tree: DraftTree, num_accepted: float) -> None:
         """Learn from a round that is over; of a batch, `num_accepted` is the mean."""
-        seconds, costs = time.perf_counter() - self._start, self._costs
-        num_nodes = tree.num_nodes
-        costs.add(num_nodes, seconds)
+        now, costs, num_nodes = time.perf_counter(), self._costs, tree.num_nodes
+        seconds = now - self._start
+        costs.add(num_nodes, now - self._start_of_rest)
         if self._is_trial:
             return
         costs.earn(EXPLORING_SHARE * seconds)
@@ -230,13 +260,18 @@ class AutoPolicy:
         self._tokens = 0.9 * self._tokens + num_accepted + 1
         self._seconds = 0.9 * self._seconds + seconds
 
+    @property
+    def _rate(self) -> float | None:
+        """Tokens per second of recent drafted rounds."""
+        return self._tokens / self._seconds if self._seconds else None
+
     def report(self) -> dict[str, Any]:
-        """Seconds of a round by nodes, the calibration, and the yield of recent drafted rounds against plain ones."""
-        costs = self._costs
-        known = {nodes: median(values) for nodes, values in sorted(costs.samples.copy().items()) if values}
-        rate = self._tokens / self._seconds if self._seconds else None
+        """Seconds of a round without its drafting by nodes, the calibration, and the yield of recent drafted rounds
+        against plain ones."""
+        costs, rate = self._costs, self._rate
+        known = {nodes: costs.pace * seconds for nodes, seconds in costs.by_nodes()}
         return {
-            "round_seconds": known,
+            "verify_seconds": known,
             "calibration": costs.calibration,
             "drafted_over_plain": rate * known[1] if rate is not None and 1 in known else None,
         }

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from torch.nn.functional import pad
 
 
 MIN_REST = 1e-6  # least probability of the tokens that are no candidates
@@ -49,21 +50,25 @@ class DraftTree:
 BranchScorer = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def corrected_logprobs(logprobs: torch.Tensor, adjustments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def with_rest(logprobs: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities (..., width) of candidates, and behind them that of all other tokens together: (..., width +
+    1)."""
+    rest = (1 - logprobs.exp().sum(-1, keepdim=True)).clamp_min(MIN_REST).log()
+    return torch.cat([logprobs, rest], dim=-1)
+
+
+def corrected_logprobs(logprobs: torch.Tensor, adjustments: torch.Tensor) -> torch.Tensor:
     """
     Log-probabilities of candidates whose logits change by `adjustments`, while all other tokens keep theirs.
 
     Args:
-        logprobs (`torch.Tensor`, (..., width)): Of the candidates, float32.
-        adjustments (`torch.Tensor`, (..., width)): Changes of their logits.
+        logprobs (`torch.Tensor`, (..., width + 1)): Of the candidates and of the rest (see `with_rest`), float32.
+        adjustments (`torch.Tensor`, (..., width)): Changes of the candidates' logits.
 
     Returns:
-        Those of the candidates (..., width), and that of all other tokens together (..., 1).
+        `torch.Tensor`, (..., width + 1): Those of the candidates, and that of the rest.
     """
-    rest = (1 - logprobs.exp().sum(-1, keepdim=True)).clamp_min(MIN_REST).log()
-    scores = logprobs + adjustments
-    total = torch.logaddexp(scores.logsumexp(-1, keepdim=True), rest)
-    return scores - total, (rest - total).expand(*scores.shape[:-1], 1)
+    return torch.log_softmax(logprobs + pad(adjustments, (0, 1)), dim=-1)
 
 
 def build_tree(

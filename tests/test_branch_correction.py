@@ -12,7 +12,7 @@ from hf_jetflow.drafting import JetFlowCandidateGenerator
 from hf_jetflow.losses import chunked_forward_kl, correction_kl
 from hf_jetflow.replay import replay
 from hf_jetflow.target import Target
-from hf_jetflow.tree import Candidates, build_tree, corrected_logprobs
+from hf_jetflow.tree import Candidates, build_tree, corrected_logprobs, with_rest
 
 
 KINDS = ["parent", "path"]
@@ -97,17 +97,17 @@ def test_the_path_kind_looks_further_up_than_the_parent(tiny_target, random_head
 
 def test_corrected_probabilities_and_the_rest_sum_to_one():
     logprobs = torch.log_softmax(torch.randn(5, 30), -1)[:, :8]
-    corrected, rest = corrected_logprobs(logprobs, 3 * torch.randn(5, 8))
-    torch.testing.assert_close(corrected.exp().sum(-1) + rest[:, 0].exp(), torch.ones(5))
-    unchanged, _ = corrected_logprobs(logprobs, torch.zeros(5, 8))
-    torch.testing.assert_close(unchanged, logprobs)
+    corrected = corrected_logprobs(with_rest(logprobs), 3 * torch.randn(5, 8))
+    torch.testing.assert_close(corrected.exp().sum(-1), torch.ones(5))
+    unchanged = corrected_logprobs(with_rest(logprobs), torch.zeros(5, 8))
+    torch.testing.assert_close(unchanged[:, :-1], logprobs)
 
 
 def test_a_corrected_score_is_never_above_one():
     logprobs = torch.log_softmax(torch.tensor([[9.0, 0.0, -3.0]]), -1)  # all tokens are candidates: there is no rest
-    corrected, rest = corrected_logprobs(logprobs, torch.tensor([[50.0, -50.0, 0.0]]))
+    corrected = corrected_logprobs(with_rest(logprobs), torch.tensor([[50.0, -50.0, 0.0]]))
     assert (corrected <= 0).all()
-    assert rest.isfinite().all()
+    assert corrected.isfinite().all()
 
 
 def test_a_corrected_chain_follows_the_best_child_of_each_node():

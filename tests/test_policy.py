@@ -9,8 +9,8 @@ from helpers import make_tree
 from reference import assert_same_text
 
 from hf_jetflow import policy as policy_module
-from hf_jetflow.policy import FIRST_TRIALS, AutoPolicy, RoundCosts, RoundPlan
-from hf_jetflow.tree import Candidates, build_tree, trim_tree
+from hf_jetflow.policy import AUTO_BUDGETS, FIRST_TRIALS, AutoPolicy, RoundCosts, RoundPlan
+from hf_jetflow.tree import Candidates, build_tree, chain_of, trim_tree
 
 
 LIMITS = RoundPlan(node_budget=128, max_depth=7, width=64)
@@ -211,18 +211,55 @@ def test_trees_that_cannot_be_large_do_not_wait_for_large_trials(max_depth, widt
     machine.run(policy, 200)
     most = sum(width**depth for depth in range(max_depth + 1))
     assert costs.untried(most) is None
-    assert policy.report()["round_seconds"].keys() <= set(range(1, most + 1))
+    assert policy.report()["verify_seconds"].keys() <= set(range(1, most + 1))
     assert policy.report()["drafted_over_plain"] > 1
 
 
 def test_seconds_lie_on_the_line_between_what_was_measured():
     costs = RoundCosts()
     for nodes, seconds in ((1, 1.0), (16, 2.0), (64, 8.0)):
-        for value in (99.0, seconds, seconds, 50.0):  # the first one does not count, and one disturbed one does little
+        for value in (99.0, seconds, seconds, seconds):  # the first one does not count
             costs.add(nodes, value)
+    costs.add(16, 50.0)  # one that was disturbed does nothing
     assert [costs.seconds(nodes) for nodes in (1, 16, 64)] == [1.0, 2.0, 8.0]
     assert costs.seconds(40) == pytest.approx(5.0)
     assert costs.seconds(128) == pytest.approx(16.0)
+
+
+def test_a_size_that_seems_faster_than_a_smaller_one_shares_its_seconds():
+    costs = RoundCosts(samples={1: (1.0,), 4: (3.0,), 8: (2.0,), 16: (5.0,)})
+    assert [costs.seconds(nodes) for nodes in (1, 4, 8, 16)] == [1.0, 2.5, 2.5, 5.0]
+    costs = RoundCosts(samples={1: (9.0,), 4: (3.0,)})  # plain rounds are another kind
+    assert [costs.seconds(nodes) for nodes in (1, 4)] == [9.0, 3.0]
+
+
+def test_a_machine_that_slows_down_slows_every_size():
+    costs = RoundCosts()
+    for pace in (1.0, 1.5):
+        for _ in range(20):
+            costs.add(8, 2.0 * pace)
+        if pace == 1.0:
+            for _ in range(3):
+                costs.add(16, 4.0)
+    assert costs.seconds(16) == pytest.approx(6.0)
+
+
+@pytest.mark.parametrize("text_rate", [0.5, 1.0, 2.0])
+def test_the_last_node_repays_its_time_as_well_as_the_text_does(text_rate):
+    """Not the round's own best ratio: a sure round goes on where an unsure one stops."""
+
+    def sized(nodes):
+        return 1 + 0.1 * nodes
+
+    samples = {nodes: (sized(nodes),) for nodes in (1, 8, 16, 32, 64)}
+    costs = RoundCosts(samples=samples, tokens=text_rate, drafted_seconds=1.0, num_drafted=1)
+    promises = 0.9 ** torch.arange(64)
+    gains = [float(promises[:nodes].sum()) for nodes in range(1, 65)]
+    tree = chain_of(torch.zeros(1, 64, dtype=torch.long))
+    tree.logprobs = promises.log()[None]
+    budgets = [budget for budget in AUTO_BUDGETS if 2 <= budget <= 64]
+    best = max(budgets, key=lambda nodes: gains[nodes - 1] - max(text_rate, 1 / 1.1) * sized(nodes))
+    assert AutoPolicy(LIMITS, costs).fit(tree).num_nodes == best
 
 
 def test_calibration_follows_what_was_kept():
@@ -261,7 +298,7 @@ def test_auto_gives_the_plain_text(kind, do_sample, tiny_target, head_of_kind, p
         assert_same_text(plain, generate(head))
     stats = head.last_stats
     assert sum(stats.rounds_by_nodes.values()) == stats.num_rounds
-    assert {1, 16} <= stats.policy["round_seconds"].keys()
+    assert {1, 16} <= stats.policy["verify_seconds"].keys()
 
 
 def test_a_fixed_budget_reports_no_choice(tiny_target, echo_head, prompt):
