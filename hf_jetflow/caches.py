@@ -1,6 +1,7 @@
 """Everything that moves keys and values: the head's context cache, and commits in the target's cache of one sequence
 (those of a batch: `batch_caches`)."""
 
+import functools
 from typing import Any
 
 import torch
@@ -245,39 +246,46 @@ def commit_path(cache: Cache, path: torch.Tensor, num_rows: int) -> None:
         path (`torch.Tensor`, (length,)): Accepted node ids, root first, ascending; none drops all nodes.
         num_rows (`int`): Rows of the verifying forward.
     """
+    moves = _Moves(path)
     for layer in cache.layers:
         if isinstance(layer, EMPTY_LAYERS):
             continue
         if isinstance(layer, LinearAttentionLayer):
             drop_rows(layer, num_rows - len(path))
         if isinstance(layer, StaticLayer):
-            _commit_static(layer, path, num_rows)
+            _commit_static(layer, moves, num_rows)
         elif isinstance(layer, DynamicLayer) and (layer.is_sliding or len(path) < num_rows):
-            _commit_dynamic(layer, path, num_rows)
+            _commit_dynamic(layer, moves, num_rows)
 
 
-def _commit_static(layer: StaticLayer, path: torch.Tensor, num_rows: int) -> None:
+class _Moves:
+    """Where the nodes of a path go, the root being there already; copied to each device once for all layers."""
+
+    def __init__(self, path: torch.Tensor):
+        self.length = len(path)
+        self._rows, self._places = path[1:], torch.arange(1, len(path))
+        self.on = functools.cache(lambda device: (self._rows.to(device), self._places.to(device)))
+
+
+def _commit_static(layer: StaticLayer, moves: _Moves, num_rows: int) -> None:
     """Stays on the device and in place: compiled graphs hold on to these very tensors."""
-    _move_rows(layer, path, layer.cumulative_length - num_rows)
-    layer.cumulative_length.add_(len(path) - num_rows)
+    if moves.length > 1:
+        start = layer.cumulative_length - num_rows
+        rows, places = (numbers + start for numbers in moves.on(layer.keys.device))
+        for states in (layer.keys, layer.values):
+            states.index_copy_(2, places, states.index_select(2, rows))
+    layer.cumulative_length.add_(moves.length - num_rows)
 
 
-def _commit_dynamic(layer: DynamicLayer, path: torch.Tensor, num_rows: int) -> None:
+def _commit_dynamic(layer: DynamicLayer, moves: _Moves, num_rows: int) -> None:
     start = layer.keys.shape[2] - num_rows
-    end = start + len(path)
-    _move_rows(layer, path, start)
+    end = start + moves.length
+    if moves.length > 1:
+        rows, places = moves.on(layer.keys.device)
+        for states in (layer.keys[:, :, start:], layer.values[:, :, start:]):
+            states.index_copy_(2, places, states.index_select(2, rows))
     layer.keys, layer.values = layer.keys[:, :, :end], layer.values[:, :, :end]
     if isinstance(layer, DynamicSlidingWindowLayer):
-        layer.cumulative_length -= num_rows - len(path)
+        layer.cumulative_length -= num_rows - moves.length
         layer.crop(0)  # forgets the rows that have left the window
         layer.record_past = False  # so that a later prefill, maybe the caller's own, forgets them by itself
-
-
-def _move_rows(layer: DynamicLayer | StaticLayer, path: torch.Tensor, start: int | torch.Tensor) -> None:
-    """Bring the nodes of the path to the first rows from `start` on. The root is there already."""
-    if len(path) <= 1:
-        return
-    device = layer.keys.device
-    rows, places = path[1:].to(device) + start, torch.arange(1, len(path), device=device) + start
-    for states in (layer.keys, layer.values):
-        states.index_copy_(2, places, states.index_select(2, rows))
