@@ -1,10 +1,16 @@
 """The target's cache of a batch whose sequences advance by different lengths."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+
+# moves(heads, capacity, device): where rows lie and where they go in a buffer (batch, heads, capacity, dim).
+Moves = Callable[[int, int, torch.device], tuple[torch.Tensor, ...]]
 
 
 class BatchRows:
@@ -109,13 +115,13 @@ class BatchLayer(DynamicLayer):
         """Tokens of the longest sequence."""
         return int(self._rows.lengths.max())
 
-    def move(self, sources: torch.Tensor, places: torch.Tensor) -> None:
-        """Copy the rows at slots `sources` (decoded, moved) of each sequence to slots `places`."""
+    def move(self, moves: Moves) -> None:
+        """Copy rows to other slots; `moves` gives both as rows of one list."""
         heads, capacity = self._buffers[0].shape[1:3]
-        index, target = (_flat(slots, heads, capacity).to(self.device) for slots in (sources, places))
+        sources, places = moves(heads, capacity, self.device)
         for buffer in self._buffers:
             rows = buffer.view(-1, buffer.shape[-1])
-            rows.index_copy_(0, target, rows.index_select(0, index))
+            rows.index_copy_(0, places, rows.index_select(0, sources))
 
     def swap(self, one: int, other: int) -> None:
         """Exchange the sequences at two places."""
@@ -162,11 +168,16 @@ def commit_paths(cache: Cache, rows: BatchRows, paths: list[list[int]]) -> None:
     longest = max(len(path) for path in paths)
     if any(path != list(range(len(path))) for path in paths):
         # The root is there already; a shorter path is padded with slots that stay where they are.
-        sources = torch.tensor([[*path[1:], *range(len(path), longest)] for path in paths]) + rows.lengths[:, None]
-        places = torch.arange(1, longest) + rows.lengths[:, None]
+        sources = torch.tensor([[*path[1:], *range(len(path), longest)] for path in paths])
+        both = [slots + rows.lengths[:, None] for slots in (sources, torch.arange(1, longest))]
+
+        @functools.cache  # alike for most layers
+        def moves(heads: int, capacity: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+            return tuple(_flat(slots, heads, capacity).to(device) for slots in both)
+
         for layer in cache.layers:
             if isinstance(layer, BatchLayer):
-                layer.move(sources, places)
+                layer.move(moves)
 
 
 def retire_row(cache: Cache, rows: BatchRows, place: int) -> None:
