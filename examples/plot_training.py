@@ -41,7 +41,7 @@ def main() -> None:
         axis.grid(alpha=0.3)
     if len(panels) > 2:
         axes[0].set_title("same first choice as the target; dotted: before correction")
-    axes[-1].legend()
+    axes[-1].legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     figure.savefig(args.output, dpi=110)
 
 
