@@ -263,7 +263,7 @@ class _Moves:
 
     def __init__(self, path: torch.Tensor):
         self.length = len(path)
-        self._rows, self._places = path[1:], torch.arange(1, len(path))
+        self._rows, self._places = path[1:], torch.arange(len(path))[1:]
         self.on = functools.cache(lambda device: (self._rows.to(device), self._places.to(device)))
 
 

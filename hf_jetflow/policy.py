@@ -112,6 +112,7 @@ class RoundCosts:
     drafted_seconds: float = 0.0  # mean time of them
     num_drafted: int = 0
     credit: float = 0.0  # seconds that drafting may lose
+    _curve: list[tuple[int, float]] | None = None  # what `by_nodes` returns, until the next sample
 
     @property
     def pace(self) -> float:
@@ -124,6 +125,7 @@ class RoundCosts:
         if known:
             self.paces = (*self.paces, seconds / median(known))[-NUM_SAMPLES:]
         self.samples[num_nodes] = () if known is None else (*known, seconds / self.pace)[-NUM_SAMPLES:]
+        self._curve = None
 
     def untried(self, most_nodes: int) -> int | None:
         """A node budget that must be tried before there is anything to choose by; no tree exceeds `most_nodes`."""
@@ -139,17 +141,20 @@ class RoundCosts:
 
     def by_nodes(self) -> list[tuple[int, float]]:
         """Nodes and seconds at pace 1. Where more nodes seem to take less time, both take the mean of the two."""
-        levels: list[tuple[float, list[int]]] = []
-        for nodes, values in sorted(self.samples.copy().items()):
-            if not values:
-                continue
-            level, members = median(values), [nodes]
-            while len(levels) > 1 and levels[-1][0] > level:  # the first is plain decoding
-                before, others = levels.pop()
-                level = (before * len(others) + level * len(members)) / (len(others) + len(members))
-                members = others + members
-            levels.append((level, members))
-        return [(nodes, level) for level, members in levels for nodes in members]
+        curve = self._curve
+        if curve is None:
+            levels: list[tuple[float, list[int]]] = []
+            for nodes, values in sorted(self.samples.copy().items()):
+                if not values:
+                    continue
+                level, members = median(values), [nodes]
+                while len(levels) > 1 and levels[-1][0] > level:  # the first is plain decoding
+                    before, others = levels.pop()
+                    level = (before * len(others) + level * len(members)) / (len(others) + len(members))
+                    members = others + members
+                levels.append((level, members))
+            curve = self._curve = [(nodes, level) for level, members in levels for nodes in members]
+        return curve
 
     def earn(self, seconds: float) -> None:
         """Add to the credit, or take from it."""
