@@ -64,8 +64,8 @@ def function_stubs(folder: Path) -> Iterator[str]:
             continue  # another version's syntax, or no UTF-8
         for function in functions:
             docstring = ast.get_docstring(function) or ""
-            has_body = len(function.body) > 1 and not function.decorator_list
-            if not has_body or len(docstring) < SHORTEST_DOCSTRING or function.name in seen:
+            is_whole = len(function.body) > 1 and not function.decorator_list
+            if not is_whole or len(docstring) < SHORTEST_DOCSTRING or function.name in seen:
                 continue
             seen.add(function.name)
             stub = "\n".join(text.split("\n")[function.lineno - 1 : function.body[0].end_lineno])

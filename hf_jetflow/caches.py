@@ -2,6 +2,7 @@
 (those of a batch: `batch_caches`)."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from .recurrent import RECURRENT_LAYERS, drop_rows
 UNSEEN_POSITION = torch.iinfo(torch.int32).max  # of context rows that pad: no block row sees what is behind its anchor
 # Layers that read what others keep, or nothing; early releases have no such class, nor layers of it.
 EMPTY_LAYERS: tuple[type, ...] = tuple(filter(None, [getattr(cache_utils, "DummyLayer", None)]))
+# moves(device): rows of the tree that a path keeps, and where they go among the tree's rows.
+Moves = Callable[[torch.device], tuple[torch.Tensor, torch.Tensor]]
 STATIC_ROWS = (1, 4, 8, 16, 32, 64, 128, 256)  # rows of a forward with a static cache: one compiled graph for each
 
 
@@ -246,46 +249,42 @@ def commit_path(cache: Cache, path: torch.Tensor, num_rows: int) -> None:
         path (`torch.Tensor`, (length,)): Accepted node ids, root first, ascending; none drops all nodes.
         num_rows (`int`): Rows of the verifying forward.
     """
-    moves = _Moves(path)
+    rows, places = path[1:], torch.arange(len(path))[1:]  # the root is there already
+
+    @functools.cache  # alike for most layers
+    def moves(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        return rows.to(device), places.to(device)
+
     for layer in cache.layers:
         if isinstance(layer, EMPTY_LAYERS):
             continue
         if isinstance(layer, LinearAttentionLayer):
             drop_rows(layer, num_rows - len(path))
         if isinstance(layer, StaticLayer):
-            _commit_static(layer, moves, num_rows)
+            _commit_static(layer, moves, len(path), num_rows)
         elif isinstance(layer, DynamicLayer) and (layer.is_sliding or len(path) < num_rows):
-            _commit_dynamic(layer, moves, num_rows)
+            _commit_dynamic(layer, moves, len(path), num_rows)
 
 
-class _Moves:
-    """Where the nodes of a path go, the root being there already; copied to each device once for all layers."""
-
-    def __init__(self, path: torch.Tensor):
-        self.length = len(path)
-        self._rows, self._places = path[1:], torch.arange(len(path))[1:]
-        self.on = functools.cache(lambda device: (self._rows.to(device), self._places.to(device)))
-
-
-def _commit_static(layer: StaticLayer, moves: _Moves, num_rows: int) -> None:
+def _commit_static(layer: StaticLayer, moves: Moves, length: int, num_rows: int) -> None:
     """Stays on the device and in place: compiled graphs hold on to these very tensors."""
-    if moves.length > 1:
+    if length > 1:
         start = layer.cumulative_length - num_rows
-        rows, places = (numbers + start for numbers in moves.on(layer.keys.device))
+        rows, places = (numbers + start for numbers in moves(layer.keys.device))
         for states in (layer.keys, layer.values):
             states.index_copy_(2, places, states.index_select(2, rows))
-    layer.cumulative_length.add_(moves.length - num_rows)
+    layer.cumulative_length.add_(length - num_rows)
 
 
-def _commit_dynamic(layer: DynamicLayer, moves: _Moves, num_rows: int) -> None:
+def _commit_dynamic(layer: DynamicLayer, moves: Moves, length: int, num_rows: int) -> None:
     start = layer.keys.shape[2] - num_rows
-    end = start + moves.length
-    if moves.length > 1:
-        rows, places = moves.on(layer.keys.device)
+    end = start + length
+    if length > 1:
+        rows, places = moves(layer.keys.device)
         for states in (layer.keys[:, :, start:], layer.values[:, :, start:]):
             states.index_copy_(2, places, states.index_select(2, rows))
     layer.keys, layer.values = layer.keys[:, :, :end], layer.values[:, :, :end]
     if isinstance(layer, DynamicSlidingWindowLayer):
-        layer.cumulative_length -= num_rows - moves.length
+        layer.cumulative_length -= num_rows - length
         layer.crop(0)  # forgets the rows that have left the window
         layer.record_past = False  # so that a later prefill, maybe the caller's own, forgets them by itself
