@@ -148,7 +148,7 @@ def train_row(
     if not how.is_random_start:
         initialize_from_target(head, target)
     if how.draft_vocab:
-        head.d2t.copy_(frequent_tokens(answers, how.draft_vocab))
+        head.d2t.copy_(frequent_tokens(read_answers(args.answers), how.draft_vocab))  # the same in every row
     training = JetFlowTrainingConfig(
         output_dir=str(args.output / "runs" / name.replace(" ", "-")),
         max_steps=args.steps,

@@ -9,14 +9,12 @@ from torch.nn.functional import embedding, pad
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from .caches import UNSEEN_POSITION, HeadCache, StaticHeadCache
+from .draft_weights import CandidateLogits, DraftWeights, draft_weights
 from .modeling_jetflow import BranchCorrection, JetFlowHead
 from .ngrams import MAX_CONTEXT, ContextNgrams
 from .reuse import HeadContext
 from .target import Context, Target, TargetStates
 from .tree import BranchScorer, Candidates, build_tree, corrected_logprobs, with_rest
-
-
-CandidateLogits = Callable[[int, torch.Tensor], torch.Tensor]
 
 
 class _BranchScores:
@@ -57,12 +55,18 @@ class _Correction:
         target ([`Target`]): Whose embeddings it reads.
         rows (`torch.Tensor`, (..., depth, hidden)): The head's rows.
         candidate_logits: Turns shifts of a depth into logit changes of its candidates.
+        weights ([`DraftWeights`]): Of head and target.
     """
 
     def __init__(
-        self, correction: BranchCorrection, target: Target, rows: torch.Tensor, candidate_logits: CandidateLogits
+        self,
+        correction: BranchCorrection,
+        target: Target,
+        rows: torch.Tensor,
+        candidate_logits: CandidateLogits,
+        weights: DraftWeights,
     ):
-        self._correction, self._target = correction, target
+        self._correction, self._target, self._weights = correction, target, weights
         self._slots = correction.project_slots(rows)
         self._candidate_logits = candidate_logits
         # Of the branches of the depth before, one after the other: inner rows, and states before that depth.
@@ -71,6 +75,10 @@ class _Correction:
         self._num_before = 0
 
     def __call__(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        with self._weights.in_use():
+            return self._logit_changes(depth, parents, tokens)
+
+    def _logit_changes(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         correction, slots, shape = self._correction, self._slots[..., depth, :].unsqueeze(-2), tokens.shape
         ids, of_branch = _distinct(tokens.flatten().to(self._target.device))
         parts = correction.project_tokens(self._target.embed(ids).to(slots.device, slots.dtype))
@@ -140,10 +148,9 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         self.branch_scorer: BranchScorer | None = None  # of the newest proposal, if branches are scored apart
 
     @cached_property
-    def _projection(self) -> torch.Tensor | None:
-        """Output rows (draft_vocab, hidden). Copied from the target at the first draft: some calls never draft."""
-        head = self.head
-        return self.target.output_rows(head.draft_token_ids) if head.lm_head is None else head.lm_head.weight
+    def _weights(self) -> DraftWeights:
+        """Made at the first draft: some calls never draft."""
+        return draft_weights(self.head, self.target)
 
     def observe(self, states: TargetStates, paths: list[list[int]] | None = None) -> None:
         """Take over the states of newly committed tokens; of each sequence's path only, where trees were verified."""
@@ -195,14 +202,15 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         features, context_position_ids = (torch.cat(parts, dim=1) for parts in zip(*self._pending, strict=True))
         self._pending = [(features[:, :0], context_position_ids[:, :0])]
         read = self._read_static if is_static else head
-        rows = read(
-            inputs_embeds=embeds.to(head.device, head.dtype),
-            features=features.to(head.device, head.dtype),
-            position_ids=positions.to(head.device)[:, None] + slots,
-            context_position_ids=context_position_ids.to(head.device),
-            past_key_values=self._cache,
-        )[:, first : first + max_depth]
-        return self.rank(rows, context_ids, width)
+        with self._weights.in_use():
+            rows = read(
+                inputs_embeds=embeds.to(head.device, head.dtype),
+                features=features.to(head.device, head.dtype),
+                position_ids=positions.to(head.device)[:, None] + slots,
+                context_position_ids=context_position_ids.to(head.device),
+                past_key_values=self._cache,
+            )[:, first : first + max_depth]
+            return self.rank(rows, context_ids, width)
 
     def _read_static(self, features: torch.Tensor, context_position_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
         """The head's forward with one number of context rows: a path's, padded. More of them, as in a prompt, are read
@@ -246,7 +254,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             ngrams = ContextNgrams(context_ids, candidates, weights) if weights else None
             corrected = None
             if correction is not None:
-                corrected = _Correction(correction, self.target, rows, self._output(places))
+                corrected = _Correction(correction, self.target, rows, self._output(places), self._weights)
             self.branch_scorer = _BranchScores(candidates, ngrams, corrected)
         return candidates
 
@@ -261,10 +269,9 @@ class JetFlowCandidateGenerator(CandidateGenerator):
 
     def logprobs(self, rows: torch.Tensor) -> torch.Tensor:
         """Draft log-probabilities (..., draft_vocab) of drafted rows (..., hidden), before any branch correction."""
-        if self._projection is not None:
-            flat = rows.flatten(0, -2)  # a batched product would copy the projection
-            logits = flat.to(self._projection.device, self._projection.dtype) @ self._projection.T
-            logits = logits.view(*rows.shape[:-1], logits.shape[-1])
+        projection = self._weights.projection
+        if projection is not None:
+            logits = projection(rows.to(projection.weight.device, projection.weight.dtype))
         else:
             rows = rows.to(self.target.device, self.target.model.dtype)
             logits = self.target.output_logits(rows, self.head.draft_token_ids)
@@ -273,8 +280,8 @@ class JetFlowCandidateGenerator(CandidateGenerator):
     def _output(self, places: torch.Tensor) -> CandidateLogits:
         """What turns shifts (..., branches, hidden) of a depth into logit changes of its candidates, (..., branches,
         width)."""
-        if self._projection is not None:
-            columns = embedding(places, self._projection).transpose(-1, -2)
+        if self._weights.projection is not None:
+            columns = embedding(places, self._weights.projection.weight).transpose(-1, -2)
             return lambda depth, shifts: shifts.to(columns.device, columns.dtype) @ columns[..., depth, :, :]
         target, token_ids = self.target, self.head.draft_token_ids
 

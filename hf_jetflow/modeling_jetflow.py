@@ -2,7 +2,7 @@
 
 One forward reads a block `[anchor, MASK, ..., MASK]` against the target's context features and yields a hidden row per
 drafted depth. Knows nothing about trees, targets or the decoding loop. Saved with remote code, this file travels
-with `configuration_jetflow.py`, `formats.py`, `layouts.py` and `fetching.py` only.
+with `configuration_jetflow.py`, `formats.py`, `layouts.py`, `fetching.py` and `linear.py` only.
 """
 
 import os
@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import (
-    Qwen3MLP,
     Qwen3RMSNorm,
     Qwen3RotaryEmbedding,
     eager_attention_forward,
@@ -37,6 +37,7 @@ from .fetching import (
 )
 from .formats import ADAPTER, Layout, read_checkpoint, recognise, summary
 from .layouts import read_jetflow
+from .linear import DraftLinear
 
 
 logger = logging.get_logger(__name__)
@@ -66,10 +67,10 @@ class JetFlowAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.is_causal = False  # causality is in the mask: the context is always fully visible
         bias = config.attention_bias
-        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=bias)
+        self.q_proj = DraftLinear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = DraftLinear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = DraftLinear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = DraftLinear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=bias)
         self.q_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.k_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
@@ -99,11 +100,23 @@ class JetFlowAttention(nn.Module):
         return self.o_proj(output.reshape(batch, rows, -1))
 
 
+class JetFlowMLP(nn.Module):
+    def __init__(self, config: JetFlowConfig):
+        super().__init__()
+        self.gate_proj = DraftLinear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = DraftLinear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = DraftLinear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, block: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(block)) * self.up_proj(block))
+
+
 class JetFlowDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: JetFlowConfig, layer_idx: int):
         super().__init__()
         self.self_attn = JetFlowAttention(config, layer_idx)
-        self.mlp = Qwen3MLP(config)
+        self.mlp = JetFlowMLP(config)
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -119,7 +132,7 @@ class JetFlowDecoderLayer(GradientCheckpointingLayer):
         return block + self.mlp(self.post_attention_layernorm(block))
 
 
-class ZeroLinear(nn.Linear):
+class ZeroLinear(DraftLinear):
     """A projection whose weights start at zero."""
 
 
@@ -139,14 +152,14 @@ class BranchCorrection(nn.Module):
         hidden, width = config.hidden_size, config.branch_intermediate_size
         self.slot_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
         self.token_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
-        self.slot_proj = nn.Linear(hidden, 2 * width, bias=False)
-        self.token_proj = nn.Linear(hidden, 2 * width, bias=False)
+        self.slot_proj = DraftLinear(hidden, 2 * width, bias=False)
+        self.token_proj = DraftLinear(hidden, 2 * width, bias=False)
         self.down_proj = ZeroLinear(width, hidden, bias=False)
         self.has_state = config.branch_correction == "path"
         if self.has_state:
             self.state_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
-            self.state_proj = nn.Linear(hidden, 2 * width, bias=False)
-            self.carry_proj = nn.Linear(width, hidden, bias=False)
+            self.state_proj = DraftLinear(hidden, 2 * width, bias=False)
+            self.carry_proj = DraftLinear(width, hidden, bias=False)
 
     def project_slots(self, slots: torch.Tensor) -> torch.Tensor:
         """The part of the gated layer that all branches of a depth share: (..., hidden) to (..., 2 x width)."""
@@ -224,7 +237,7 @@ class JetFlowHead(PreTrainedModel):
         assert config.hidden_state_indices is not None
         assert config.target_hidden_size is not None
         num_taps = len(config.hidden_state_indices)
-        self.fc = nn.Linear(num_taps * config.target_hidden_size, config.hidden_size, bias=False)
+        self.fc = DraftLinear(num_taps * config.target_hidden_size, config.hidden_size, bias=False)
         self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.layers = nn.ModuleList(JetFlowDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -233,7 +246,7 @@ class JetFlowHead(PreTrainedModel):
         self.branch_correction = BranchCorrection(config) if config.branch_correction is not None else None
         num_scored = config.draft_vocab_size or config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size) if config.own_embedding else None
-        self.lm_head = nn.Linear(config.hidden_size, num_scored, bias=False) if config.own_lm_head else None
+        self.lm_head = DraftLinear(config.hidden_size, num_scored, bias=False) if config.own_lm_head else None
         if config.draft_vocab_size is not None:
             # Target ids of the draft vocabulary, ascending, (draft_vocab_size,); int64 and saved with the weights.
             self.register_buffer("d2t", torch.arange(config.draft_vocab_size))
