@@ -74,7 +74,8 @@ def decode(
         with _timed(stats, "draft"):
             candidates = drafter.propose(emitter.newest_ids, context.positions, plan.max_depth, plan.width)
         with _timed(stats, "tree"):
-            tree = build_tree(emitter.anchor_ids, candidates, plan.node_budget, drafter.branch_scorer, plan.width)
+            scorer, least = drafter.branch_scorer, plan.least_logprob
+            tree = build_tree(emitter.anchor_ids, candidates, plan.node_budget, scorer, plan.width, least)
             tree = policy.fit(tree)
         with _timed(stats, "verify"):
             states = target.verify(context, tree)

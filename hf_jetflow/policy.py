@@ -1,7 +1,8 @@
 """What to draft in the next round: a fixed node budget, or the one that the running machine repays best."""
 
+import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -23,6 +24,7 @@ REFRESH_EVERY = 16  # drafted rounds after which a neighbour of the best budget 
 REFRESH_FIRST = (4, 8, 12)  # the same among the first of them, when little is known
 RETIME_EVERY = 8  # rounds after which a plain one is timed anew, while drafted ones are little better
 LITTLE_BETTER = 1.25
+WORTH_DRAFTING = 0.5  # least gain of a node that is drafted, over what its verification costs
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class RoundPlan:
     node_budget: int  # rows to verify, root included
     max_depth: int  # levels to draft
     width: int  # candidates per depth
+    least_logprob: float = -math.inf  # of a path that is worth drafting
 
 
 def read_limits(generation_config: GenerationConfig, block_size: int) -> RoundPlan:
@@ -73,7 +76,9 @@ def plan_round(limits: RoundPlan, num_remaining: int | None, most_nodes: int | N
     max_depth = min(limits.max_depth, node_budget - 1)
     if num_remaining is not None:
         max_depth = min(max_depth, num_remaining - 1)
-    return RoundPlan(node_budget, max_depth, min(limits.width, max(node_budget - 1, 1)))
+    return replace(
+        limits, node_budget=node_budget, max_depth=max_depth, width=min(limits.width, max(node_budget - 1, 1))
+    )
 
 
 class FixedPolicy:
@@ -139,6 +144,11 @@ class RoundCosts:
         (low, low_seconds), (high, high_seconds) = known[max(above - 1, 0)], known[max(above, 1)]
         return self.pace * (low_seconds + (high_seconds - low_seconds) * (num_nodes - low) / (high - low))
 
+    def seconds_per_node(self) -> float:
+        """The least that verifying one node more than the anchor costs, on average over some number of nodes."""
+        (_, plain), *others = self.by_nodes()
+        return self.pace * min(((seconds - plain) / (nodes - 1) for nodes, seconds in others), default=0.0)
+
     def by_nodes(self) -> list[tuple[int, float]]:
         """Nodes and seconds at pace 1. Where more nodes seem to take less time, both take the mean of the two."""
         curve = self._curve
@@ -195,18 +205,26 @@ class AutoPolicy:
         # Yield and time of drafted rounds: of earlier generations at first, more and more of this one's latest.
         self._weight = EVIDENCE if costs.num_drafted else 0.0
         self._tokens, self._seconds = self._weight * costs.tokens, self._weight * costs.drafted_seconds
-        self._is_trial = False
+        self._is_trial = self._is_refresh = False
         self._num_planned = 0
         self._promised = 0.0  # drafted tokens that this round's tree promises
         self._start = self._start_of_rest = 0.0  # of the round, and of what follows its drafting
 
     def plan(self, num_remaining: int | None, most_nodes: int | None = None) -> RoundPlan:
         self._start = time.perf_counter()
-        untried = self._costs.untried(min(self._most_nodes, most_nodes or self._most_nodes))
+        costs = self._costs
+        untried = costs.untried(min(self._most_nodes, most_nodes or self._most_nodes))
         self._is_trial = untried is not None
+        self._is_refresh = costs.num_drafted % REFRESH_EVERY == 0 or costs.num_drafted in REFRESH_FIRST
         self._num_planned += 1
-        limits = RoundPlan(untried or self._choose(), self._limits.max_depth, self._limits.width)
+        least = -math.inf if self._is_trial or self._is_refresh else self._least_logprob()
+        limits = replace(self._limits, node_budget=untried or self._choose(), least_logprob=least)
         return plan_round(limits, num_remaining, most_nodes)
+
+    def _least_logprob(self) -> float:
+        """Of a node that may repay its verification at all: others need not be drafted."""
+        gain = WORTH_DRAFTING * (self._rate or 0) * self._costs.seconds_per_node() / self._costs.calibration
+        return math.log(gain) if gain > 0 else -math.inf
 
     def _choose(self) -> int:
         """Nodes to draft; 1 decodes plainly."""
@@ -235,7 +253,9 @@ class AutoPolicy:
     def _best_budget(self, gains: list[float]) -> int:
         """Of a tree whose best `n` nodes have path probabilities that sum to `gains[n - 1]`, the root's 1 included."""
         costs, most = self._costs, len(gains)
-        budgets = [budget for budget in AUTO_BUDGETS[1:] if budget < most] + [most]
+        budgets = [budget for budget in AUTO_BUDGETS[1:] if budget <= most]
+        if most == self._most_nodes or not budgets:
+            budgets.append(most)
         yields = [(1 + costs.calibration * (gains[n - 1] - 1), costs.seconds(n)) for n in budgets]
         drafting = self._start_of_rest - self._start
         rate = self._rate or max(tokens / (drafting + seconds) for tokens, seconds in yields)
@@ -243,9 +263,8 @@ class AutoPolicy:
         surplus = [tokens - rate * seconds for tokens, seconds in yields]
         place = surplus.index(max(surplus))
         self._ceiling = next((budget for budget in AUTO_BUDGETS if budget >= 2 * budgets[place]), AUTO_BUDGETS[-1])
-        turn, is_between = divmod(costs.num_drafted, REFRESH_EVERY)
-        if not is_between or costs.num_drafted in REFRESH_FIRST:
-            turn += costs.num_drafted // REFRESH_FIRST[0]  # above and below in turn
+        if self._is_refresh:  # above and below in turn
+            turn = costs.num_drafted // REFRESH_EVERY + costs.num_drafted // REFRESH_FIRST[0]
             place = min(max(place + (1 if turn % 2 else -1), 0), len(budgets) - 1)
         return budgets[place]
 

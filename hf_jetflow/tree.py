@@ -7,6 +7,7 @@ A tree is best when its nodes are those with the highest cumulative log-probabil
 a node never outranks its parent, so the best `node_budget` nodes always form a tree (arXiv 2606.18394, section 3.4).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -77,6 +78,7 @@ def build_tree(
     node_budget: int,
     scorer: BranchScorer | None = None,
     width: int | None = None,
+    least_logprob: float = -math.inf,
 ) -> DraftTree:
     """
     The best tree of at most `node_budget` nodes over the candidates.
@@ -91,6 +93,8 @@ def build_tree(
         scorer (*optional*): Re-scores the candidates after each branch; without one every branch of a depth shares
             the depth's own row.
         width (`int`, *optional*): Most children of a node, for a scorer; all candidates by default, 1 is a chain.
+        least_logprob (`float`): With a scorer on a CPU, branches below it are not followed, nor is any node below it
+            in the tree but the best child of the root.
 
     Returns:
         `DraftTree`: With exactly `min(node_budget, nodes on offer)` nodes.
@@ -117,7 +121,7 @@ def build_tree(
             scores = grid.flatten(-2)
         scores, chosen = scores.topk(min(most, scores.shape[-1]))
         if scorer is not None and device.type == "cpu":  # elsewhere the host would have to wait for the count
-            num_in_reach = _count_in_reach(scores, logprobs, most)
+            num_in_reach = _count_in_reach(scores, logprobs, most, least_logprob)
             if not num_in_reach:
                 break
             scores, chosen = scores[..., :num_in_reach], chosen[..., :num_in_reach]
@@ -144,13 +148,14 @@ def chain_of(tokens: torch.Tensor) -> DraftTree:
     )
 
 
-def _count_in_reach(scores: torch.Tensor, logprobs: list[torch.Tensor], most: int) -> int:
-    """How many of a frontier's scores, best first, are among the best `most` of all so far: the others, and all below
-    them, are no part of the tree."""
+def _count_in_reach(scores: torch.Tensor, logprobs: list[torch.Tensor], most: int, least: float) -> int:
+    """How many of a frontier's scores, best first, are at least `least` and among the best `most` of all so far: the
+    others, and all below them, are no part of the tree. The best child of the root always is."""
     known = torch.cat([*logprobs[1:], scores], dim=-1)
-    if known.shape[-1] <= most:
-        return scores.shape[-1]
-    return int((scores >= known.topk(most).values[..., -1:]).sum(-1).max())
+    is_in_reach = scores >= least
+    if known.shape[-1] > most:
+        is_in_reach &= scores >= known.topk(most).values[..., -1:]
+    return max(int(is_in_reach.sum(-1).max()), 2 - len(logprobs))
 
 
 def _best_nodes(

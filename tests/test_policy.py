@@ -1,5 +1,6 @@
 """`node_budget="auto"`: on made-up machines, the budget that yields most tokens per second, and no less than plain."""
 
+import math
 import sys
 import threading
 
@@ -9,7 +10,7 @@ from helpers import make_tree
 from reference import assert_same_text
 
 from hf_jetflow import policy as policy_module
-from hf_jetflow.policy import AUTO_BUDGETS, FIRST_TRIALS, AutoPolicy, RoundCosts, RoundPlan
+from hf_jetflow.policy import AUTO_BUDGETS, FIRST_TRIALS, REFRESH_EVERY, AutoPolicy, RoundCosts, RoundPlan
 from hf_jetflow.tree import Candidates, build_tree, chain_of, trim_tree
 
 
@@ -260,6 +261,16 @@ def test_the_last_node_repays_its_time_as_well_as_the_text_does(text_rate):
     budgets = [budget for budget in AUTO_BUDGETS if 2 <= budget <= 64]
     best = max(budgets, key=lambda nodes: gains[nodes - 1] - max(text_rate, 1 / 1.1) * sized(nodes))
     assert AutoPolicy(LIMITS, costs).fit(tree).num_nodes == best
+
+
+@pytest.mark.parametrize(("per_node", "least"), [(0.1, 0.05), (0.02, 0.01), (0.0, 0.0)])
+def test_nodes_that_cannot_repay_half_their_verification_are_not_drafted(per_node, least):
+    samples = {nodes: (1 + per_node * (nodes - 1),) for nodes in (1, 8, 64)}
+    costs = RoundCosts(samples={**samples, 16: (9.0,), 32: (9.0,)}, tokens=4.0, drafted_seconds=4.0, num_drafted=5)
+    plan = AutoPolicy(LIMITS, costs).plan(100)
+    assert math.exp(plan.least_logprob) == pytest.approx(least)
+    costs.num_drafted = REFRESH_EVERY  # a round that may be larger than what repays, to learn what that takes
+    assert AutoPolicy(LIMITS, costs).plan(100).least_logprob == -math.inf
 
 
 def test_calibration_follows_what_was_kept():

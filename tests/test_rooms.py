@@ -29,6 +29,7 @@ ROOMS = {
         "exports",
         "model_card",
         "hardware",
+        "linear",
     ),
     "models": (
         "modeling_jetflow",
@@ -39,6 +40,7 @@ ROOMS = {
         "caches",
         "batch_caches",
         "reuse",
+        "draft_weights",
         "drafting",
     ),
     "loop": ("emit", "batch", "policy", "trace", "decoding"),
