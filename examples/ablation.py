@@ -35,7 +35,7 @@ from hf_jetflow.replay import replay
 from hf_jetflow.starting import initialize_from_target
 from hf_jetflow.target import Target
 from hf_jetflow.training import JetFlowTrainer, JetFlowTrainingConfig
-from hf_jetflow.tree import Candidates, DraftTree, ancestor_mask, build_tree
+from hf_jetflow.tree import Candidates, DraftTree, ancestor_mask
 
 
 NODE_BUDGETS = (16, 32, 64, 128)
@@ -221,7 +221,7 @@ def measure_row(
             group,
             budgets,
             width=1 if is_chain else None,
-            tree_builder=algorithm_1_tree if drafts == "algorithm 1" else build_tree,
+            tree_builder=algorithm_1_tree if drafts == "algorithm 1" else None,
         )
         for budget in budgets:
             figure = stats[budget].tokens_per_round

@@ -28,7 +28,6 @@ from .reuse import recall, remember
 from .stats import GenerationStats
 from .target import Context, Target
 from .trace import Trace
-from .tree import build_tree
 from .walk import Chooser, walk_trees
 
 
@@ -72,11 +71,11 @@ def decode(
         policy = policy_of(_rounded_up(len(emitter.rows)))
         plan = policy.plan(emitter.num_remaining, context.most_nodes)
         with _timed(stats, "draft"):
-            candidates = drafter.propose(emitter.newest_ids, context.positions, plan.max_depth, plan.width)
+            context_ids = emitter.newest_ids
+            candidates = drafter.propose(context_ids, context.positions, plan.max_depth, plan.width)
         with _timed(stats, "tree"):
-            scorer, least = drafter.branch_scorer, plan.least_logprob
-            tree = build_tree(emitter.anchor_ids, candidates, plan.node_budget, scorer, plan.width, least)
-            tree = policy.fit(tree)
+            limits = plan.node_budget, plan.width, plan.least_logprob, plan.max_continued
+            tree = policy.fit(drafter.grow(context_ids, candidates, *limits))
         with _timed(stats, "verify"):
             states = target.verify(context, tree)
         with _timed(stats, "walk"), target.undone_on_error(context, tree):

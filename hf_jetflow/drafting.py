@@ -1,5 +1,6 @@
 """`JetFlowCandidateGenerator`: anchor and context features -> block -> head -> candidates per depth."""
 
+import math
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -11,10 +12,10 @@ from transformers.generation.candidate_generator import CandidateGenerator
 from .caches import UNSEEN_POSITION, HeadCache, StaticHeadCache
 from .draft_weights import CandidateLogits, DraftWeights, draft_weights
 from .modeling_jetflow import BranchCorrection, JetFlowHead
-from .ngrams import MAX_CONTEXT, ContextNgrams
+from .ngrams import MAX_CONTEXT, ContextNgrams, continue_tree
 from .reuse import HeadContext
 from .target import Context, Target, TargetStates
-from .tree import BranchScorer, Candidates, build_tree, corrected_logprobs, with_rest
+from .tree import BranchScorer, Candidates, DraftTree, build_tree, corrected_logprobs, with_rest
 
 
 class _BranchScores:
@@ -258,6 +259,23 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             self.branch_scorer = _BranchScores(candidates, ngrams, corrected)
         return candidates
 
+    def grow(
+        self,
+        context_ids: torch.Tensor,
+        candidates: Candidates,
+        node_budget: int,
+        width: int | None = None,
+        least_logprob: float = -math.inf,
+        max_continued: int = 0,
+    ) -> DraftTree:
+        """The best tree over the newest proposal, made behind `context_ids`; see `build_tree` and `continue_tree`."""
+        tree = build_tree(
+            context_ids[..., -1:], candidates, node_budget, self.branch_scorer, width, least_logprob=least_logprob
+        )
+        if not self.head.config.ngram_weights:
+            return tree
+        return continue_tree(tree, context_ids, node_budget, max_continued, least_logprob)
+
     def _occurs(self, context_ids: torch.Tensor) -> torch.Tensor:
         """Which tokens of the draft vocabulary are among the newest of a text, (..., draft_vocab)."""
         token_ids, size = self.head.draft_token_ids, self.head.config.vocab_size
@@ -303,9 +321,9 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         """
         if self._newest_positions is None:
             raise ValueError("nothing was observed yet; call `observe` with the target's states of the prompt first")
-        block_size, anchor_ids = self.head.config.block_size, input_ids[:, -1:]
+        block_size = self.head.config.block_size
         candidates = self.propose(input_ids, self._newest_positions + 1, block_size - 1, width=1)
-        chain = build_tree(anchor_ids, candidates, block_size, self.branch_scorer, width=1)
+        chain = self.grow(input_ids, candidates, block_size, width=1)
         return torch.cat([input_ids, chain.tokens[:, 1:]], dim=1), None
 
     def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:

@@ -58,11 +58,6 @@ class Emitter:
         return self._ids[row : row + 1, : self._lengths[row]]
 
     @property
-    def anchor_ids(self) -> torch.Tensor:
-        """The newest committed token at each place, (places, 1)."""
-        return torch.cat([self._ids[row : row + 1, self._lengths[row] - 1, None] for row in self.rows])
-
-    @property
     def newest_ids(self) -> torch.Tensor:
         """What is searched for n-grams at each place, (places, up to `MAX_CONTEXT`); -1 in front of shorter texts."""
         if len(self._lengths) == 1:

@@ -12,6 +12,7 @@ from .tree import DraftTree, trim_tree
 
 
 MAX_WIDTH = 64  # children considered per node; a child ranked lower has a probability below 1/64 of its parent's
+MAX_CONTINUED = 16  # levels that n-grams may add where the head's own end
 AUTO_BUDGETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # what "auto" chooses from; 1 is plain decoding
 FIRST_TRIALS = (16, 1, 32, 8, 64)  # tried in the first rounds of a process; the other budgets are read off these
 NUM_TRIALS = 2  # rounds per trial; each budget's first round is not counted (kernels are made ready in it)
@@ -35,6 +36,7 @@ class RoundPlan:
     max_depth: int  # levels to draft
     width: int  # candidates per depth
     least_logprob: float = -math.inf  # of a path that is worth drafting
+    max_continued: int = 0  # levels that n-grams may add below the head's deepest
 
 
 def read_limits(generation_config: GenerationConfig, block_size: int) -> RoundPlan:
@@ -61,7 +63,8 @@ def read_limits(generation_config: GenerationConfig, block_size: int) -> RoundPl
         )
     if width is not None and (not _is_int(width) or width < 1):
         raise ValueError(f"`width` is {width!r}, but an integer of at least 1 is needed (1 drafts a chain)")
-    return RoundPlan(node_budget, max_depth, min(width or MAX_WIDTH, max(node_budget - 1, 1)))
+    width = min(width or MAX_WIDTH, max(node_budget - 1, 1))
+    return RoundPlan(node_budget, max_depth, width, max_continued=MAX_CONTINUED * (max_depth == block_size - 1))
 
 
 def chain_limits(limits: RoundPlan) -> RoundPlan:
@@ -73,12 +76,12 @@ def plan_round(limits: RoundPlan, num_remaining: int | None, most_nodes: int | N
     """The next round, with `num_remaining` tokens left to emit, the bonus token included, in a cache that takes
     `most_nodes` (`None`: no limit)."""
     node_budget = limits.node_budget if most_nodes is None else min(limits.node_budget, most_nodes)
-    max_depth = min(limits.max_depth, node_budget - 1)
+    max_depth, max_continued = min(limits.max_depth, node_budget - 1), limits.max_continued
     if num_remaining is not None:
         max_depth = min(max_depth, num_remaining - 1)
-    return replace(
-        limits, node_budget=node_budget, max_depth=max_depth, width=min(limits.width, max(node_budget - 1, 1))
-    )
+        max_continued = min(max_continued, num_remaining - 1 - max_depth)
+    width = min(limits.width, max(node_budget - 1, 1))
+    return RoundPlan(node_budget, max_depth, width, limits.least_logprob, max_continued)
 
 
 class FixedPolicy:

@@ -14,7 +14,7 @@ from .modeling_jetflow import JetFlowHead
 from .policy import RoundPlan, plan_round, read_limits
 from .stats import GenerationStats
 from .target import Target
-from .tree import Candidates, DraftTree, build_tree
+from .tree import Candidates, DraftTree
 
 
 @torch.no_grad()
@@ -25,7 +25,7 @@ def replay(
     node_budgets: Sequence[int],
     *,
     width: int | None = None,
-    tree_builder: Callable[..., DraftTree] = build_tree,
+    tree_builder: Callable[..., DraftTree] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[int, GenerationStats]:
     """
@@ -35,7 +35,7 @@ def replay(
         texts: Token ids of each text, prompt and greedy answer of the target, and how many of them are the prompt.
         node_budgets: Node budgets to replay, each from 2.
         width (`int`, *optional*): Children considered per node; 1 is a chain.
-        tree_builder: What builds the trees, for comparisons.
+        tree_builder (*optional*): What builds the trees in place of the drafter, for comparisons.
         progress: Called with the number of texts done.
 
     Returns:
@@ -162,16 +162,20 @@ def _replay_text(
     ids: list[int],
     num_prompt: int,
     limits: RoundPlan,
-    tree_builder: Callable[..., DraftTree],
+    tree_builder: Callable[..., DraftTree] | None,
     stats: GenerationStats,
 ) -> None:
     place = num_prompt  # of the anchor
     while place < len(ids) - 1:
         plan = plan_round(limits, len(ids) - 1 - place)
         context_ids = torch.tensor(ids[: place + 1], device=blocks.device)
-        anchor_id = context_ids[-1:]
         candidates = drafter.rank(blocks[place - num_prompt, : plan.max_depth], context_ids, plan.width)
-        tree = tree_builder(anchor_id, candidates, plan.node_budget, drafter.branch_scorer, plan.width)
+        if tree_builder is not None:
+            tree = tree_builder(context_ids[-1:], candidates, plan.node_budget, drafter.branch_scorer, plan.width)
+        else:
+            tree = drafter.grow(
+                context_ids, candidates, plan.node_budget, plan.width, max_continued=plan.max_continued
+            )
         parents, tokens = tree.parents.tolist(), tree.tokens.tolist()
         children = {pair: node for node, pair in enumerate(zip(parents, tokens, strict=True))}
         node, num_accepted = 0, 0

@@ -36,7 +36,7 @@ class DraftTree:
     depths: torch.Tensor  # (..., nodes) 0 for the root
     logprobs: torch.Tensor  # (..., nodes) float32, cumulative; 0 for the root
     ancestor_mask: torch.Tensor  # (..., nodes, nodes) bool: row sees column, itself included
-    max_depth: int  # deepest level that was drafted
+    max_depth: int  # deepest level that the head drafted; what n-grams continue goes deeper
 
     @property
     def num_nodes(self) -> int:
@@ -193,13 +193,13 @@ def _renumbered(parents: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
 def trim_tree(tree: DraftTree, node_budget: int) -> DraftTree:
     """The best `node_budget` nodes of a tree, which is what `build_tree` would have built with that budget."""
     kept = tree.logprobs.sort(descending=True, stable=True).indices[..., :node_budget].sort().values
-    parents = _renumbered(tree.parents, kept)
+    parents, depths = _renumbered(tree.parents, kept), tree.depths.gather(-1, kept)
     return DraftTree(
         tokens=tree.tokens.gather(-1, kept),
         parents=parents,
-        depths=tree.depths.gather(-1, kept),
+        depths=depths,
         logprobs=tree.logprobs.gather(-1, kept),
-        ancestor_mask=ancestor_mask(parents, tree.max_depth),
+        ancestor_mask=ancestor_mask(parents, int(depths.max())),
         max_depth=tree.max_depth,
     )
 
