@@ -3,8 +3,8 @@
 Kept for each pair of head and target that is still in use, and made anew when a tensor it was made of has changed.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from weakref import WeakKeyDictionary
 
 import torch
@@ -31,8 +31,8 @@ class DraftWeights:
     def refresh(self, head: JetFlowHead, target: Target) -> None:
         """Make anew what has changed."""
         self.projection = head.lm_head if head.lm_head is not None else self._projection(head, target)
-        layers = [module for module in (*head.modules(), self.projection) if isinstance(module, DraftLinear)]
-        self._laid_out.refresh(layers)
+        modules = dict.fromkeys((*head.modules(), self.projection))
+        self._laid_out.refresh(module for module in modules if isinstance(module, DraftLinear))
 
     def _projection(self, head: JetFlowHead, target: Target) -> nn.Linear | None:
         whole, token_ids = target.output_rows(None), head.draft_token_ids
@@ -47,11 +47,9 @@ class DraftWeights:
             return _linear(DraftLinear, whole[token_ids.to(whole.device)])
         return self.projection
 
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
+    def in_use(self) -> AbstractContextManager[None]:
         """Inside, the head's layers and the projection read what is laid out."""
-        with self._laid_out.in_use():
-            yield
+        return self._laid_out.in_use()
 
 
 def _linear(kind: type[nn.Linear], weight: torch.Tensor) -> nn.Linear:

@@ -58,6 +58,7 @@ class LaidOutWeights:
 
     def __init__(self) -> None:
         self._kept: dict[DraftLinear, tuple[Imprint, torch.Tensor]] = {}
+        self._weights: dict[DraftLinear, torch.Tensor] = {}
 
     @torch.no_grad()
     def refresh(self, layers: Iterable[DraftLinear]) -> None:
@@ -70,14 +71,13 @@ class LaidOutWeights:
                 kept[layer] = before
             elif _can_be_laid_out(weight):
                 kept[layer] = Imprint.of(weight), torch.ops.mkldnn._reorder_linear_weight(weight.detach())
-        self._kept = kept
+        self._kept, self._weights = kept, {layer: laid_out for layer, (_, laid_out) in kept.items()}
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Inside, this thread's layers read them; under autocast, which gives rows other types, they do not."""
         before: Any = getattr(_IN_USE, "weights", {})
-        is_autocast = torch.is_autocast_enabled("cpu")
-        _IN_USE.weights = {} if is_autocast else {layer: laid_out for layer, (_, laid_out) in self._kept.items()}
+        _IN_USE.weights = {} if torch.is_autocast_enabled("cpu") else self._weights
         try:
             yield
         finally:

@@ -76,7 +76,8 @@ def continue_tree(
 
     The best node of that level is followed by what came after the longest match of its branch earlier in the text.
     Of a match of `n` tokens the next one is taken to follow with probability `n / (n + 2)`: in 600 greedy answers of
-    SmolLM2-135M-Instruct it did in 65, 74, 85 and 98 % of the cases for 3, 5, 10 and 16 tokens or more.
+    SmolLM2-135M-Instruct it did in 65, 74, 85 and 98 % of the cases for 3, 5, 10 and 16 tokens or more. Works on the
+    host, as what reads the tree next does.
 
     Args:
         tree ([`~tree.DraftTree`]): Of one sequence; others are returned as they are.
@@ -98,8 +99,7 @@ def continue_tree(
     floor = max(least_logprob, min(scores) if tree.num_nodes == node_budget else -math.inf)
     parent, score = leaf, scores[leaf]
     for level in range(1, max_continued + 1):
-        score += math.log(max(length, 1e-9) / (length + 2))
-        if score <= floor or not length:
+        if not length or (score := score + math.log(length / (length + 2))) <= floor:
             break
         text.append(text[place])
         tokens.append(text[place])
