@@ -85,6 +85,10 @@ class LaidOutWeights:
 
 
 def _can_be_laid_out(weight: torch.Tensor) -> bool:
-    is_plain = type(weight) is nn.Parameter and weight.dtype in (torch.float32, torch.bfloat16)
-    has_kernels = IS_X86 and bool(torch.backends.mkldnn.enabled) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return is_plain and has_kernels and weight.device.type == "cpu"
+    if type(weight) is not nn.Parameter or weight.device.type != "cpu" or not torch.backends.mkldnn.enabled:
+        return False
+    if not IS_X86 or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    if weight.dtype == torch.bfloat16:  # older processors have no kernels for it
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return weight.dtype == torch.float32

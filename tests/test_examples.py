@@ -167,6 +167,24 @@ def test_the_gain_of_a_correction_is_replayed_with_it_on_and_off(tiny_target, ra
         run(None)
 
 
+def test_budgets_are_timed_on_the_very_same_texts(tiny_target, random_head, tmp_path, monkeypatch):
+    target = tiny_target("llama")
+    target.save_pretrained(tmp_path / "target")
+    tiny_tokenizer(target.config.vocab_size).save_pretrained(tmp_path / "target")
+    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(dict(id=i, prompt=f"t0{i + 40}")) + "\n" for i in range(2)))
+    random_head(target).save_pretrained(tmp_path / "head")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    same = load_example("same_text")
+    arguments = ["--target", tmp_path / "target", "--head", tmp_path / "head", "--prompts", tmp_path / "dev.jsonl"]
+    arguments += ["--texts", tmp_path / "texts", "--max-new-tokens", 12, "--node-budgets", 4, "auto"]
+    monkeypatch.setattr(sys, "argv", ["same_text.py", *map(str, arguments), "--json", str(tmp_path / "same.json")])
+    same.main()  # which holds every text against the plain one
+    rows = json.loads((tmp_path / "same.json").read_text())["rows"]
+    assert [row["node_budget"] for row in rows] == [1, 4, "auto"]
+    assert rows[0]["tokens_per_round"] == rows[0]["speedup"] == 1.0
+    assert all(row["tokens_per_round"] >= 1 and row["tokens_per_second"] > 0 for row in rows)
+
+
 def test_ranks_are_measured_by_depth_and_read_by_the_simulation(tiny_target, random_head, tmp_path, monkeypatch):
     from hf_jetflow.simulate import read_tokens
 

@@ -2,6 +2,9 @@
 
 import copy
 import gc
+import os
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -93,6 +96,22 @@ def test_weights_of_other_types_and_places_are_left_to_torch():
         with laid_out(layer).in_use(), CountProducts() as products, torch.no_grad():
             layer(torch.randn(3, 8, dtype=layer.weight.dtype, device=layer.weight.device))
         assert products.num_laid_out == 0
+
+
+def test_a_processor_without_kernels_for_bfloat16_drafts_all_the_same():
+    """As one with AVX2 only, which torch and oneDNN are told to take this one for."""
+    lines = [
+        "import torch",
+        "from hf_jetflow.linear import DraftLinear, LaidOutWeights",
+        "for dtype in (torch.bfloat16, torch.float32):",
+        "    layer, weights = DraftLinear(48, 80).to(dtype), LaidOutWeights()",
+        "    weights.refresh([layer])",
+        "    rows = torch.randn(3, 48, dtype=dtype)",
+        "    with torch.no_grad(), weights.in_use():",
+        "        torch.testing.assert_close(layer(rows), torch.nn.functional.linear(rows, layer.weight, layer.bias))",
+    ]
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], env=environment, check=True)
 
 
 def test_under_autocast_torch_chooses_the_types():
