@@ -72,7 +72,7 @@ def _head(target_fields: dict[str, Any], fields: dict[str, Any]) -> HeadShape:
 
 def _check_cpu(target: ModelShape) -> dict[str, Any]:
     """Fitted to three rows of one prompt set; every other row is predicted from its tokens per round."""
-    bench = _read("results/simulation_bench.json")["rows"]
+    bench = _read("results/bench_smollm2_bf16.json")["rows"]
     head_config = JetFlowConfig.from_pretrained(EXAMPLES / "heads" / "smollm2-135m-instruct")
     head = head_shape(head_config)
     by_name = {(row["prompts"], row["method"], row["node_budget"]): row for row in bench}
@@ -81,7 +81,7 @@ def _check_cpu(target: ModelShape) -> dict[str, Any]:
     hardware = fit_hardware("AMD EPYC, 2 cores, bf16", target, head, *fit_rows, context=BENCH_CONTEXT)
     rows = []
     for name, row in by_name.items():
-        if row["method"] == "plain" or row["node_budget"] == "auto":
+        if row["method"] not in ("chain", "jetflow") or row["node_budget"] == "auto":
             continue
         nodes = row["node_budget"] or head_config.block_size
         seconds = round_seconds(target, head, hardware, nodes, context=BENCH_CONTEXT)
@@ -172,7 +172,7 @@ def _check_ranks() -> dict[str, Any]:
     """Tokens per round by `expected_tokens` against those of decoding the same prompts."""
     tables = _read("results/ranks_smollm2.json")["acceptance_by_rank"]
     rows = []
-    for row in _read("results/simulation_bench.json")["rows"]:
+    for row in _read("results/bench_smollm2_bf16.json")["rows"]:
         if row["method"] == "jetflow" and isinstance(row["node_budget"], int):
             predicted = expected_tokens(tables[row["prompts"]], row["node_budget"])
             rows.append(

@@ -86,7 +86,7 @@ def continue_tree(
         max_continued (`int`): Most levels that are added.
         least_logprob (`float`): No node below it is added.
     """
-    if max_continued < 1 or tree.tokens.numel() != tree.num_nodes:
+    if max_continued < 1 or tree.max_depth < 1 or tree.tokens.numel() != tree.num_nodes:
         return tree
     tokens, parents, depths, scores = (
         values.flatten().tolist() for values in (tree.tokens, tree.parents, tree.depths, tree.logprobs)
@@ -94,9 +94,11 @@ def continue_tree(
     if depths[-1] < tree.max_depth:  # nodes come in order of depth
         return tree
     leaf = max((node for node, depth in enumerate(depths) if depth == depths[-1]), key=scores.__getitem__)
+    floor = max(least_logprob, min(scores) if tree.num_nodes == node_budget else -math.inf)
+    if scores[leaf] <= floor:
+        return tree
     text = context_ids.flatten()[-MAX_CONTEXT:].tolist() + [tokens[node] for node in _path_to(leaf, parents)]
     length, place = _longest_match(text)
-    floor = max(least_logprob, min(scores) if tree.num_nodes == node_budget else -math.inf)
     parent, score = leaf, scores[leaf]
     for level in range(1, max_continued + 1):
         if not length or (score := score + math.log(length / (length + 2))) <= floor:
@@ -132,8 +134,8 @@ def _longest_match(text: list[int]) -> tuple[int, int]:
                 length += 1
             if length > best:
                 best, place = length, end + 1
-            if best == MAX_MATCH:
-                break
+                if best == MAX_MATCH:
+                    break
     return best, place
 
 

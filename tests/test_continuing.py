@@ -8,6 +8,7 @@ from conftest import BLOCK_SIZE, make_prompt
 from helpers import as_batch, make_tree
 from reference import assert_same_text
 
+from hf_jetflow import ngrams
 from hf_jetflow.ngrams import MAX_MATCH, _longest_match, continue_tree
 from hf_jetflow.policy import MAX_CONTINUED, RoundPlan, chain_limits, plan_round
 from hf_jetflow.tree import ancestor_mask
@@ -57,6 +58,18 @@ def test_a_tree_is_left_as_it_is(tree, limits):
     if tree.num_nodes == 3:
         tree.max_depth = 3
     assert continued(tree, **limits) is tree
+
+
+@pytest.mark.parametrize(
+    ("tree", "node_budget"),
+    [(two_paths(of_known=-9.0, of_new=-9.0), 4), (make_tree([10], [-1]), 1)],
+    ids=["its deepest leaf is its least likely", "a plain round"],
+)
+def test_nothing_is_searched_where_nothing_can_be_added(tree, node_budget, monkeypatch):
+    monkeypatch.setattr(ngrams, "_longest_match", lambda text: pytest.fail("searched"))
+    if tree.num_nodes == 1:
+        tree.max_depth = 0
+    assert continued(tree, node_budget=node_budget) is tree
 
 
 def test_trees_of_a_batch_are_left_as_they_are():
