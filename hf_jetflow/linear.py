@@ -23,10 +23,11 @@ _IN_USE = threading.local()  # by thread: what `LaidOutWeights` has entered
 
 
 class DraftLinear(nn.Linear):
-    """A linear layer that reads its weight from the [`LaidOutWeights`] in use, if they hold it."""
+    """A linear layer that reads its weight from the [`LaidOutWeights`] in use, if they hold it. Under autocast, which
+    gives rows other types, it does not."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu"):
             laid_out = getattr(_IN_USE, "weights", {}).get(self)
             if laid_out is not None:
                 return torch.ops.mkldnn._linear_pointwise(input, laid_out, self.bias, "none", [], "")
@@ -75,9 +76,9 @@ class LaidOutWeights:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Inside, this thread's layers read them; under autocast, which gives rows other types, they do not."""
+        """Inside, this thread's layers read them."""
         before: Any = getattr(_IN_USE, "weights", {})
-        _IN_USE.weights = {} if torch.is_autocast_enabled("cpu") else self._weights
+        _IN_USE.weights = self._weights
         try:
             yield
         finally:

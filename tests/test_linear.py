@@ -1,5 +1,6 @@
 """Weights laid out for the processor's kernels: the same products, and never those of weights that have changed."""
 
+import contextlib
 import copy
 import gc
 import os
@@ -114,10 +115,15 @@ def test_a_processor_without_kernels_for_bfloat16_drafts_all_the_same():
     subprocess.run([sys.executable, "-c", "\n".join(lines)], env=environment, check=True)
 
 
-def test_under_autocast_torch_chooses_the_types():
-    layer = DraftLinear(48, 80)
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad(), laid_out(layer).in_use():
-        assert layer(torch.randn(3, 48)).dtype == torch.bfloat16
+@pytest.mark.parametrize("is_inside", [True, False], ids=["begun inside", "begun outside"])
+def test_under_autocast_torch_chooses_the_types(is_inside):
+    """It begins inside where a trainer has wrapped the head's forward."""
+    layers, rows = (DraftLinear(48, 80), DraftLinear(80, 48)), torch.randn(3, 48)
+    contexts = [laid_out(*layers).in_use(), torch.autocast("cpu", torch.bfloat16)]
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for context in contexts if is_inside else contexts[::-1]:
+            stack.enter_context(context)
+        assert layers[1](layers[0](rows)).dtype == torch.bfloat16
 
 
 def by_optimizer(layer):
