@@ -11,8 +11,8 @@ import torch
 from jinja2 import TemplateError
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from .caches import grow_layers
 from .data import derived_seed, encode_chat, read_answers, read_jsonl
+from .growing_cache import grow_layers
 
 
 def regenerate_answers(

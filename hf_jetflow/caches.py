@@ -2,13 +2,13 @@
 (those of a batch: `batch_caches`)."""
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from transformers import Cache, DynamicCache, StaticCache, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, StaticLayer
 
+from .growing_cache import GrowingLayer
 from .recurrent import RECURRENT_LAYERS, drop_rows
 
 
@@ -133,61 +133,6 @@ class StaticHeadCache:
         self._length.add_(num_rows)
 
 
-class GrowingLayer(DynamicLayer):
-    """
-    A layer of the target's cache in buffers with room to grow, so that a forward copies its new rows only.
-
-    transformers' own layer copies all rows in every forward. `keys` and `values` are views of the buffers: what lies
-    behind their end, such as rows that were cropped, is overwritten by the next `update`.
-    """
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
-        self._buffers = [key_states[:, :, :0], value_states[:, :, :0]]
-        self.keys, self.values = self._buffers
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append rows (batch, heads, rows, dim); returns all rows."""
-        if torch.compiler.is_compiling():  # where tensors lie would break the graph
-            return super().update(key_states, value_states)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
-        for place, (known, rows) in enumerate(((self.keys, key_states), (self.values, value_states))):
-            if not _lies_in(known, self._buffers[place]) or self._buffers[place].shape[2] < end:
-                batch, heads, _, dim = rows.shape
-                self._buffers[place] = rows.new_empty(batch, heads, end + max(end // 4, 256), dim)
-                self._buffers[place][:, :, :start] = known
-            self._buffers[place][:, :, start:end] = rows
-        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
-        return self.keys, self.values
-
-
-def grow_layers(cache: DynamicCache) -> None:
-    """Give the rows of the cache's ordinary layers room to grow, for the time of a generation."""
-    for index, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:
-            cache.layers[index] = grown = GrowingLayer()
-            if layer.get_seq_length():
-                grown.update(layer.keys, layer.values)
-
-
-def settle_layers(cache: DynamicCache) -> None:
-    """The ordinary layers again, as the caller knows them, with the same rows."""
-    for index, layer in enumerate(cache.layers):
-        if isinstance(layer, GrowingLayer) and layer.is_initialized:
-            cache.layers[index] = settled = DynamicLayer()
-            settled.lazy_initialization(layer.keys, layer.values)
-            settled.keys, settled.values = layer.keys, layer.values
-
-
-def _lies_in(rows: torch.Tensor, buffer: torch.Tensor) -> bool:
-    """Whether `rows` are the buffer's first; they are not once a caller has reordered or replaced them."""
-    return rows.data_ptr() == buffer.data_ptr() and rows.stride() == buffer.stride()
-
-
 def check_target_cache(cache: Cache | None) -> DynamicCache | StaticCache:
     """
     Refuse caches that cannot hold a tree and roll back; returns the others.
@@ -249,42 +194,43 @@ def commit_path(cache: Cache, path: torch.Tensor, num_rows: int) -> None:
         path (`torch.Tensor`, (length,)): Accepted node ids, root first, ascending; none drops all nodes.
         num_rows (`int`): Rows of the verifying forward.
     """
-    rows, places = path[1:], torch.arange(len(path))[1:]  # the root is there already
+    # The root is there already, as is every node above which no level has a second one.
+    first = next((place for place, node in enumerate(path.tolist()) if place != node), len(path))
+    rows, places = path[first:], torch.arange(first, len(path))
 
     @functools.cache  # alike for most layers
     def moves(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         return rows.to(device), places.to(device)
 
+    moved: dict[int, torch.Tensor] = {}
     for layer in cache.layers:
         if isinstance(layer, EMPTY_LAYERS):
             continue
         if isinstance(layer, LinearAttentionLayer):
             drop_rows(layer, num_rows - len(path))
         if isinstance(layer, StaticLayer):
-            _commit_static(layer, moves, len(path), num_rows)
+            if len(rows):
+                _move((layer.keys, layer.values), layer.cumulative_length - num_rows, moves)
+            layer.cumulative_length.add_(len(path) - num_rows)  # in place: compiled graphs hold on to it
         elif isinstance(layer, DynamicLayer) and (layer.is_sliding or len(path) < num_rows):
-            _commit_dynamic(layer, moves, len(path), num_rows)
+            start = layer.keys.shape[2] - num_rows
+            if len(rows):
+                states = (isinstance(layer, GrowingLayer) and layer.shared_buffers) or (layer.keys, layer.values)
+                _move([buffer for buffer in states if id(buffer) not in moved], start, moves)
+                moved |= {id(buffer): buffer for buffer in states}
+            _end_at(layer, start + len(path), num_rows - len(path))
 
 
-def _commit_static(layer: StaticLayer, moves: Moves, length: int, num_rows: int) -> None:
-    """Stays on the device and in place: compiled graphs hold on to these very tensors."""
-    if length > 1:
-        start = layer.cumulative_length - num_rows
-        rows, places = (numbers + start for numbers in moves(layer.keys.device))
-        for states in (layer.keys, layer.values):
-            states.index_copy_(2, places, states.index_select(2, rows))
-    layer.cumulative_length.add_(length - num_rows)
+def _move(buffers: Iterable[torch.Tensor], start: int | torch.Tensor, moves: Moves) -> None:
+    """Bring rows of buffers (..., rows, dim) together, in place, behind `start`."""
+    for states in buffers:
+        rows, places = (numbers + start for numbers in moves(states.device))
+        states.index_copy_(-2, places, states.index_select(-2, rows))
 
 
-def _commit_dynamic(layer: DynamicLayer, moves: Moves, length: int, num_rows: int) -> None:
-    start = layer.keys.shape[2] - num_rows
-    end = start + length
-    if length > 1:
-        rows, places = moves(layer.keys.device)
-        for states in (layer.keys[:, :, start:], layer.values[:, :, start:]):
-            states.index_copy_(2, places, states.index_select(2, rows))
-    layer.keys, layer.values = layer.keys[:, :, :end], layer.values[:, :, :end]
+def _end_at(layer: DynamicLayer, length: int, num_dropped: int) -> None:
+    layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
     if isinstance(layer, DynamicSlidingWindowLayer):
-        layer.cumulative_length -= num_rows - length
+        layer.cumulative_length -= num_dropped
         layer.crop(0)  # forgets the rows that have left the window
         layer.record_past = False  # so that a later prefill, maybe the caller's own, forgets them by itself

@@ -3,7 +3,6 @@
 Kept for each pair of head and target that is still in use, and made anew when a tensor it was made of has changed.
 """
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from weakref import WeakKeyDictionary
 
@@ -14,9 +13,6 @@ from transformers import PreTrainedModel
 from .linear import DraftLinear, Imprint, LaidOutWeights
 from .modeling_jetflow import JetFlowHead
 from .target import Target
-
-
-CandidateLogits = Callable[[int, torch.Tensor], torch.Tensor]
 
 
 class DraftWeights:

@@ -6,103 +6,17 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch.nn.functional import embedding, pad
+from torch.nn.functional import embedding, linear, pad
 from transformers.generation.candidate_generator import CandidateGenerator
 
+from .branch_scores import BranchScores, CandidateLogits, Correction, TokenParts
 from .caches import UNSEEN_POSITION, HeadCache, StaticHeadCache
-from .draft_weights import CandidateLogits, DraftWeights, draft_weights
-from .modeling_jetflow import BranchCorrection, JetFlowHead
+from .draft_weights import DraftWeights, draft_weights
+from .modeling_jetflow import JetFlowHead
 from .ngrams import MAX_CONTEXT, ContextNgrams, continue_tree
 from .reuse import HeadContext
 from .target import Context, Target, TargetStates
-from .tree import BranchScorer, Candidates, DraftTree, build_tree, corrected_logprobs, with_rest
-
-
-class _BranchScores:
-    """
-    The branch scorer of one proposal: once per depth, over all branches of the frontier (see `tree.BranchScorer`).
-
-    Args:
-        candidates ([`Candidates`]): Their scores are the depths' own.
-        ngrams ([`ContextNgrams`], *optional*): Of the same candidates.
-        correction ([`_Correction`], *optional*): Of the same candidates.
-    """
-
-    def __init__(self, candidates: Candidates, ngrams: ContextNgrams | None, correction: "_Correction | None"):
-        self._logprobs, self._ngrams, self._correction = with_rest(candidates.logprobs), ngrams, correction
-
-    @torch.no_grad()
-    def __call__(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        logprobs = self._logprobs[..., depth, :].unsqueeze(-2)
-        adjustments = None
-        if self._correction is not None and depth:  # the block was drafted after the anchor, the only branch at first
-            adjustments = self._correction(depth, parents, tokens).to(logprobs.device, torch.float32)
-        if self._ngrams is not None:
-            votes = self._ngrams(depth, parents, tokens)
-            adjustments = votes if adjustments is None else adjustments + votes
-        scores = logprobs if adjustments is None else corrected_logprobs(logprobs, adjustments)
-        return scores[..., :-1]
-
-
-class _Correction:
-    """
-    The head's branch correction of one proposal.
-
-    What branches share is computed once: the part of their last token, and the part of their parent's state, which is
-    known only when a child asks for it.
-
-    Args:
-        correction ([`BranchCorrection`]): The head's.
-        target ([`Target`]): Whose embeddings it reads.
-        rows (`torch.Tensor`, (..., depth, hidden)): The head's rows.
-        candidate_logits: Turns shifts of a depth into logit changes of its candidates.
-        weights ([`DraftWeights`]): Of head and target.
-    """
-
-    def __init__(
-        self,
-        correction: BranchCorrection,
-        target: Target,
-        rows: torch.Tensor,
-        candidate_logits: CandidateLogits,
-        weights: DraftWeights,
-    ):
-        self._correction, self._target, self._weights = correction, target, weights
-        self._slots = correction.project_slots(rows)
-        self._candidate_logits = candidate_logits
-        # Of the branches of the depth before, one after the other: inner rows, and states before that depth.
-        self._inner: torch.Tensor | None = None
-        self._states: torch.Tensor | None = None
-        self._num_before = 0
-
-    def __call__(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        with self._weights.in_use():
-            return self._logit_changes(depth, parents, tokens)
-
-    def _logit_changes(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        correction, slots, shape = self._correction, self._slots[..., depth, :].unsqueeze(-2), tokens.shape
-        ids, of_branch = _distinct(tokens.flatten().to(self._target.device))
-        parts = correction.project_tokens(self._target.embed(ids).to(slots.device, slots.dtype))
-        projected = parts.index_select(0, of_branch.to(slots.device)).view(*shape, -1) + slots
-        if self._inner is not None:
-            first = torch.arange(0, parents[..., 0].numel() * self._num_before, self._num_before)
-            places = (parents.view(-1, shape[-1]) + first[:, None].to(parents.device)).flatten()
-            places, of_branch = _distinct(places.to(slots.device))
-            before = None if self._states is None else self._states.index_select(0, places)
-            states = correction.carry(self._inner.index_select(0, places), before)
-            projected += correction.project_states(states).index_select(0, of_branch).view_as(projected)
-            self._states = states.index_select(0, of_branch)
-        inner = correction.gate(projected)
-        if correction.has_state:
-            self._inner, self._num_before = inner.flatten(0, -2), shape[-1]
-        return self._candidate_logits(depth, correction.down_proj(inner))
-
-
-def _distinct(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Distinct ones of some numbers, and the place of each number among them."""
-    if numbers.device.type == "cpu":
-        return torch.unique(numbers, return_inverse=True)
-    return numbers, torch.arange(len(numbers), device=numbers.device)  # the host would have to wait for their count
+from .tree import BranchScorer, Candidates, DraftTree, build_tree
 
 
 def _gather_rows(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -152,6 +66,11 @@ class JetFlowCandidateGenerator(CandidateGenerator):
     def _weights(self) -> DraftWeights:
         """Made at the first draft: some calls never draft."""
         return draft_weights(self.head, self.target)
+
+    @cached_property
+    def _token_parts(self) -> TokenParts:
+        assert self.head.branch_correction is not None
+        return TokenParts(self.head.branch_correction, self.target)
 
     def observe(self, states: TargetStates, paths: list[list[int]] | None = None) -> None:
         """Take over the states of newly committed tokens; of each sequence's path only, where trees were verified."""
@@ -255,8 +174,10 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             ngrams = ContextNgrams(context_ids, candidates, weights) if weights else None
             corrected = None
             if correction is not None:
-                corrected = _Correction(correction, self.target, rows, self._output(places), self._weights)
-            self.branch_scorer = _BranchScores(candidates, ngrams, corrected)
+                corrected = Correction(
+                    correction, rows, candidates, self._token_parts, self._output(places), self._weights
+                )
+            self.branch_scorer = BranchScores(candidates, ngrams, corrected)
         return candidates
 
     def grow(
@@ -299,8 +220,15 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         """What turns shifts (..., branches, hidden) of a depth into logit changes of its candidates, (..., branches,
         width)."""
         if self._weights.projection is not None:
-            columns = embedding(places, self._weights.projection.weight).transpose(-1, -2)
-            return lambda depth, shifts: shifts.to(columns.device, columns.dtype) @ columns[..., depth, :, :]
+            rows = embedding(places, self._weights.projection.weight)  # (..., depth, width, hidden)
+
+            def products(depth: int, shifts: torch.Tensor) -> torch.Tensor:
+                of_depth, shifts = rows[..., depth, :, :], shifts.to(rows.device, rows.dtype)
+                if of_depth.shape[:-2].numel() == 1:  # one sequence: a plain product is faster than a batch of one
+                    return linear(shifts, of_depth.view(of_depth.shape[-2:]))
+                return shifts @ of_depth.transpose(-1, -2)
+
+            return products
         target, token_ids = self.target, self.head.draft_token_ids
 
         def changes(depth: int, shifts: torch.Tensor) -> torch.Tensor:

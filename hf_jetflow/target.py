@@ -19,12 +19,11 @@ from .caches import (
     cache_windows,
     check_target_cache,
     commit_path,
-    grow_layers,
     most_static_nodes,
-    settle_layers,
     static_rows,
 )
 from .configuration_jetflow import JetFlowConfig
+from .growing_cache import grow_layers, settle_layers
 from .layer_kinds import Window, layer_windows, scaling_step, takes_trees
 from .recurrent import RecurrentStates, check_states, needs_replay, record_rows
 from .tree import DraftTree, chain_of, trim_tree

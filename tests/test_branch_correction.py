@@ -6,7 +6,7 @@ from helpers import alter, tiny_config, tiny_head
 from reference import assert_same_text
 from torch import nn
 
-from hf_jetflow import JetFlowConfig, JetFlowHead, drafting
+from hf_jetflow import JetFlowConfig, JetFlowHead, branch_scores
 from hf_jetflow.blocks import measure_agreement
 from hf_jetflow.drafting import JetFlowCandidateGenerator
 from hf_jetflow.losses import chunked_forward_kl, correction_kl
@@ -57,7 +57,7 @@ def test_a_new_correction_changes_no_score(kind, tiny_target, random_head, rows)
 def test_a_branch_is_scored_as_in_training(kind, is_shared, tiny_target, random_head, rows, monkeypatch):
     """Every node of a tree: its log-probability is that of its own path under the teacher-forced shifts."""
     if not is_shared:  # as on other devices than the CPU
-        monkeypatch.setattr(drafting, "_distinct", lambda ids: (ids, torch.arange(len(ids))))
+        monkeypatch.setattr(branch_scores, "_distinct", lambda ids: (ids, torch.arange(len(ids))))
     drafter = make_drafter(tiny_target, random_head, branch_correction=kind, branch_candidates=12)
     head, target = drafter.head, drafter.target.model
     weight = target.get_output_embeddings().weight.detach()

@@ -8,7 +8,8 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionAndSlidingWind
 
 from hf_jetflow import JetFlowConfig
 from hf_jetflow.batch_caches import BatchRows
-from hf_jetflow.caches import GrowingLayer, HeadCache, check_target_cache, commit_path, grow_layers, settle_layers
+from hf_jetflow.caches import HeadCache, check_target_cache, commit_path
+from hf_jetflow.growing_cache import GrowingLayer, grow_layers, settle_layers
 from hf_jetflow.target import Context, Target
 from hf_jetflow.tree import DraftTree, ancestor_mask
 

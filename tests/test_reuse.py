@@ -12,7 +12,7 @@ from reference import assert_same_text
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from hf_jetflow import JetFlowCandidateGenerator
-from hf_jetflow.caches import GrowingLayer
+from hf_jetflow.growing_cache import GrowingLayer
 from hf_jetflow.reuse import CacheMarks, recall
 
 

@@ -1,0 +1,153 @@
+"""What the nodes of a draft tree score: the block's own scores, changed by the branch correction and by n-grams."""
+
+from collections.abc import Callable
+
+import torch
+
+from .draft_weights import DraftWeights
+from .modeling_jetflow import BranchCorrection
+from .ngrams import ContextNgrams
+from .target import Target
+from .tree import Candidates, corrected_logprobs, with_rest
+
+
+MAX_KEPT_TOKENS = 2048  # whose parts of the correction are kept
+NUM_LIKELY = 8  # candidates of each depth whose parts are made with those of the first
+
+# changes(depth, shifts): turns shifts (..., branches, hidden) of a depth's row into logit changes of its candidates,
+# (..., branches, width).
+CandidateLogits = Callable[[int, torch.Tensor], torch.Tensor]
+
+
+class BranchScores:
+    """
+    The branch scorer of one proposal: once per depth, over all branches of the frontier (see `tree.BranchScorer`).
+
+    Args:
+        candidates ([`Candidates`]): Their scores are the depths' own.
+        ngrams ([`ContextNgrams`], *optional*): Of the same candidates.
+        correction ([`Correction`], *optional*): Of the same candidates.
+    """
+
+    def __init__(self, candidates: Candidates, ngrams: ContextNgrams | None, correction: "Correction | None"):
+        self._logprobs, self._ngrams, self._correction = with_rest(candidates.logprobs), ngrams, correction
+
+    @torch.no_grad()
+    def __call__(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        logprobs = self._logprobs[..., depth, :].unsqueeze(-2)
+        adjustments = None
+        if self._correction is not None and depth:  # the block was drafted after the anchor, the only branch at first
+            adjustments = self._correction(depth, parents, tokens).to(logprobs.device, torch.float32)
+        if self._ngrams is not None:
+            votes = self._ngrams(depth, parents, tokens)
+            adjustments = votes if adjustments is None else adjustments + votes
+        scores = logprobs if adjustments is None else corrected_logprobs(logprobs, adjustments)
+        return scores[..., :-1]
+
+
+class TokenParts:
+    """
+    What the branch correction reads of a branch's last token, kept over the rounds of one generation.
+
+    A token that is proposed in one round mostly is proposed again in the next ones, a depth higher. Off the CPU
+    nothing is kept: the host would have to wait for the tokens.
+
+    Args:
+        correction ([`BranchCorrection`]): The head's.
+        target ([`Target`]): Whose embeddings it reads.
+    """
+
+    def __init__(self, correction: BranchCorrection, target: Target):
+        self._correction, self._target = correction, target
+        self._kept: torch.Tensor | None = None  # (MAX_KEPT_TOKENS, 2 x width)
+        self._places: dict[int, int] = {}  # rows in there, by token
+
+    def of(self, tokens: torch.Tensor, soon: torch.Tensor | None = None) -> torch.Tensor:
+        """The parts (tokens, 2 x width) of tokens (tokens,). Those of tokens asked for `soon` are made at once."""
+        if tokens.device.type != "cpu":
+            return self._project(tokens)
+        token_ids = tokens.tolist()
+        wanted = dict.fromkeys(token_ids if soon is None else [*token_ids, *soon.tolist()])
+        unknown = [token for token in wanted if token not in self._places]
+        if len(self._places) + len(unknown) > MAX_KEPT_TOKENS:
+            self._places, unknown = {}, list(dict.fromkeys(token_ids))
+        if len(unknown) > MAX_KEPT_TOKENS:
+            return self._project(tokens)
+        if unknown:
+            parts, num_kept = self._project(torch.tensor(unknown)), len(self._places)
+            if self._kept is None:
+                self._kept = parts.new_empty(MAX_KEPT_TOKENS, parts.shape[-1])
+            self._kept[num_kept : num_kept + len(unknown)] = parts
+            self._places.update(zip(unknown, range(num_kept, num_kept + len(unknown)), strict=True))
+        assert self._kept is not None
+        return self._kept[torch.tensor([self._places[token] for token in token_ids])]
+
+    def _project(self, tokens: torch.Tensor) -> torch.Tensor:
+        weight = self._correction.token_proj.weight
+        embeds = self._target.embed(tokens.to(self._target.device))
+        return self._correction.project_tokens(embeds.to(weight.device, weight.dtype))
+
+
+class Correction:
+    """
+    The head's branch correction of one proposal.
+
+    What branches share is computed once: the part of their last token, and the part of their parent's state, which is
+    known only when a child asks for it.
+
+    Args:
+        correction ([`BranchCorrection`]): The head's.
+        rows (`torch.Tensor`, (..., depth, hidden)): The head's rows.
+        candidates ([`Candidates`]): Drafted by these rows.
+        token_parts ([`TokenParts`]): Of the same correction.
+        candidate_logits: Turns shifts of a depth into logit changes of its candidates.
+        weights ([`DraftWeights`]): Of head and target.
+    """
+
+    def __init__(
+        self,
+        correction: BranchCorrection,
+        rows: torch.Tensor,
+        candidates: Candidates,
+        token_parts: TokenParts,
+        candidate_logits: CandidateLogits,
+        weights: DraftWeights,
+    ):
+        self._correction, self._token_parts, self._weights = correction, token_parts, weights
+        self._slots = correction.project_slots(rows)
+        self._candidate_logits = candidate_logits
+        self._likely_tokens = candidates.tokens[..., 1:-1, :NUM_LIKELY].flatten()  # of branches of two tokens and more
+        # Of the branches of the depth before, one after the other: inner rows, and states before that depth.
+        self._inner: torch.Tensor | None = None
+        self._states: torch.Tensor | None = None
+        self._num_before = 0
+
+    def __call__(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        with self._weights.in_use():
+            return self._logit_changes(depth, parents, tokens)
+
+    def _logit_changes(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        correction, slots, shape = self._correction, self._slots[..., depth, :].unsqueeze(-2), tokens.shape
+        likely = self._likely_tokens if self._inner is None else None
+        projected = self._token_parts.of(tokens.flatten(), likely).view(*shape, -1).to(slots.device) + slots
+        if self._inner is not None:
+            places = parents.flatten()
+            if len(places) > shape[-1]:  # several sequences
+                first = torch.arange(0, len(places) // shape[-1] * self._num_before, self._num_before)
+                places = places + first.repeat_interleave(shape[-1]).to(places.device)
+            places, of_branch = _distinct(places.to(slots.device))
+            before = None if self._states is None else self._states.index_select(0, places)
+            states = correction.carry(self._inner.index_select(0, places), before)
+            projected += correction.project_states(states).index_select(0, of_branch).view_as(projected)
+            self._states = states.index_select(0, of_branch)
+        inner = correction.gate(projected)
+        if correction.has_state:
+            self._inner, self._num_before = inner.flatten(0, -2), shape[-1]
+        return self._candidate_logits(depth, correction.down_proj(inner))
+
+
+def _distinct(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Distinct ones of some numbers, and the place of each number among them."""
+    if numbers.device.type == "cpu":
+        return torch.unique(numbers, return_inverse=True)
+    return numbers, torch.arange(len(numbers), device=numbers.device)  # the host would have to wait for their count
