@@ -1,9 +1,10 @@
 """Bare forwards: what a round costs at least, to say how much of it is the loop's own work.
 
 The loop efficiency of a row is (bare target forward + bare head forward) / whole round. Both forwards are the very
-calls that the loop makes: during a short generation every call is repeated once, alone, with the same rows, mask,
-positions and (a copy of) the same cache, and the repetition is timed. What counts as the loop's own work is all else:
-planning, ranking and branch correction, building the tree, masks, walking, committing, emitting.
+calls that the loop makes: during a short generation every call of target and head, of the output projection and of the
+branch correction's layers is repeated once, alone, with the same rows, mask, positions and (a copy of) the same cache,
+and the repetition is timed. What counts as the loop's own work is all else: planning, ranking, scoring branches from
+what those layers yield, building the tree, masks, walking, committing, emitting.
 """
 
 import copy
@@ -18,11 +19,14 @@ from torch import nn
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from .bench_runs import Run, Variant, configure, synchronize
+from .draft_weights import draft_weights
 from .modeling_jetflow import JetFlowHead
+from .target import Target
 
 
 NUM_CONTEXTS = 3  # texts on which the forwards are repeated
 NUM_ROUNDS = 4  # rounds of each that count, for each number of nodes
+PARTS = ("target", "block", "scores")  # see `time_bare_forwards`
 LEAST_SHARE = 0.05  # numbers of nodes of fewer rounds are read off the others
 
 
@@ -30,13 +34,25 @@ class _Repeater(StoppingCriteria):
     """Repeats every forward of target and head inside, and ends a generation when it has seen enough rounds."""
 
     def __init__(self, target: PreTrainedModel, head: JetFlowHead):
-        self._modules = (target, head)
+        self._target, self._head = target, head
         self._num_calls = {target: 0, head: 0}
-        self._head_seconds = 0.0  # of the newest draft
-        self.rounds: list[tuple[int, float, float]] = []  # nodes, seconds of the target, seconds of the head
+        self._draft_seconds: list[float] | None = None  # of the newest draft: its first forward, and what scores
+        self.rounds: list[tuple[int, float, float, float]] = []  # nodes, seconds of the target, of the draft's two
 
     def __enter__(self) -> "_Repeater":
-        self._handles = [module.register_forward_pre_hook(self._repeat, with_kwargs=True) for module in self._modules]
+        correction = self._head.branch_correction
+        scoring = [] if correction is None else list(correction.children())
+        projection = draft_weights(self._head, Target(self._target, self._head.config)).projection
+        if projection is not None:
+            scoring.append(projection)
+        self._handles = [
+            module.register_forward_pre_hook(repeat, with_kwargs=True)
+            for repeat, modules in (
+                (self._repeat, (self._target, self._head)),
+                (self._repeat_scoring, scoring),
+            )
+            for module in modules
+        ]
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -48,21 +64,27 @@ class _Repeater(StoppingCriteria):
         return torch.full((len(input_ids),), is_done, device=input_ids.device)
 
     def _repeat(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        target = self._modules[0]
         self._num_calls[module] += 1
         if self._num_calls[module] == 1:  # both read the prompt in their first forward
             return
-        own_cache = {**kwargs, "past_key_values": copy.deepcopy(kwargs["past_key_values"])}
-        synchronize(target)
-        start = time.perf_counter()
-        module.forward(*args, **own_cache)  # not through the hooks
-        synchronize(target)
-        seconds = time.perf_counter() - start
-        if module is target:
-            self.rounds.append((kwargs["input_ids"].shape[1], seconds, self._head_seconds))
-            self._head_seconds = 0.0
+        seconds = self._time(module, args, {**kwargs, "past_key_values": copy.deepcopy(kwargs["past_key_values"])})
+        if module is self._target:
+            of_block, of_scores = self._draft_seconds or (0.0, 0.0)
+            self.rounds.append((kwargs["input_ids"].shape[1], seconds, of_block, of_scores))
+            self._draft_seconds = None
         else:
-            self._head_seconds = seconds
+            self._draft_seconds = [seconds, 0.0]
+
+    def _repeat_scoring(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if self._draft_seconds is not None:
+            self._draft_seconds[1] += self._time(module, args, kwargs)
+
+    def _time(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> float:
+        synchronize(self._target)
+        start = time.perf_counter()
+        module.forward(*args, **kwargs)  # not through the hooks
+        synchronize(self._target)
+        return time.perf_counter() - start
 
 
 def time_bare_forwards(
@@ -76,9 +98,10 @@ def time_bare_forwards(
         node_counts: Node budgets to try; 1 is a plain round, without a head forward.
 
     Returns:
-        `[[nodes, target seconds, head seconds], ...]`: Medians, by ascending nodes.
+        `[[nodes, target, block, scores], ...]`: Medians of seconds by ascending nodes: of the target's forward, of the
+            head's over its block, and of what it scores nodes with, output projection and branch correction.
     """
-    rounds: dict[int, list[tuple[float, float]]] = {}
+    rounds: dict[int, list[tuple[float, ...]]] = {}
     for ids in contexts[:NUM_CONTEXTS]:
         input_ids = torch.tensor([list(ids)], device=target.device)
         for nodes in node_counts:
@@ -92,13 +115,10 @@ def time_bare_forwards(
                     max_new_tokens=(NUM_ROUNDS + 2) * head.config.block_size,
                     stopping_criteria=StoppingCriteriaList([repeater]),
                 )
-            for verified, of_target, of_head in repeater.rounds:
-                if of_head or verified == 1:  # the head's first forward was not timed
-                    rounds.setdefault(verified, []).append((of_target, of_head))
-    return [
-        [nodes, median(pair[0] for pair in rounds[nodes]), median(pair[1] for pair in rounds[nodes])]
-        for nodes in sorted(rounds)
-    ]
+            for verified, of_target, of_block, of_scores in repeater.rounds:
+                if of_block or verified == 1:  # the head's first forward was not timed
+                    rounds.setdefault(verified, []).append((of_target, of_block, of_scores))
+    return [[nodes, *map(median, zip(*rounds[nodes], strict=True))] for nodes in sorted(rounds)]
 
 
 def usual_node_counts(runs_by_variant: Sequence[Sequence[Run]]) -> list[int]:
@@ -119,14 +139,13 @@ def rounds_by_nodes(runs: Sequence[Run]) -> dict[int, int]:
     return dict(sorted(counts.items()))
 
 
-def bare_round_seconds(runs: Sequence[Run], bare: Sequence[Sequence[float]]) -> float | None:
-    """Mean seconds of the bare forwards of these runs' rounds; `None` where nothing is known."""
+def bare_round_seconds(runs: Sequence[Run], bare: Sequence[Sequence[float]]) -> dict[str, float] | None:
+    """Mean seconds of the bare forwards of these runs' rounds, by part; `None` where nothing is known."""
     counts = rounds_by_nodes(runs)
     if not counts or not bare:
         return None
-    nodes, of_target, of_head = (list(column) for column in zip(*bare, strict=True))
-    seconds = sum(
-        count * (np.interp(verified, nodes, of_target) + (verified > 1) * np.interp(verified, nodes, of_head))
-        for verified, count in counts.items()
-    )
-    return float(seconds / sum(counts.values()))
+    nodes, *columns = (list(column) for column in zip(*bare, strict=True))
+    verified, shares = np.array(list(counts)), np.array(list(counts.values())) / sum(counts.values())
+    of_target, *of_draft = (np.interp(verified, nodes, column) for column in columns)
+    parts = (of_target, *((verified > 1) * seconds for seconds in of_draft))  # a plain round drafts nothing
+    return {name: float(shares @ seconds) for name, seconds in zip(PARTS, parts, strict=True)}

@@ -34,7 +34,7 @@ def make_row(variant: Variant, runs: Sequence[Run], plain: Sequence[Run], bare: 
     num_rounds, num_decoded = sum(run.num_rounds for run in runs), sum(run.num_decoded for run in runs)
     decode_seconds = sum(run.decode_seconds for run in runs)
     per_round = decode_seconds / num_rounds if num_rounds else None
-    bare_seconds = bare_round_seconds(runs, bare)
+    bare_parts = bare_round_seconds(runs, bare)
     return {
         "method": variant.method,
         "node_budget": variant.node_budget,
@@ -51,8 +51,8 @@ def make_row(variant: Variant, runs: Sequence[Run], plain: Sequence[Run], bare: 
         "identical_to_plain": round(sum(run.new_ids == of_plain.new_ids for of_plain, run in pairs) / len(runs), 4),
         "seconds_per_round": _rounded(per_round, 6),
         "round_seconds": _round_seconds(runs),
-        "bare_round_seconds": _rounded(bare_seconds, 6),
-        "loop_efficiency": _rounded(bare_seconds / per_round if bare_seconds and per_round else None, 3),
+        "bare_round_seconds": bare_parts and {part: round(seconds, 6) for part, seconds in bare_parts.items()},
+        "loop_efficiency": _rounded(sum(bare_parts.values()) / per_round if bare_parts and per_round else None, 3),
         "rounds_by_nodes": _shares(rounds_by_nodes(runs)),
         "acceptance_by_depth": _acceptance(runs),
     }

@@ -34,12 +34,12 @@ class DraftWeights:
         whole, token_ids = target.output_rows(None), head.draft_token_ids
         if whole is None:
             return None
-        if token_ids is None:
-            return _linear(nn.Linear, whole)
-        if self.projection is None or not all(
-            imprint.fits(now) for imprint, now in zip(self._made_of, (whole, token_ids), strict=True)
-        ):
-            self._made_of = [Imprint.of(whole), Imprint.of(token_ids)]
+        sources = [whole] if token_ids is None else [whole, token_ids]
+        is_known = self.projection is not None and len(self._made_of) == len(sources)
+        if not (is_known and all(made_of.fits(now) for made_of, now in zip(self._made_of, sources, strict=True))):
+            self._made_of = [Imprint.of(source) for source in sources]
+            if token_ids is None:
+                return _linear(nn.Linear, whole)
             return _linear(DraftLinear, whole[token_ids.to(whole.device)])
         return self.projection
 

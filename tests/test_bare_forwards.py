@@ -51,8 +51,8 @@ def test_each_number_of_nodes_is_timed_and_plain_rounds_draft_nothing(tiny_targe
     target = tiny_target("llama")
     bare = time_bare_forwards(target, random_head(target), [prompt[0].tolist()], [1, 4, 12])
     assert [nodes for nodes, *_ in bare] == [1, 4, 12]
-    assert all(of_target > 0 for _, of_target, _ in bare)
-    assert [of_head > 0 for *_, of_head in bare] == [False, True, True]
+    assert all(of_target > 0 for _, of_target, _, _ in bare)
+    assert [(of_block > 0, of_scores > 0) for *_, of_block, of_scores in bare] == [(False, False), *[(True, True)] * 2]
 
 
 def test_rare_numbers_of_nodes_are_not_timed():

@@ -96,8 +96,10 @@ def test_loop_efficiency_is_told_for_our_own_loop_by_the_nodes_it_verified(pair,
     plain, *ours = rows
     assert plain["loop_efficiency"] is plain["bare_round_seconds"] is None
     for row in ours:
-        assert row["bare_round_seconds"] > 0
-        assert row["loop_efficiency"] == pytest.approx(row["bare_round_seconds"] / row["seconds_per_round"], abs=2e-3)
+        assert all(seconds > 0 for seconds in row["bare_round_seconds"].values())
+        assert row["loop_efficiency"] == pytest.approx(
+            sum(row["bare_round_seconds"].values()) / row["seconds_per_round"], abs=2e-3
+        )
         assert sum(row["rounds_by_nodes"].values()) == pytest.approx(1, abs=1e-3)
     assert max(ours[1]["rounds_by_nodes"], key=ours[1]["rounds_by_nodes"].get) == "4"
 
@@ -140,9 +142,12 @@ def test_bare_seconds_of_a_row_follow_its_numbers_of_nodes():
         "offered_by_depth": [], "accepted_by_depth": [],
     }  # fmt: skip
     runs = [fake_run(41.0, 1.0, [1] * 7, stats=stats)]
-    row = make_row(Variant("jetflow", "auto"), runs, runs, bare=[[1, 2.0, 0.0], [8, 4.0, 1.0], [16, 6.0, 1.0]])
-    assert row["bare_round_seconds"] == (2 + 3 * (5 + 1)) / 4  # 12 nodes lie between 8 and 16; no draft for one node
-    assert row["loop_efficiency"] == 0.5
+    row = make_row(
+        Variant("jetflow", "auto"), runs, runs, bare=[[1, 2.0, 0.0, 0.0], [8, 4.0, 1.0, 0.5], [16, 6.0, 1.0, 1.5]]
+    )
+    # 12 nodes lie between 8 and 16; no draft for one node
+    assert row["bare_round_seconds"] == {"target": (2 + 3 * 5) / 4, "block": 3 / 4, "scores": 3 / 4}
+    assert row["loop_efficiency"] == 0.575
     assert row["rounds_by_nodes"] == {"1": 0.25, "12": 0.75}
 
 
