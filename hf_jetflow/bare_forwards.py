@@ -3,8 +3,9 @@
 The loop efficiency of a row is (bare target forward + bare head forward) / whole round. Both forwards are the very
 calls that the loop makes: during a short generation every call of target and head, of the output projection and of the
 branch correction's layers is repeated once, alone, with the same rows, mask, positions and (a copy of) the same cache,
-and the repetition is timed. What counts as the loop's own work is all else: planning, ranking, scoring branches from
-what those layers yield, building the tree, masks, walking, committing, emitting.
+and the repetition is timed, beside each prompt's runs, so that both see the machine in the same state. What counts as
+the loop's own work is all else: planning, ranking, scoring branches from what those layers yield, building the tree,
+masks, walking, committing, emitting.
 """
 
 import copy
@@ -24,8 +25,7 @@ from .modeling_jetflow import JetFlowHead
 from .target import Target
 
 
-NUM_CONTEXTS = 3  # texts on which the forwards are repeated
-NUM_ROUNDS = 4  # rounds of each that count, for each number of nodes
+NUM_ROUNDS = 4  # rounds of a text that are repeated, for each number of nodes
 PARTS = ("target", "block", "scores")  # see `time_bare_forwards`
 LEAST_SHARE = 0.05  # numbers of nodes of fewer rounds are read off the others
 
@@ -88,13 +88,13 @@ class _Repeater(StoppingCriteria):
 
 
 def time_bare_forwards(
-    target: PreTrainedModel, head: JetFlowHead, contexts: Sequence[Sequence[int]], node_counts: Sequence[int]
+    target: PreTrainedModel, head: JetFlowHead, context_ids: Sequence[int], node_counts: Sequence[int]
 ) -> list[list[float]]:
     """
     Seconds of the bare forwards of a round, by the nodes that are verified.
 
     Args:
-        contexts: Token ids of texts of the length that decoding has there; the numbers of nodes take turns on each.
+        context_ids: Token ids of a text of the length that decoding has there.
         node_counts: Node budgets to try; 1 is a plain round, without a head forward.
 
     Returns:
@@ -102,30 +102,29 @@ def time_bare_forwards(
             head's over its block, and of what it scores nodes with, output projection and branch correction.
     """
     rounds: dict[int, list[tuple[float, ...]]] = {}
-    for ids in contexts[:NUM_CONTEXTS]:
-        input_ids = torch.tensor([list(ids)], device=target.device)
-        for nodes in node_counts:
-            configure(head, Variant("jetflow", nodes))
-            with _Repeater(target, head) as repeater:
-                target.generate(
-                    input_ids,
-                    attention_mask=torch.ones_like(input_ids),
-                    assistant_model=head,
-                    do_sample=False,
-                    max_new_tokens=(NUM_ROUNDS + 2) * head.config.block_size,
-                    stopping_criteria=StoppingCriteriaList([repeater]),
-                )
-            for verified, of_target, of_block, of_scores in repeater.rounds:
-                if of_block or verified == 1:  # the head's first forward was not timed
-                    rounds.setdefault(verified, []).append((of_target, of_block, of_scores))
+    input_ids = torch.tensor([list(context_ids)], device=target.device)
+    for nodes in node_counts:
+        configure(head, Variant("jetflow", nodes))
+        with _Repeater(target, head) as repeater:
+            target.generate(
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                assistant_model=head,
+                do_sample=False,
+                max_new_tokens=(NUM_ROUNDS + 2) * head.config.block_size,
+                stopping_criteria=StoppingCriteriaList([repeater]),
+            )
+        for verified, of_target, of_block, of_scores in repeater.rounds:
+            if of_block or verified == 1:  # the head's first forward was not timed
+                rounds.setdefault(verified, []).append((of_target, of_block, of_scores))
     return [[nodes, *map(median, zip(*rounds[nodes], strict=True))] for nodes in sorted(rounds)]
 
 
-def usual_node_counts(runs_by_variant: Sequence[Sequence[Run]]) -> list[int]:
-    """Numbers of nodes that a fair share of some variant's rounds verified, ascending."""
+def usual_node_counts(runs: Sequence[Run]) -> list[int]:
+    """Numbers of nodes that a fair share of some run's rounds verified, ascending."""
     usual: set[int] = set()
-    for runs in runs_by_variant:
-        counts = rounds_by_nodes(runs)
+    for run in runs:
+        counts = rounds_by_nodes([run])
         usual |= {nodes for nodes, count in counts.items() if count >= LEAST_SHARE * sum(counts.values())}
     return sorted(usual)
 
@@ -139,13 +138,17 @@ def rounds_by_nodes(runs: Sequence[Run]) -> dict[int, int]:
     return dict(sorted(counts.items()))
 
 
-def bare_round_seconds(runs: Sequence[Run], bare: Sequence[Sequence[float]]) -> dict[str, float] | None:
-    """Mean seconds of the bare forwards of these runs' rounds, by part; `None` where nothing is known."""
-    counts = rounds_by_nodes(runs)
-    if not counts or not bare:
-        return None
-    nodes, *columns = (list(column) for column in zip(*bare, strict=True))
-    verified, shares = np.array(list(counts)), np.array(list(counts.values())) / sum(counts.values())
-    of_target, *of_draft = (np.interp(verified, nodes, column) for column in columns)
-    parts = (of_target, *((verified > 1) * seconds for seconds in of_draft))  # a plain round drafts nothing
-    return {name: float(shares @ seconds) for name, seconds in zip(PARTS, parts, strict=True)}
+def bare_round_seconds(runs: Sequence[Run], bare: Sequence[Sequence[Sequence[float]]]) -> dict[str, float] | None:
+    """Mean seconds of the bare forwards of a round, by part, given what `time_bare_forwards` found beside each
+    run; `None` where nothing is known."""
+    total, num_rounds = np.zeros(len(PARTS)), 0
+    for run, table in zip(runs, bare, strict=True):
+        counts = rounds_by_nodes([run])
+        if counts and table:
+            nodes, *columns = (list(column) for column in zip(*table, strict=True))
+            verified, rounds = list(counts), np.array(list(counts.values()))
+            drafted = rounds * (np.array(verified) > 1)  # a plain round drafts nothing
+            for part, column in enumerate(columns):
+                total[part] += (drafted if part else rounds) @ np.interp(verified, nodes, column)
+            num_rounds += sum(counts.values())
+    return dict(zip(PARTS, (total / num_rounds).tolist(), strict=True)) if num_rounds else None

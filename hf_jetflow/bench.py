@@ -195,6 +195,7 @@ class _Bench:
         """One row for every variant."""
         plan, is_warm = self._plan, False
         runs: list[list[Run]] = [[] for _ in self._variants]
+        bare: list[list[list[float]]] = []
         for repeat in range(plan.repeats):
             for number in range(len(prompt_set.batches)):
                 place = (*prompt_set.place, temperature, f"run {repeat} {number}")
@@ -206,9 +207,9 @@ class _Bench:
                     self._log.add([asdict(run) for run in answers], *place)
                 for of_variant, fields in zip(runs, self._log.get(*place), strict=True):
                     of_variant.append(Run(**fields))
+                bare.append(self._bare_forwards(prompt_set, temperature, number, [of[-1] for of in runs]))
                 self._done += len(self._variants)
                 self._report(prompt_set)
-        bare = self._bare_forwards(prompt_set, temperature, runs)
         facts = {
             "prompts": prompt_set.name,
             "context_length": prompt_set.context_length,
@@ -259,17 +260,18 @@ class _Bench:
             limit = plan.max_new_tokens if is_static else min(plan.max_new_tokens, tokens)
             self._run(variant, batch, temperature, max_new_tokens=limit)
 
-    def _bare_forwards(self, prompt_set: PromptSet, temperature: float, runs: list[list[Run]]) -> list[list[float]]:
-        """What `time_bare_forwards` finds on prompts with the first half of their plain answers; it repeats forwards
-        with copies of growing caches of one sequence only."""
+    def _bare_forwards(
+        self, prompt_set: PromptSet, temperature: float, number: int, runs: list[Run]
+    ) -> list[list[float]]:
+        """What `time_bare_forwards` finds on a prompt with the first half of its plain answer, given its runs; it
+        repeats forwards with copies of growing caches of one sequence only."""
         if self._plan.cache != "dynamic" or prompt_set.batch_size > 1:
             return []
-        place = (*prompt_set.place, temperature, "bare forwards")
+        place = (*prompt_set.place, temperature, f"bare forwards {number}")
         if self._log.get(*place) is None:
-            texts = zip(prompt_set.prompt_ids, runs[0], strict=False)
-            contexts = [ids + run.new_ids[: len(run.new_ids) // 2] for ids, run in texts]
+            context_ids = prompt_set.prompt_ids[number] + runs[0].new_ids[: len(runs[0].new_ids) // 2]
             node_counts = usual_node_counts(runs)
-            self._log.add(time_bare_forwards(self._target, self._head, contexts, node_counts), *place)
+            self._log.add(time_bare_forwards(self._target, self._head, context_ids, node_counts), *place)
         return self._log.get(*place)
 
     def agreement(self, prompt_set: PromptSet) -> dict[str, list[float]]:

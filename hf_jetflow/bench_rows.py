@@ -15,7 +15,7 @@ def make_row(variant: Variant, runs: Sequence[Run], plain: Sequence[Run], bare: 
     Args:
         runs: Its runs, prompt by prompt.
         plain: The plain runs of the same prompts, which speedups are ratios to.
-        bare: What `time_bare_forwards` found, empty if nothing.
+        bare: What `time_bare_forwards` found beside each run, empty if nothing.
 
     Returns:
         `dict`: The fields described in docs/benchmarks.md. A speedup is the median over the runs of (plain

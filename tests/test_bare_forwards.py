@@ -49,7 +49,7 @@ def test_a_generation_whose_forwards_are_repeated_gives_the_plain_text(family, t
 
 def test_each_number_of_nodes_is_timed_and_plain_rounds_draft_nothing(tiny_target, random_head, prompt):
     target = tiny_target("llama")
-    bare = time_bare_forwards(target, random_head(target), [prompt[0].tolist()], [1, 4, 12])
+    bare = time_bare_forwards(target, random_head(target), prompt[0].tolist(), [1, 4, 12])
     assert [nodes for nodes, *_ in bare] == [1, 4, 12]
     assert all(of_target > 0 for _, of_target, _, _ in bare)
     assert [(of_block > 0, of_scores > 0) for *_, of_block, of_scores in bare] == [(False, False), *[(True, True)] * 2]
@@ -59,5 +59,5 @@ def test_rare_numbers_of_nodes_are_not_timed():
     def run(counts):
         return Run("jetflow", "auto", 1.0, 0.1, [1], 1, 1, {"rounds_by_nodes": counts})
 
-    assert usual_node_counts([[run({"1": 50, "16": 49}), run({"64": 1})], [run({8: 3})]]) == [1, 8, 16]
-    assert usual_node_counts([[Run("plain", None, 1.0, 0.1, [1], 1, 1, None)]]) == []
+    assert usual_node_counts([run({"1": 50, "16": 49, "64": 1}), run({8: 3})]) == [1, 8, 16]
+    assert usual_node_counts([Run("plain", None, 1.0, 0.1, [1], 1, 1, None)]) == []

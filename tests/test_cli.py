@@ -171,7 +171,7 @@ def test_bench_with_all_options_writes_json_and_figure_and_nothing_else(target_f
 def test_a_bench_continues_a_killed_one_and_refuses_other_settings(target_folder, prompts, tmp_path, monkeypatch):
     json_path = tmp_path / "bench.json"
     with monkeypatch.context() as patch:
-        patch.setattr("hf_jetflow.bench.time_bare_forwards", lambda *_: 1 / 0)  # a crash behind the runs
+        patch.setattr("hf_jetflow.bench.make_row", lambda *_: 1 / 0)  # a crash behind the runs
         assert isinstance(bench(target_folder, prompts, tmp_path, "--json", json_path).exception, ZeroDivisionError)
     partial = tmp_path / "bench.json.partial"
     assert partial.exists()
