@@ -52,11 +52,32 @@ def test_a_new_correction_changes_no_score(kind, tiny_target, random_head, rows)
         torch.testing.assert_close(scores[0], candidates.logprobs[depth])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("num_kept", [4, 9, 2048])
+def test_what_is_read_of_a_token_is_kept_for_the_next_rounds(num_kept, tiny_target, random_head, monkeypatch):
+    monkeypatch.setattr(branch_scores, "MAX_KEPT_TOKENS", num_kept)
+    drafter = make_drafter(tiny_target, random_head, branch_correction="path")
+    parts = branch_scores.TokenParts(drafter.head.branch_correction, drafter.target)
+    project, asked = parts._project, []
+    monkeypatch.setattr(parts, "_project", lambda tokens: asked.append(tokens.tolist()) or project(tokens))
+    rounds = [([5, 7, 5], [8, 9, 7]), ([9, 7], []), ([7, 30, 8], [31]), ([1, 2, 3, 4, 5, 6], [5]), ([5, 6], [])]
+    for tokens, soon in rounds:
+        tokens = torch.tensor(tokens)
+        torch.testing.assert_close(parts.of(tokens, torch.tensor(soon)), project(tokens))
+    if num_kept == 2048:
+        assert asked == [[5, 7, 8, 9], [30, 31], [1, 2, 3, 4, 6]]
+    if num_kept == 9:  # the fourth round does not fit in: what was kept is forgotten
+        assert asked == [[5, 7, 8, 9], [30, 31], [1, 2, 3, 4, 5, 6]]
+    if num_kept == 4:  # nor would the fourth alone
+        assert asked[-2:] == [[1, 2, 3, 4, 5, 6], [5, 6]]
+
+
 @pytest.mark.parametrize("is_shared", [True, False], ids=["shared parts once", "each branch for itself"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_branch_is_scored_as_in_training(kind, is_shared, tiny_target, random_head, rows, monkeypatch):
     """Every node of a tree: its log-probability is that of its own path under the teacher-forced shifts."""
     if not is_shared:  # as on other devices than the CPU
+        monkeypatch.setattr(branch_scores.TokenParts, "of", lambda parts, tokens, soon: parts._project(tokens))
         monkeypatch.setattr(branch_scores, "_distinct", lambda ids: (ids, torch.arange(len(ids))))
     drafter = make_drafter(tiny_target, random_head, branch_correction=kind, branch_candidates=12)
     head, target = drafter.head, drafter.target.model

@@ -4,12 +4,11 @@ import pytest
 import torch
 from helpers import NUM_TAPS, as_batch, random_parents
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
-from transformers.cache_utils import DynamicLayer, LinearAttentionAndSlidingWindowAttentionLayer
+from transformers.cache_utils import LinearAttentionAndSlidingWindowAttentionLayer
 
 from hf_jetflow import JetFlowConfig
 from hf_jetflow.batch_caches import BatchRows
 from hf_jetflow.caches import HeadCache, check_target_cache, commit_path
-from hf_jetflow.growing_cache import GrowingLayer, grow_layers, settle_layers
 from hf_jetflow.target import Context, Target
 from hf_jetflow.tree import DraftTree, ancestor_mask
 
@@ -61,53 +60,6 @@ def test_layers_are_extended_one_after_another_without_mixing():
         for layer in range(3):
             keys, _ = cache.extend(layer, rows(length, length + 300, layer), rows(0, 300), num_context=300)
             assert torch.equal(keys, rows(0, length + 300, layer))
-
-
-def test_a_growing_layer_holds_what_an_ordinary_one_holds():
-    generator = torch.Generator().manual_seed(3)
-    layers = [DynamicLayer(), GrowingLayer()]
-    for step in range(60):  # 60 steps outgrow the first buffer
-        new = torch.randn(2, HEADS, int(torch.randint(1, 20, (1,), generator=generator)), DIM, generator=generator)
-        removed = int(torch.randint(0, 8, (1,), generator=generator))
-        for layer in layers:
-            layer.update(new, new + 0.5)
-            layer.crop(-min(removed, layer.get_seq_length()))
-            if step == 20:
-                layer.reorder_cache(torch.tensor([1, 0]))
-        assert torch.equal(layers[0].keys, layers[1].keys)
-        assert torch.equal(layers[0].values, layers[1].values)
-    assert layers[1].get_seq_length() > 300
-    for layer in layers:
-        layer.reset()
-        layer.update(new, new)
-    assert torch.equal(layers[0].keys, layers[1].keys)
-
-
-def test_a_growing_layer_leaves_its_rows_where_they_are():
-    layer = GrowingLayer()
-    layer.update(rows(0, 10), rows(0, 10))
-    place = layer.keys.data_ptr()
-    for start in range(10, 200, 10):
-        layer.update(rows(start, start + 10), rows(start, start + 10))
-    assert layer.keys.data_ptr() == place
-    assert torch.equal(layer.keys, rows(0, 200))
-
-
-def test_a_cache_grows_and_settles_with_the_rows_of_the_caller_untouched():
-    cache = DynamicCache()
-    for layer in range(2):
-        cache.update(rows(0, 10, layer), rows(0, 10, layer), layer)
-    held = cache.layers[0].keys
-    grow_layers(cache)
-    assert {type(layer) for layer in cache.layers} == {GrowingLayer}
-    cache.update(rows(10, 14), rows(10, 14), 0)
-    settle_layers(cache)
-    assert {type(layer) for layer in cache.layers} == {DynamicLayer}
-    assert torch.equal(held, rows(0, 10))
-    assert torch.equal(cache.layers[0].keys, rows(0, 14))
-    cache.update(rows(14, 15), rows(14, 15), 0)
-    assert torch.equal(cache.layers[0].keys, rows(0, 15))
-    assert cache.layers[1].get_seq_length() == 10
 
 
 def test_positions_of_the_context_accumulate():
@@ -187,6 +139,18 @@ def test_a_commit_moves_the_accepted_rows_only():
     kept = torch.cat([rows(0, 7), rows(9, 10)], dim=2)
     assert torch.equal(cache.layers[0].keys, kept)
     assert torch.equal(cache.layers[0].values, kept + 0.5)
+
+
+@pytest.mark.parametrize("path", [[], [0], [0, 1], [0, 1, 2, 3], [0, 1, 3]], ids=str)
+def test_nodes_that_lie_where_they_belong_are_not_moved(path, monkeypatch):
+    moved = []
+    original = torch.Tensor.index_copy_
+    monkeypatch.setattr(torch.Tensor, "index_copy_", lambda *call: moved.append(call[2].tolist()) or original(*call))
+    cache = DynamicCache()
+    cache.update(rows(0, 10), rows(0, 10), 0)
+    commit_path(cache, torch.tensor(path, dtype=torch.long), num_rows=4)
+    assert cache.layers[0].keys[0, 0, :, 0].tolist() == [*range(6), *(6 + node for node in path)]
+    assert moved == ([[8]] * 2 if path == [0, 1, 3] else [])
 
 
 @torch.no_grad()
