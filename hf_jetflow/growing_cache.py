@@ -11,6 +11,39 @@ from transformers.cache_utils import DynamicLayer
 MAX_SHARING = 8  # layers in one buffer: more would mean fewer moves, but more rows to hold twice while it grows
 
 
+class _Room:
+    """Buffers for the rows of layers of one shape. It knows none of the layers: a cache that referred to itself would
+    not be freed at once."""
+
+    def __init__(self, num_layers: int = 1):
+        self.num_layers = num_layers
+        self.buffers: tuple[torch.Tensor, ...] = ()  # of keys and of values, (layers, batch, heads, capacity, dim)
+
+    def is_for(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        """Whether there are no buffers yet, or some for rows like these."""
+        return not self.buffers or all(
+            _kind(buffer[0]) == _kind(rows) for buffer, rows in zip(self.buffers, (keys, values), strict=True)
+        )
+
+    def has(self, num_rows: int) -> bool:
+        """Whether so many rows of a layer fit in."""
+        return bool(self.buffers) and self.buffers[0].shape[-2] >= num_rows
+
+    def renew(self, keys: torch.Tensor, values: torch.Tensor, num_rows: int) -> None:
+        """Larger buffers, still empty, for rows like these."""
+        buffers = []
+        for rows in (keys, values):
+            batch, heads, _, dim = rows.shape
+            capacity = num_rows + max(num_rows // 4, 256)
+            buffers.append(rows.new_empty(self.num_layers, batch, heads, capacity, dim))
+        self.buffers = tuple(buffers)
+
+
+def _kind(rows: torch.Tensor) -> tuple[Any, ...]:
+    batch, heads, _, dim = rows.shape
+    return batch, heads, dim, rows.dtype, rows.device
+
+
 class GrowingLayer(DynamicLayer):
     """
     A layer of the target's cache that shares its buffers with other layers of the same shape.
@@ -19,16 +52,16 @@ class GrowingLayer(DynamicLayer):
     behind their end, such as rows that were cropped, is overwritten by the next `update`.
 
     Args:
-        layers (`list[GrowingLayer]`, *optional*): The growing layers of the cache; this one joins them.
+        room (`_Room`, *optional*): Where it shares one; its own by default.
+        place (`int`): Its place there.
     """
 
-    def __init__(self, layers: "list[GrowingLayer] | None" = None):
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def __init__(self, room: _Room | None = None, place: int = 0):
         super().__init__()
-        self._layers = [] if layers is None else layers
-        self._layers.append(self)
-        self._buffers: tuple[torch.Tensor, ...] = ()  # of keys and of values, (layers, batch, heads, capacity, dim)
-        self._place = 0  # in the buffers
-        self._lie: tuple[Any, ...] = ()  # where its rows lie there
+        self._room, self._place = room or _Room(), place
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -39,11 +72,12 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.hold(key_states[:, :, :0], value_states[:, :, :0])
         start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
-        if not self.shared_buffers or self._buffers[0].shape[-2] < end:
-            self._make_room(end)
-        for buffer, rows in zip(self._buffers, (key_states, value_states), strict=True):
+        if not (self._room.has(end) and self.shared_buffers):
+            self._move_in(end)
+        for buffer, rows in zip(self._room.buffers, (key_states, value_states), strict=True):
             buffer[self._place, :, :, start:end] = rows
-        self._show(end)
+        keys, values = self._room.buffers
+        self.keys, self.values = keys[self._place, :, :, :end], values[self._place, :, :, :end]
         return self.keys, self.values
 
     def hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -55,45 +89,38 @@ class GrowingLayer(DynamicLayer):
     def shared_buffers(self) -> tuple[torch.Tensor, ...]:
         """Those of keys and of values, (layers, batch, heads, capacity, dim); none where the rows do not lie in them,
         as at first, or since a caller has reordered or replaced them."""
-        return self._buffers if _lie(self.keys, self.values) == self._lie else ()
+        for buffer, rows in zip(self._room.buffers, (self.keys, self.values), strict=False):
+            place = buffer.data_ptr() + self._place * buffer.stride(0) * buffer.element_size()
+            if rows.data_ptr() != place or rows.stride() != buffer.stride()[1:]:
+                return ()
+        return self._room.buffers
 
-    def _make_room(self, num_rows: int) -> None:
-        """New buffers for more than `num_rows` rows of this layer and of others that are like it by now."""
-        alike = [layer for layer in self._layers if layer.is_initialized and layer._shape == self._shape]
-        first = alike.index(self) // MAX_SHARING * MAX_SHARING
-        alike = alike[first : first + MAX_SHARING]
-        buffers = []
-        for rows in (self.keys, self.values):
-            batch, heads, _, dim = rows.shape
-            buffers.append(rows.new_empty(len(alike), batch, heads, num_rows + max(num_rows // 4, 256), dim))
-        for place, layer in enumerate(alike):
-            length = layer.keys.shape[2]
-            for buffer, rows in zip(buffers, (layer.keys, layer.values), strict=True):
-                buffer[place, :, :, :length] = rows
-            layer._buffers, layer._place = tuple(buffers), place
-            layer._show(length)
-            layer._lie = _lie(*(buffer[place] for buffer in buffers))
-
-    @property
-    def _shape(self) -> tuple[Any, ...]:
-        return self.keys.shape, self.values.shape, self.keys.dtype, self.keys.device
-
-    def _show(self, length: int) -> None:
-        self.keys, self.values = (buffer[self._place, :, :, :length] for buffer in self._buffers)
-
-
-def _lie(keys: torch.Tensor, values: torch.Tensor) -> tuple[Any, ...]:
-    return keys.data_ptr(), keys.stride(), values.data_ptr(), values.stride()
+    def _move_in(self, num_rows: int) -> None:
+        """Bring the rows to buffers with room for `num_rows`; the layers that share them follow one by one."""
+        if not self._room.is_for(self.keys, self.values):
+            self._room, self._place = _Room(), 0
+        if not self._room.has(num_rows):
+            self._room.renew(self.keys, self.values, num_rows)
+        for buffer, rows in zip(self._room.buffers, (self.keys, self.values), strict=True):
+            buffer[self._place, :, :, : rows.shape[2]] = rows
 
 
 def grow_layers(cache: DynamicCache) -> None:
     """Give the rows of the cache's ordinary layers room to grow, for the time of a generation."""
-    layers: list[GrowingLayer] = []
+    rooms: dict[tuple[Any, ...], _Room] = {}
     for index, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:
-            cache.layers[index] = grown = GrowingLayer(layers)
-            if layer.get_seq_length():
-                grown.hold(layer.keys, layer.values)
+        if type(layer) is not DynamicLayer:
+            continue
+        if not layer.get_seq_length():
+            cache.layers[index] = GrowingLayer()
+            continue
+        kind = (_kind(layer.keys), _kind(layer.values))
+        room = rooms.get(kind)
+        if room is None or room.num_layers == MAX_SHARING:
+            room = rooms[kind] = _Room(0)
+        cache.layers[index] = grown = GrowingLayer(room, room.num_layers)
+        room.num_layers += 1
+        grown.hold(layer.keys, layer.values)
 
 
 def settle_layers(cache: DynamicCache) -> None:

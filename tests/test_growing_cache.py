@@ -1,5 +1,9 @@
 """Layers with room to grow hold what ordinary ones hold, whatever is committed, cropped or replaced in between."""
 
+import copy
+import gc
+import weakref
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -91,6 +95,56 @@ def test_only_layers_of_one_shape_share_a_buffer():
     assert num_buffers(cache.layers) == 3
 
 
+def test_a_copy_shares_buffers_of_its_own():
+    cache = DynamicCache()
+    for layer in range(3):
+        cache.update(rows(0, 10, layer), rows(0, 10, layer), layer)
+    grow_layers(cache)
+    for layer in range(3):
+        cache.update(rows(10, 12, layer), rows(10, 12, layer), layer)
+    copied = copy.deepcopy(cache)
+    places = [layer.keys.data_ptr() for layer in copied.layers]
+    for layer in range(3):
+        copied.update(rows(50, 55, layer), rows(50, 55, layer), layer)
+        cache.update(rows(12, 13, layer), rows(12, 13, layer), layer)
+        assert torch.equal(copied.layers[layer].keys, torch.cat([rows(0, 12, layer), rows(50, 55, layer)], dim=2))
+        assert torch.equal(cache.layers[layer].keys, rows(0, 13, layer))
+    assert [layer.keys.data_ptr() for layer in copied.layers] == places, "the copy's rows were copied once more"
+    assert num_buffers(copied.layers) == 1
+    assert num_buffers(copied.layers + cache.layers) == 2
+
+
+def test_a_cache_that_is_let_go_is_freed_at_once():
+    cache = DynamicCache()
+    for layer in range(3):
+        cache.update(rows(0, 10, layer), rows(0, 10, layer), layer)
+    grow_layers(cache)
+    cache.update(rows(10, 12), rows(10, 12), 0)
+    buffer = weakref.ref(cache.layers[0].shared_buffers[0])
+    gc.disable()
+    try:
+        del cache
+        assert buffer() is None
+    finally:
+        gc.enable()
+
+
+def test_a_layer_whose_batch_changes_leaves_the_others():
+    cache = DynamicCache()
+    for layer in range(3):
+        cache.update(rows(0, 10, layer), rows(0, 10, layer), layer)
+    grow_layers(cache)
+    for layer in range(3):
+        cache.update(rows(10, 12, layer), rows(10, 12, layer), layer)
+    cache.layers[1].batch_repeat_interleave(2)
+    for layer in range(3):
+        new = rows(12, 14, layer)
+        cache.update(*[new.repeat_interleave(2, dim=0) if layer == 1 else new] * 2, layer)
+        assert torch.equal(cache.layers[layer].keys[:1], rows(0, 14, layer))
+    assert cache.layers[1].keys.shape[0] == 2
+    assert num_buffers(cache.layers) == 2
+
+
 def test_keys_and_values_may_differ_in_shape():
     layers = [GrowingLayer(), DynamicLayer()]
     for start in (0, 4, 300):
@@ -122,9 +176,9 @@ def test_paths_are_committed_as_in_ordinary_layers(seed, is_replaced):
                 commit_path(cache, path, num_rows)
             elif cache is caches[0]:
                 grow_layers(cache)
-            if is_replaced and step % 7 == 3:
+            if is_replaced and step % 7 == 3:  # step 38 is the last
                 cache.layers[3].keys = cache.layers[3].keys + 1
         for layer, ordinary in zip(*(cache.layers for cache in caches), strict=True):
             assert torch.equal(layer.keys, ordinary.keys)
             assert torch.equal(layer.values, ordinary.values)
-    assert num_buffers(caches[0].layers[:-1]) == 2 or is_replaced
+    assert num_buffers(caches[0].layers[:-1]) == 2
