@@ -136,6 +136,12 @@ class ZeroLinear(DraftLinear):
     """A projection whose weights start at zero."""
 
 
+class GatedUnit(nn.Module):
+    def forward(self, projected: torch.Tensor) -> torch.Tensor:
+        gate, up = projected.chunk(2, dim=-1)
+        return nn.functional.silu(gate) * up
+
+
 class BranchCorrection(nn.Module):
     """
     Conditions a node's scores on the tokens of its branch, which the block, all MASK behind the anchor, cannot see.
@@ -154,6 +160,7 @@ class BranchCorrection(nn.Module):
         self.token_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
         self.slot_proj = DraftLinear(hidden, 2 * width, bias=False)
         self.token_proj = DraftLinear(hidden, 2 * width, bias=False)
+        self.gate = GatedUnit()  # inner rows (..., width) of the sum of the parts (..., 2 x width)
         self.down_proj = ZeroLinear(width, hidden, bias=False)
         self.has_state = config.branch_correction == "path"
         if self.has_state:
@@ -172,11 +179,6 @@ class BranchCorrection(nn.Module):
     def project_states(self, states: torch.Tensor) -> torch.Tensor:
         """The part that branches with the same parent share: (..., hidden) to (..., 2 x width)."""
         return self.state_proj(self.state_norm(states))
-
-    def gate(self, projected: torch.Tensor) -> torch.Tensor:
-        """The gated layer's inner rows, of the sum of its parts: (..., 2 x width) to (..., width)."""
-        gate, up = projected.chunk(2, dim=-1)
-        return nn.functional.silu(gate) * up
 
     def carry(self, inner: torch.Tensor, states: torch.Tensor | None) -> torch.Tensor:
         """States (..., hidden) of branches behind a depth, of its inner rows and their states before it."""

@@ -15,6 +15,7 @@ from .tree import Candidates, DraftTree, trim_tree
 
 
 MAX_CONTEXT = 2048  # newest tokens that are searched
+SHORT_SEARCH = 16_384  # branches x places of a depth
 MAX_MATCH = 32  # tokens of a match that are counted
 
 
@@ -38,8 +39,8 @@ class ContextNgrams:
         self._ids, self._next_ids = ids[..., :-1], ids[..., 1:]
         self._tokens = candidates.tokens
         self._weights = torch.tensor(weights, dtype=torch.float32, device=device)
-        self._lengths = torch.arange(1, longest + 1, dtype=torch.int8, device=device)[:, None]
-        matches = torch.zeros_like(self._ids, dtype=torch.int8)
+        self._lengths = torch.arange(1, longest + 1, dtype=torch.int16, device=device)[:, None]
+        matches = torch.zeros_like(self._ids, dtype=torch.int16)
         for back in reversed(range(min(longest, ids.shape[-1]))):
             earlier = pad(self._ids, (back, 0), value=-1)[..., : self._ids.shape[-1]]
             matches = (matches + 1) * (earlier == ids[..., -1 - back, None])
@@ -55,10 +56,11 @@ class ContextNgrams:
         """
         if depth:
             places = parents[..., None].expand(*parents.shape, self._ids.shape[-1])
-            before = pad(self._matches.gather(-2, places), (1, 0))[..., :-1].clamp_max(len(self._weights) - 1)
+            before = pad(self._matches.gather(-2, places), (1, 0))[..., :-1]
             self._matches = (before + 1) * (self._ids.unsqueeze(-2) == tokens[..., None])
         matches, next_ids = self._matches, self._next_ids
-        if matches.device.type == "cpu":  # elsewhere the host would have to wait for the places
+        # Few places match. Off the CPU the host would have to wait for them, and in a short text it is not worth it.
+        if matches.device.type == "cpu" and matches.numel() > SHORT_SEARCH:
             places = matches.flatten(0, -2).any(0).nonzero()[:, 0]
             matches, next_ids = matches[..., places], next_ids[..., places]
         is_match = (matches.unsqueeze(-2) >= self._lengths).float()  # (..., branches, lengths, places)

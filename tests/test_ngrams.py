@@ -5,7 +5,7 @@ import torch
 from conftest import make_prompt
 from reference import assert_same_text
 
-from hf_jetflow import JetFlowConfig
+from hf_jetflow import JetFlowConfig, ngrams
 from hf_jetflow.configuration_jetflow import NGRAM_WEIGHTS
 from hf_jetflow.drafting import JetFlowCandidateGenerator
 from hf_jetflow.ngrams import MAX_CONTEXT, ContextNgrams
@@ -17,14 +17,14 @@ VOCAB, DEPTHS, WIDTH = 9, 5, 6
 WEIGHTS = [0.5, 2.0, 1.0]
 
 
-def branches(ngrams, generator, batch=()):
+def branches(of_context, generator, batch=()):
     """Random frontiers, depth by depth, and their votes."""
     parents, tokens = torch.zeros(*batch, 1, dtype=torch.long), torch.zeros(*batch, 1, dtype=torch.long)
     for depth in range(DEPTHS):
         if depth:
             parents = torch.randint(0, 1 if depth == 1 else 3, (*batch, 3), generator=generator)
             tokens = torch.randint(0, VOCAB, (*batch, 3), generator=generator)
-        yield depth, parents, tokens, ngrams(depth, parents, tokens)
+        yield depth, parents, tokens, of_context(depth, parents, tokens)
 
 
 def random_candidates(generator, batch=()):
@@ -34,7 +34,9 @@ def random_candidates(generator, batch=()):
 
 @pytest.mark.parametrize("length", [1, 2, 3, 40])
 @pytest.mark.parametrize("weights", [WEIGHTS, [1.0], list(NGRAM_WEIGHTS)])
-def test_votes_are_those_counted_by_hand(weights, length):
+@pytest.mark.parametrize("short", [0, 16_384], ids=["only places that match", "all places"])
+def test_votes_are_those_counted_by_hand(weights, length, short, monkeypatch):
+    monkeypatch.setattr(ngrams, "SHORT_SEARCH", short)
     generator = torch.Generator().manual_seed(length)
     text = torch.randint(0, VOCAB, (length,), generator=generator)
     candidates = random_candidates(generator)
