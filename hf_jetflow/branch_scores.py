@@ -67,7 +67,7 @@ class TokenParts:
         if tokens.device.type != "cpu":
             return self._project(tokens)
         token_ids = tokens.tolist()
-        wanted = dict.fromkeys(token_ids if soon is None else [*token_ids, *soon.tolist()])
+        wanted = dict.fromkeys(token_ids if soon is None else [*token_ids, *soon.flatten().tolist()])
         unknown = [token for token in wanted if token not in self._places]
         if len(self._places) + len(unknown) > MAX_KEPT_TOKENS:
             self._places, unknown = {}, list(dict.fromkeys(token_ids))
@@ -116,7 +116,7 @@ class Correction:
         self._correction, self._token_parts, self._weights = correction, token_parts, weights
         self._slots = correction.project_slots(rows)
         self._candidate_logits = candidate_logits
-        self._likely_tokens = candidates.tokens[..., 1:-1, :NUM_LIKELY].flatten()  # of branches of two tokens and more
+        self._likely_tokens = candidates.tokens[..., 1:-1, :NUM_LIKELY]  # of branches of two tokens and more
         # Of the branches of the depth before, one after the other: inner rows, and states before that depth.
         self._inner: torch.Tensor | None = None
         self._states: torch.Tensor | None = None

@@ -62,6 +62,7 @@ class GrowingLayer(DynamicLayer):
     def __init__(self, room: _Room | None = None, place: int = 0):
         super().__init__()
         self._room, self._place = room or _Room(), place
+        self._shown: tuple[Any, ...] = (None, None, None)  # keys, values and the buffers that `show` took them from
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -76,9 +77,14 @@ class GrowingLayer(DynamicLayer):
             self._move_in(end)
         for buffer, rows in zip(self._room.buffers, (key_states, value_states), strict=True):
             buffer[self._place, :, :, start:end] = rows
-        keys, values = self._room.buffers
-        self.keys, self.values = keys[self._place, :, :, :end], values[self._place, :, :, :end]
+        self.show(end)
         return self.keys, self.values
+
+    def show(self, num_rows: int) -> None:
+        """Hold the first rows of its place in the buffers."""
+        keys, values = self._room.buffers
+        self.keys, self.values = keys[self._place, :, :, :num_rows], values[self._place, :, :, :num_rows]
+        self._shown = self.keys, self.values, self._room.buffers
 
     def hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Begin with these rows (batch, heads, rows, dim), which are copied once more follow."""
@@ -89,6 +95,9 @@ class GrowingLayer(DynamicLayer):
     def shared_buffers(self) -> tuple[torch.Tensor, ...]:
         """Those of keys and of values, (layers, batch, heads, capacity, dim); none where the rows do not lie in them,
         as at first, or since a caller has reordered or replaced them."""
+        now = self.keys, self.values, self._room.buffers
+        if all(one is other for one, other in zip(now, self._shown, strict=True)):
+            return self._room.buffers
         for buffer, rows in zip(self._room.buffers, (self.keys, self.values), strict=False):
             place = buffer.data_ptr() + self._place * buffer.stride(0) * buffer.element_size()
             if rows.data_ptr() != place or rows.stride() != buffer.stride()[1:]:

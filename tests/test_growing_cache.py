@@ -95,6 +95,20 @@ def test_only_layers_of_one_shape_share_a_buffer():
     assert num_buffers(cache.layers) == 3
 
 
+def test_layers_that_share_a_buffer_outgrow_it_together():
+    cache = DynamicCache()
+    for layer in range(3):
+        cache.update(rows(0, 10, layer), rows(0, 10, layer) + 0.5, layer)
+    grow_layers(cache)
+    for start in range(10, 1200, 70):
+        for layer in range(3):
+            new = rows(start, start + 70, layer)
+            keys, values = cache.update(new, new + 0.5, layer)
+            assert torch.equal(keys, rows(0, start + 70, layer))
+            assert torch.equal(values, rows(0, start + 70, layer) + 0.5)
+        assert num_buffers(cache.layers) == 1
+
+
 def test_a_copy_shares_buffers_of_its_own():
     cache = DynamicCache()
     for layer in range(3):
