@@ -114,10 +114,9 @@ def build_tree(
             scores = logprobs[-1][..., rows] + candidates.logprobs[..., depth, :][..., columns]
         else:
             grid = logprobs[-1][..., None] + scorer(depth, places, tokens[-1])
-            rows, columns = _grid(*grid.shape[-2:], device)
+            best = None
             if width is not None and width < min(most, grid.shape[-1]):
                 grid, best = grid.topk(width, dim=-1)
-                rows, columns = _grid(*grid.shape[-2:], device)[0], best.flatten(-2)
             scores = grid.flatten(-2)
         scores, chosen = scores.topk(min(most, scores.shape[-1]))
         if scorer is not None and device.type == "cpu":  # elsewhere the host would have to wait for the count
@@ -125,8 +124,11 @@ def build_tree(
             if not num_in_reach:
                 break
             scores, chosen = scores[..., :num_in_reach], chosen[..., :num_in_reach]
-        places = rows[chosen]
-        columns = columns[chosen] if columns.dim() == 1 else columns.gather(-1, chosen)
+        if scorer is None:
+            places, columns = rows[chosen], columns[chosen]
+        else:
+            places = chosen // grid.shape[-1]
+            columns = chosen % grid.shape[-1] if best is None else best.flatten(-2).gather(-1, chosen)
         tokens.append(candidates.tokens[..., depth, :].gather(-1, columns))
         parents.append(places + (sum(sizes) - sizes[-1]))
         logprobs.append(scores)
@@ -228,13 +230,6 @@ def _promising_pairs(branches: int, width: int, most: int, device: torch.device)
     columns = torch.arange(width, device=device)[None, :]
     pairs = ((rows + 1) * (columns + 1) <= most).nonzero()
     return pairs[:, 0].contiguous(), pairs[:, 1].contiguous()
-
-
-@lru_cache(maxsize=256)
-def _grid(branches: int, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row and column of every cell of a (branches, width) grid, row by row."""
-    cells = torch.arange(branches * width, device=device)
-    return cells // width, cells % width
 
 
 @lru_cache(maxsize=256)
