@@ -20,12 +20,12 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import __version__
-from .bare_forwards import time_bare_forwards, usual_node_counts
 from .bench_log import BenchLog
 from .bench_prompts import PromptSet, make_prompt_sets
 from .bench_rows import make_row
 from .bench_runs import CACHES, Run, Variant, timed_run
 from .blocks import measure_agreement
+from .forward_times import time_forwards, usual_node_counts
 from .modeling_jetflow import JetFlowHead
 from .rivals import RIVALS, is_rival, rival_kwargs
 from .target import Target
@@ -195,7 +195,7 @@ class _Bench:
         """One row for every variant."""
         plan, is_warm = self._plan, False
         runs: list[list[Run]] = [[] for _ in self._variants]
-        bare: list[list[list[float]]] = []
+        forwards: list[list[list[float]]] = []
         for repeat in range(plan.repeats):
             for number in range(len(prompt_set.batches)):
                 place = (*prompt_set.place, temperature, f"run {repeat} {number}")
@@ -207,7 +207,7 @@ class _Bench:
                     self._log.add([asdict(run) for run in answers], *place)
                 for of_variant, fields in zip(runs, self._log.get(*place), strict=True):
                     of_variant.append(Run(**fields))
-                bare.append(self._bare_forwards(prompt_set, temperature, number, [of[-1] for of in runs]))
+                forwards.append(self._forwards(prompt_set, temperature, number, [of[-1] for of in runs]))
                 self._done += len(self._variants)
                 self._report(prompt_set)
         facts = {
@@ -220,7 +220,7 @@ class _Bench:
             "prompt_tokens": prompt_set.median_length,
         }
         return [
-            {**facts, **make_row(variant, of_variant, runs[0], bare)}
+            {**facts, **make_row(variant, of_variant, runs[0], forwards)}
             for variant, of_variant in zip(self._variants, runs, strict=True)
         ]
 
@@ -260,18 +260,16 @@ class _Bench:
             limit = plan.max_new_tokens if is_static else min(plan.max_new_tokens, tokens)
             self._run(variant, batch, temperature, max_new_tokens=limit)
 
-    def _bare_forwards(
-        self, prompt_set: PromptSet, temperature: float, number: int, runs: list[Run]
-    ) -> list[list[float]]:
-        """What `time_bare_forwards` finds on a prompt with the first half of its plain answer, given its runs; it
-        repeats forwards with copies of growing caches of one sequence only."""
+    def _forwards(self, prompt_set: PromptSet, temperature: float, number: int, runs: list[Run]) -> list[list[float]]:
+        """What `time_forwards` finds on a prompt with the first half of its plain answer, given its runs; for growing
+        caches of one sequence only."""
         if self._plan.cache != "dynamic" or prompt_set.batch_size > 1:
             return []
-        place = (*prompt_set.place, temperature, f"bare forwards {number}")
+        place = (*prompt_set.place, temperature, f"forwards {number}")
         if self._log.get(*place) is None:
             context_ids = prompt_set.prompt_ids[number] + runs[0].new_ids[: len(runs[0].new_ids) // 2]
             node_counts = usual_node_counts(runs)
-            self._log.add(time_bare_forwards(self._target, self._head, context_ids, node_counts), *place)
+            self._log.add(time_forwards(self._target, self._head, context_ids, node_counts), *place)
         return self._log.get(*place)
 
     def agreement(self, prompt_set: PromptSet) -> dict[str, list[float]]:

@@ -4,18 +4,18 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from .bare_forwards import bare_round_seconds, rounds_by_nodes
 from .bench_runs import Run, Variant
+from .forward_times import forward_seconds, rounds_by_nodes
 
 
-def make_row(variant: Variant, runs: Sequence[Run], plain: Sequence[Run], bare: Sequence[Any]) -> dict[str, Any]:
+def make_row(variant: Variant, runs: Sequence[Run], plain: Sequence[Run], forwards: Sequence[Any]) -> dict[str, Any]:
     """
     The figures of one variant.
 
     Args:
         runs: Its runs, prompt by prompt.
         plain: The plain runs of the same prompts, which speedups are ratios to.
-        bare: What `time_bare_forwards` found beside each run, empty if nothing.
+        forwards: What `time_forwards` found beside each run, empty if nothing.
 
     Returns:
         `dict`: The fields described in docs/benchmarks.md. A speedup is the median over the runs of (plain
@@ -34,7 +34,7 @@ def make_row(variant: Variant, runs: Sequence[Run], plain: Sequence[Run], bare: 
     num_rounds, num_decoded = sum(run.num_rounds for run in runs), sum(run.num_decoded for run in runs)
     decode_seconds = sum(run.decode_seconds for run in runs)
     per_round = decode_seconds / num_rounds if num_rounds else None
-    bare_parts = bare_round_seconds(runs, bare)
+    parts = forward_seconds(runs, forwards)
     return {
         "method": variant.method,
         "node_budget": variant.node_budget,
@@ -51,8 +51,8 @@ def make_row(variant: Variant, runs: Sequence[Run], plain: Sequence[Run], bare: 
         "identical_to_plain": round(sum(run.new_ids == of_plain.new_ids for of_plain, run in pairs) / len(runs), 4),
         "seconds_per_round": _rounded(per_round, 6),
         "round_seconds": _round_seconds(runs),
-        "bare_round_seconds": bare_parts and {part: round(seconds, 6) for part, seconds in bare_parts.items()},
-        "loop_efficiency": _rounded(sum(bare_parts.values()) / per_round if bare_parts and per_round else None, 3),
+        "forward_seconds": parts and {part: round(seconds, 6) for part, seconds in parts.items()},
+        "loop_efficiency": parts and round((sum(parts.values()) - parts["round"]) / parts["round"], 3),
         "rounds_by_nodes": _shares(rounds_by_nodes(runs)),
         "acceptance_by_depth": _acceptance(runs),
     }

@@ -67,7 +67,7 @@ ROOMS = {
         "bench_prompts",
         "bench_runs",
         "rivals",
-        "bare_forwards",
+        "forward_times",
         "bench_rows",
         "bench_log",
         "bench",
