@@ -7,15 +7,15 @@ head's scores, node by node, and go on where the block ends.
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from .tree import Candidates, DraftTree, trim_tree
 
 
 MAX_CONTEXT = 2048  # newest tokens that are searched
+SHORT_SEARCH = 16_384  # branches x places of a depth
 MAX_MATCH = 32  # tokens of a match that are counted
 
 
@@ -27,9 +27,6 @@ class ContextNgrams:
     committed tokens before the anchor included. For each `n` the candidates share `weights[n - 1]`, by how often each
     of them came next at the places that match by `n` tokens or more.
 
-    Where the candidates are on the CPU this is reckoned with NumPy, whose calls cost a third of torch's on such small
-    arrays; elsewhere with torch, as the host would have to wait for the branches.
-
     Args:
         context_ids (`torch.Tensor`, (..., seq)): All committed tokens, the anchor last.
         candidates ([`~tree.Candidates`]): Proposals per depth.
@@ -38,19 +35,16 @@ class ContextNgrams:
 
     def __init__(self, context_ids: torch.Tensor, candidates: Candidates, weights: Sequence[float]):
         device, longest = candidates.tokens.device, len(weights)
-        self._on_host = _on_host(candidates.tokens)
-        self._xp: Any = np if self._on_host else torch
-        ids = self._rows(context_ids[..., -MAX_CONTEXT:].to(device), 1)
-        self._ids, self._next_ids = ids[:, :-1], ids[:, 1:]  # (sequences, places)
-        self._tokens = self._rows(candidates.tokens, 2)
-        self._weights = self._xp.asarray(weights, dtype=self._xp.float32)
-        self._lengths = self._xp.arange(1, longest + 1, dtype=self._xp.int16)[:, None]
-        if not self._on_host:
-            self._weights, self._lengths = self._weights.to(device), self._lengths.to(device)
-        matches = self._xp.zeros_like(self._ids, dtype=self._xp.int16)
+        ids = context_ids[..., -MAX_CONTEXT:].to(device)
+        self._ids, self._next_ids = ids[..., :-1], ids[..., 1:]
+        self._tokens = candidates.tokens
+        self._weights = torch.tensor(weights, dtype=torch.float32, device=device)
+        self._lengths = torch.arange(1, longest + 1, dtype=torch.int16, device=device)[:, None]
+        matches = torch.zeros_like(self._ids, dtype=torch.int16)
         for back in reversed(range(min(longest, ids.shape[-1]))):
-            matches = (matches + 1) * (self._moved(self._ids, back, -1) == ids[:, -1 - back, None])
-        self._matches = matches  # (branches of all sequences, places): tokens that match there
+            earlier = pad(self._ids, (back, 0), value=-1)[..., : self._ids.shape[-1]]
+            matches = (matches + 1) * (earlier == ids[..., -1 - back, None])
+        self._matches = matches.unsqueeze(-2)  # (..., branches, places): tokens that match there
 
     def __call__(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """
@@ -60,37 +54,20 @@ class ContextNgrams:
             parents (`torch.Tensor`, (..., branches)): Each branch's place among the branches of the depth before.
             tokens (`torch.Tensor`, (..., branches)): Their last tokens.
         """
-        xp, num_sequences, num_branches = self._xp, len(self._ids), parents.shape[-1]
         if depth:
-            first = xp.arange(0, len(self._matches), len(self._matches) // num_sequences)[:, None]
-            places = self._rows(parents, 1) + (first if self._on_host else first.to(parents.device))
-            before = self._moved(self._matches[places.reshape(-1)], 1, 0)
-            is_last = self._ids[:, None] == self._rows(tokens, 1)[..., None]
-            self._matches = (before + 1) * is_last.reshape(before.shape)
+            places = parents[..., None].expand(*parents.shape, self._ids.shape[-1])
+            before = pad(self._matches.gather(-2, places), (1, 0))[..., :-1]
+            self._matches = (before + 1) * (self._ids.unsqueeze(-2) == tokens[..., None])
         matches, next_ids = self._matches, self._next_ids
-        if self._on_host:  # few places match
-            places = matches.any(0).nonzero()[0]
-            matches, next_ids = matches[:, places], next_ids[:, places]
-        is_match = xp.asarray(matches[:, None] >= self._lengths, dtype=xp.float32)  # (branches, lengths, places)
-        shares = self._weights / is_match.sum(-1).clip(1)
-        votes = (shares[..., None] * is_match).sum(1).reshape(num_sequences, num_branches, matches.shape[-1])
-        follows = xp.asarray(next_ids[..., None] == self._tokens[:, depth, None], dtype=xp.float32)
-        return torch.as_tensor(votes @ follows).view(*parents.shape, -1)
-
-    def _rows(self, values: torch.Tensor, num_dims: int) -> Any:
-        """An array whose leading dimensions are one, the sequences."""
-        rows = values.reshape(values.shape[:-num_dims].numel(), *values.shape[-num_dims:])
-        return rows.numpy() if self._on_host else rows
-
-    def _moved(self, rows: Any, by: int, fill: int) -> Any:
-        """Rows whose values are moved to later places."""
-        moved = self._xp.full_like(rows, fill)
-        moved[:, by:] = rows[:, : rows.shape[-1] - by]
-        return moved
-
-
-def _on_host(values: torch.Tensor) -> bool:
-    return values.device.type == "cpu"
+        # Few places match. Off the CPU the host would have to wait for them, and in a short text it is not worth it.
+        if matches.device.type == "cpu" and matches.numel() > SHORT_SEARCH:
+            places = matches.flatten(0, -2).any(0).nonzero()[:, 0]
+            matches, next_ids = matches[..., places], next_ids[..., places]
+        is_match = (matches.unsqueeze(-2) >= self._lengths).float()  # (..., branches, lengths, places)
+        shares = self._weights / is_match.sum(-1).clamp_min(1)
+        votes = (shares.unsqueeze(-2) @ is_match).squeeze(-2)
+        follows = next_ids.unsqueeze(-1) == self._tokens[..., depth, :].unsqueeze(-2)
+        return votes @ follows.float()
 
 
 def continue_tree(

@@ -34,9 +34,9 @@ def random_candidates(generator, batch=()):
 
 @pytest.mark.parametrize("length", [1, 2, 3, 40])
 @pytest.mark.parametrize("weights", [WEIGHTS, [1.0], list(NGRAM_WEIGHTS)])
-@pytest.mark.parametrize("on_host", [True, False], ids=["on the CPU", "elsewhere"])
-def test_votes_are_those_counted_by_hand(weights, length, on_host, monkeypatch):
-    monkeypatch.setattr(ngrams, "_on_host", lambda _: on_host)
+@pytest.mark.parametrize("short", [0, 16_384], ids=["only places that match", "all places"])
+def test_votes_are_those_counted_by_hand(weights, length, short, monkeypatch):
+    monkeypatch.setattr(ngrams, "SHORT_SEARCH", short)
     generator = torch.Generator().manual_seed(length)
     text = torch.randint(0, VOCAB, (length,), generator=generator)
     candidates = random_candidates(generator)
@@ -65,10 +65,8 @@ def in_committed(text: list[int], branch: list[int], weights: list[float]) -> di
     return votes
 
 
-@pytest.mark.parametrize("on_host", [True, False], ids=["on the CPU", "elsewhere"])
-def test_a_batch_is_as_its_rows(on_host, monkeypatch):
+def test_a_batch_is_as_its_rows():
     """Rows of other lengths are padded in front by -1."""
-    monkeypatch.setattr(ngrams, "_on_host", lambda _: on_host)
     generator = torch.Generator().manual_seed(3)
     texts = [torch.randint(0, VOCAB, (length,), generator=generator) for length in (30, 12)]
     ids = torch.stack([texts[0], torch.cat([torch.full((18,), -1), texts[1]])])
