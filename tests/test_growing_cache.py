@@ -28,6 +28,15 @@ def cache_of(layers: list[DynamicLayer]) -> DynamicCache:
     return cache
 
 
+def grown_cache() -> DynamicCache:
+    """Three layers of ten rows with room to grow."""
+    cache = DynamicCache()
+    for layer in range(3):
+        cache.update(rows(0, 10, layer), rows(0, 10, layer), layer)
+    grow_layers(cache)
+    return cache
+
+
 def num_buffers(layers: list[GrowingLayer]) -> int:
     return len({id(layer.shared_buffers[0]) for layer in layers})
 
@@ -110,10 +119,7 @@ def test_layers_that_share_a_buffer_outgrow_it_together():
 
 
 def test_a_copy_shares_buffers_of_its_own():
-    cache = DynamicCache()
-    for layer in range(3):
-        cache.update(rows(0, 10, layer), rows(0, 10, layer), layer)
-    grow_layers(cache)
+    cache = grown_cache()
     for layer in range(3):
         cache.update(rows(10, 12, layer), rows(10, 12, layer), layer)
     copied = copy.deepcopy(cache)
@@ -129,10 +135,7 @@ def test_a_copy_shares_buffers_of_its_own():
 
 
 def test_a_cache_that_is_let_go_is_freed_at_once():
-    cache = DynamicCache()
-    for layer in range(3):
-        cache.update(rows(0, 10, layer), rows(0, 10, layer), layer)
-    grow_layers(cache)
+    cache = grown_cache()
     cache.update(rows(10, 12), rows(10, 12), 0)
     buffer = weakref.ref(cache.layers[0].shared_buffers[0])
     gc.disable()
@@ -144,10 +147,7 @@ def test_a_cache_that_is_let_go_is_freed_at_once():
 
 
 def test_a_layer_whose_batch_changes_leaves_the_others():
-    cache = DynamicCache()
-    for layer in range(3):
-        cache.update(rows(0, 10, layer), rows(0, 10, layer), layer)
-    grow_layers(cache)
+    cache = grown_cache()
     for layer in range(3):
         cache.update(rows(10, 12, layer), rows(10, 12, layer), layer)
     cache.layers[1].batch_repeat_interleave(2)
