@@ -214,15 +214,11 @@ def commit_path(cache: Cache, path: torch.Tensor, num_rows: int) -> None:
             layer.cumulative_length.add_(len(path) - num_rows)  # in place: compiled graphs hold on to it
         elif isinstance(layer, DynamicLayer) and (layer.is_sliding or len(path) < num_rows):
             start = layer.keys.shape[2] - num_rows
-            shared = layer.shared_buffers if isinstance(layer, GrowingLayer) else ()
-            states = shared or (layer.keys, layer.values)
-            if len(rows) and id(states[0]) not in moved:
-                _move(states, start, moves)
-                moved[id(states[0])] = states[0]
-            if isinstance(layer, GrowingLayer) and shared:
-                layer.show(start + len(path))
-            else:
-                _end_at(layer, start + len(path), num_rows - len(path))
+            if len(rows):
+                states = (isinstance(layer, GrowingLayer) and layer.shared_buffers) or (layer.keys, layer.values)
+                _move([buffer for buffer in states if id(buffer) not in moved], start, moves)
+                moved |= {id(buffer): buffer for buffer in states}
+            _end_at(layer, start + len(path), num_rows - len(path))
 
 
 def _move(buffers: Iterable[torch.Tensor], start: int | torch.Tensor, moves: Moves) -> None:
