@@ -16,7 +16,7 @@ NUM_LIKELY = 8  # candidates of each depth whose parts are made with those of th
 
 # changes(depth, shifts): turns shifts (..., branches, hidden) of a depth's row into logit changes of its candidates,
 # (..., branches, width).
-CandidateLogits = Callable[[int, torch.Tensor], torch.Tensor]
+LogitChanges = Callable[[int, torch.Tensor], torch.Tensor]
 
 
 class BranchScores:
@@ -80,7 +80,7 @@ class TokenParts:
             self._kept[num_kept : num_kept + len(unknown)] = parts
             self._places.update(zip(unknown, range(num_kept, num_kept + len(unknown)), strict=True))
         assert self._kept is not None
-        return self._kept[torch.tensor([self._places[token] for token in token_ids])]
+        return self._kept.index_select(0, torch.tensor([self._places[token] for token in token_ids]))
 
     def _project(self, tokens: torch.Tensor) -> torch.Tensor:
         weight = self._correction.token_proj.weight
@@ -100,7 +100,7 @@ class Correction:
         rows (`torch.Tensor`, (..., depth, hidden)): The head's rows.
         candidates ([`Candidates`]): Drafted by these rows.
         token_parts ([`TokenParts`]): Of the same correction.
-        candidate_logits: Turns shifts of a depth into logit changes of its candidates.
+        logit_changes: Turns shifts of a depth into logit changes of its candidates.
         weights ([`DraftWeights`]): Of head and target.
     """
 
@@ -110,12 +110,12 @@ class Correction:
         rows: torch.Tensor,
         candidates: Candidates,
         token_parts: TokenParts,
-        candidate_logits: CandidateLogits,
+        logit_changes: LogitChanges,
         weights: DraftWeights,
     ):
         self._correction, self._token_parts, self._weights = correction, token_parts, weights
         self._slots = correction.project_slots(rows)
-        self._candidate_logits = candidate_logits
+        self._logit_changes = logit_changes
         self._likely_tokens = candidates.tokens[..., 1:-1, :NUM_LIKELY]  # of branches of two tokens and more
         # Of the branches of the depth before, one after the other: inner rows, and states before that depth.
         self._inner: torch.Tensor | None = None
@@ -124,9 +124,9 @@ class Correction:
 
     def __call__(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         with self._weights.in_use():
-            return self._logit_changes(depth, parents, tokens)
+            return self._changes(depth, parents, tokens)
 
-    def _logit_changes(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    def _changes(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         correction, slots, shape = self._correction, self._slots[..., depth, :].unsqueeze(-2), tokens.shape
         likely = self._likely_tokens if self._inner is None else None
         projected = self._token_parts.of(tokens.flatten(), likely).view(*shape, -1).to(slots.device) + slots
@@ -143,11 +143,13 @@ class Correction:
         inner = correction.gate(projected)
         if correction.has_state:
             self._inner, self._num_before = inner.flatten(0, -2), shape[-1]
-        return self._candidate_logits(depth, correction.down_proj(inner))
+        return self._logit_changes(depth, correction.down_proj(inner))
 
 
 def _distinct(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Distinct ones of some numbers, and the place of each number among them."""
     if numbers.device.type == "cpu":
-        return torch.unique(numbers, return_inverse=True)
+        known = numbers.tolist()
+        places = {number: place for place, number in enumerate(dict.fromkeys(known))}
+        return torch.tensor(list(places)), torch.tensor([places[number] for number in known])
     return numbers, torch.arange(len(numbers), device=numbers.device)  # the host would have to wait for their count

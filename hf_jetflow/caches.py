@@ -182,7 +182,7 @@ def most_static_nodes(num_free: int) -> int:
     return max(rows for rows in (*STATIC_ROWS, 1) if rows <= max(num_free, 1))
 
 
-def commit_path(cache: Cache, path: torch.Tensor, num_rows: int) -> None:
+def commit_path(cache: Cache, path: list[int], num_rows: int) -> None:
     """
     Keep the keys and values of the path, compacted behind the prefix, and drop the other nodes.
 
@@ -191,33 +191,37 @@ def commit_path(cache: Cache, path: torch.Tensor, num_rows: int) -> None:
     Args:
         cache (`DynamicCache` or `StaticCache`): The target's cache, whose last `num_rows` rows are the tree's nodes
             and, with a static cache, padding.
-        path (`torch.Tensor`, (length,)): Accepted node ids, root first, ascending; none drops all nodes.
+        path (`list[int]`): Accepted node ids, root first, ascending; none drops all nodes.
         num_rows (`int`): Rows of the verifying forward.
     """
     # The root is there already, and so are the nodes behind it whose numbers are their places on the path.
-    first = next((place for place, node in enumerate(path.tolist()) if place != node), len(path))
-    rows, places = path[first:], torch.arange(first, len(path))
+    first = next((place for place, node in enumerate(path) if place != node), len(path))
 
     @functools.cache  # alike for most layers
     def moves(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        return rows.to(device), places.to(device)
+        return torch.tensor(path[first:], device=device), torch.arange(first, len(path), device=device)
 
-    moved: dict[int, torch.Tensor] = {}
+    moved: dict[int, tuple[torch.Tensor, ...]] = {}  # buffers that layers share
     for layer in cache.layers:
         if isinstance(layer, EMPTY_LAYERS):
             continue
         if isinstance(layer, LinearAttentionLayer):
             drop_rows(layer, num_rows - len(path))
         if isinstance(layer, StaticLayer):
-            if len(rows):
+            if first < len(path):
                 _move((layer.keys, layer.values), layer.cumulative_length - num_rows, moves)
             layer.cumulative_length.add_(len(path) - num_rows)  # in place: compiled graphs hold on to it
         elif isinstance(layer, DynamicLayer) and (layer.is_sliding or len(path) < num_rows):
+            if isinstance(layer, GrowingLayer) and (buffers := layer.shared_buffers):
+                start = layer.get_seq_length() - num_rows
+                if first < len(path) and id(buffers) not in moved:
+                    _move(buffers, start, moves)
+                    moved[id(buffers)] = buffers
+                layer.show(start + len(path))
+                continue
             start = layer.keys.shape[2] - num_rows
-            if len(rows):
-                states = (isinstance(layer, GrowingLayer) and layer.shared_buffers) or (layer.keys, layer.values)
-                _move([buffer for buffer in states if id(buffer) not in moved], start, moves)
-                moved |= {id(buffer): buffer for buffer in states}
+            if first < len(path):
+                _move((layer.keys, layer.values), start, moves)
             _end_at(layer, start + len(path), num_rows - len(path))
 
 

@@ -6,13 +6,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch.nn.functional import embedding, linear, pad
+from torch.nn.functional import pad
 from transformers.generation.candidate_generator import CandidateGenerator
 
-from .branch_scores import BranchScores, CandidateLogits, Correction, TokenParts
+from .branch_scores import BranchScores, Correction, LogitChanges, TokenParts
 from .caches import UNSEEN_POSITION, HeadCache, StaticHeadCache
 from .draft_weights import DraftWeights, draft_weights
-from .modeling_jetflow import JetFlowHead
+from .modeling_jetflow import BranchCorrection, JetFlowHead
 from .ngrams import MAX_CONTEXT, ContextNgrams, continue_tree
 from .reuse import HeadContext
 from .target import Context, Target, TargetStates
@@ -175,7 +175,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             corrected = None
             if correction is not None:
                 corrected = Correction(
-                    correction, rows, candidates, self._token_parts, self._output(places), self._weights
+                    correction, rows, candidates, self._token_parts, self._output(correction, places), self._weights
                 )
             self.branch_scorer = BranchScores(candidates, ngrams, corrected)
         return candidates
@@ -216,17 +216,16 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             logits = self.target.output_logits(rows, self.head.draft_token_ids)
         return torch.log_softmax(self.head.shape_logits(logits.float()), dim=-1)
 
-    def _output(self, places: torch.Tensor) -> CandidateLogits:
+    def _output(self, correction: BranchCorrection, places: torch.Tensor) -> LogitChanges:
         """What turns shifts (..., branches, hidden) of a depth into logit changes of its candidates, (..., branches,
         width)."""
         if self._weights.projection is not None:
-            rows = embedding(places, self._weights.projection.weight)  # (..., depth, width, hidden)
+            weight = self._weights.projection.weight
 
             def products(depth: int, shifts: torch.Tensor) -> torch.Tensor:
-                of_depth, shifts = rows[..., depth, :, :], shifts.to(rows.device, rows.dtype)
-                if of_depth.shape[:-2].numel() == 1:  # one sequence: a plain product is faster than a batch of one
-                    return linear(shifts, of_depth.view(of_depth.shape[-2:]))
-                return shifts @ of_depth.transpose(-1, -2)
+                return correction.candidate_logits(
+                    shifts.to(weight.device, weight.dtype), weight, places[..., depth, :]
+                )
 
             return products
         target, token_ids = self.target, self.head.draft_token_ids
@@ -263,6 +262,9 @@ def _path_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Features (batch, length, ...) and positions (batch, length) of each sequence's path; shorter ones are padded
     with rows that no block sees."""
+    if len(paths) == 1:
+        index = torch.tensor(paths[0], device=features.device)
+        return features.index_select(1, index), position_ids.index_select(1, index)
     length = max(len(path) for path in paths)
     rows = torch.tensor([path + [0] * (length - len(path)) for path in paths])
     lengths = torch.tensor([len(path) for path in paths])

@@ -44,6 +44,10 @@ def _kind(rows: torch.Tensor) -> tuple[Any, ...]:
     return batch, heads, dim, rows.dtype, rows.device
 
 
+def _place_of(rows: torch.Tensor) -> tuple[Any, ...]:
+    return _kind(rows), rows.stride(), rows.data_ptr()
+
+
 class GrowingLayer(DynamicLayer):
     """
     A layer of the target's cache that shares its buffers with other layers of the same shape.
@@ -56,13 +60,43 @@ class GrowingLayer(DynamicLayer):
         place (`int`): Its place there.
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
-
     def __init__(self, room: _Room | None = None, place: int = 0):
-        super().__init__()
         self._room, self._place = room or _Room(), place
-        self._shown: tuple[Any, ...] = (None, None, None)  # keys, values and the buffers that `show` took them from
+        # The rows lie either in buffers, of which `_whole` is this layer's part, or, where there are none, by
+        # themselves: as at first, or since a caller has reordered or replaced them.
+        self._buffers: tuple[torch.Tensor, ...] = ()
+        self._whole: tuple[torch.Tensor, ...] = ()
+        self._lengths = [0, 0]  # rows of keys and of values in there
+        self._apart: list[torch.Tensor | None] = [None, None]
+        super().__init__()
+
+    @property
+    def keys(self) -> torch.Tensor:
+        return self._rows(0)
+
+    @keys.setter
+    def keys(self, rows: torch.Tensor | None) -> None:
+        self._set_rows(0, rows)
+
+    @property
+    def values(self) -> torch.Tensor:
+        return self._rows(1)
+
+    @values.setter
+    def values(self, rows: torch.Tensor | None) -> None:
+        self._set_rows(1, rows)
+
+    def _rows(self, which: int) -> Any:
+        return self._whole[which].narrow(2, 0, self._lengths[which]) if self._buffers else self._apart[which]
+
+    def _set_rows(self, which: int, rows: torch.Tensor | None) -> None:
+        if self._buffers:
+            whole = self._whole[which]
+            if rows is not None and _place_of(rows) == _place_of(whole):  # cropped
+                self._lengths[which] = rows.shape[2]
+                return
+            self._apart, self._buffers = [self.keys, self.values], ()
+        self._apart[which] = rows
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -72,19 +106,20 @@ class GrowingLayer(DynamicLayer):
             return super().update(key_states, value_states)
         if not self.is_initialized:
             self.hold(key_states[:, :, :0], value_states[:, :, :0])
-        start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
-        if not (self._room.has(end) and self.shared_buffers):
-            self._move_in(end)
-        for buffer, rows in zip(self._room.buffers, (key_states, value_states), strict=True):
-            buffer[self._place, :, :, start:end] = rows
-        self.show(end)
+        start, num_new = self.get_seq_length(), key_states.shape[2]
+        if not (self.shared_buffers and self._room.has(start + num_new)):
+            self._move_in(start + num_new)
+        for whole, rows in zip(self._whole, (key_states, value_states), strict=True):
+            whole.narrow(2, start, num_new).copy_(rows)
+        self.show(start + num_new)
         return self.keys, self.values
 
+    def get_seq_length(self) -> int:
+        return self._lengths[0] if self._buffers else super().get_seq_length()
+
     def show(self, num_rows: int) -> None:
-        """Hold the first rows of its place in the buffers."""
-        keys, values = self._room.buffers
-        self.keys, self.values = keys[self._place, :, :, :num_rows], values[self._place, :, :, :num_rows]
-        self._shown = self.keys, self.values, self._room.buffers
+        """Hold the first rows of its part of the buffers."""
+        self._lengths = [num_rows, num_rows]
 
     def hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Begin with these rows (batch, heads, rows, dim), which are copied once more follow."""
@@ -93,25 +128,20 @@ class GrowingLayer(DynamicLayer):
 
     @property
     def shared_buffers(self) -> tuple[torch.Tensor, ...]:
-        """Those of keys and of values, (layers, batch, heads, capacity, dim); none where the rows do not lie in them,
-        as at first, or since a caller has reordered or replaced them."""
-        now = self.keys, self.values, self._room.buffers
-        if all(one is other for one, other in zip(now, self._shown, strict=True)):
-            return self._room.buffers
-        for buffer, rows in zip(self._room.buffers, (self.keys, self.values), strict=False):
-            place = buffer.data_ptr() + self._place * buffer.stride(0) * buffer.element_size()
-            if rows.data_ptr() != place or rows.stride() != buffer.stride()[1:]:
-                return ()
-        return self._room.buffers
+        """Those of keys and of values, (layers, batch, heads, capacity, dim); none where the rows lie elsewhere."""
+        return self._buffers if self._buffers is self._room.buffers else ()
 
     def _move_in(self, num_rows: int) -> None:
         """Bring the rows to buffers with room for `num_rows`; the layers that share them follow one by one."""
-        if not self._room.is_for(self.keys, self.values):
+        known = self.keys, self.values
+        if not self._room.is_for(*known):
             self._room, self._place = _Room(), 0
         if not self._room.has(num_rows):
-            self._room.renew(self.keys, self.values, num_rows)
-        for buffer, rows in zip(self._room.buffers, (self.keys, self.values), strict=True):
-            buffer[self._place, :, :, : rows.shape[2]] = rows
+            self._room.renew(*known, num_rows)
+        self._buffers, self._apart = self._room.buffers, [None, None]
+        self._whole = tuple(buffer[self._place] for buffer in self._buffers)
+        for whole, rows in zip(self._whole, known, strict=True):
+            whole.narrow(2, 0, rows.shape[2]).copy_(rows)
 
 
 def grow_layers(cache: DynamicCache) -> None:

@@ -142,6 +142,18 @@ class GatedUnit(nn.Module):
         return nn.functional.silu(gate) * up
 
 
+class CandidateLogits(nn.Module):
+    """The output embedding, for some of its tokens only."""
+
+    def forward(self, shifts: torch.Tensor, weight: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Products (..., branches, width) of shifts (..., branches, hidden) and rows `places` (..., width) of a weight
+        (vocab, hidden)."""
+        rows = nn.functional.embedding(places, weight)
+        if rows.shape[:-2].numel() == 1:  # one sequence: a plain product is faster than a batch of one
+            return nn.functional.linear(shifts, rows.view(rows.shape[-2:]))
+        return shifts @ rows.transpose(-1, -2)
+
+
 class BranchCorrection(nn.Module):
     """
     Conditions a node's scores on the tokens of its branch, which the block, all MASK behind the anchor, cannot see.
@@ -162,6 +174,7 @@ class BranchCorrection(nn.Module):
         self.token_proj = DraftLinear(hidden, 2 * width, bias=False)
         self.gate = GatedUnit()  # inner rows (..., width) of the sum of the parts (..., 2 x width)
         self.down_proj = ZeroLinear(width, hidden, bias=False)
+        self.candidate_logits = CandidateLogits()  # logit changes of a depth's candidates, of shifts of its row
         self.has_state = config.branch_correction == "path"
         if self.has_state:
             self.state_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,11 +58,15 @@ class Context:
     kind_offsets: torch.Tensor | None = None  # (kinds, batch) where there are several kinds of positions
     states_before: RecurrentStates | None = None  # of the newest verify, where the target has recurrent layers
     scaling_step: int | None = None  # see `layer_kinds.scaling_step`
+    _positions: tuple[torch.Tensor, torch.Tensor] | None = None  # lengths, and the positions that go with them
 
     @property
     def positions(self) -> torch.Tensor:
         """Absolute positions of the anchors, (places,)."""
-        return self.rows.lengths + self.offsets[self.rows.decoded]
+        lengths, known = self.rows.lengths, self._positions
+        if known is None or known[0] is not lengths:  # every step of a round asks
+            known = self._positions = (lengths, lengths + self.offsets[self.rows.decoded])
+        return known[1]
 
     def forward_of(self, model: PreTrainedModel) -> Callable:
         """The model's call, compiled by transformers' own means where `generate` would."""
@@ -194,28 +198,33 @@ class Target:
         """One target forward over all nodes; their keys and values lie in the cache until `commit`."""
         if needs_replay(context.cache):
             context.states_before = RecurrentStates.copy(context.cache)
-        outputs = self._read(context, tree)
+        positions = self._node_positions(context, tree)
+        outputs = self._read(context, tree, positions)
         nodes = tree.num_nodes
         return TargetStates(
             logits=outputs.logits[:, :nodes],
             features=self._fuse(outputs.hidden_states)[:, :nodes],
-            position_ids=context.positions[:, None].to(self.device) + tree.depths.to(self.device),
+            position_ids=positions,
             hidden_states=outputs.hidden_states if context.wants_states else (),
             attentions=(outputs.attentions or ()) if "output_attentions" in context.forward_kwargs else (),
         )
 
-    def _read(self, context: Context, tree: DraftTree) -> ModelOutput:
+    def _node_positions(self, context: Context, tree: DraftTree) -> torch.Tensor:
+        """Absolute positions of the nodes, (places, nodes)."""
+        return context.positions[:, None].to(self.device) + tree.depths.to(self.device)
+
+    def _read(self, context: Context, tree: DraftTree, position_ids: torch.Tensor) -> ModelOutput:
         """The model's forward over all nodes, and padding with a static cache."""
         num_pad = self._num_rows(context, tree) - tree.num_nodes
-        position_ids = context.positions[:, None].to(self.device) + tree.depths.to(self.device)
         position_ids = torch.cat([position_ids, position_ids[:, :1].expand(-1, num_pad)], dim=1)
         if context.kind_offsets is not None:
             position_ids = context.kind_offsets[:, context.rows.decoded, None].to(self.device) + position_ids
+        masks = self._tree_masks(context, tree)
         record_rows(context.cache)
-        with grouped_attention(self.model):
+        with grouped_attention(self.model) if position_ids.shape[-1] > 1 else nullcontext():
             return context.forward_of(self.model)(
                 input_ids=pad(tree.tokens.to(self.device), (0, num_pad)),
-                attention_mask=self._tree_masks(context, tree),
+                attention_mask=masks,
                 position_ids=position_ids,
                 past_key_values=context.cache,
                 use_cache=True,
@@ -234,13 +243,13 @@ class Target:
     def _commit_one(self, context: Context, tree: DraftTree, path: list[int]) -> None:
         """The same for a batch of one, which may have recurrent states or a static cache; no path drops all nodes."""
         if context.states_before is not None and len(path) < tree.num_nodes:
-            commit_path(context.cache, torch.tensor(path[:0]), tree.num_nodes)
+            commit_path(context.cache, [], tree.num_nodes)
             context.states_before.put_back(context.cache)
             if not path:
                 return
             tree = trim_tree(tree, len(path))
-            self._read(context, tree)
-        commit_path(context.cache, torch.tensor(path), self._num_rows(context, tree))
+            self._read(context, tree, self._node_positions(context, tree))
+        commit_path(context.cache, path, self._num_rows(context, tree))
 
     def retire(self, context: Context, place: int) -> None:
         """Go on without the sequence at `place`; the last one takes its place."""

@@ -108,6 +108,7 @@ def build_tree(
     parents = [places - 1]
     logprobs = [places.float()]
     sizes = [1]
+    best_scores: list[list[float]] = [[] for _ in range(anchor_id.numel())]
     for depth in range(max_depth):
         if scorer is None:
             rows, columns = _promising_pairs(sizes[-1], candidates.tokens.shape[-1], most, device)
@@ -120,9 +121,10 @@ def build_tree(
             scores = grid.flatten(-2)
         scores, chosen = scores.topk(min(most, scores.shape[-1]))
         if scorer is not None and device.type == "cpu":  # elsewhere the host would have to wait for the count
-            num_in_reach = _count_in_reach(scores, logprobs, most, least_logprob)
-            if not num_in_reach:
+            num_in_reach = _count_in_reach(scores, best_scores, most, least_logprob)
+            if not num_in_reach and depth:  # the best child of the root always is
                 break
+            num_in_reach = max(num_in_reach, 1)
             scores, chosen = scores[..., :num_in_reach], chosen[..., :num_in_reach]
         if scorer is None:
             places, columns = rows[chosen], columns[chosen]
@@ -150,14 +152,15 @@ def chain_of(tokens: torch.Tensor) -> DraftTree:
     )
 
 
-def _count_in_reach(scores: torch.Tensor, logprobs: list[torch.Tensor], most: int, least: float) -> int:
+def _count_in_reach(scores: torch.Tensor, best: list[list[float]], most: int, least: float) -> int:
     """How many of a frontier's scores, best first, are at least `least` and among the best `most` of all so far: the
-    others, and all below them, are no part of the tree. The best child of the root always is."""
-    known = torch.cat([*logprobs[1:], scores], dim=-1)
-    is_in_reach = scores >= least
-    if known.shape[-1] > most:
-        is_in_reach &= scores >= known.topk(most).values[..., -1:]
-    return max(int(is_in_reach.sum(-1).max()), 2 - len(logprobs))
+    others, and all below them, are no part of the tree. `best` of each sequence takes them in."""
+    num_in_reach = 0
+    for place, new in enumerate(scores.view(-1, scores.shape[-1]).tolist()):
+        best[place] = sorted(best[place] + new, reverse=True)[:most]
+        floor = max(best[place][-1], least) if len(best[place]) == most else least
+        num_in_reach = max(num_in_reach, sum(score >= floor for score in new))
+    return num_in_reach
 
 
 def _best_nodes(
@@ -209,10 +212,11 @@ def trim_tree(tree: DraftTree, node_budget: int) -> DraftTree:
 def ancestor_mask(parents: torch.Tensor, max_depth: int) -> torch.Tensor:
     """Visibility among nodes, (..., nodes, nodes) bool: each node sees its ancestors and itself."""
     num_nodes = parents.shape[-1]
+    parents = parents.clamp_min(0)  # the root's is the root
     lineage = torch.arange(num_nodes, device=parents.device).expand_as(parents)
     columns = [lineage]
     for _ in range(max_depth):
-        lineage = parents.gather(-1, lineage).clamp_min(0)
+        lineage = parents.gather(-1, lineage)
         columns.append(lineage)
     mask = torch.zeros(*parents.shape, num_nodes, dtype=torch.bool, device=parents.device)
     return mask.scatter_(-1, torch.stack(columns, dim=-1), True)

@@ -110,7 +110,9 @@ def _walk(
         if choices is not None:
             token = choices[node]
         elif chooser.is_plain_argmax:
-            token = int(logits[node].float().argmax())
+            token = int(
+                logits[node].float().numpy().argmax()
+            )  # twice as fast as torch's, with the same first of equals
         else:
             token = chooser.choose(logits[node : node + 1], committer.committed_ids(row))
         is_finished = committer.push(row, token, chooser.scores)

@@ -135,7 +135,7 @@ def test_every_node_is_verified_as_if_its_branch_stood_alone(tiny_target, family
 def test_a_commit_moves_the_accepted_rows_only():
     cache = DynamicCache()
     cache.update(rows(0, 10), rows(0, 10) + 0.5, 0)  # 6 rows of prefix, 4 nodes
-    commit_path(cache, torch.tensor([0, 3]), num_rows=4)
+    commit_path(cache, [0, 3], num_rows=4)
     kept = torch.cat([rows(0, 7), rows(9, 10)], dim=2)
     assert torch.equal(cache.layers[0].keys, kept)
     assert torch.equal(cache.layers[0].values, kept + 0.5)
@@ -148,7 +148,7 @@ def test_nodes_that_lie_where_they_belong_are_not_moved(path, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "index_copy_", lambda *call: moved.append(call[2].tolist()) or original(*call))
     cache = DynamicCache()
     cache.update(rows(0, 10), rows(0, 10), 0)
-    commit_path(cache, torch.tensor(path, dtype=torch.long), num_rows=4)
+    commit_path(cache, path, num_rows=4)
     assert cache.layers[0].keys[0, 0, :, 0].tolist() == [*range(6), *(6 + node for node in path)]
     assert moved == ([[8]] * 2 if path == [0, 1, 3] else [])
 

@@ -181,7 +181,7 @@ def test_paths_are_committed_as_in_ordinary_layers(seed, is_replaced):
         num_rows = 20 if step == 0 else int(torch.randint(1, 17, (1,), generator=generator))
         new = torch.randn(num_layers + 1, 1, HEADS, num_rows, DIM, generator=generator)
         path = (torch.rand(num_rows, generator=generator) < 0.5).nonzero()[:, 0]
-        path = torch.unique(torch.cat([torch.zeros(1, dtype=torch.long), path]))
+        path = torch.unique(torch.cat([torch.zeros(1, dtype=torch.long), path])).tolist()
         for cache in caches:
             cache.layers[-1].activate_past_recording()
             for place, layer in enumerate(cache.layers):

@@ -123,7 +123,7 @@ def test_a_commit_stays_in_place():
     layer = cache.layers[0]
     place = layer.keys.data_ptr(), layer.cumulative_length.data_ptr()
     cache.layers = cache.layers[:1]
-    commit_path(cache, torch.tensor([0, 2, 4]), num_rows=8)
+    commit_path(cache, [0, 2, 4], num_rows=8)
     assert int(cache.get_seq_length()) == 5
     assert layer.keys[0, 0, :5, 0].tolist() == [0, 1, 2, 4, 6]
     assert layer.values[0, 0, :5, 0].tolist() == [0.5, 1.5, 2.5, 4.5, 6.5]
