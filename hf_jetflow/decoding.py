@@ -18,7 +18,6 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .batch import BatchNoise, row_processors
-from .caches import cache_windows
 from .drafting import JetFlowCandidateGenerator
 from .emit import Emitter
 from .layer_kinds import takes_trees
@@ -81,7 +80,7 @@ def decode(
         with _timed(stats, "walk"), target.undone_on_error(context, tree):
             paths = walk_trees(tree, states.logits, [choosers[row] for row in emitter.rows], emitter)
         with _timed(stats, "commit"):
-            emitter.record_path(states, paths[0], cache_windows(context.cache))
+            emitter.record_path(states, paths[0], context.cache)
             target.commit(context, tree, paths)
             drafter.observe(states, paths)
         policy.record(tree, sum(len(path) - 1 for path in paths) / len(paths))

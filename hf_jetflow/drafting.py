@@ -72,12 +72,22 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         assert self.head.branch_correction is not None
         return TokenParts(self.head.branch_correction, self.target)
 
+    @cached_property
+    def _draft_places(self) -> torch.Tensor:
+        """Place in the draft vocabulary of each target id, and of one that there is not, (vocab + 1,); behind the last
+        one where there is none."""
+        size, token_ids = self.head.config.vocab_size, self.head.draft_token_ids
+        if token_ids is None:
+            return torch.arange(size + 1, device=self.head.device)
+        places = token_ids.new_full((size + 1,), len(token_ids))
+        return places.scatter_(0, token_ids, torch.arange(len(token_ids), device=token_ids.device))
+
     def observe(self, states: TargetStates, paths: list[list[int]] | None = None) -> None:
         """Take over the states of newly committed tokens; of each sequence's path only, where trees were verified."""
-        features, position_ids = states.features, states.position_ids
+        taps, position_ids = states.taps, states.position_ids
         if paths is not None:
-            features, position_ids = _path_rows(features, position_ids, paths)
-        self._pending.append((features, position_ids))
+            taps, position_ids = _path_rows(taps, position_ids, paths)
+        self._pending.append((torch.cat(taps, dim=-1), position_ids))
         self._newest_positions = position_ids[:, -1]
 
     def keep_rows(self, places: list[int]) -> None:
@@ -166,8 +176,9 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         logprobs, token_ids = self.logprobs(rows), self.head.draft_token_ids
         order = logprobs
         if weights:  # what the text holds is ranked by the most that its scores can gain
-            order = logprobs + sum(weights) * self._occurs(context_ids.to(logprobs.device)).unsqueeze(-2)
-        places = order.topk(min(config.branch_candidates if scores_branches else width, order.shape[-1])).indices
+            order = self._favoured(logprobs, context_ids.to(logprobs.device), sum(weights))
+        num_scored = min(config.branch_candidates if scores_branches else width, logprobs.shape[-1])
+        places = order.topk(num_scored).indices
         tokens = places if token_ids is None else token_ids.to(places.device)[places]
         candidates = Candidates(tokens.to(device), logprobs.gather(-1, places).to(device))
         if scores_branches:
@@ -197,14 +208,15 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             return tree
         return continue_tree(tree, context_ids, node_budget, max_continued, least_logprob)
 
-    def _occurs(self, context_ids: torch.Tensor) -> torch.Tensor:
-        """Which tokens of the draft vocabulary are among the newest of a text, (..., draft_vocab)."""
-        token_ids, size = self.head.draft_token_ids, self.head.config.vocab_size
+    def _favoured(self, logprobs: torch.Tensor, context_ids: torch.Tensor, gain: float) -> torch.Tensor:
+        """Log-probabilities (..., depth, draft_vocab) and `gain` for tokens among the newest of a text, with one more
+        column, the least of all."""
+        size = self.head.config.vocab_size
         ids = context_ids[..., -MAX_CONTEXT:]
         ids = ids.where((ids >= 0) & (ids < size), size)  # padding; placeholders of images may lie outside too
-        occurs = torch.zeros(*ids.shape[:-1], size + 1, dtype=torch.bool, device=ids.device)
-        occurs.scatter_(-1, ids, True)
-        return occurs[..., :size] if token_ids is None else occurs[..., token_ids.to(ids.device)]
+        places = self._draft_places.to(ids.device)[ids].unsqueeze(-2).expand(*logprobs.shape[:-1], -1)
+        order = pad(logprobs, (0, 1), value=-math.inf)
+        return order.scatter_(-1, places, order.gather(-1, places) + gain)
 
     def logprobs(self, rows: torch.Tensor) -> torch.Tensor:
         """Draft log-probabilities (..., draft_vocab) of drafted rows (..., hidden), before any branch correction."""
@@ -258,15 +270,19 @@ class JetFlowCandidateGenerator(CandidateGenerator):
 
 
 def _path_rows(
-    features: torch.Tensor, position_ids: torch.Tensor, paths: list[list[int]]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features (batch, length, ...) and positions (batch, length) of each sequence's path; shorter ones are padded
-    with rows that no block sees."""
+    taps: tuple[torch.Tensor, ...], position_ids: torch.Tensor, paths: list[list[int]]
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """Tapped states (batch, length, hidden) and positions (batch, length) of each sequence's path; shorter ones are
+    padded with rows that no block sees."""
+    device = position_ids.device
     if len(paths) == 1:
-        index = torch.tensor(paths[0], device=features.device)
-        return features.index_select(1, index), position_ids.index_select(1, index)
+        rows = torch.tensor(paths[0], device=device)
+        return tuple(states.index_select(1, rows.to(states.device)) for states in taps), position_ids[:, rows]
     length = max(len(path) for path in paths)
-    rows = torch.tensor([path + [0] * (length - len(path)) for path in paths])
+    rows = torch.tensor([path + [0] * (length - len(path)) for path in paths], device=device)
     lengths = torch.tensor([len(path) for path in paths])
-    rows, is_pad = rows.to(features.device), (torch.arange(length) >= lengths[:, None]).to(features.device)
-    return _gather_rows(features, rows), position_ids.gather(1, rows).masked_fill_(is_pad, UNSEEN_POSITION)
+    is_pad = (torch.arange(length) >= lengths[:, None]).to(device)
+    return (
+        tuple(_gather_rows(states, rows.to(states.device)) for states in taps),
+        position_ids.gather(1, rows).masked_fill_(is_pad, UNSEEN_POSITION),
+    )

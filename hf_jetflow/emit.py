@@ -7,6 +7,7 @@ from transformers import Cache, EosTokenCriteria, MaxLengthCriteria, StoppingCri
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from .caches import cache_windows
 from .ngrams import MAX_CONTEXT
 from .target import TargetStates
 from .walk import Chooser
@@ -145,9 +146,12 @@ class Emitter:
         self._hidden_states.append(states.hidden_states)
         self._attentions.append(states.attentions)
 
-    def record_path(self, states: TargetStates, path: list[int], windows: list[int | None]) -> None:
-        """Keep those of the path's nodes, one entry per token as in plain decoding, whose caches have `windows`."""
-        nodes = states.logits.shape[1]
+    def record_path(self, states: TargetStates, path: list[int], cache: Cache) -> None:
+        """Keep those of the path's nodes, whose keys and values are in the cache, one entry per token as in plain
+        decoding."""
+        if not (states.hidden_states or states.attentions):
+            return
+        nodes, windows = states.logits.shape[1], cache_windows(cache)
         for place, node in enumerate(path):
             if states.hidden_states:
                 self._hidden_states.append(tuple(layer[:, node : node + 1] for layer in states.hidden_states))

@@ -37,10 +37,15 @@ class TargetStates:
     """What a target forward leaves behind."""
 
     logits: torch.Tensor  # (batch, rows, vocab)
-    features: torch.Tensor  # (batch, rows, taps x target_hidden)
+    taps: tuple[torch.Tensor, ...]  # of (batch, rows, taps x target_hidden) features in all, side by side
     position_ids: torch.Tensor  # (batch, rows), positions of the features
     hidden_states: tuple[torch.Tensor, ...] = ()  # all layers, where the caller asked for them
     attentions: tuple[torch.Tensor, ...] = ()  # likewise
+
+    @property
+    def features(self) -> torch.Tensor:
+        """(batch, rows, taps x target_hidden)."""
+        return torch.cat(self.taps, dim=-1)
 
 
 @dataclass
@@ -103,9 +108,10 @@ class Target:
         self.head_config = head_config
         assert head_config.hidden_state_indices is not None
         self._tapped = head_config.hidden_state_indices
-        # Given a list, early releases count from the first layer's output and keep no embedding output (see `_fuse`).
+        # Given a list, early releases count from the first layer's output and keep no embedding output (see `_taps`).
         wanted = {index + shift for index in self._tapped for shift in (-1, 0)}
         self._wanted_states: bool | list[int] = -1 in wanted or sorted(wanted)
+        self._text_config = model.config.get_text_config(decoder=True)
         self._windows = layer_windows(model)
         self._takes_trees = takes_trees(model)
 
@@ -160,7 +166,7 @@ class Target:
             context.compile_config = generation_config.compile_config
         states = TargetStates(
             logits=outputs.logits[:, -1:],
-            features=features,
+            taps=(features,),
             position_ids=position_ids,
             hidden_states=(outputs.hidden_states or ()) if wants_states else (),
             attentions=(outputs.attentions or ()) if generation_config.output_attentions else (),
@@ -186,7 +192,12 @@ class Target:
                 return
             _args, kwargs, outputs = call
             position_ids = kwargs.get("position_ids")
-            parts.append((self._fuse(outputs.hidden_states), None if position_ids is None else position_ids[..., -1]))
+            parts.append(
+                (
+                    torch.cat(self._taps(outputs.hidden_states), dim=-1),
+                    None if position_ids is None else position_ids[..., -1],
+                )
+            )
 
         handle = self.model.register_forward_hook(collect, with_kwargs=True)
         try:
@@ -203,7 +214,7 @@ class Target:
         nodes = tree.num_nodes
         return TargetStates(
             logits=outputs.logits[:, :nodes],
-            features=self._fuse(outputs.hidden_states)[:, :nodes],
+            taps=tuple(states[:, :nodes] for states in self._taps(outputs.hidden_states)),
             position_ids=positions,
             hidden_states=outputs.hidden_states if context.wants_states else (),
             attentions=(outputs.attentions or ()) if "output_attentions" in context.forward_kwargs else (),
@@ -347,7 +358,7 @@ class Target:
             mask = torch.cat([mask, mask[:, :1].expand(-1, self._num_rows(context, tree) - nodes, -1)], dim=1)
             mask = pad(mask, (0, num_slots - mask.shape[2]))
         mask = mask[:, None]
-        if self.model.config.get_text_config(decoder=True)._attn_implementation == "eager":
+        if self._text_config._attn_implementation == "eager":
             dtype = self.model.dtype
             return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
         return mask
@@ -364,21 +375,22 @@ class Target:
         # The base model of few targets, such as llama4, goes by another name than its class says.
         body = self.model.base_model if self.model.base_model is not self.model else self.model.get_decoder()
         outputs = body(input_ids=input_ids, output_hidden_states=self._wanted_states, use_cache=False)
-        return self._fuse(outputs.hidden_states), outputs.last_hidden_state
+        return torch.cat(self._taps(outputs.hidden_states), dim=-1), outputs.last_hidden_state
 
-    def _fuse(self, hidden_states: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        text = self.model.config.get_text_config(decoder=True)
-        shift = len(hidden_states) - 1 - text.num_hidden_layers  # -1 where index 0 is the first layer's
+    def _taps(self, hidden_states: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+        """The tapped states, (batch, rows, target_hidden) each."""
+        num_layers = self._text_config.num_hidden_layers
+        shift = len(hidden_states) - 1 - num_layers  # -1 where index 0 is the first layer's
         if shift not in (-1, 0):
             raise ValueError(
                 f"the target returns {len(hidden_states)} hidden states, but its configuration has "
-                f"{text.num_hidden_layers} layers, so a draft head cannot tell which it listens to; generate without "
+                f"{num_layers} layers, so a draft head cannot tell which it listens to; generate without "
                 "`assistant_model`"
             )
         states = [hidden_states[index + shift] for index in self._tapped]
         if states[0].ndim == 4:  # gemma3n runs several streams beside each other; this one becomes the output
-            states = [state[text.altup_active_idx] for state in states]
-        return torch.cat(states, dim=-1)
+            states = [state[self._text_config.altup_active_idx] for state in states]
+        return states
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The target's embeddings of tokens, (..., hidden), scaled as the head was trained with."""

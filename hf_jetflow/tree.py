@@ -8,9 +8,11 @@ a node never outranks its parent, so the best `node_budget` nodes always form a 
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import neg
 
 import torch
 from torch.nn.functional import pad
@@ -159,7 +161,7 @@ def _count_in_reach(scores: torch.Tensor, best: list[list[float]], most: int, le
     for place, new in enumerate(scores.view(-1, scores.shape[-1]).tolist()):
         best[place] = sorted(best[place] + new, reverse=True)[:most]
         floor = max(best[place][-1], least) if len(best[place]) == most else least
-        num_in_reach = max(num_in_reach, sum(score >= floor for score in new))
+        num_in_reach = max(num_in_reach, bisect_right(new, -floor, key=neg))
     return num_in_reach
 
 

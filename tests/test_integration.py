@@ -517,7 +517,7 @@ def observe_all(generator, target, input_ids):
     """Shows the generator the states of every token but the newest one."""
     features, _ = Target(target, generator.head.config).states(input_ids[:, :-1])
     position_ids = torch.arange(input_ids.shape[1] - 1)[None]
-    generator.observe(TargetStates(torch.empty(1, 0, 257), features, position_ids))
+    generator.observe(TargetStates(torch.empty(1, 0, 257), (features,), position_ids))
 
 
 def test_the_candidate_generator_returns_the_chain_behind_the_text(target, echo_head, plain):

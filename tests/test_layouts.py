@@ -45,7 +45,7 @@ def chains(head: JetFlowHead, target, num_prompts: int = 3) -> list[list[int]]:
         view = Target(target, head.config)
         drafter = JetFlowCandidateGenerator(head, view)
         features, _ = view.states(ids[:, :-1])
-        drafter.observe(TargetStates(torch.empty(1, 0, make.VOCAB), features, torch.arange(length - 1)[None]))
+        drafter.observe(TargetStates(torch.empty(1, 0, make.VOCAB), (features,), torch.arange(length - 1)[None]))
         chain, _ = drafter.get_candidates(ids)
         drafted.append(chain[0, length:].tolist())
     return drafted
@@ -130,7 +130,7 @@ def test_deepspec_heads_predict_from_the_anchor_with_their_own_embedding_and_lm_
         )
     expected = (rows[0] @ tensors["lm_head.weight"].T).argmax(dim=-1).tolist()
     drafter = JetFlowCandidateGenerator(head, view)
-    drafter.observe(TargetStates(torch.empty(1, 0, make.VOCAB), features, torch.arange(8)[None]))
+    drafter.observe(TargetStates(torch.empty(1, 0, make.VOCAB), (features,), torch.arange(8)[None]))
     assert drafter.get_candidates(ids)[0][0, 9:].tolist() == expected
     assert len(expected) == 7
     assert head.config.causal_layers == [False, False]
