@@ -2,9 +2,10 @@
 
 The loop efficiency of a row is (target forward + head forward) / whole round. During a short generation beside each
 prompt's runs every call of the target, of the head and of the layers it scores nodes with, its output projection and
-branch correction, is timed where the loop makes it, and so are the rounds it belongs to. What counts as the loop's own
-work is all else: planning, ranking, scoring branches from what those layers yield, building the tree, masks, walking,
-committing, emitting.
+branch correction, is timed where the loop makes it, and so are the rounds it belongs to. Taking the time of the many
+small scoring layers takes time itself, so the same rounds are decoded twice, and only the second time these layers are
+timed, against the target's forward. What counts as the loop's own work is what is left: planning, ranking, scoring
+branches from what those layers yield, building the tree, masks, walking, committing, emitting.
 """
 
 import time
@@ -28,16 +29,14 @@ LEAST_SHARE = 0.05  # numbers of nodes of fewer rounds are read off the others
 
 
 class _RoundTimer:
-    """Times the rounds inside, each from one target forward to the next, and the forwards in them."""
+    """Times the rounds inside, each from one target forward to the next, and the forwards in them, on demand those of
+    the scoring layers."""
 
-    def __init__(self, target: PreTrainedModel, head: JetFlowHead):
-        correction = head.branch_correction
-        scoring: list[nn.Module] = [] if correction is None else list(correction.children())
-        projection = draft_weights(head, Target(target, head.config)).projection
-        if projection is not None:
-            scoring.append(projection)
+    def __init__(self, target: PreTrainedModel, head: JetFlowHead, times_scores: bool):
         self._target = target
-        self._part_of = {target: 0, head: 1} | dict.fromkeys(scoring, 2)
+        self._part_of: dict[nn.Module, int] = {target: 0, head: 1}
+        if times_scores:
+            self._part_of |= dict.fromkeys(_scoring_layers(target, head), 2)
         self._num_forwards = 0  # of the target; the first reads the prompt
         self._nodes, self._begin, self._start = 0, 0.0, 0.0  # of the round; the latest forward's start
         self._seconds = [0.0] * 3
@@ -85,11 +84,11 @@ def time_forwards(
         `[[nodes, target, block, scores, round], ...]`: Means by ascending nodes: of the target's forward, of the
             head's over its block, of what it scores nodes with, and of whole rounds.
     """
-    rounds: dict[int, list[list[float]]] = {}
     input_ids = torch.tensor([list(context_ids)], device=target.device)
-    for count in node_counts:
+
+    def timed_rounds(count: int, times_scores: bool) -> dict[int, list[float]]:
         configure(head, Variant("jetflow", count))
-        with _RoundTimer(target, head) as timer:
+        with _RoundTimer(target, head, times_scores) as timer:
             target.generate(
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),
@@ -97,9 +96,27 @@ def time_forwards(
                 do_sample=False,
                 max_new_tokens=MAX_TOKENS,
             )
+        rounds: dict[int, list[list[float]]] = {}
         for nodes, seconds in timer.rounds:
             rounds.setdefault(nodes, []).append(seconds)
-    return [[nodes, *np.mean(rounds[nodes], axis=0).tolist()] for nodes in sorted(rounds)]
+        return {nodes: np.mean(seconds, axis=0).tolist() for nodes, seconds in rounds.items()}
+
+    found: dict[int, list[list[float]]] = {}
+    for count in node_counts:
+        rounds, with_scores = (timed_rounds(count, times_scores) for times_scores in (False, True))
+        for nodes in rounds.keys() & with_scores.keys():
+            of_target, of_block, _, of_round = rounds[nodes]
+            of_scores = with_scores[nodes][2] / with_scores[nodes][0] * of_target
+            found.setdefault(nodes, []).append([of_target, of_block, of_scores, of_round])
+    return [[nodes, *np.mean(found[nodes], axis=0).tolist()] for nodes in sorted(found)]
+
+
+def _scoring_layers(target: PreTrainedModel, head: JetFlowHead) -> list[nn.Module]:
+    """What the head scores nodes with, beside the pass over its block."""
+    correction = head.branch_correction
+    projection = draft_weights(head, Target(target, head.config)).projection
+    layers: list[nn.Module] = [] if correction is None else list(correction.children())
+    return layers if projection is None else [*layers, projection]
 
 
 def usual_node_counts(runs: Sequence[Run]) -> list[int]:

@@ -14,7 +14,7 @@ def test_a_generation_whose_rounds_are_timed_gives_the_plain_text(family, tiny_t
     plain = target.generate(prompt, do_sample=False, max_new_tokens=60)
     head = noisy_head(target, plain)
     configure(head, Variant("jetflow", 8))
-    with _RoundTimer(target, head) as timer:
+    with _RoundTimer(target, head, times_scores=True) as timer:
         text = target.generate(prompt, do_sample=False, max_new_tokens=60, assistant_model=head)
     assert torch.equal(text, plain)
     stats = head.last_stats
@@ -42,7 +42,7 @@ def test_the_branch_correction_counts_as_scoring(tiny_target, random_head, promp
     head = random_head(target, branch_correction="path")
     alter(head)
     counted = []
-    with _RoundTimer(target, head) as timer:
+    with _RoundTimer(target, head, times_scores=True) as timer:
         for layer in head.branch_correction.children():
             layer.register_forward_hook(lambda layer, *_: counted.append((layer, timer._seconds[2])))
         target.generate(prompt, do_sample=False, max_new_tokens=20, assistant_model=head)
