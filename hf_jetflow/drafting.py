@@ -13,7 +13,7 @@ from .branch_scores import BranchScores, Correction, LogitChanges, TokenParts
 from .caches import UNSEEN_POSITION, HeadCache, StaticHeadCache
 from .draft_weights import DraftWeights, draft_weights
 from .modeling_jetflow import BranchCorrection, JetFlowHead
-from .ngrams import MAX_CONTEXT, ContextNgrams, continue_tree
+from .ngrams import MAX_CONTEXT, ContextNgrams, TextNgrams, continue_tree
 from .reuse import HeadContext
 from .target import Context, Target, TargetStates
 from .tree import BranchScorer, Candidates, DraftTree, build_tree
@@ -60,6 +60,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             self._pending.append((past.features, past.feature_position_ids))
         self._newest_positions: torch.Tensor | None = None  # (batch,), of the newest tokens that were observed
         self._slots = torch.arange(head.config.num_rows, device=head.device)
+        self._texts: list[TextNgrams] = []  # n-grams of each sequence, if they count
         self.branch_scorer: BranchScorer | None = None  # of the newest proposal, if branches are scored apart
 
     @cached_property
@@ -93,6 +94,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
     def keep_rows(self, places: list[int]) -> None:
         """Go on with the sequences at `places` of the batch only, in that order."""
         index = torch.tensor(places, device=self.head.device)
+        self._texts = [self._texts[place] for place in places if self._texts]
         self._pending = [(features[places], position_ids[places]) for features, position_ids in self._pending]
         if isinstance(self._cache, HeadCache):
             self._cache.keep_rows(index)
@@ -182,7 +184,9 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         tokens = places if token_ids is None else token_ids.to(places.device)[places]
         candidates = Candidates(tokens.to(device), logprobs.gather(-1, places).to(device))
         if scores_branches:
-            ngrams = ContextNgrams(context_ids, candidates, weights) if weights else None
+            ngrams = None
+            if weights:
+                ngrams = ContextNgrams(self._read_texts(context_ids, len(weights)), candidates, weights)
             corrected = None
             if correction is not None:
                 corrected = Correction(
@@ -207,6 +211,16 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         if not self.head.config.ngram_weights:
             return tree
         return continue_tree(tree, context_ids, node_budget, max_continued, least_logprob)
+
+    def _read_texts(self, context_ids: torch.Tensor, longest: int) -> list[TextNgrams]:
+        """The n-grams of the newest tokens of each text."""
+        texts = context_ids.view(-1, context_ids.shape[-1])[:, -MAX_CONTEXT:].tolist()
+        if len(self._texts) != len(texts):
+            self._texts = [TextNgrams(longest) for _ in texts]
+        for known, ids in zip(self._texts, texts, strict=True):
+            num_padding = next((place for place, token in enumerate(ids) if token >= 0), len(ids))
+            known.follow(ids[num_padding:])
+        return self._texts
 
     def _favoured(self, logprobs: torch.Tensor, context_ids: torch.Tensor, gain: float) -> torch.Tensor:
         """Log-probabilities (..., depth, draft_vocab) and `gain` for tokens among the newest of a text, with one more

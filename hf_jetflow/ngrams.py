@@ -6,17 +6,85 @@ head's scores, node by node, and go on where the block ends.
 """
 
 import math
+from array import array
 from collections.abc import Sequence
 
 import torch
-from torch.nn.functional import pad
 
 from .tree import Candidates, DraftTree, trim_tree
 
 
 MAX_CONTEXT = 2048  # newest tokens that are searched
-SHORT_SEARCH = 16_384  # branches x places of a depth
 MAX_MATCH = 32  # tokens of a match that are counted
+
+
+class _Gram:
+    """A sequence of tokens that occurs in a text: how often, and what came next."""
+
+    __slots__ = ("count", "followed", "nexts")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.nexts: dict[int, _Gram] = {}
+        self.followed = 0  # sum of their counts
+
+
+class TextNgrams:
+    """
+    Counts of what followed the n-grams of a text, kept up as the text grows. On the host, as the tree is grown there.
+
+    Args:
+        longest (`int`): Most tokens of a match.
+    """
+
+    def __init__(self, longest: int):
+        self._longest = longest
+        self._clear()
+
+    def _clear(self) -> None:
+        self._ids: list[int] = []
+        self.root = _Gram()
+        self._tail = [self.root]  # the grams at the end of the text, from none to `longest` tokens
+
+    @property
+    def tail(self) -> list[_Gram]:
+        """The grams at the end of the text, of one token, two tokens, ..."""
+        return self._tail[1:]
+
+    def follow(self, ids: list[int]) -> None:
+        """Count another text, at little cost where it is the earlier one, maybe without its beginning, and some more
+        tokens."""
+        known = self._ids
+        num_gone = next((gone for gone in range(len(known)) if known[gone:] == ids[: len(known) - gone]), len(known))
+        if num_gone == len(known):
+            self._clear()
+        for _ in range(num_gone if self._ids else 0):
+            self._forget_first()
+        for token in ids[len(self._ids) :]:
+            self._add(token)
+
+    def _add(self, token: int) -> None:
+        self._ids.append(token)
+        grown = [self.root]
+        for gram in self._tail:
+            longer = gram.nexts.get(token)
+            if longer is None:
+                longer = gram.nexts[token] = _Gram()
+            longer.count += 1
+            gram.followed += 1
+            grown.append(longer)
+        self._tail = grown[: self._longest + 1]
+
+    def _forget_first(self) -> None:
+        gram = self.root
+        for token in self._ids[: self._longest + 1]:
+            longer = gram.nexts[token]
+            longer.count -= 1
+            gram.followed -= 1
+            if not longer.count:
+                del gram.nexts[token]
+            gram = longer
+        del self._ids[0]
 
 
 class ContextNgrams:
@@ -28,23 +96,16 @@ class ContextNgrams:
     of them came next at the places that match by `n` tokens or more.
 
     Args:
-        context_ids (`torch.Tensor`, (..., seq)): All committed tokens, the anchor last.
+        texts (`Sequence[TextNgrams]`): Of each sequence, all committed tokens, the anchor last.
         candidates ([`~tree.Candidates`]): Proposals per depth.
         weights (`Sequence[float]`): One for each length of match, from 1.
     """
 
-    def __init__(self, context_ids: torch.Tensor, candidates: Candidates, weights: Sequence[float]):
-        device, longest = candidates.tokens.device, len(weights)
-        ids = context_ids[..., -MAX_CONTEXT:].to(device)
-        self._ids, self._next_ids = ids[..., :-1], ids[..., 1:]
-        self._tokens = candidates.tokens
-        self._weights = torch.tensor(weights, dtype=torch.float32, device=device)
-        self._lengths = torch.arange(1, longest + 1, dtype=torch.int16, device=device)[:, None]
-        matches = torch.zeros_like(self._ids, dtype=torch.int16)
-        for back in reversed(range(min(longest, ids.shape[-1]))):
-            earlier = pad(self._ids, (back, 0), value=-1)[..., : self._ids.shape[-1]]
-            matches = (matches + 1) * (earlier == ids[..., -1 - back, None])
-        self._matches = matches.unsqueeze(-2)  # (..., branches, places): tokens that match there
+    def __init__(self, texts: Sequence[TextNgrams], candidates: Candidates, weights: Sequence[float]):
+        self._texts, self._weights = texts, weights
+        self._width = candidates.tokens.shape[-1]
+        self._tokens = candidates.tokens.view(len(texts), -1, self._width).tolist()
+        self._grams: list[list[list[_Gram]]] = []  # at the end of each branch of the depth before, by sequence
 
     def __call__(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """
@@ -55,19 +116,45 @@ class ContextNgrams:
             tokens (`torch.Tensor`, (..., branches)): Their last tokens.
         """
         if depth:
-            places = parents[..., None].expand(*parents.shape, self._ids.shape[-1])
-            before = pad(self._matches.gather(-2, places), (1, 0))[..., :-1]
-            self._matches = (before + 1) * (self._ids.unsqueeze(-2) == tokens[..., None])
-        matches, next_ids = self._matches, self._next_ids
-        # Few places match. Off the CPU the host would have to wait for them, and in a short text it is not worth it.
-        if matches.device.type == "cpu" and matches.numel() > SHORT_SEARCH:
-            places = matches.flatten(0, -2).any(0).nonzero()[:, 0]
-            matches, next_ids = matches[..., places], next_ids[..., places]
-        is_match = (matches.unsqueeze(-2) >= self._lengths).float()  # (..., branches, lengths, places)
-        shares = self._weights / is_match.sum(-1).clamp_min(1)
-        votes = (shares.unsqueeze(-2) @ is_match).squeeze(-2)
-        follows = next_ids.unsqueeze(-1) == self._tokens[..., depth, :].unsqueeze(-2)
-        return votes @ follows.float()
+            flat = zip(*(part.view(len(self._texts), -1).tolist() for part in (parents, tokens)), strict=True)
+            self._grams = [self._longer(place, *branches) for place, branches in enumerate(flat)]
+        else:
+            self._grams = [[text.tail] for text in self._texts]
+        rows: dict[_Gram | None, int] = {}  # branches that end alike share one
+        changes, zeros, of_branch = array("f"), bytes(4 * self._width), []
+        for of_depth, branches in zip(self._tokens, self._grams, strict=True):
+            columns = {token: column for column, token in enumerate(of_depth[depth])}
+            for grams in branches:
+                longest = grams[-1] if grams else None
+                row = rows.get(longest)
+                if row is None:
+                    row = rows[longest] = len(rows)
+                    changes.frombytes(zeros)
+                    for gram, weight in zip(grams, self._weights, strict=False):
+                        for token, longer in gram.nexts.items():
+                            if token in columns:
+                                changes[row * self._width + columns[token]] += weight * longer.count / gram.followed
+                of_branch.append(row)
+        of_row = torch.frombuffer(changes, dtype=torch.float32).view(-1, self._width)
+        return of_row.index_select(0, torch.tensor(of_branch)).view(*tokens.shape, -1).to(tokens.device)
+
+    def _longer(self, place: int, parents: list[int], tokens: list[int]) -> list[list[_Gram]]:
+        """The grams at the end of each branch of a sequence, given those of their parents."""
+        root, before = self._texts[place].root, self._grams[place]
+        most = len(self._weights) - 1
+        of_branch = []
+        for parent, token in zip(parents, tokens, strict=True):
+            grams = []
+            gram = root.nexts.get(token)
+            for shorter in before[parent][:most]:
+                if gram is None:
+                    break
+                grams.append(gram)
+                gram = shorter.nexts.get(token)
+            if gram is not None:
+                grams.append(gram)
+            of_branch.append(grams)
+        return of_branch
 
 
 def continue_tree(

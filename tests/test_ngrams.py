@@ -5,10 +5,10 @@ import torch
 from conftest import make_prompt
 from reference import assert_same_text
 
-from hf_jetflow import JetFlowConfig, ngrams
+from hf_jetflow import JetFlowConfig
 from hf_jetflow.configuration_jetflow import NGRAM_WEIGHTS
 from hf_jetflow.drafting import JetFlowCandidateGenerator
-from hf_jetflow.ngrams import MAX_CONTEXT, ContextNgrams
+from hf_jetflow.ngrams import MAX_CONTEXT, ContextNgrams, TextNgrams
 from hf_jetflow.target import Target
 from hf_jetflow.tree import Candidates, build_tree
 
@@ -27,6 +27,12 @@ def branches(of_context, generator, batch=()):
         yield depth, parents, tokens, of_context(depth, parents, tokens)
 
 
+def read(text, weights):
+    of_text = TextNgrams(len(weights))
+    of_text.follow(text.tolist())
+    return of_text
+
+
 def random_candidates(generator, batch=()):
     tokens = torch.stack([torch.randperm(VOCAB, generator=generator)[:WIDTH] for _ in range(DEPTHS)])
     return Candidates(tokens.expand(*batch, DEPTHS, WIDTH), torch.zeros(*batch, DEPTHS, WIDTH))
@@ -34,15 +40,15 @@ def random_candidates(generator, batch=()):
 
 @pytest.mark.parametrize("length", [1, 2, 3, 40])
 @pytest.mark.parametrize("weights", [WEIGHTS, [1.0], list(NGRAM_WEIGHTS)])
-@pytest.mark.parametrize("short", [0, 16_384], ids=["only places that match", "all places"])
-def test_votes_are_those_counted_by_hand(weights, length, short, monkeypatch):
-    monkeypatch.setattr(ngrams, "SHORT_SEARCH", short)
+def test_votes_are_those_counted_by_hand(weights, length):
     generator = torch.Generator().manual_seed(length)
     text = torch.randint(0, VOCAB, (length,), generator=generator)
     candidates = random_candidates(generator)
     texts = [text.tolist()]
     num_votes = 0
-    for depth, parents, tokens, votes in branches(ContextNgrams(text, candidates, weights), generator):
+    for depth, parents, tokens, votes in branches(
+        ContextNgrams([read(text, weights)], candidates, weights), generator
+    ):
         if depth:
             texts = [texts[parent] + [token] for parent, token in zip(parents.tolist(), tokens.tolist(), strict=True)]
         assert votes.shape == (len(texts), WIDTH)
@@ -66,31 +72,54 @@ def in_committed(text: list[int], branch: list[int], weights: list[float]) -> di
 
 
 def test_a_batch_is_as_its_rows():
-    """Rows of other lengths are padded in front by -1."""
     generator = torch.Generator().manual_seed(3)
     texts = [torch.randint(0, VOCAB, (length,), generator=generator) for length in (30, 12)]
-    ids = torch.stack([texts[0], torch.cat([torch.full((18,), -1), texts[1]])])
     candidates = random_candidates(generator, (2,))
     rows = [
-        ContextNgrams(text, Candidates(candidates.tokens[row], candidates.logprobs[row]), WEIGHTS)
+        ContextNgrams([read(text, WEIGHTS)], Candidates(candidates.tokens[row], candidates.logprobs[row]), WEIGHTS)
         for row, text in enumerate(texts)
     ]
-    for depth, parents, tokens, votes in branches(ContextNgrams(ids, candidates, WEIGHTS), generator, (2,)):
+    of_all = ContextNgrams([read(text, WEIGHTS) for text in texts], candidates, WEIGHTS)
+    for depth, parents, tokens, votes in branches(of_all, generator, (2,)):
         for row, alone in enumerate(rows):
             torch.testing.assert_close(votes[row], alone(depth, parents[row], tokens[row]))
 
 
-def test_the_newest_tokens_of_a_long_text_are_searched():
-    candidates = Candidates(torch.tensor([[7, 8]]), torch.zeros(1, 2))
-    filler = torch.zeros(MAX_CONTEXT, dtype=torch.long)
-    first, none = torch.zeros(1, dtype=torch.long), torch.empty(0, dtype=torch.long)
-    far = torch.cat([torch.tensor([5, 7]), filler, torch.tensor([5])])
-    near = torch.cat([filler, torch.tensor([5, 7, 3, 5])])
-    assert ContextNgrams(far, candidates, [1.0])(0, first, none).tolist() == [[0.0, 0.0]]
-    assert ContextNgrams(near, candidates, [1.0])(0, first, none).tolist() == [[1.0, 0.0]]
+@pytest.mark.parametrize("seed", range(4))
+def test_a_text_that_grows_and_loses_its_beginning_is_counted_as_if_read_anew(seed):
+    """Texts of few tokens, repeated ones among them, so that several pieces of the new text look like the old one."""
+    generator = torch.Generator().manual_seed(seed)
+    text, of_text = [], TextNgrams(3)
+    for step in range(60):
+        text += torch.randint(0, 2 + step % 3, (int(torch.randint(0, 6, (1,), generator=generator)),)).tolist()
+        if step % 20 == 19:
+            text = [5, *text[:10]]  # another one
+        text = text[-30:]
+        of_text.follow(text)
+        anew = TextNgrams(3)
+        anew.follow(text)
+        assert counts(of_text.root) == counts(anew.root)
+        assert [counts(gram) for gram in of_text.tail] == [counts(gram) for gram in anew.tail]
+
+
+def counts(gram):
+    return gram.count, gram.followed, {token: counts(longer) for token, longer in gram.nexts.items()}
 
 
 # --- in drafting -----------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_tokens_of_a_long_text_are_searched(tiny_target, random_head):
+    target = tiny_target("llama")
+    head = random_head(target, ngram_weights=[1.0], branch_candidates=8)
+    drafter = JetFlowCandidateGenerator(head, Target(target, head.config))
+    text = torch.tensor([[-1, -1, 5, 7, *range(8, 6 + MAX_CONTEXT)]])  # padded in front
+    (of_text,) = drafter._read_texts(text, 1)
+    assert of_text.root.nexts[5].nexts.keys() == {7}
+    (of_text,) = drafter._read_texts(torch.cat([text, torch.tensor([[3]])], dim=1), 1)
+    assert 5 not in of_text.root.nexts
+    assert of_text.root.nexts[7].nexts.keys() == {8}
+    assert of_text.root.followed == MAX_CONTEXT
 
 
 def first_scores(drafter, rows, text):
