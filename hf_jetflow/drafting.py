@@ -214,7 +214,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
 
     def _read_texts(self, context_ids: torch.Tensor, longest: int) -> list[TextNgrams]:
         """The n-grams of the newest tokens of each text."""
-        texts = context_ids.view(-1, context_ids.shape[-1])[:, -MAX_CONTEXT:].tolist()
+        texts = context_ids.reshape(-1, context_ids.shape[-1])[:, -MAX_CONTEXT:].tolist()
         if len(self._texts) != len(texts):
             self._texts = [TextNgrams(longest) for _ in texts]
         for known, ids in zip(self._texts, texts, strict=True):

@@ -1,4 +1,4 @@
-"""Draft trees: the exact best tree within a node budget, built with tensor operations only.
+"""Draft trees: the exact best tree within a node budget.
 
 All functions take one sequence or, with a leading dimension `...`, a batch of them, whose trees then have equally many
 nodes.

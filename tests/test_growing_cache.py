@@ -159,6 +159,20 @@ def test_a_layer_whose_batch_changes_leaves_the_others():
     assert num_buffers(cache.layers) == 2
 
 
+def test_rows_of_fewer_sequences_or_heads_are_not_taken_for_cropped_ones():
+    """Their first one lies at the same place."""
+    for cut in (lambda rows: rows[:1], lambda rows: rows[:, :1]):
+        layers = [GrowingLayer(), DynamicLayer()]
+        for layer in layers:
+            new = torch.arange(2 * HEADS * 4 * DIM, dtype=torch.float32).view(2, HEADS, 4, DIM)
+            layer.update(new, new + 0.5)
+            layer.crop(-1)
+            layer.keys, layer.values = cut(layer.keys), cut(layer.values)
+            layer.update(cut(new), cut(new))
+        assert torch.equal(layers[0].keys, layers[1].keys)
+        assert torch.equal(layers[0].values, layers[1].values)
+
+
 def test_keys_and_values_may_differ_in_shape():
     layers = [GrowingLayer(), DynamicLayer()]
     for start in (0, 4, 300):

@@ -162,6 +162,19 @@ def test_plain_argmax_and_the_general_path_agree(seed, is_ahead, monkeypatch):
     assert runs[0] == runs[1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("is_broken", [False, True], ids=["equal logits", "a logit that is not a number"])
+def test_the_first_of_equal_logits_is_chosen_as_in_plain_decoding(dtype, is_broken):
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randint(0, 3, (1, 1, 5000), generator=generator).to(dtype)  # each some 1,700 times
+    if is_broken:
+        logits[..., [4000, 2000]] = torch.nan
+    root = make_tree(tokens=[9], parents=[-1])
+    committer = Committed()
+    walk_trees(as_batch(root), logits, [Chooser(LogitsProcessorList(), do_sample=False)], committer)
+    assert committer.ids[-1] == int(logits[0].float().argmax(dim=-1)) == (2000 if is_broken else committer.ids[-1])
+
+
 def test_sampling_draws_as_plain_decoding_does_from_the_same_seed():
     logits = torch.randn(6, VOCAB, generator=torch.Generator().manual_seed(1)) * 2
     paths = set()
