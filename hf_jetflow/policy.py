@@ -17,6 +17,7 @@ AUTO_BUDGETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # what "auto
 FIRST_TRIALS = (16, 1, 32, 8, 64)  # tried in the first rounds of a process; the other budgets are read off these
 NUM_TRIALS = 2  # rounds per trial; each budget's first round is not counted (kernels are made ready in it)
 NUM_SAMPLES = 9  # rounds of each size whose seconds are kept
+NUM_PACES = 5  # latest rounds of any size by which the pace of now is known
 EVIDENCE = 4.0  # drafted rounds by which it is decided whether drafting pays
 MARGIN = 1.03  # drafted rounds must yield so many times what plain ones would
 EXPLORING_SHARE = 0.01  # of all time that drafting may lose where it does not pay, to notice when it does
@@ -117,9 +118,9 @@ class RoundCosts:
     expected: float = 1.0  # tokens that the draft probabilities promised in recent rounds
     accepted: float = 1.0  # tokens that were accepted in them
     tokens: float = 0.0  # mean yield of drafted rounds, the latest weighing most
-    drafted_seconds: float = 0.0  # mean time of them
+    drafted_seconds: float = 0.0  # mean time of them, at pace 1
     num_drafted: int = 0
-    credit: float = 0.0  # seconds that drafting may lose
+    credit: float = 0.0  # seconds at pace 1 that drafting may lose
     _curve: list[tuple[int, float]] | None = None  # what `by_nodes` returns, until the next sample
 
     @property
@@ -131,7 +132,7 @@ class RoundCosts:
         """Count a round, a drafted one from the moment its tree is known; the first one of each size is left out."""
         known = self.samples.get(num_nodes)
         if known:
-            self.paces = (*self.paces, seconds / median(known))[-NUM_SAMPLES:]
+            self.paces = (*self.paces, seconds / median(known))[-NUM_PACES:]
         self.samples[num_nodes] = () if known is None else (*known, seconds / self.pace)[-NUM_SAMPLES:]
         self._curve = None
 
@@ -141,11 +142,15 @@ class RoundCosts:
         return next((budget for budget in trials if len(self.samples.get(budget, ())) < NUM_TRIALS - 1), None)
 
     def seconds(self, num_nodes: int) -> float:
-        """Of a round without its drafting: what its latest took, or what lies on the line between its neighbours'."""
+        """Of a round without its drafting, at the pace of now."""
+        return self.pace * self.level(num_nodes)
+
+    def level(self, num_nodes: int) -> float:
+        """The same at pace 1: what its latest took, or what lies on the line between its neighbours'."""
         known = self.by_nodes()
         above = next((i for i, (nodes, _) in enumerate(known) if nodes >= num_nodes), len(known) - 1)
         (low, low_seconds), (high, high_seconds) = known[max(above - 1, 0)], known[max(above, 1)]
-        return self.pace * (low_seconds + (high_seconds - low_seconds) * (num_nodes - low) / (high - low))
+        return low_seconds + (high_seconds - low_seconds) * (num_nodes - low) / (high - low)
 
     def seconds_per_node(self) -> float:
         """The least that verifying one node more than the anchor costs, on average over some number of nodes."""
@@ -170,8 +175,8 @@ class RoundCosts:
         return curve
 
     def earn(self, seconds: float) -> None:
-        """Add to the credit, or take from it."""
-        plain = self.seconds(1)
+        """Add to the credit, or take from it, at pace 1."""
+        plain = self.level(1)
         self.credit = min(max(self.credit + seconds, LEAST_CREDIT * plain), MOST_CREDIT * plain)
 
     def count(self, expected: float, num_accepted: float, seconds: float) -> None:
@@ -205,7 +210,7 @@ class AutoPolicy:
         self._limits, self._costs = limits, costs
         self._most_nodes = sum(limits.width**depth for depth in range(limits.max_depth + 1))  # that a tree can have
         self._ceiling = max(64 // costs.num_places, 4)  # nodes drafted: about twice of what was chosen last
-        # Yield and time of drafted rounds: of earlier generations at first, more and more of this one's latest.
+        # Yield and time, at pace 1, of drafted rounds: of earlier generations at first, more and more of this one's.
         self._weight = EVIDENCE if costs.num_drafted else 0.0
         self._tokens, self._seconds = self._weight * costs.tokens, self._weight * costs.drafted_seconds
         self._is_trial = self._is_refresh = False
@@ -233,7 +238,7 @@ class AutoPolicy:
         """Nodes to draft; 1 decodes plainly."""
         costs = self._costs
         if self._weight >= EVIDENCE:
-            over_plain = self._tokens * costs.seconds(1) / self._seconds
+            over_plain = self._tokens * costs.level(1) / self._seconds
             if over_plain < MARGIN and costs.credit <= 0:
                 return 1
             if MARGIN <= over_plain < LITTLE_BETTER and self._num_planned % RETIME_EVERY == 0:
@@ -278,10 +283,12 @@ class AutoPolicy:
         costs.add(num_nodes, now - self._start_of_rest)
         if self._is_trial:
             return
+        # How slow the machine was in this very round: it must not tell for or against drafting later.
+        seconds *= costs.level(num_nodes) / (now - self._start_of_rest)
         costs.earn(EXPLORING_SHARE * seconds)
         if num_nodes == 1:
             return
-        costs.earn((num_accepted + 1) * costs.seconds(1) - seconds)
+        costs.earn((num_accepted + 1) * costs.level(1) - seconds)
         costs.count(self._promised, num_accepted, seconds)
         self._weight = 0.9 * self._weight + 1
         self._tokens = 0.9 * self._tokens + num_accepted + 1
@@ -289,8 +296,8 @@ class AutoPolicy:
 
     @property
     def _rate(self) -> float | None:
-        """Tokens per second of recent drafted rounds."""
-        return self._tokens / self._seconds if self._seconds else None
+        """Tokens per second of recent drafted rounds, at the pace of now."""
+        return self._tokens / (self._costs.pace * self._seconds) if self._seconds else None
 
     def report(self) -> dict[str, Any]:
         """Seconds of a round without its drafting by nodes, the calibration, and the yield of recent drafted rounds

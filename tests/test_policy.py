@@ -118,6 +118,30 @@ def share_drafted(machine, policy, costs, num_tokens):
     return 100 * sum(size > 1 for size in sizes) / len(sizes)
 
 
+def uneven(seconds, seed):
+    """A machine whose speed jumps every few rounds, by up to twice."""
+    generator = torch.Generator().manual_seed(seed)
+    slowness = 1.0
+
+    def now(nodes):
+        nonlocal slowness
+        if float(torch.rand(1, generator=generator)) < 0.04:
+            slowness = (0.75, 1.0, 1.6)[int(torch.randint(3, (1,), generator=generator))]
+        return slowness * seconds(nodes)
+
+    return now
+
+
+def test_speed_that_jumps_does_not_make_drafting_look_better(monkeypatch):
+    shares = []
+    for seed in range(6):
+        seconds = uneven(MACHINES["rows cost a little"], seed)
+        machine, costs = Machine(monkeypatch, seconds, 0.0, claimed=0.7, seed=seed), RoundCosts()
+        machine.run(AutoPolicy(LIMITS, costs), 100)
+        shares += [share_drafted(machine, AutoPolicy(LIMITS, costs), costs, 100) for _ in range(6)]
+    assert sum(shares) / len(shares) < 8
+
+
 def test_drafting_is_taken_up_again_when_it_pays(monkeypatch):
     machine, costs = Machine(monkeypatch, MACHINES["rows cost a little"], 0.0, claimed=0.7), RoundCosts()
     policy = AutoPolicy(LIMITS, costs)
