@@ -18,6 +18,7 @@ FIRST_TRIALS = (16, 1, 32, 8, 64)  # tried in the first rounds of a process; the
 NUM_TRIALS = 2  # rounds per trial; each budget's first round is not counted (kernels are made ready in it)
 NUM_SAMPLES = 9  # rounds of each size whose seconds are kept
 NUM_PACES = 5  # latest rounds of any size by which the pace of now is known
+LEAST_SECONDS = 1e-9  # of a round: a caller's tests may have stopped the clock
 EVIDENCE = 4.0  # drafted rounds by which it is decided whether drafting pays
 MARGIN = 1.03  # drafted rounds must yield so many times what plain ones would
 EXPLORING_SHARE = 0.01  # of all time that drafting may lose where it does not pay, to notice when it does
@@ -279,12 +280,13 @@ class AutoPolicy:
     def record(self, tree: DraftTree, num_accepted: float) -> None:
         """Learn from a round that is over; of a batch, `num_accepted` is the mean."""
         now, costs, num_nodes = time.perf_counter(), self._costs, tree.num_nodes
-        seconds = now - self._start
-        costs.add(num_nodes, now - self._start_of_rest)
+        rest = max(now - self._start_of_rest, LEAST_SECONDS)
+        seconds = max(now - self._start, rest)
+        costs.add(num_nodes, rest)
         if self._is_trial:
             return
         # How slow the machine was in this very round: it must not tell for or against drafting later.
-        seconds *= costs.level(num_nodes) / (now - self._start_of_rest)
+        seconds *= costs.level(num_nodes) / rest
         costs.earn(EXPLORING_SHARE * seconds)
         if num_nodes == 1:
             return

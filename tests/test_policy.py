@@ -142,6 +142,15 @@ def test_speed_that_jumps_does_not_make_drafting_look_better(monkeypatch):
     assert sum(shares) / len(shares) < 8
 
 
+def test_a_clock_that_stands_still_stops_nothing(monkeypatch):
+    machine = Machine(monkeypatch, lambda nodes: 0.0, 0.6)
+    monkeypatch.setattr(policy_module.time, "perf_counter", lambda: 5.0)
+    costs = RoundCosts()
+    for _ in range(3):
+        tokens, _ = machine.run(AutoPolicy(LIMITS, costs), 100)
+        assert tokens >= 100
+
+
 def test_drafting_is_taken_up_again_when_it_pays(monkeypatch):
     machine, costs = Machine(monkeypatch, MACHINES["rows cost a little"], 0.0, claimed=0.7), RoundCosts()
     policy = AutoPolicy(LIMITS, costs)
