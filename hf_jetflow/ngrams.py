@@ -58,8 +58,9 @@ class TextNgrams:
         num_gone = next((gone for gone in range(len(known)) if known[gone:] == ids[: len(known) - gone]), len(known))
         if num_gone == len(known):
             self._clear()
-        for _ in range(num_gone if self._ids else 0):
-            self._forget_first()
+        else:
+            for _ in range(num_gone):
+                self._forget_first()
         for token in ids[len(self._ids) :]:
             self._add(token)
 
