@@ -24,6 +24,7 @@ from hf_jetflow.bench import environment, write_json
 from hf_jetflow.loading import fast_dtype, load_target
 from hf_jetflow.target import Context, Target
 from hf_jetflow.tree import Candidates, DraftTree, build_tree
+from hf_jetflow.versions import CACHE_NAME
 
 
 def see_everything(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
@@ -38,7 +39,7 @@ AttentionInterface.register("repeating", sdpa_attention_forward)
 def prefilled(target: Target, num_cached: int) -> Context:
     ids = torch.randint(3, vocab_size(target), (1, num_cached), generator=torch.Generator().manual_seed(0))
     cache = DynamicCache(config=target.model.config)
-    kwargs = dict(past_key_values=cache, attention_mask=torch.ones_like(ids), use_cache=True)
+    kwargs = {CACHE_NAME: cache, "attention_mask": torch.ones_like(ids), "use_cache": True}
     return target.prefill(ids, GenerationConfig(prefill_chunk_size=1024), kwargs)[0]
 
 

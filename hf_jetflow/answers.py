@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import derived_seed, encode_chat, read_answers, read_jsonl
 from .growing_cache import grow_layers
+from .versions import CACHE_NAME
 
 
 def regenerate_answers(
@@ -118,7 +119,7 @@ def _generate(
     cache = DynamicCache(config=target.config.get_text_config(decoder=True))
     grow_layers(cache)
     generated = target.generate(
-        input_ids, attention_mask=attention_mask, past_key_values=cache, pad_token_id=pad_id, **settings
+        input_ids, attention_mask=attention_mask, pad_token_id=pad_id, **{CACHE_NAME: cache}, **settings
     )
     return generated[:, longest:].tolist()
 

@@ -27,6 +27,7 @@ from .reuse import recall, remember
 from .stats import GenerationStats
 from .target import Context, Target
 from .trace import Trace
+from .versions import CACHE_NAME
 from .walk import Chooser, walk_trees
 
 
@@ -55,7 +56,7 @@ def decode(
     stats = head.last_stats = GenerationStats()
 
     with _timed(stats, "prefill"):
-        past = recall(model_kwargs.get("past_key_values"), head)
+        past = recall(model_kwargs.get(CACHE_NAME), head)
         context, states = target.prefill(input_ids, generation_config, model_kwargs)
         emitter.record_prompt(states)
         drafter = JetFlowCandidateGenerator(head, target, context, past)

@@ -10,6 +10,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from .caches import cache_windows
 from .ngrams import MAX_CONTEXT
 from .target import TargetStates
+from .versions import CACHE_NAME
 from .walk import Chooser
 
 
@@ -179,5 +180,5 @@ class Emitter:
             logits=chooser.logits,
             attentions=tuple(self._attentions) if wants["output_attentions"] else None,
             hidden_states=tuple(self._hidden_states) if wants["output_hidden_states"] else None,
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
         )

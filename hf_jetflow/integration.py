@@ -22,6 +22,7 @@ from .configuration_jetflow import JetFlowConfig
 from .decoding import decode
 from .modeling_jetflow import JetFlowHead
 from .stats import GenerationStats
+from .versions import CACHE_NAME
 
 
 logger = logging.get_logger(__name__)
@@ -124,7 +125,7 @@ def _checked_decode(
     check_processes(model, head)
     if len(input_ids) > 1:
         parts = (kwargs["logits_processor"], kwargs["stopping_criteria"], generation_config)
-        reason = reason_to_step_together(model, *parts, kwargs.get("past_key_values"))
+        reason = reason_to_step_together(model, *parts, kwargs.get(CACHE_NAME))
         if reason is not None:
             logger.warning_once(f"this batch is decoded plainly, without the draft head: {reason}.")
             head.last_stats = GenerationStats(policy={"plain": reason})

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from .loading import load_target
 from .modeling_jetflow import JetFlowHead
+from .versions import CACHE_NAME
 
 
 ASSISTANT = "assistant:"
@@ -108,7 +109,7 @@ class NativeDFlash(nn.Module):
         context_hidden_states: torch.Tensor,
         position_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache,
+        **cache: Cache,
     ) -> BaseModelOutput:
         """
         Args:
@@ -116,6 +117,7 @@ class NativeDFlash(nn.Module):
             context_hidden_states (`torch.Tensor`, (1, seq, taps x target_hidden)): States not in the cache yet.
             position_ids (`torch.Tensor`, (1, seq + block_size)): Of both, the context first.
             attention_mask: Not read: the prompts of a bench are not padded.
+            cache: The generator's, under `CACHE_NAME`.
         """
         head, num_context = self.head, context_hidden_states.shape[1]
         if head.mask_embedding is not None:
@@ -126,7 +128,7 @@ class NativeDFlash(nn.Module):
             features=context_hidden_states.to(head.dtype),
             position_ids=position_ids[:, num_context:],
             context_position_ids=position_ids[:, :num_context],
-            past_key_values=_NativeCache(past_key_values),
+            past_key_values=_NativeCache(cache[CACHE_NAME]),
         )
         return BaseModelOutput(last_hidden_state=rows)
 

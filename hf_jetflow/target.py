@@ -27,6 +27,7 @@ from .growing_cache import grow_layers, settle_layers
 from .layer_kinds import Window, layer_windows, scaling_step, takes_trees
 from .recurrent import RecurrentStates, check_states, needs_replay, record_rows
 from .tree import DraftTree, chain_of, trim_tree
+from .versions import CACHE_NAME
 
 
 REST_ROWS = 16  # tokens that sequences read at a time when a batch's cache is left to the caller
@@ -126,7 +127,7 @@ class Target:
         """
         if self.device.type == "meta":  # accelerate brings the weights in for each module's forward
             self.device = input_ids.device
-        cache = check_target_cache(model_kwargs.get("past_key_values"))
+        cache = check_target_cache(model_kwargs.get(CACHE_NAME))
         if isinstance(cache, StaticCache) and not self._takes_trees:
             raise ValueError(
                 "this target verifies chains only, which are not supported with a static cache; leave "
@@ -144,7 +145,7 @@ class Target:
         with self._collected_features() as parts:
             outputs = self.model._prefill(input_ids, generation_config, {**model_kwargs, **forward_kwargs})
         # Adapters with virtual tokens bring a cache of their own, and few targets return none.
-        cache = check_target_cache(getattr(outputs, "past_key_values", cache))
+        cache = check_target_cache(getattr(outputs, CACHE_NAME, cache))
         check_states(cache)
         features = torch.cat([part for part, _ in parts], dim=1)
         batch, num_rows = features.shape[:2]
@@ -237,9 +238,9 @@ class Target:
                 input_ids=pad(tree.tokens.to(self.device), (0, num_pad)),
                 attention_mask=masks,
                 position_ids=position_ids,
-                past_key_values=context.cache,
                 use_cache=True,
                 return_dict=True,
+                **{CACHE_NAME: context.cache},
                 **context.forward_kwargs,
             )
 

@@ -1,6 +1,9 @@
 """The range of transformers that this package works with, checked before anything else is imported."""
 
+from dataclasses import fields
+
 import transformers
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 LOWEST = (5, 17)
@@ -22,3 +25,6 @@ def check_transformers(version: str) -> None:
 
 
 check_transformers(transformers.__version__)
+
+# What `generate`, forwards and their outputs call the target's cache: "cache" since 5.24, "past_key_values" before.
+CACHE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
