@@ -85,7 +85,7 @@ def test_train_your_own_head(runner, demo_target, tmp_path):
 
 
 def test_bring_a_public_head(runner, demo_target, tmp_path):
-    parameters = dict(TARGET=demo_target, SHIPPED_HEAD=HEAD, NUM_PROMPTS=2, MAX_NEW_TOKENS=8)
+    parameters = dict(TARGET=demo_target, SHIPPED_HEAD=HEAD, NUM_PROMPTS=3, MAX_NEW_TOKENS=10)
     notebook = runner.run_notebook(NOTEBOOKS[3], parameters, tmp_path)
     text = text_of(notebook)
     assert "same text: True" in text
