@@ -117,8 +117,8 @@ class ContextNgrams:
             tokens (`torch.Tensor`, (..., branches)): Their last tokens.
         """
         if depth:
-            flat = zip(*(part.view(len(self._texts), -1).tolist() for part in (parents, tokens)), strict=True)
-            self._grams = [self._longer(place, *branches) for place, branches in enumerate(flat)]
+            flat = torch.stack([parents, tokens]).view(2, len(self._texts), -1).tolist()  # one transfer from a GPU
+            self._grams = [self._longer(place, *branches) for place, branches in enumerate(zip(*flat, strict=True))]
         else:
             self._grams = [[text.tail] for text in self._texts]
         rows: dict[_Gram | None, int] = {}  # branches that end alike share one
@@ -178,11 +178,10 @@ def continue_tree(
     """
     if max_continued < 1 or tree.max_depth < 1 or tree.tokens.numel() != tree.num_nodes:
         return tree
-    tokens, parents, depths, scores = (
-        values.flatten().tolist() for values in (tree.tokens, tree.parents, tree.depths, tree.logprobs)
-    )
+    tokens, parents, depths = torch.stack([tree.tokens, tree.parents, tree.depths]).view(3, -1).tolist()
     if depths[-1] < tree.max_depth:  # nodes come in order of depth
         return tree
+    scores = tree.logprobs.flatten().tolist()
     leaf = max((node for node, depth in enumerate(depths) if depth == depths[-1]), key=scores.__getitem__)
     floor = max(least_logprob, min(scores) if tree.num_nodes == node_budget else -math.inf)
     if scores[leaf] <= floor:
