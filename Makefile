@@ -124,7 +124,8 @@ $(TARGETS_VENV)/.installed: pyproject.toml
 	@echo "== $(TARGETS_VENV): $(TORCH), peft, torchao, bitsandbytes and optimum-quanto (minutes on a slow line)"
 	@test -d $(TARGETS_VENV) || $(PYTHON) -m venv $(TARGETS_VENV)
 	@$(TARGETS_VENV)/bin/python -m pip install -q --disable-pip-version-check $(TORCH)
-	@$(TARGETS_VENV)/bin/python -m pip install -q --disable-pip-version-check -e '.[dev,targets]' $(if $(TRANSFORMERS),'$(TRANSFORMERS)')
+	@$(TARGETS_VENV)/bin/python -m pip install -q --disable-pip-version-check -e '.[dev,targets]' \
+	    '$(or $(TRANSFORMERS),transformers<5.24)'  # which asks for peft 0.22, not released yet
 	@touch $@
 
 # What vLLM asks for, less torch's packages: its torch is pinned to a build that the package index does not have under
