@@ -20,6 +20,7 @@ NUM_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if NUM_WORKERS > 1:  # they share the cores, and so does what they start
     torch.set_num_threads(max((os.cpu_count() or 1) // NUM_WORKERS, 1))
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+os.environ["COLUMNS"] = "500"  # of a console: the length of a folder's name must not break what commands say
 
 VOCAB_SIZE = 257
 BLOCK_SIZE = 8

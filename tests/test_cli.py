@@ -88,12 +88,9 @@ def test_answers_made_elsewhere_are_trained_on_with_weights_and_a_warning(target
         target_folder, prompts, tmp_path / "run", 2, "--answers", made, "--weight", "made=0.5", "--weight", "prompts=2"
     )
     assert result.exit_code == 0, result.output
-    output = "".join(result.output.split())  # lines are broken anywhere, by the length of the folder's name
-    for message in (
-        "made.jsonl: these answers surprise the target by",
-        "of 13 answers: 1 left out, fewer than two answer tokens (see --max-length)",
-    ):
-        assert message.replace(" ", "") in output
+    output = " ".join(result.output.split())
+    assert "made.jsonl: these answers surprise the target by" in output
+    assert "of 13 answers: 1 left out, fewer than two answer tokens (see --max-length)" in output
 
 
 def test_the_command_and_the_recipe_have_the_same_options_and_defaults():
