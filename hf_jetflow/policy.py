@@ -23,8 +23,9 @@ EVIDENCE = 4.0  # drafted rounds by which it is decided whether drafting pays
 MARGIN = 1.03  # drafted rounds must yield so many times what plain ones would
 EXPLORING_SHARE = 0.01  # of all time that drafting may lose where it does not pay, to notice when it does
 LEAST_CREDIT, MOST_CREDIT = -1.0, 6.0  # plain rounds whose time may be owed, and saved up, for that
-REFRESH_EVERY = 16  # drafted rounds after which a neighbour of the best budget is taken, to learn its seconds anew
+REFRESH_EVERY = 16  # drafted rounds after which a neighbour of the best budget may be taken, to learn its seconds anew
 REFRESH_FIRST = (4, 8, 12)  # the same among the first of them, when little is known
+REFRESH_SHARE = 0.01  # of the time of drafted rounds that may be lost that way, saved up until a neighbour's loss
 RETIME_EVERY = 8  # rounds after which a plain one is timed anew, while drafted ones are little better
 LITTLE_BETTER = 1.25
 WORTH_DRAFTING = 0.5  # least gain of a node that is drafted, over what its verification costs
@@ -122,6 +123,7 @@ class RoundCosts:
     drafted_seconds: float = 0.0  # mean time of them, at pace 1
     num_drafted: int = 0
     credit: float = 0.0  # seconds at pace 1 that drafting may lose
+    refresh_credit: float = 0.0  # seconds at pace 1 that taking neighbours of the best budget may lose
     _curve: list[tuple[int, float]] | None = None  # what `by_nodes` returns, until the next sample
 
     @property
@@ -274,7 +276,11 @@ class AutoPolicy:
         self._ceiling = next((budget for budget in AUTO_BUDGETS if budget >= 2 * budgets[place]), AUTO_BUDGETS[-1])
         if self._is_refresh:  # above and below in turn
             turn = costs.num_drafted // REFRESH_EVERY + costs.num_drafted // REFRESH_FIRST[0]
-            place = min(max(place + (1 if turn % 2 else -1), 0), len(budgets) - 1)
+            other = min(max(place + (1 if turn % 2 else -1), 0), len(budgets) - 1)
+            loss = 0.0 if costs.num_drafted in REFRESH_FIRST else (surplus[place] - surplus[other]) / rate / costs.pace
+            if loss <= costs.refresh_credit:
+                costs.refresh_credit -= loss
+                place = other
         return budgets[place]
 
     def record(self, tree: DraftTree, num_accepted: float) -> None:
@@ -292,6 +298,7 @@ class AutoPolicy:
             return
         costs.earn((num_accepted + 1) * costs.level(1) - seconds)
         costs.count(self._promised, num_accepted, seconds)
+        costs.refresh_credit += REFRESH_SHARE * seconds
         self._weight = 0.9 * self._weight + 1
         self._tokens = 0.9 * self._tokens + num_accepted + 1
         self._seconds = 0.9 * self._seconds + seconds

@@ -185,6 +185,39 @@ def test_budgets_are_timed_on_the_very_same_texts(tiny_target, random_head, tmp_
     assert all(row["tokens_per_round"] >= 1 and row["tokens_per_second"] > 0 for row in rows)
 
 
+def test_auto_is_timed_where_nothing_is_to_be_gained(tiny_target, random_head, tmp_path, monkeypatch, capsys):
+    target = tiny_target("llama")
+    target.save_pretrained(tmp_path / "target")
+    tiny_tokenizer(target.config.vocab_size).save_pretrained(tmp_path / "target")
+    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(dict(id=i, prompt=f"t0{i + 40}")) + "\n" for i in range(2)))
+    random_head(target).save_pretrained(tmp_path / "head")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    slower = load_example("never_slower")
+    monkeypatch.setattr(slower, "WARM_UP_TOKENS", 24)  # the trials end within it
+    monkeypatch.setattr(slower, "FOREIGN", ("t050", "t060"))
+    arguments = ["--target", tmp_path / "target", "--head", tmp_path / "head", "--prompts", tmp_path / "dev.jsonl"]
+    arguments += ["--max-new-tokens", 12, "--json", tmp_path / "slower.json"]
+    monkeypatch.setattr(sys, "argv", ["never_slower.py", *map(str, arguments)])
+    slower.main()
+    rows = json.loads((tmp_path / "slower.json").read_text())["rows"]
+    assert [row["case"] for row in rows] == ["random head", "temperature 1.5", "foreign prompts", "one token"]
+    assert [row["num_runs"] for row in rows] == [2, 2, 2, 6]
+    assert [row["num_new_tokens"] for row in rows] == [24, 24, 24, 6]
+    assert all(row["speedup_spread"][0] <= row["speedup"] <= row["speedup_spread"][1] for row in rows)
+    assert rows[-1]["drafted_share"] == 0, "an answer of one token has no rounds"
+    assert len(capsys.readouterr().out.splitlines()) == len(rows)
+
+
+def test_an_untrained_copy_has_other_weights_and_the_same_vocabulary(tiny_target, random_head, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    head = random_head(tiny_target("llama"), branch_correction="path")
+    copied = load_example("never_slower").random_copy(head)
+    assert type(copied) is type(head)
+    for (name, before), after in zip(head.named_parameters(), copied.parameters(), strict=True):
+        assert (before.ndim > 1) != torch.equal(before, after), name
+        assert after.shape == before.shape
+
+
 def test_ranks_are_measured_by_depth_and_read_by_the_simulation(tiny_target, random_head, tmp_path, monkeypatch):
     from hf_jetflow.simulate import read_tokens
 

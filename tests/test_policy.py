@@ -190,6 +190,16 @@ def test_a_trial_that_was_disturbed_is_forgotten(monkeypatch):
     assert costs.seconds(best) < 1.5 * seconds(best)
 
 
+def test_a_size_that_costs_much_more_is_seldom_taken_to_learn_its_seconds(monkeypatch):
+    machine, costs = Machine(monkeypatch, lambda nodes: 1 + 0.2 * max(nodes - 32, 0), 0.8), RoundCosts()
+    machine.run(AutoPolicy(LIMITS, costs), 200)
+    sizes, policy = [], AutoPolicy(LIMITS, costs)
+    record = policy.record
+    monkeypatch.setattr(policy, "record", lambda tree, kept: (sizes.append(len(tree.tokens)), record(tree, kept)))
+    machine.run(policy, 4000)
+    assert 0 < sum(size > 32 for size in sizes) < 0.01 * len(sizes)
+
+
 def test_one_thread_reads_what_another_one_learns():
     costs, is_over = RoundCosts(), threading.Event()
 

@@ -1,0 +1,122 @@
+"""Speed of `node_budget="auto"` where drafting has little or nothing to gain, against plain decoding.
+
+Four cases: a head of random weights, sampling at temperature 1.5, prompts unlike any that the head was trained on, and
+answers of one token. Every prompt is answered plainly and with the head in turn; who begins changes.
+
+    python examples/never_slower.py --target model.gguf --head examples/heads/smollm2-135m-instruct \
+        --prompts maths.jsonl code.jsonl chat.jsonl --json examples/results/never_slower.json
+"""
+
+import argparse
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from replayed import load_pair
+from smollm2 import HEAD, gguf_path
+from transformers import PreTrainedModel
+
+from hf_jetflow import JetFlowHead
+from hf_jetflow.bench import environment, write_json
+from hf_jetflow.bench_runs import Run, Variant, timed_run
+from hf_jetflow.data import encode_chat, read_prompts
+
+
+WARM_UP_TOKENS = 64  # of an answer that is not counted: "auto" tries what it chooses from meanwhile
+VARIANTS = (Variant("plain"), Variant("jetflow", "auto"))
+FOREIGN = (
+    "Erkläre in drei Sätzen, warum der Mond Phasen hat.",
+    "¿Qué debo tener en cuenta antes de adoptar un perro mayor?",
+    "Écris un court poème sur la pluie à Brest.",
+    "Come si prepara un risotto allo zafferano per quattro persone?",
+    "Opisz krótko, jak działa lodówka.",
+    "Decode this base64 text and explain what it says: VGhlIHRpZGUgdHVybnMgYXQgc2l4Lg==",
+)
+
+
+def random_copy(head: JetFlowHead) -> JetFlowHead:
+    """The same head, untrained."""
+    head = copy.deepcopy(head)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return head
+
+
+def measure(
+    target: PreTrainedModel, head: JetFlowHead, prompts: list[list[int]], repeats: int, **settings: Any
+) -> dict[str, Any]:
+    """Ratios of tokens per second to plain decoding, and the share of the rounds that drafted."""
+    runs: dict[str, list[Run]] = {variant.method: [] for variant in VARIANTS}
+    for number, prompt in enumerate(prompts * repeats):
+        for variant in VARIANTS if number % 2 else reversed(VARIANTS):
+            run = timed_run(target, head, variant, [prompt], seed=number, **settings)
+            runs[variant.method].append(run)
+    rates = {method: [len(run.new_ids) / run.seconds for run in each] for method, each in runs.items()}
+    ratios = [ours / plain for ours, plain in zip(rates["jetflow"], rates["plain"], strict=True)]
+    low, median, high = (round(float(each), 3) for each in np.percentile(ratios, (25, 50, 75)))
+    rounds = [count for run in runs["jetflow"] for count in run.stats["rounds_by_nodes"].items()]
+    num_rounds = sum(count for _, count in rounds)
+    return {
+        "num_runs": len(ratios),
+        "num_new_tokens": sum(len(run.new_ids) for run in runs["jetflow"]),
+        "speedup": median,
+        "speedup_spread": [low, high],
+        "tokens_per_second": {
+            method: round(sum(len(run.new_ids) for run in each) / sum(run.seconds for run in each), 2)
+            for method, each in runs.items()
+        },
+        "drafted_share": round(sum(count for nodes, count in rounds if nodes > 1) / max(num_rounds, 1), 4),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", default=None, help="Hub id, folder or .gguf file")
+    parser.add_argument("--head", default=str(HEAD), help="Hub id or folder")
+    parser.add_argument("--prompts", type=Path, nargs="+", required=True, help="JSON lines, a set each")
+    parser.add_argument("--num-prompts", type=int, default=8, help="of each set")
+    parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument(
+        "--repeats", type=int, default=1, help="passes over the prompts; answers of one token: three times as many"
+    )
+    parser.add_argument("--json", type=Path, required=True, help="file for the result")
+    args = parser.parse_args()
+    args.target = args.target or gguf_path()
+
+    target, tokenizer, head = load_pair(args)
+    own = {
+        path.stem: [encode_chat(tokenizer, each["messages"]) for each in read_prompts([path])[: args.num_prompts]]
+        for path in args.prompts
+    }
+    foreign = {"foreign": [encode_chat(tokenizer, [{"role": "user", "content": text}]) for text in FOREIGN]}
+    long = dict(max_new_tokens=args.max_new_tokens)
+    cases = (
+        ("random head", random_copy(head), own, args.repeats, long),
+        ("temperature 1.5", copy.deepcopy(head), own, args.repeats, {**long, "temperature": 1.5}),
+        ("foreign prompts", copy.deepcopy(head), foreign, args.repeats, long),
+        ("one token", copy.deepcopy(head), own, 3 * args.repeats, dict(max_new_tokens=1)),
+    )
+    rows = []
+    for case, its_head, sets, repeats, settings in cases:
+        warm_up = {**settings, "max_new_tokens": WARM_UP_TOKENS}
+        for variant in VARIANTS:
+            timed_run(target, its_head, variant, next(iter(sets.values()))[:1], **warm_up)
+        for name, prompts in sets.items():
+            row = measure(target, its_head, prompts, repeats, **settings)
+            rows.append({"case": case, "prompts": name, **settings, **row})
+            low, high = row["speedup_spread"]
+            print(
+                f"{case:16} {name:10} {row['speedup']:.3f} ({low:.3f} - {high:.3f}) of plain decoding's speed",
+                end=", ",
+            )
+            print(f"{100 * row['drafted_share']:.1f} % of the rounds drafted", flush=True)
+    write_json({"environment": environment(), "head": Path(args.head).name, "rows": rows}, args.json)
+
+
+if __name__ == "__main__":
+    main()
