@@ -72,7 +72,7 @@ def _head(target_fields: dict[str, Any], fields: dict[str, Any]) -> HeadShape:
 
 def _check_cpu(target: ModelShape) -> dict[str, Any]:
     """Fitted to three rows of one prompt set; every other row is predicted from its tokens per round."""
-    bench = _read("results/bench_smollm2_bf16.json")["rows"]
+    bench = _read("results/bench_earlier_loop.json")["rows"]
     head_config = JetFlowConfig.from_pretrained(EXAMPLES / "heads" / "smollm2-135m-instruct")
     head = head_shape(head_config)
     by_name = {(row["prompts"], row["method"], row["node_budget"]): row for row in bench}
@@ -172,7 +172,7 @@ def _check_ranks() -> dict[str, Any]:
     """Tokens per round by `expected_tokens` against those of decoding the same prompts."""
     tables = _read("results/ranks_smollm2.json")["acceptance_by_rank"]
     rows = []
-    for row in _read("results/bench_smollm2_bf16.json")["rows"]:
+    for row in _read("results/bench_earlier_loop.json")["rows"]:
         if row["method"] == "jetflow" and isinstance(row["node_budget"], int):
             predicted = expected_tokens(tables[row["prompts"]], row["node_budget"])
             rows.append(

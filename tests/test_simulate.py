@@ -346,7 +346,7 @@ def test_a_target_without_attention_is_refused():
 
 
 def test_tokens_per_round_are_read_from_a_bench_a_replay_and_a_table():
-    bench = json.loads((RESULTS / "bench_smollm2_bf16.json").read_text())
+    bench = json.loads((RESULTS / "bench_earlier_loop.json").read_text())
     kept = {
         row["node_budget"]: row["tokens_per_round"]
         for row in bench["rows"]
