@@ -20,6 +20,8 @@ NUM_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if NUM_WORKERS > 1:  # they share the cores, and so does what they start
     torch.set_num_threads(max((os.cpu_count() or 1) // NUM_WORKERS, 1))
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+if "PYTEST_XDIST_WORKER" in os.environ:  # its folders have long names, which must not break what commands say
+    os.environ["COLUMNS"] = "500"
 
 VOCAB_SIZE = 257
 BLOCK_SIZE = 8
@@ -129,11 +131,6 @@ def build_noisy(target: PreTrainedModel, continuation: torch.Tensor, **config: A
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def _wide_console(monkeypatch) -> None:
-    monkeypatch.setenv("COLUMNS", "500")  # the length of a folder's name must not break what commands say
 
 
 @pytest.fixture(params=FAMILIES)
