@@ -167,15 +167,20 @@ def test_the_gain_of_a_correction_is_replayed_with_it_on_and_off(tiny_target, ra
         run(None)
 
 
+def write_pair(folder, target, head):
+    """Saves both and two prompts; returns the options that name them."""
+    target.save_pretrained(folder / "target")
+    tiny_tokenizer(target.config.vocab_size).save_pretrained(folder / "target")
+    (folder / "dev.jsonl").write_text("".join(json.dumps(dict(id=i, prompt=f"t0{i + 40}")) + "\n" for i in range(2)))
+    head.save_pretrained(folder / "head")
+    return ["--target", folder / "target", "--head", folder / "head", "--prompts", folder / "dev.jsonl"]
+
+
 def test_budgets_are_timed_on_the_very_same_texts(tiny_target, random_head, tmp_path, monkeypatch):
     target = tiny_target("llama")
-    target.save_pretrained(tmp_path / "target")
-    tiny_tokenizer(target.config.vocab_size).save_pretrained(tmp_path / "target")
-    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(dict(id=i, prompt=f"t0{i + 40}")) + "\n" for i in range(2)))
-    random_head(target).save_pretrained(tmp_path / "head")
+    arguments = write_pair(tmp_path, target, random_head(target))
     monkeypatch.syspath_prepend(EXAMPLES)
     same = load_example("same_text")
-    arguments = ["--target", tmp_path / "target", "--head", tmp_path / "head", "--prompts", tmp_path / "dev.jsonl"]
     arguments += ["--texts", tmp_path / "texts", "--max-new-tokens", 12, "--node-budgets", 4, "auto"]
     monkeypatch.setattr(sys, "argv", ["same_text.py", *map(str, arguments), "--json", str(tmp_path / "same.json")])
     same.main()  # which holds every text against the plain one
@@ -187,15 +192,11 @@ def test_budgets_are_timed_on_the_very_same_texts(tiny_target, random_head, tmp_
 
 def test_auto_is_timed_where_nothing_is_to_be_gained(tiny_target, random_head, tmp_path, monkeypatch, capsys):
     target = tiny_target("llama")
-    target.save_pretrained(tmp_path / "target")
-    tiny_tokenizer(target.config.vocab_size).save_pretrained(tmp_path / "target")
-    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(dict(id=i, prompt=f"t0{i + 40}")) + "\n" for i in range(2)))
-    random_head(target).save_pretrained(tmp_path / "head")
+    arguments = write_pair(tmp_path, target, random_head(target))
     monkeypatch.syspath_prepend(EXAMPLES)
     slower = load_example("never_slower")
     monkeypatch.setattr(slower, "WARM_UP_TOKENS", 24)  # the trials end within it
     monkeypatch.setattr(slower, "FOREIGN", ("t050", "t060"))
-    arguments = ["--target", tmp_path / "target", "--head", tmp_path / "head", "--prompts", tmp_path / "dev.jsonl"]
     arguments += ["--max-new-tokens", 12, "--json", tmp_path / "slower.json"]
     monkeypatch.setattr(sys, "argv", ["never_slower.py", *map(str, arguments)])
     slower.main()
