@@ -17,6 +17,7 @@ AUTO_BUDGETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # what "auto
 FIRST_TRIALS = (16, 1, 32, 8, 64)  # tried in the first rounds of a process; the other budgets are read off these
 NUM_TRIALS = 2  # rounds per trial; each budget's first round is not counted (kernels are made ready in it)
 NUM_SAMPLES = 9  # rounds of each size whose seconds are kept
+ROOFLINE_SAMPLES = 9  # rounds of a size that what the other sizes suggest for it counts as
 NUM_PACES = 5  # latest rounds of any size by which the pace of now is known
 LEAST_SECONDS = 1e-9  # of a round: a caller's tests may have stopped the clock
 EVIDENCE = 4.0  # drafted rounds by which it is decided whether drafting pays
@@ -28,7 +29,7 @@ REFRESH_FIRST = (4, 8, 12)  # the same among the first of them, when little is k
 REFRESH_SHARE = 0.01  # of the time of drafted rounds that may be lost that way, saved up until a neighbour's loss
 RETIME_EVERY = 8  # rounds after which a plain one is timed anew, while drafted ones are little better
 LITTLE_BETTER = 1.25
-WORTH_DRAFTING = 0.5  # least gain of a node that is drafted, over what its verification costs
+WORTH_DRAFTING = 0.75  # least gain of a node that is drafted, over what its verification costs
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,33 @@ class FixedPolicy:
         return {}
 
 
+def roofline(known: list[tuple[int, float, int]]) -> list[float]:
+    """
+    Seconds of each size on the roofline that fits all of them best: level while memory is what takes the time, from
+    some size on a line that rises.
+
+    Args:
+        known: Nodes in ascending order, seconds and number of samples of each size. Errors are taken to be relative.
+    """
+    weights = [num_samples / seconds**2 for _, seconds, num_samples in known]
+    total = sum(weights)
+    mean = sum(weight * seconds for weight, (_, seconds, _) in zip(weights, known, strict=True)) / (total or 1)
+    explained, base, slope, knee = 0.0, mean, 0.0, 0
+    w = wn = wnn = wt = wnt = 0.0  # sums over the sizes above the knee: of weights, times nodes, times seconds
+    for i in range(len(known) - 1, 0, -1):
+        nodes, seconds, _ = known[i]
+        weight, below = weights[i], known[i - 1][0]
+        w, wn, wnn = w + weight, wn + weight * nodes, wnn + weight * nodes**2
+        wt, wnt = wt + weight * seconds, wnt + weight * nodes * seconds
+        over = wn - below * w
+        variance = wnn - 2 * below * wn + below**2 * w - over**2 / total
+        covariance = wnt - below * wt - over * mean
+        if covariance > 0 and variance > 0 and covariance**2 / variance > explained:
+            explained, slope, knee = covariance**2 / variance, covariance / variance, below
+            base = mean - slope * over / total
+    return [base + slope * max(nodes - knee, 0) for nodes, _, _ in known]
+
+
 @dataclass
 class RoundCosts:
     """
@@ -161,20 +189,23 @@ class RoundCosts:
         return self.pace * min(((seconds - plain) / (nodes - 1) for nodes, seconds in others), default=0.0)
 
     def by_nodes(self) -> list[tuple[int, float]]:
-        """Nodes and seconds at pace 1. Where more nodes seem to take less time, both take the mean of the two."""
+        """Nodes and seconds at pace 1: between what each size took and what the sizes together suggest for it. Where
+        more nodes still seem to take less time, both take the mean of the two."""
         curve = self._curve
         if curve is None:
+            samples = sorted(self.samples.copy().items())
+            known = [(nodes, median(values), len(values)) for nodes, values in samples if values]
+            plain = [known.pop(0)[:2]] if known and known[0][0] == 1 else []
             levels: list[tuple[float, list[int]]] = []
-            for nodes, values in sorted(self.samples.copy().items()):
-                if not values:
-                    continue
-                level, members = median(values), [nodes]
-                while len(levels) > 1 and levels[-1][0] > level:  # the first is plain decoding
+            for (nodes, own, count), suggested in zip(known, roofline(known), strict=True):
+                level = (count * own + ROOFLINE_SAMPLES * suggested) / (count + ROOFLINE_SAMPLES)
+                members = [nodes]
+                while levels and levels[-1][0] > level:
                     before, others = levels.pop()
                     level = (before * len(others) + level * len(members)) / (len(others) + len(members))
                     members = others + members
                 levels.append((level, members))
-            curve = self._curve = [(nodes, level) for level, members in levels for nodes in members]
+            curve = self._curve = plain + [(nodes, level) for level, members in levels for nodes in members]
         return curve
 
     def earn(self, seconds: float) -> None:

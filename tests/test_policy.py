@@ -10,7 +10,7 @@ from helpers import make_tree
 from reference import assert_same_text
 
 from hf_jetflow import policy as policy_module
-from hf_jetflow.policy import AUTO_BUDGETS, FIRST_TRIALS, REFRESH_EVERY, AutoPolicy, RoundCosts, RoundPlan
+from hf_jetflow.policy import AUTO_BUDGETS, FIRST_TRIALS, REFRESH_EVERY, AutoPolicy, RoundCosts, RoundPlan, roofline
 from hf_jetflow.tree import Candidates, build_tree, chain_of, trim_tree
 
 
@@ -271,10 +271,36 @@ def test_seconds_lie_on_the_line_between_what_was_measured():
 
 
 def test_a_size_that_seems_faster_than_a_smaller_one_shares_its_seconds():
-    costs = RoundCosts(samples={1: (1.0,), 4: (3.0,), 8: (2.0,), 16: (5.0,)})
-    assert [costs.seconds(nodes) for nodes in (1, 4, 8, 16)] == [1.0, 2.5, 2.5, 5.0]
+    samples = {1: (1.0,), 4: (3.0,) * 9, 8: (2.0,) * 9, 16: (5.0,) * 9}
+    one, *sizes = [RoundCosts(samples=samples).seconds(nodes) for nodes in (1, 4, 8, 16)]
+    assert one == 1.0
+    assert sizes[0] == sizes[1] < sizes[2]
     costs = RoundCosts(samples={1: (9.0,), 4: (3.0,)})  # plain rounds are another kind
     assert [costs.seconds(nodes) for nodes in (1, 4)] == [9.0, 3.0]
+
+
+@pytest.mark.parametrize("knee", [2, 8, 32, 64])
+@pytest.mark.parametrize("slope", [0.0, 0.02, 0.1])
+def test_sizes_on_a_roofline_keep_their_seconds(knee, slope):
+    known = [(nodes, 1 + slope * max(nodes - knee, 0), nodes % 5 + 1) for nodes in (2, 4, 8, 16, 32, 64, 128)]
+    assert roofline(known) == pytest.approx([seconds for _, seconds, _ in known])
+
+
+def test_a_roofline_of_few_sizes():
+    assert roofline([]) == []
+    assert roofline([(8, 2.0, 1)]) == [2.0]
+    assert roofline([(8, 2.0, 1), (16, 3.0, 5)]) == pytest.approx([2.0, 3.0])
+    lower, upper = roofline([(8, 3.0, 5), (16, 2.0, 5)])  # never falls
+    assert 2 < lower == upper < 3
+
+
+def test_a_size_of_few_rounds_is_read_off_the_others():
+    """As they are: one disturbed trial among steady sizes, and a size whose many rounds differ from the others'."""
+    steady = {nodes: (1 + 0.05 * nodes,) * 9 for nodes in (2, 4, 8, 24, 32, 64)}
+    trial = RoundCosts(samples={1: (1.0,), 16: (3.6,), **steady})
+    assert trial.seconds(16) == pytest.approx(1.8, rel=0.12)
+    known_well = RoundCosts(samples={1: (1.0,), 16: (2.4,) * 9, **steady})
+    assert 2.0 < known_well.seconds(16) < 2.4
 
 
 def test_a_machine_that_slows_down_slows_every_size():
@@ -306,12 +332,13 @@ def test_the_last_node_repays_its_time_as_well_as_the_text_does(text_rate):
     assert AutoPolicy(LIMITS, costs).fit(tree).num_nodes == best
 
 
-@pytest.mark.parametrize(("per_node", "least"), [(0.1, 0.05), (0.02, 0.01), (0.0, 0.0)])
-def test_nodes_that_cannot_repay_half_their_verification_are_not_drafted(per_node, least):
-    samples = {nodes: (1 + per_node * (nodes - 1),) for nodes in (1, 8, 64)}
-    costs = RoundCosts(samples={**samples, 16: (9.0,), 32: (9.0,)}, tokens=4.0, drafted_seconds=4.0, num_drafted=5)
+@pytest.mark.parametrize(("per_node", "least"), [(0.1, 0.075), (0.02, 0.015), (0.0, 0.0)])
+def test_nodes_that_cannot_repay_their_verification_are_not_drafted(per_node, least):
+    """Nor those that hardly do."""
+    samples = {nodes: (1 + per_node * (nodes - 1),) for nodes in (1, 8, 16, 32, 64)}
+    costs = RoundCosts(samples=samples, tokens=4.0, drafted_seconds=4.0, num_drafted=5)
     plan = AutoPolicy(LIMITS, costs).plan(100)
-    assert math.exp(plan.least_logprob) == pytest.approx(least)
+    assert math.exp(plan.least_logprob) == pytest.approx(least, abs=1e-12)
     costs.num_drafted = REFRESH_EVERY  # a round that may be larger than what repays, to learn what that takes
     assert AutoPolicy(LIMITS, costs).plan(100).least_logprob == -math.inf
 
