@@ -183,8 +183,15 @@ def test_budgets_are_timed_on_the_very_same_texts(tiny_target, random_head, tmp_
     same = load_example("same_text")
     arguments += ["--texts", tmp_path / "texts", "--max-new-tokens", 12, "--node-budgets", 4, "auto"]
     monkeypatch.setattr(sys, "argv", ["same_text.py", *map(str, arguments), "--json", str(tmp_path / "same.json")])
+    turns = []
+    stop = same.Writer._stop
+    monkeypatch.setattr(same.Writer, "_stop", lambda writer: (turns.append(writer), stop(writer)))
     same.main()  # which holds every text against the plain one
-    rows = json.loads((tmp_path / "same.json").read_text())["rows"]
+    result = json.loads((tmp_path / "same.json").read_text())
+    rows = result["rows"]
+    auto = rows[2]["tokens_per_second"] / max(row["tokens_per_second"] for row in rows[:2])
+    assert result["auto_against_best_fixed_percent"]["dev"] == pytest.approx(100 * (auto - 1), abs=0.1)
+    assert len(set(map(id, turns[:3]))) == 3, "every budget writes its first round before any writes the second"
     assert [row["node_budget"] for row in rows] == [1, 4, "auto"]
     assert rows[0]["tokens_per_round"] == rows[0]["speedup"] == 1.0
     assert all(row["tokens_per_round"] >= 1 and row["tokens_per_second"] > 0 for row in rows)
