@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from statistics import median
 from typing import Any
 
@@ -287,7 +288,8 @@ class AutoPolicy:
             return tree
         self._start_of_rest = time.perf_counter()
         # The root's 1 comes first; of a batch, what its trees promise on average.
-        gains = tree.logprobs.exp().sort(descending=True).values.cumsum(-1).view(-1, num_nodes).mean(0).tolist()
+        trees = [sorted(map(math.exp, row), reverse=True) for row in tree.logprobs.view(-1, num_nodes).tolist()]
+        gains = list(accumulate(sum(shares) / len(trees) for shares in zip(*trees, strict=True)))
         best = num_nodes if self._is_trial else self._best_budget(gains)
         self._promised = gains[best - 1] - 1
         return tree if best == num_nodes else trim_tree(tree, best)
