@@ -1,7 +1,8 @@
 """Speed of `node_budget="auto"` where drafting has little or nothing to gain, against plain decoding.
 
 Four cases: a head of random weights, sampling at temperature 1.5, prompts unlike any that the head was trained on, and
-answers of one token. Every prompt is answered plainly and with the head in turn; who begins changes.
+answers of one token. Every prompt is answered plainly and with the head at once, a round each in turn, so that both
+share the machine's slow and fast seconds; who begins changes. Needs `pip install greenlet`.
 
     python examples/never_slower.py --target model.gguf --head examples/heads/smollm2-135m-instruct \
         --prompts maths.jsonl code.jsonl chat.jsonl --json examples/results/never_slower.json
@@ -17,15 +18,14 @@ import torch
 from replayed import load_pair
 from smollm2 import HEAD, gguf_path
 from transformers import PreTrainedModel
+from turns import Turns, take_turns
 
 from hf_jetflow import JetFlowHead
 from hf_jetflow.bench import environment, write_json
-from hf_jetflow.bench_runs import Run, Variant, timed_run
 from hf_jetflow.data import encode_chat, read_prompts
 
 
 WARM_UP_TOKENS = 64  # of an answer that is not counted: "auto" tries what it chooses from meanwhile
-VARIANTS = (Variant("plain"), Variant("jetflow", "auto"))
 FOREIGN = (
     "Erkläre in drei Sätzen, warum der Mond Phasen hat.",
     "¿Qué debo tener en cuenta antes de adoptar un perro mayor?",
@@ -47,28 +47,34 @@ def random_copy(head: JetFlowHead) -> JetFlowHead:
     return head
 
 
+def answer(target: PreTrainedModel, head: JetFlowHead, prompt: list[int], number: int, **settings: Any) -> list[Turns]:
+    """The prompt answered plainly and with the head; the other one begins where `number` is odd."""
+    settings["do_sample"] = "temperature" in settings
+    if settings["do_sample"]:
+        settings |= {"top_k": 0, "top_p": 1.0}
+    calls = [Turns(target, prompt, each, "auto", number, **settings) for each in (None, head)]
+    take_turns(calls[::-1] if number % 2 else calls)
+    return calls
+
+
 def measure(
     target: PreTrainedModel, head: JetFlowHead, prompts: list[list[int]], repeats: int, **settings: Any
 ) -> dict[str, Any]:
     """Ratios of tokens per second to plain decoding, and the share of the rounds that drafted."""
-    runs: dict[str, list[Run]] = {variant.method: [] for variant in VARIANTS}
-    for number, prompt in enumerate(prompts * repeats):
-        for variant in VARIANTS if number % 2 else reversed(VARIANTS):
-            run = timed_run(target, head, variant, [prompt], seed=number, **settings)
-            runs[variant.method].append(run)
-    rates = {method: [len(run.new_ids) / run.seconds for run in each] for method, each in runs.items()}
-    ratios = [ours / plain for ours, plain in zip(rates["jetflow"], rates["plain"], strict=True)]
+    pairs = [answer(target, head, prompt, number, **settings) for number, prompt in enumerate(prompts * repeats)]
+    ratios = [len(o.new_ids) / o.seconds / (len(p.new_ids) / p.seconds) for p, o in pairs]
     low, median, high = (round(float(each), 3) for each in np.percentile(ratios, (25, 50, 75)))
-    rounds = [count for run in runs["jetflow"] for count in run.stats["rounds_by_nodes"].items()]
+    plain, ours = zip(*pairs, strict=True)
+    rounds = [count for call in ours for count in call.stats.rounds_by_nodes.items()]
     num_rounds = sum(count for _, count in rounds)
     return {
-        "num_runs": len(ratios),
-        "num_new_tokens": sum(len(run.new_ids) for run in runs["jetflow"]),
+        "num_runs": len(pairs),
+        "num_new_tokens": sum(len(call.new_ids) for call in ours),
         "speedup": median,
         "speedup_spread": [low, high],
         "tokens_per_second": {
-            method: round(sum(len(run.new_ids) for run in each) / sum(run.seconds for run in each), 2)
-            for method, each in runs.items()
+            name: round(sum(len(call.new_ids) for call in calls) / sum(call.seconds for call in calls), 2)
+            for name, calls in (("plain", plain), ("jetflow", ours))
         },
         "drafted_share": round(sum(count for nodes, count in rounds if nodes > 1) / max(num_rounds, 1), 4),
     }
@@ -103,9 +109,7 @@ def main() -> None:
     )
     rows = []
     for case, its_head, sets, repeats, settings in cases:
-        warm_up = {**settings, "max_new_tokens": WARM_UP_TOKENS}
-        for variant in VARIANTS:
-            timed_run(target, its_head, variant, next(iter(sets.values()))[:1], **warm_up)
+        answer(target, its_head, next(iter(sets.values()))[0], 0, **{**settings, "max_new_tokens": WARM_UP_TOKENS})
         for name, prompts in sets.items():
             row = measure(target, its_head, prompts, repeats, **settings)
             rows.append({"case": case, "prompts": name, **settings, **row})

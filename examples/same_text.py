@@ -3,121 +3,67 @@
 In bfloat16 trees of different sizes round differently, so that texts part where two tokens are nearly equal, and a
 text that happens to be easy makes its budget look good. Here every budget has to write the target's own answer. All of
 them write it at once, a round each in turn, whichever has come least far: a machine whose speed changes from second to
-second is as slow for one as for the other. Needs `pip install greenlet`.
+second is as slow for one as for another. Needs `pip install greenlet`.
 
     python examples/same_text.py --target model.gguf --head examples/heads/smollm2-135m-instruct \
         --prompts dev_math.jsonl dev_code.jsonl dev_chat.jsonl --texts runs/texts --json same_text.json
 """
 
 import statistics
-import time
-from collections.abc import Callable
 from typing import Any
-from unittest.mock import patch
 
 import torch
-from greenlet import getcurrent, greenlet
 from replayed import load_pair, make_parser, text_sets
 from transformers import LogitsProcessor, PreTrainedModel
+from turns import Turns, take_turns
 
-from hf_jetflow import JetFlowHead, decoding
+from hf_jetflow import JetFlowHead
 from hf_jetflow.bench import environment, write_json
 
 
-class Writer(LogitsProcessor):
-    """
-    One node budget writing one text; 1 node is plain `generate`.
+class Dictate(LogitsProcessor):
+    """Allows the next token of a text only."""
 
-    As a logits processor it allows the text's next token only. `write_on` does a round's work.
-    """
-
-    def __init__(self, target: PreTrainedModel, head: JetFlowHead, text: tuple[list[int], int], budget: Any):
-        self._target, self._head, self._budget = target, head, budget
-        self._ids, self._num_prompt = text
-        self.length = 0  # of the text so far
-        self.seconds = 0.0
-        self.num_rounds = 0
-        self._work = greenlet(self._write)
-
-    @property
-    def is_done(self) -> bool:
-        return self._work.dead
-
-    def write_on(self) -> None:
-        start = time.perf_counter()
-        with patch.object(decoding, "choose_policy", self._stopping_before_rounds(decoding.choose_policy)):
-            self._work.switch()
-        self.seconds += time.perf_counter() - start
-
-    def _write(self) -> None:
-        prompt = torch.tensor([self._ids[: self._num_prompt]], device=self._target.device)
-        self._head.generation_config.node_budget = self._budget
-        output = self._target.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=len(self._ids) - self._num_prompt,
-            do_sample=False,
-            logits_processor=[self],
-            assistant_model=None if self._budget == 1 else self._head,
-        )
-        assert output[0].tolist() == self._ids
-
-    def _stop(self) -> None:
-        """Let the others write."""
-        self.num_rounds += 1
-        getcurrent().parent.switch()
-
-    def _stopping_before_rounds(self, choose_policy: Callable[..., Any]) -> Callable[..., Any]:
-        def chosen(*args: Any) -> Any:
-            policy = choose_policy(*args)
-            plan = policy.plan
-
-            def plan_after_the_others(*limits: Any) -> Any:
-                self._stop()
-                return plan(*limits)
-
-            policy.plan = plan_after_the_others
-            return policy
-
-        return chosen
+    def __init__(self, ids: list[int]):
+        self._ids = ids
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        length = input_ids.shape[1]
-        if self._budget == 1 and length > self._num_prompt:
-            self._stop()
-        self.length = max(self.length, length)
         allowed = torch.full_like(scores, -torch.inf)
-        allowed[:, self._ids[length]] = 0
+        allowed[:, self._ids[input_ids.shape[1]]] = 0
         return allowed
 
 
-@torch.no_grad()  # a writer that is done restores what it found
-def write_together(writers: list[Writer]) -> None:
-    while waiting := [writer for writer in writers if not writer.is_done]:
-        min(waiting, key=lambda writer: writer.length).write_on()
+def write_together(
+    target: PreTrainedModel, head: JetFlowHead, text: tuple[list[int], int], budgets: list[Any]
+) -> dict[Any, Turns]:
+    """All budgets write one text; 1 node is plain `generate`."""
+    ids, num_prompt = text
+    settings = dict(max_new_tokens=len(ids) - num_prompt, do_sample=False, logits_processor=[Dictate(ids)])
+    calls = {
+        budget: Turns(target, ids[:num_prompt], None if budget == 1 else head, budget, **settings)
+        for budget in budgets
+    }
+    take_turns(list(calls.values()))
+    assert all(call.new_ids == ids[num_prompt:] for call in calls.values())
+    return calls
 
 
 def measure(
     target: PreTrainedModel, head: JetFlowHead, texts: list[tuple[list[int], int]], budgets: list[Any]
 ) -> list[dict[str, Any]]:
     """A row for each budget; the first text is written twice, of which the first time is warm-up."""
-    written: dict[Any, list[Writer]] = {budget: [] for budget in budgets}
-    for number, text in enumerate([texts[0], *texts]):
-        writers = {budget: Writer(target, head, text, budget) for budget in budgets}
-        write_together(list(writers.values()))
-        if number:
-            for budget, writer in writers.items():
-                written[budget].append(writer)
+    _, *written = [write_together(target, head, text, budgets) for text in [texts[0], *texts]]
     num_tokens = sum(len(ids) - num_prompt for ids, num_prompt in texts)
     rows = []
-    for budget, writers_of in written.items():
-        pairs = zip(written[1], writers_of, strict=True)
+    for budget in budgets:
+        calls = [each[budget] for each in written]
+        speedups = [each[1].seconds / each[budget].seconds for each in written]
         rows.append(
             {
                 "node_budget": budget,
-                "tokens_per_second": round(num_tokens / sum(writer.seconds for writer in writers_of), 2),
-                "tokens_per_round": round((num_tokens - len(texts)) / sum(w.num_rounds for w in writers_of), 3),
-                "speedup": round(statistics.median(plain.seconds / writer.seconds for plain, writer in pairs), 3),
+                "tokens_per_second": round(num_tokens / sum(call.seconds for call in calls), 2),
+                "tokens_per_round": round((num_tokens - len(texts)) / sum(call.num_rounds for call in calls), 3),
+                "speedup": round(statistics.median(speedups), 3),
             }
         )
     return rows

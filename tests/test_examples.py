@@ -184,14 +184,14 @@ def test_budgets_are_timed_on_the_very_same_texts(tiny_target, random_head, tmp_
     arguments += ["--texts", tmp_path / "texts", "--max-new-tokens", 12, "--node-budgets", 4, "auto"]
     monkeypatch.setattr(sys, "argv", ["same_text.py", *map(str, arguments), "--json", str(tmp_path / "same.json")])
     turns = []
-    stop = same.Writer._stop
-    monkeypatch.setattr(same.Writer, "_stop", lambda writer: (turns.append(writer), stop(writer)))
+    stop = same.Turns._stop
+    monkeypatch.setattr(same.Turns, "_stop", lambda call: (turns.append(call), stop(call)))
     same.main()  # which holds every text against the plain one
     result = json.loads((tmp_path / "same.json").read_text())
     rows = result["rows"]
     auto = rows[2]["tokens_per_second"] / max(row["tokens_per_second"] for row in rows[:2])
     assert result["auto_against_best_fixed_percent"]["dev"] == pytest.approx(100 * (auto - 1), abs=0.1)
-    assert len(set(map(id, turns[:3]))) == 3, "every budget writes its first round before any writes the second"
+    assert len(set(map(id, turns[:3]))) == 3, "every budget reads the prompt before any goes on"
     assert [row["node_budget"] for row in rows] == [1, 4, "auto"]
     assert rows[0]["tokens_per_round"] == rows[0]["speedup"] == 1.0
     assert all(row["tokens_per_round"] >= 1 and row["tokens_per_second"] > 0 for row in rows)
@@ -214,6 +214,31 @@ def test_auto_is_timed_where_nothing_is_to_be_gained(tiny_target, random_head, t
     assert all(row["speedup_spread"][0] <= row["speedup"] <= row["speedup_spread"][1] for row in rows)
     assert rows[-1]["drafted_share"] == 0, "an answer of one token has no rounds"
     assert len(capsys.readouterr().out.splitlines()) == len(rows)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_calls_that_take_turns_write_what_they_write_alone(do_sample, tiny_target, echo_head, prompt, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    turns = load_example("turns")
+    target = tiny_target("llama")
+    settings = dict(max_new_tokens=20, do_sample=do_sample, eos_token_id=None)
+    alone = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        alone.append(target.generate(prompt, **settings)[0, prompt.shape[1] :].tolist())
+    head = echo_head(target, torch.cat([prompt, torch.tensor([alone[0]])], dim=1))
+    state = torch.get_rng_state()
+    calls = [
+        turns.Turns(target, prompt[0].tolist(), its_head, budget, seed, **settings)
+        for seed in (1, 2)
+        for its_head, budget in ((None, None), (head, 4), (head, 8))
+    ]
+    turns.take_turns(calls)
+    assert [call.new_ids for call in calls] == [text for text in alone for _ in range(3)]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert calls[0].num_rounds == 19 > calls[1].num_rounds
+    assert [call.stats and call.stats.num_rounds for call in calls[:3]] == [None, *(c.num_rounds for c in calls[1:3])]
+    assert all(call.seconds > 0 for call in calls)
 
 
 def test_an_untrained_copy_has_other_weights_and_the_same_vocabulary(tiny_target, random_head, monkeypatch):

@@ -1,0 +1,120 @@
+"""Calls of `generate` that take turns, a round each: a machine whose speed changes is as slow for one as for another.
+
+Needs `pip install greenlet`.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from greenlet import getcurrent, greenlet
+from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from hf_jetflow import JetFlowHead, decoding
+from hf_jetflow.bench_runs import synchronize
+
+
+class Turns(BaseStreamer):
+    """
+    One call of `generate` for one prompt. It stops before each of its rounds, or of its tokens where it decodes
+    plainly, until `go_on`.
+
+    Args:
+        prompt: Token ids.
+        head: `None` decodes plainly.
+        node_budget: The head's, set when the call begins.
+        seed: Of the call's own random numbers, on a CPU.
+        settings: Of `generate`.
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        prompt: Sequence[int],
+        head: JetFlowHead | None = None,
+        node_budget: Any = None,
+        seed: int = 0,
+        **settings: Any,
+    ):
+        self._target, self._prompt, self._settings = target, list(prompt), settings
+        self._head, self._node_budget = head, node_budget
+        self._random = torch.Generator().manual_seed(seed).get_state()
+        self._work = greenlet(self._generate)
+        self._has_prompt = False
+        self.num_tokens = 0  # that came out
+        self.num_rounds = 0  # behind the prefill
+        self.seconds = 0.0
+        self.new_ids: list[int] = []
+        self.stats: Any = None  # the head's
+
+    @property
+    def is_over(self) -> bool:
+        return self._work.dead
+
+    def go_on(self) -> None:
+        random = torch.get_rng_state()
+        torch.set_rng_state(self._random)
+        with patch.object(decoding, "choose_policy", self._stopping(decoding.choose_policy)):
+            synchronize(self._target)
+            start = time.perf_counter()
+            self._work.switch()
+            synchronize(self._target)
+            self.seconds += time.perf_counter() - start
+        self._random = torch.get_rng_state()
+        torch.set_rng_state(random)
+
+    def _generate(self) -> None:
+        if self._head is not None:
+            self._head.generation_config.node_budget = self._node_budget
+        prompt = torch.tensor([self._prompt], device=self._target.device)
+        mask = torch.ones_like(prompt)
+        settings = {"attention_mask": mask, "assistant_model": self._head, "streamer": self, **self._settings}
+        output = self._target.generate(prompt, **settings)
+        self.new_ids = output[0, len(self._prompt) :].tolist()
+        self._keep_stats()
+
+    def _keep_stats(self) -> None:
+        """Before another call of the same head replaces them."""
+        if self._head is not None and self.stats is None:
+            self.stats = self._head.last_stats
+
+    def _stop(self) -> None:
+        getcurrent().parent.switch()
+
+    def _stopping(self, choose_policy: Callable[..., Any]) -> Callable[..., Any]:
+        def chosen(*args: Any) -> Any:
+            policy = choose_policy(*args)
+            plan = policy.plan
+
+            def plan_after_the_others(*limits: Any) -> Any:
+                self._keep_stats()
+                self._stop()
+                self.num_rounds += 1
+                return plan(*limits)
+
+            policy.plan = plan_after_the_others
+            return policy
+
+        return chosen
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self._has_prompt:  # `generate` streams the prompt first
+            self._has_prompt = True
+            return
+        self.num_tokens += value.numel()
+        if self._head is None:
+            self.num_rounds = self.num_tokens - 1
+            self._stop()
+
+    def end(self) -> None:
+        pass
+
+
+@torch.no_grad()  # a call that is over restores what it found
+def take_turns(calls: Sequence[Turns]) -> None:
+    """Until all are over; next is whichever has come least far."""
+    while waiting := [call for call in calls if not call.is_over]:
+        min(waiting, key=lambda call: call.num_tokens).go_on()
