@@ -19,6 +19,7 @@ from hf_jetflow.model_card import card_text
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+SHARED = ("smollm2.py", "replayed.py", "turns.py")  # what the examples import
 
 
 @pytest.fixture
@@ -284,4 +285,4 @@ def test_the_server_says_what_it_lacks():
 def test_every_example_is_listed():
     listed = (EXAMPLES / "README.md").read_text()
     files = [path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".sh")]
-    assert [name for name in files if f"({name})" not in listed and name not in ("smollm2.py", "replayed.py")] == []
+    assert [name for name in files if f"({name})" not in listed and name not in SHARED] == []
