@@ -156,6 +156,8 @@ def check_command(words):
         words = ["hf-jetflow", *words[words.index("-m") + 2 :]]
     elif words[0] == "python" and words[1].endswith(".py"):
         source = (ROOT / words[1]).read_text(encoding="utf-8")
+        if "make_parser(" in source:  # options that scripts share
+            source += (ROOT / "examples" / "replayed.py").read_text(encoding="utf-8")
         missing = [word for word in words[2:] if word.startswith("--") and f'"{word}"' not in source]
         assert not missing, f"{words[1]} has no {missing}"
     elif words[0] == "bash":
