@@ -12,8 +12,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from hf_jetflow.answers import append_lines, drop_partial_line
-from hf_jetflow.data import encode_chat, read_jsonl, read_prompts
+from hf_jetflow.training.answers import append_lines, drop_partial_line
+from hf_jetflow.training.data import encode_chat, read_jsonl, read_prompts
 
 
 PROMPTS_AT_A_TIME = 1024  # answered before they are written

@@ -14,10 +14,17 @@ from typing import Any
 from transformers import AutoConfig
 
 from hf_jetflow import JetFlowConfig
-from hf_jetflow.bench import write_json
-from hf_jetflow.hardware import PRESETS
-from hf_jetflow.roofline import HeadShape, ModelShape, forward_seconds, head_shape, round_seconds, target_shape
-from hf_jetflow.simulate import expected_tokens, fit_hardware, simulate
+from hf_jetflow.bench.bench import write_json
+from hf_jetflow.simulate.hardware import PRESETS
+from hf_jetflow.simulate.roofline import (
+    HeadShape,
+    ModelShape,
+    forward_seconds,
+    head_shape,
+    round_seconds,
+    target_shape,
+)
+from hf_jetflow.simulate.simulate import expected_tokens, fit_hardware, simulate
 
 
 EXAMPLES = Path(__file__).resolve().parent

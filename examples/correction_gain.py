@@ -8,9 +8,9 @@ Tokens per round, replayed over the target's own texts.
 
 from replayed import load_pair, make_parser, text_sets
 
-from hf_jetflow.bench import environment, write_json
-from hf_jetflow.replay import replay
-from hf_jetflow.target import Target
+from hf_jetflow.bench.bench import environment, write_json
+from hf_jetflow.target.target import Target
+from hf_jetflow.training.replay import replay
 
 
 # Name of a figure: whether the branch correction is on, and whether the n-grams are.

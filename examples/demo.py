@@ -14,7 +14,7 @@ from smollm2 import gguf_path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from hf_jetflow import JetFlowHead
-from hf_jetflow.loading import fast_dtype, load_target
+from hf_jetflow.target.loading import fast_dtype, load_target
 
 
 HEAD = Path(__file__).parent / "heads" / "smollm2-135m-instruct"

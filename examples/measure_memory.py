@@ -18,8 +18,8 @@ import torch
 from smollm2 import gguf_path
 
 from hf_jetflow import JetFlowHead
-from hf_jetflow.bench import environment, write_json
-from hf_jetflow.loading import fast_dtype, load_target
+from hf_jetflow.bench.bench import environment, write_json
+from hf_jetflow.target.loading import fast_dtype, load_target
 
 
 HEAD = Path(__file__).parent / "heads" / "smollm2-135m-instruct"

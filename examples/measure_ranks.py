@@ -6,9 +6,9 @@
 
 from replayed import load_pair, make_parser, text_sets
 
-from hf_jetflow.bench import environment, write_json
-from hf_jetflow.replay import acceptance_by_rank
-from hf_jetflow.target import Target
+from hf_jetflow.bench.bench import environment, write_json
+from hf_jetflow.target.target import Target
+from hf_jetflow.training.replay import acceptance_by_rank
 
 
 def main() -> None:

@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 from turns import Turns, take_turns
 
 from hf_jetflow import JetFlowHead
-from hf_jetflow.bench import environment, write_json
-from hf_jetflow.data import encode_chat, read_prompts
+from hf_jetflow.bench.bench import environment, write_json
+from hf_jetflow.training.data import encode_chat, read_prompts
 
 
 WARM_UP_TOKENS = 64  # of an answer that is not counted: "auto" tries what it chooses from meanwhile

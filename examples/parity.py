@@ -21,8 +21,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 from hf_jetflow import JetFlowCandidateGenerator, JetFlowConfig, JetFlowHead
-from hf_jetflow.convert import convert_head
-from hf_jetflow.target import Target, TargetStates
+from hf_jetflow.convert.convert import convert_head
+from hf_jetflow.target.target import Target, TargetStates
 
 
 TOLERANCE = 1e-4

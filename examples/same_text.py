@@ -18,7 +18,7 @@ from transformers import LogitsProcessor, PreTrainedModel
 from turns import Turns, take_turns
 
 from hf_jetflow import JetFlowHead
-from hf_jetflow.bench import environment, write_json
+from hf_jetflow.bench.bench import environment, write_json
 
 
 class Dictate(LogitsProcessor):

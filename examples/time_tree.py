@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from hf_jetflow.bench import environment, write_json
-from hf_jetflow.policy import MAX_WIDTH
-from hf_jetflow.tree import Candidates, build_tree
+from hf_jetflow.bench.bench import environment, write_json
+from hf_jetflow.decoding.policy import MAX_WIDTH
+from hf_jetflow.trees.tree import Candidates, build_tree
 
 
 SHAPES = ((16, 7), (32, 7), (64, 7), (64, 15), (128, 15), (256, 15))  # node budget, depth

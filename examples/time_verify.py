@@ -20,11 +20,11 @@ from transformers import AttentionInterface, DynamicCache, GenerationConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_jetflow import JetFlowConfig
-from hf_jetflow.bench import environment, write_json
-from hf_jetflow.loading import fast_dtype, load_target
-from hf_jetflow.target import Context, Target
-from hf_jetflow.tree import Candidates, DraftTree, build_tree
-from hf_jetflow.versions import CACHE_NAME
+from hf_jetflow._compat import CACHE_NAME
+from hf_jetflow.bench.bench import environment, write_json
+from hf_jetflow.target.loading import fast_dtype, load_target
+from hf_jetflow.target.target import Context, Target
+from hf_jetflow.trees.tree import Candidates, DraftTree, build_tree
 
 
 def see_everything(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:

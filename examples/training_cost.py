@@ -10,9 +10,9 @@ alone, without answers, evaluation and saving, and rests on the share of the GPU
 import argparse
 
 from hf_jetflow import JetFlowConfig
-from hf_jetflow.configuration_jetflow import spaced_layer_ids
-from hf_jetflow.cost import head_parameters, training_flops, training_memory
-from hf_jetflow.loading import load_target_config
+from hf_jetflow.head.configuration_jetflow import spaced_layer_ids
+from hf_jetflow.target.loading import load_target_config
+from hf_jetflow.training.cost import head_parameters, training_flops, training_memory
 
 
 def main() -> None:

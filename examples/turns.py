@@ -13,8 +13,9 @@ from greenlet import getcurrent, greenlet
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from hf_jetflow import JetFlowHead, decoding
-from hf_jetflow.bench_runs import synchronize
+from hf_jetflow import JetFlowHead
+from hf_jetflow.bench.runs import synchronize
+from hf_jetflow.decoding import loop as decoding
 
 
 class Turns(BaseStreamer):

@@ -28,9 +28,9 @@ from smollm2 import gguf_path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_jetflow import JetFlowHead
-from hf_jetflow.bench import write_json
-from hf_jetflow.convert import convert_head
-from hf_jetflow.loading import load_target
+from hf_jetflow.bench.bench import write_json
+from hf_jetflow.convert.convert import convert_head
+from hf_jetflow.target.loading import load_target
 
 
 HEAD = Path(__file__).parent / "heads" / "smollm2-135m-instruct"

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from hf_jetflow import JetFlowHead
-from hf_jetflow.model_card import card_text, template_text
+from hf_jetflow.head.card import card_text, template_text
 
 
 HERE = Path(__file__).resolve().parent

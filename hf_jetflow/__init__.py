@@ -1,10 +1,10 @@
 """Tree speculative decoding with causal parallel draft heads, inside transformers' `generate`."""
 
-from . import versions as versions  # first: it says what to do when transformers is too old
-from .configuration_jetflow import JetFlowConfig
-from .drafting import JetFlowCandidateGenerator
+from . import _compat as _compat  # first: it says what to do when transformers is too old
+from .decoding.drafter import JetFlowCandidateGenerator
+from .head.configuration_jetflow import JetFlowConfig
+from .head.modeling_jetflow import JetFlowHead
 from .integration import disable, enable
-from .modeling_jetflow import JetFlowHead
 from .stats import GenerationStats
 
 

@@ -9,7 +9,7 @@ def main() -> None:
         SystemExit: With what to install, where typer or rich are missing.
     """
     try:
-        from .cli import main as run
+        from .cli.main import main as run
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich"):
             raise

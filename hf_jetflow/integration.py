@@ -17,12 +17,12 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.pipelines import base as pipelines
 from transformers.utils import logging
 
-from .batch import reason_to_step_together
-from .configuration_jetflow import JetFlowConfig
-from .decoding import decode
-from .modeling_jetflow import JetFlowHead
+from ._compat import CACHE_NAME
+from .decoding.batching import reason_to_step_together
+from .decoding.loop import decode
+from .head.configuration_jetflow import JetFlowConfig
+from .head.modeling_jetflow import JetFlowHead
 from .stats import GenerationStats
-from .versions import CACHE_NAME
 
 
 logger = logging.get_logger(__name__)

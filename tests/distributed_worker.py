@@ -16,7 +16,7 @@ from test_training import make_answers, make_head, make_trainer
 from transformers import PreTrainedModel
 
 from hf_jetflow import JetFlowHead
-from hf_jetflow.training import JetFlowTrainer, leave_together
+from hf_jetflow.training.trainer import JetFlowTrainer, leave_together
 
 
 def make_start(target: PreTrainedModel) -> JetFlowHead:

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hf_jetflow import JetFlowConfig, JetFlowHead
-from hf_jetflow.tree import DraftTree, ancestor_mask
+from hf_jetflow.trees.tree import DraftTree, ancestor_mask
 
 
 HIDDEN = 32

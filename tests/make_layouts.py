@@ -209,7 +209,7 @@ def jetflow(is_causal: bool) -> Config:
     return {**config.to_dict(), "architectures": ["JetFlowHead"]}
 
 
-# By the name in `hf_jetflow.formats.LAYOUTS` and what distinguishes two files of one layout.
+# By the name in `hf_jetflow.head.formats.LAYOUTS` and what distinguishes two files of one layout.
 CONFIGS: dict[str, Callable[[bool], Config]] = {
     "JetFlow": jetflow,
     "speculators dflash": speculators,

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, FalconConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hf_jetflow import attention
-from hf_jetflow.attention import NAME, grouped_attention, grouped_sdpa
+from hf_jetflow.target import attention
+from hf_jetflow.target.attention import NAME, grouped_attention, grouped_sdpa
 
 
 def states(heads: int, key_heads: int, rows: int = 5, keys: int = 12, batch: int = 1, seed: int = 0) -> tuple:

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import LogitsProcessorList, PreTrainedTokenizerFast, SynthIDTextWatermarkingConfig, TextStreamer
 
 from hf_jetflow import JetFlowConfig, JetFlowHead
-from hf_jetflow.batch import BatchNoise
-from hf_jetflow.drafting import JetFlowCandidateGenerator
+from hf_jetflow.decoding.batching import BatchNoise
+from hf_jetflow.decoding.drafter import JetFlowCandidateGenerator
 
 
 VOCAB = 61  # small, so that a random head's trees hold the target's choice now and then
@@ -340,7 +340,7 @@ def test_guidance_is_decoded_in_step():
 
 @pytest.mark.parametrize("most_bytes", [0, 2**20], ids=["drawn again", "kept"])
 def test_noise_is_that_of_multinomial_in_whatever_order_it_is_asked_for(most_bytes, monkeypatch):
-    monkeypatch.setattr("hf_jetflow.batch.MOST_NOISE_BYTES", most_bytes)
+    monkeypatch.setattr("hf_jetflow.decoding.batching.MOST_NOISE_BYTES", most_bytes)
     probs = torch.softmax(2 * torch.randn(6, 3, 50), dim=-1)
     torch.manual_seed(8)
     expected = torch.stack([torch.multinomial(step, num_samples=1)[:, 0] for step in probs])

@@ -7,12 +7,12 @@ import torch
 from conftest import SIZES
 from helpers import tiny_tokenizer, write_lines
 
-from hf_jetflow.bench import make_variants, read_json, run_bench, write_json
-from hf_jetflow.bench_log import BenchLog
-from hf_jetflow.bench_prompts import padded_prompt
-from hf_jetflow.bench_rows import make_row
-from hf_jetflow.bench_runs import Run, Variant
-from hf_jetflow.data import encode_chat, read_prompts
+from hf_jetflow.bench.bench import make_variants, read_json, run_bench, write_json
+from hf_jetflow.bench.log import BenchLog
+from hf_jetflow.bench.prompts import padded_prompt
+from hf_jetflow.bench.rows import make_row
+from hf_jetflow.bench.runs import Run, Variant
+from hf_jetflow.training.data import encode_chat, read_prompts
 
 
 @pytest.fixture

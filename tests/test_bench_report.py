@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from hf_jetflow.bench_report import closing_sentences, print_tables
-from hf_jetflow.plots import draw_bench, make_figure, plot_path
+from hf_jetflow.bench.plots import draw_bench, make_figure, plot_path
+from hf_jetflow.bench.report import closing_sentences, print_tables
 
 
 needs_matplotlib = pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed")

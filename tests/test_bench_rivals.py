@@ -7,8 +7,8 @@ from helpers import tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_jetflow import JetFlowHead
-from hf_jetflow.bench_runs import Variant, timed_run
-from hf_jetflow.rivals import NativeDFlash, is_rival, rival_kwargs
+from hf_jetflow.bench.rivals import NativeDFlash, is_rival, rival_kwargs
+from hf_jetflow.bench.runs import Variant, timed_run
 
 
 def run(target, head, prompt, method, max_new_tokens=40, **more):

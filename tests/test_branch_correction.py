@@ -6,13 +6,14 @@ from helpers import alter, tiny_config, tiny_head
 from reference import assert_same_text
 from torch import nn
 
-from hf_jetflow import JetFlowConfig, JetFlowHead, branch_scores
-from hf_jetflow.blocks import measure_agreement
-from hf_jetflow.drafting import JetFlowCandidateGenerator
-from hf_jetflow.losses import chunked_forward_kl, correction_kl
-from hf_jetflow.replay import replay
-from hf_jetflow.target import Target
-from hf_jetflow.tree import Candidates, build_tree, corrected_logprobs, with_rest
+from hf_jetflow import JetFlowConfig, JetFlowHead
+from hf_jetflow.decoding import branch_scores
+from hf_jetflow.decoding.drafter import JetFlowCandidateGenerator
+from hf_jetflow.target.target import Target
+from hf_jetflow.training.blocks import measure_agreement
+from hf_jetflow.training.losses import chunked_forward_kl, correction_kl
+from hf_jetflow.training.replay import replay
+from hf_jetflow.trees.tree import Candidates, build_tree, corrected_logprobs, with_rest
 
 
 KINDS = ["parent", "path"]

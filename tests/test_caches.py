@@ -7,10 +7,10 @@ from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.cache_utils import LinearAttentionAndSlidingWindowAttentionLayer
 
 from hf_jetflow import JetFlowConfig
-from hf_jetflow.batch_caches import BatchRows
-from hf_jetflow.caches import HeadCache, check_target_cache, commit_path
-from hf_jetflow.target import Context, Target
-from hf_jetflow.tree import DraftTree, ancestor_mask
+from hf_jetflow.target.batch_caches import BatchRows
+from hf_jetflow.target.caches import HeadCache, check_target_cache, commit_path
+from hf_jetflow.target.target import Context, Target
+from hf_jetflow.trees.tree import DraftTree, ancestor_mask
 
 
 HEADS, DIM = 2, 3

@@ -7,9 +7,9 @@ from reference import assert_same_text
 from support_matrix import build, is_known
 from transformers import AutoModelForCausalLM
 
-from hf_jetflow.caches import commit_path
-from hf_jetflow.layer_kinds import takes_trees
-from hf_jetflow.recurrent import RecurrentStates, needs_replay, record_rows
+from hf_jetflow.target.caches import commit_path
+from hf_jetflow.target.layer_kinds import takes_trees
+from hf_jetflow.target.recurrent import RecurrentStates, needs_replay, record_rows
 
 
 BY_PLACE = ["bloom", "falcon-alibi", "gpt_neo", "mpt"]

@@ -10,9 +10,9 @@ from helpers import tiny_tokenizer
 from typer.testing import CliRunner
 
 from hf_jetflow import JetFlowHead
-from hf_jetflow.cli import app
-from hf_jetflow.cli import train as train_command
-from hf_jetflow.recipe import TrainRecipe
+from hf_jetflow.cli.main import app
+from hf_jetflow.cli.main import train as train_command
+from hf_jetflow.training.recipe import TrainRecipe
 
 
 runner = CliRunner()
@@ -171,7 +171,7 @@ def test_bench_with_all_options_writes_json_and_figure_and_nothing_else(target_f
 def test_a_bench_continues_a_killed_one_and_refuses_other_settings(target_folder, prompts, tmp_path, monkeypatch):
     json_path = tmp_path / "bench.json"
     with monkeypatch.context() as patch:
-        patch.setattr("hf_jetflow.bench.make_row", lambda *_: 1 / 0)  # a crash behind the runs
+        patch.setattr("hf_jetflow.bench.bench.make_row", lambda *_: 1 / 0)  # a crash behind the runs
         assert isinstance(bench(target_folder, prompts, tmp_path, "--json", json_path).exception, ZeroDivisionError)
     partial = tmp_path / "bench.json.partial"
     assert partial.exists()
@@ -179,7 +179,7 @@ def test_a_bench_continues_a_killed_one_and_refuses_other_settings(target_folder
     refused = bench(target_folder, prompts, tmp_path, "--json", json_path, "--repeats", 2)
     assert refused.exit_code == 1
     assert "`repeats` was 1 and is 2" in " ".join(refused.output.split())
-    monkeypatch.setattr("hf_jetflow.bench.timed_run", lambda *_, **__: 1 / 0)  # nothing is answered again
+    monkeypatch.setattr("hf_jetflow.bench.bench.timed_run", lambda *_, **__: 1 / 0)  # nothing is answered again
     result = bench(target_folder, prompts, tmp_path, "--json", json_path)
     assert result.exit_code == 0, result.output
     assert len(json.loads(json_path.read_text())["rows"]) == 3
@@ -325,7 +325,7 @@ def test_a_quiet_conversion_says_what_it_left_out(target_folder, tmp_path):
 def test_without_typer_the_command_says_what_to_install(monkeypatch):
     from hf_jetflow.__main__ import main
 
-    monkeypatch.delitem(sys.modules, "hf_jetflow.cli")
+    monkeypatch.delitem(sys.modules, "hf_jetflow.cli.main")
     monkeypatch.setitem(sys.modules, "typer", None)
     with pytest.raises(
         SystemExit, match="the commands need typer, which is not installed; run `pip install typer rich`"
@@ -337,7 +337,7 @@ def test_a_package_that_loading_needs_is_named_without_a_traceback(monkeypatch, 
     def refuse(*_):
         raise ImportError("Please install gguf>=0.10.0 to load a GGUF checkpoint.")
 
-    monkeypatch.setattr("hf_jetflow.loading.load_target", refuse)
+    monkeypatch.setattr("hf_jetflow.target.loading.load_target", refuse)
     result = runner.invoke(app, ["bench", "--target", "x.gguf", "--head", "head", "--prompts", str(prompts)])
     assert result.exit_code == 1
     assert result.output == "error: Please install gguf>=0.10.0 to load a GGUF checkpoint.\n"

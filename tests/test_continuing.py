@@ -8,10 +8,10 @@ from conftest import BLOCK_SIZE, make_prompt
 from helpers import as_batch, make_tree
 from reference import assert_same_text
 
-from hf_jetflow import ngrams
-from hf_jetflow.ngrams import MAX_MATCH, _longest_match, continue_tree
-from hf_jetflow.policy import MAX_CONTINUED, RoundPlan, chain_limits, plan_round
-from hf_jetflow.tree import ancestor_mask
+from hf_jetflow.decoding.policy import MAX_CONTINUED, RoundPlan, chain_limits, plan_round
+from hf_jetflow.trees import ngrams
+from hf_jetflow.trees.ngrams import MAX_MATCH, _longest_match, continue_tree
+from hf_jetflow.trees.tree import ancestor_mask
 
 
 # Two paths below the anchor 10: 11 12, which came before 13 14 15, and 11 20.

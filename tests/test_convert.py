@@ -12,8 +12,8 @@ from test_layouts import chains
 from typer.testing import CliRunner
 
 from hf_jetflow import JetFlowConfig, JetFlowHead
-from hf_jetflow.cli import app
-from hf_jetflow.convert import LAYOUT_NAMES, convert_head
+from hf_jetflow.cli.main import app
+from hf_jetflow.convert.convert import LAYOUT_NAMES, convert_head
 
 
 YARN = dict(rope_type="yarn", rope_theta=900.0, factor=4.0, original_max_position_embeddings=128)

@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 
 from hf_jetflow import JetFlowConfig, JetFlowHead
-from hf_jetflow.cost import _kl_chunk, head_matrices, head_parameters, training_flops, training_memory
-from hf_jetflow.losses import chunked_forward_kl
-from hf_jetflow.training import JetFlowTrainer, JetFlowTrainingConfig
+from hf_jetflow.training.cost import _kl_chunk, head_matrices, head_parameters, training_flops, training_memory
+from hf_jetflow.training.losses import chunked_forward_kl
+from hf_jetflow.training.trainer import JetFlowTrainer, JetFlowTrainingConfig
 
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "training-cost.md"

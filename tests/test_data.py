@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import answer, tiny_tokenizer, write_lines
 
-from hf_jetflow.data import (
+from hf_jetflow.training.data import (
     AnchorCollator,
     AnswerDataset,
     EpochSampler,
@@ -346,7 +346,7 @@ def test_a_killed_write_leaves_no_file_that_looks_whole(tmp_path, monkeypatch):
         path.write_bytes(b"half a file")
         raise Killed
 
-    monkeypatch.setattr("hf_jetflow.data.save_file", killed_save)
+    monkeypatch.setattr("hf_jetflow.training.data.save_file", killed_save)
     with pytest.raises(Killed):
         FeatureStore(Compute(), tmp_path).get(collate(2, (3, 4)))
     assert list(tmp_path.glob("*.safetensors")) == []

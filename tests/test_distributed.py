@@ -13,7 +13,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from distributed_worker import make_start, train
 
 from hf_jetflow import JetFlowHead
-from hf_jetflow.training import _check_fsdp
+from hf_jetflow.training.trainer import _check_fsdp
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,16 +12,17 @@ from helpers import tiny_tokenizer, word, write_lines
 from torch.nn.functional import cross_entropy
 from typer.testing import CliRunner
 
-from hf_jetflow import JetFlowConfig, JetFlowHead, doctor
-from hf_jetflow.blocks import draft_blocks
-from hf_jetflow.cli import app
-from hf_jetflow.data import encode_chat
-from hf_jetflow.doctor import examine
-from hf_jetflow.doctor_mistakes import encode, with_fields
-from hf_jetflow.drafting import JetFlowCandidateGenerator
-from hf_jetflow.replay import answer_logprobs, replay
-from hf_jetflow.target import Target, TargetStates
-from hf_jetflow.training import MuonAdamW
+from hf_jetflow import JetFlowConfig, JetFlowHead
+from hf_jetflow.cli.main import app
+from hf_jetflow.decoding.drafter import JetFlowCandidateGenerator
+from hf_jetflow.doctor import doctor
+from hf_jetflow.doctor.doctor import examine
+from hf_jetflow.doctor.mistakes import encode, with_fields
+from hf_jetflow.target.target import Target, TargetStates
+from hf_jetflow.training.blocks import draft_blocks
+from hf_jetflow.training.data import encode_chat
+from hf_jetflow.training.replay import answer_logprobs, replay
+from hf_jetflow.training.trainer import MuonAdamW
 
 
 NUM_NEW, WINDOW = 20, 8

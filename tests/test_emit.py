@@ -6,7 +6,7 @@ from helpers import dotted_tokenizer
 from reference import assert_same_text
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from hf_jetflow.versions import CACHE_NAME
+from hf_jetflow._compat import CACHE_NAME
 
 
 NUM_TOKENS = 25

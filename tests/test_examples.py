@@ -13,8 +13,8 @@ import torch
 from helpers import tiny_tokenizer
 
 from hf_jetflow import JetFlowConfig
-from hf_jetflow.target import Target
-from hf_jetflow.tree import Candidates, build_tree
+from hf_jetflow.target.target import Target
+from hf_jetflow.trees.tree import Candidates, build_tree
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -252,7 +252,7 @@ def test_an_untrained_copy_has_other_weights_and_the_same_vocabulary(tiny_target
 
 
 def test_ranks_are_measured_by_depth_and_read_by_the_simulation(tiny_target, random_head, tmp_path, monkeypatch):
-    from hf_jetflow.simulate import read_tokens
+    from hf_jetflow.simulate.simulate import read_tokens
 
     target = tiny_target("llama")
     target.save_pretrained(tmp_path / "target")

@@ -15,7 +15,7 @@ from helpers import tiny_tokenizer, word, write_lines
 from huggingface_hub import ModelCard
 from transformers import Qwen3Config
 
-from hf_jetflow.model_card import card_text
+from hf_jetflow.head.card import card_text
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -48,7 +48,7 @@ def pair(tiny_target, random_head, tmp_path):
 
 
 def test_generate_prints_plain_decoding_s_answer(example, pair, tiny_target, capsys, monkeypatch):
-    monkeypatch.setattr("hf_jetflow.loading.fast_dtype", lambda: "float32")
+    monkeypatch.setattr("hf_jetflow.target.loading.fast_dtype", lambda: "float32")
     sys.modules.pop("generate", None)
     example("generate", *pair, "--max-new-tokens", 9, "t010 t011")
     text, rounds = capsys.readouterr().out.splitlines()
@@ -193,7 +193,7 @@ def test_the_recipe_for_several_gpus_says_its_commands_and_starts_nothing(tmp_pa
 def test_every_command_of_the_recipe_has_the_options_it_is_given(tmp_path):
     import typer.main
 
-    from hf_jetflow.cli import app
+    from hf_jetflow.cli.main import app
 
     done = dry_run("train_qwen3_8b.sh", tmp_path / "run")
     steps = [line[2:].split() for line in done.stdout.splitlines() if line.startswith("+ ")]

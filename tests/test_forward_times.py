@@ -4,8 +4,8 @@ import pytest
 import torch
 from helpers import alter
 
-from hf_jetflow.bench_runs import Run, Variant, configure
-from hf_jetflow.forward_times import _RoundTimer, forward_seconds, time_forwards, usual_node_counts
+from hf_jetflow.bench.forward_times import _RoundTimer, forward_seconds, time_forwards, usual_node_counts
+from hf_jetflow.bench.runs import Run, Variant, configure
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])

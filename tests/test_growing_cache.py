@@ -9,8 +9,8 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from hf_jetflow.caches import commit_path
-from hf_jetflow.growing_cache import MAX_SHARING, GrowingLayer, grow_layers, settle_layers
+from hf_jetflow.target.caches import commit_path
+from hf_jetflow.target.growing_cache import MAX_SHARING, GrowingLayer, grow_layers, settle_layers
 
 
 HEADS, DIM = 2, 3

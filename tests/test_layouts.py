@@ -13,9 +13,10 @@ import torch
 from reference import assert_same_text
 from safetensors.torch import load_file, save_file
 
-from hf_jetflow import JetFlowCandidateGenerator, JetFlowHead, fetching
-from hf_jetflow.formats import LAYOUTS, REFUSED, layout_table, recognise
-from hf_jetflow.target import Target, TargetStates
+from hf_jetflow import JetFlowCandidateGenerator, JetFlowHead
+from hf_jetflow.head import checkpoint_files as fetching
+from hf_jetflow.head.formats import LAYOUTS, REFUSED, layout_table, recognise
+from hf_jetflow.target.target import Target, TargetStates
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,7 +31,7 @@ def target(tiny_target):
 def said(monkeypatch) -> list[str]:
     """What is logged while loading."""
     lines: list[str] = []
-    logger = logging.getLogger("hf_jetflow.modeling_jetflow")
+    logger = logging.getLogger("hf_jetflow.head.modeling_jetflow")
     monkeypatch.setattr(logger, "warning_once", lines.append, raising=False)
     return lines
 
@@ -624,7 +625,7 @@ def test_a_foreign_head_saved_by_us_is_one_of_ours(tmp_path, target):
 
 
 def test_a_head_with_modules_of_its_own_is_not_trained_further(tmp_path, target):
-    from hf_jetflow.starting import start_from_head
+    from hf_jetflow.training.starting import start_from_head
 
     make.write(tmp_path, make.deepspec(), {**make.body_tensors(), **make.own_tensors()})
     with pytest.raises(ValueError, match="cannot be trained further yet"):

@@ -16,9 +16,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_jetflow import JetFlowHead
-from hf_jetflow.draft_weights import draft_weights
-from hf_jetflow.linear import IS_X86, DraftLinear, LaidOutWeights
-from hf_jetflow.target import Target
+from hf_jetflow.decoding.draft_weights import draft_weights
+from hf_jetflow.head.linear import IS_X86, DraftLinear, LaidOutWeights
+from hf_jetflow.target.target import Target
 
 
 PROMPT = torch.tensor([[5, 9, 33, 71, 9, 33]])
@@ -103,7 +103,7 @@ def test_a_processor_without_kernels_for_bfloat16_drafts_all_the_same():
     """As one with AVX2 only, which torch and oneDNN are told to take this one for."""
     lines = [
         "import torch",
-        "from hf_jetflow.linear import DraftLinear, LaidOutWeights",
+        "from hf_jetflow.head.linear import DraftLinear, LaidOutWeights",
         "for dtype in (torch.bfloat16, torch.float32):",
         "    layer, weights = DraftLinear(48, 80).to(dtype), LaidOutWeights()",
         "    weights.refresh([layer])",

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_jetflow.losses import LogitShape, chunked_forward_kl, depth_weights, feature_loss
+from hf_jetflow.training.losses import LogitShape, chunked_forward_kl, depth_weights, feature_loss
 
 
 ROWS, HIDDEN, VOCAB = 11, 6, 17

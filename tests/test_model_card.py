@@ -9,8 +9,8 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from hf_jetflow import JetFlowConfig
-from hf_jetflow.bench import read_json
-from hf_jetflow.model_card import card_text, depth_table, measured_table, template_text
+from hf_jetflow.bench.bench import read_json
+from hf_jetflow.head.card import card_text, depth_table, measured_table, template_text
 
 
 ROOT = Path(__file__).resolve().parents[1]

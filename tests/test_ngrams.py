@@ -6,11 +6,11 @@ from conftest import make_prompt
 from reference import assert_same_text
 
 from hf_jetflow import JetFlowConfig
-from hf_jetflow.configuration_jetflow import NGRAM_WEIGHTS
-from hf_jetflow.drafting import JetFlowCandidateGenerator
-from hf_jetflow.ngrams import MAX_CONTEXT, ContextNgrams, TextNgrams
-from hf_jetflow.target import Target
-from hf_jetflow.tree import Candidates, build_tree
+from hf_jetflow.decoding.drafter import JetFlowCandidateGenerator
+from hf_jetflow.head.configuration_jetflow import NGRAM_WEIGHTS
+from hf_jetflow.target.target import Target
+from hf_jetflow.trees.ngrams import MAX_CONTEXT, ContextNgrams, TextNgrams
+from hf_jetflow.trees.tree import Candidates, build_tree
 
 
 VOCAB, DEPTHS, WIDTH = 9, 5, 6

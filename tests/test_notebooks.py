@@ -36,7 +36,7 @@ def demo_target(tmp_path_factory):
         pytest.skip(str(missing))
     finally:
         sys.path.remove(str(EXAMPLES))
-    from hf_jetflow.loading import load_target
+    from hf_jetflow.target.loading import load_target
 
     folder = tmp_path_factory.mktemp("target")
     target, tokenizer = load_target(path, "bfloat16")

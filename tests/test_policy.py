@@ -9,9 +9,17 @@ import torch
 from helpers import make_tree
 from reference import assert_same_text
 
-from hf_jetflow import policy as policy_module
-from hf_jetflow.policy import AUTO_BUDGETS, FIRST_TRIALS, REFRESH_EVERY, AutoPolicy, RoundCosts, RoundPlan, roofline
-from hf_jetflow.tree import Candidates, build_tree, chain_of, trim_tree
+from hf_jetflow.decoding import policy as policy_module
+from hf_jetflow.decoding.policy import (
+    AUTO_BUDGETS,
+    FIRST_TRIALS,
+    REFRESH_EVERY,
+    AutoPolicy,
+    RoundCosts,
+    RoundPlan,
+    roofline,
+)
+from hf_jetflow.trees.tree import Candidates, build_tree, chain_of, trim_tree
 
 
 LIMITS = RoundPlan(node_budget=128, max_depth=7, width=64)

@@ -12,8 +12,8 @@ from reference import assert_same_text
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from hf_jetflow import JetFlowCandidateGenerator
-from hf_jetflow.growing_cache import GrowingLayer
-from hf_jetflow.reuse import CacheMarks, recall
+from hf_jetflow.decoding.reuse import CacheMarks, recall
+from hf_jetflow.target.growing_cache import GrowingLayer
 
 
 FAMILIES = ["llama", "qwen3", "mistral-sliding", "gemma3_text"]

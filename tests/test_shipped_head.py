@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from hf_jetflow import JetFlowHead
-from hf_jetflow.data import encode_chat
-from hf_jetflow.doctor import examine
-from hf_jetflow.loading import load_target
+from hf_jetflow.doctor.doctor import examine
+from hf_jetflow.target.loading import load_target
+from hf_jetflow.training.data import encode_chat
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"

@@ -13,15 +13,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from hf_jetflow import show
-from hf_jetflow.cli import app
-from hf_jetflow.evaluation import tokens_per_round
-from hf_jetflow.show import choose_prompt, record_trees, write_trees
-from hf_jetflow.token_text import TokenLabels, display_width, text_pieces
-from hf_jetflow.trace import TreeRound
-from hf_jetflow.tree_layout import lay_out
-from hf_jetflow.tree_page import tree_page
-from hf_jetflow.tree_plot import CHIP, check_rounds, draw_trees
+from hf_jetflow.cli.main import app
+from hf_jetflow.decoding.tree_log import TreeRound
+from hf_jetflow.show import show
+from hf_jetflow.show.show import choose_prompt, record_trees, write_trees
+from hf_jetflow.show.token_text import TokenLabels, display_width, text_pieces
+from hf_jetflow.show.tree_layout import lay_out
+from hf_jetflow.show.tree_page import tree_page
+from hf_jetflow.show.tree_plot import CHIP, check_rounds, draw_trees
+from hf_jetflow.training.evaluation import tokens_per_round
 
 
 NEW_TOKENS = 24

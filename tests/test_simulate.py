@@ -14,12 +14,9 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, Llama
 from typer.testing import CliRunner
 
 from hf_jetflow import JetFlowConfig
-from hf_jetflow.blocks import measure_agreement
-from hf_jetflow.cli import app
-from hf_jetflow.cost import head_parameters
-from hf_jetflow.hardware import PRESETS, Hardware
-from hf_jetflow.replay import acceptance_by_rank
-from hf_jetflow.roofline import (
+from hf_jetflow.cli.main import app
+from hf_jetflow.simulate.hardware import PRESETS, Hardware
+from hf_jetflow.simulate.roofline import (
     HeadShape,
     ModelShape,
     expected_experts,
@@ -28,8 +25,11 @@ from hf_jetflow.roofline import (
     round_seconds,
     target_shape,
 )
-from hf_jetflow.simulate import expected_tokens, fit_hardware, fitting_rows, read_tokens, simulate
-from hf_jetflow.target import Target
+from hf_jetflow.simulate.simulate import expected_tokens, fit_hardware, fitting_rows, read_tokens, simulate
+from hf_jetflow.target.target import Target
+from hf_jetflow.training.blocks import measure_agreement
+from hf_jetflow.training.cost import head_parameters
+from hf_jetflow.training.replay import acceptance_by_rank
 
 
 ROOT = Path(__file__).resolve().parents[1]

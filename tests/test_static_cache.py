@@ -6,7 +6,7 @@ from conftest import make_prompt
 from reference import assert_same_text
 from transformers import CompileConfig, StaticCache
 
-from hf_jetflow.caches import STATIC_ROWS, StaticHeadCache, commit_path, most_static_nodes, static_rows
+from hf_jetflow.target.caches import STATIC_ROWS, StaticHeadCache, commit_path, most_static_nodes, static_rows
 
 
 FAMILIES = ["llama", "qwen3", "gemma"]

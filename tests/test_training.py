@@ -13,12 +13,12 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from hf_jetflow import JetFlowConfig, JetFlowHead
-from hf_jetflow.blocks import make_blocks
-from hf_jetflow.data import AnchorCollator, AnswerDataset
-from hf_jetflow.starting import initialize_from_target
-from hf_jetflow.target import Target
-from hf_jetflow.teacher import logit_shape
-from hf_jetflow.training import JetFlowTrainer, JetFlowTrainingConfig, MuonAdamW, features_fingerprint
+from hf_jetflow.target.target import Target
+from hf_jetflow.training.blocks import make_blocks
+from hf_jetflow.training.data import AnchorCollator, AnswerDataset
+from hf_jetflow.training.starting import initialize_from_target
+from hf_jetflow.training.teacher import logit_shape
+from hf_jetflow.training.trainer import JetFlowTrainer, JetFlowTrainingConfig, MuonAdamW, features_fingerprint
 
 
 BLOCK_SIZE = 4

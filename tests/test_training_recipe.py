@@ -15,11 +15,12 @@ from safetensors import SafetensorError
 from test_training import copied_state, make_answers, make_head, make_trainer
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback
 
-from hf_jetflow import JetFlowHead, recipe
-from hf_jetflow.checkpoints import checkpoint_fault, find_checkpoints
-from hf_jetflow.evaluation import tokens_per_round
-from hf_jetflow.recipe import TrainRecipe, train_head
-from hf_jetflow.starting import initialize_from_target, start_from_head, train_correction_only
+from hf_jetflow import JetFlowHead
+from hf_jetflow.training import recipe
+from hf_jetflow.training.checkpoints import checkpoint_fault, find_checkpoints
+from hf_jetflow.training.evaluation import tokens_per_round
+from hf_jetflow.training.recipe import TrainRecipe, train_head
+from hf_jetflow.training.starting import initialize_from_target, start_from_head, train_correction_only
 
 
 @pytest.fixture

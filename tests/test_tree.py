@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import random_parents
 
-from hf_jetflow.tree import Candidates, DraftTree, ancestor_mask, build_tree
+from hf_jetflow.trees.tree import Candidates, DraftTree, ancestor_mask, build_tree
 
 
 ANCHOR = torch.tensor([99])

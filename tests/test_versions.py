@@ -3,7 +3,7 @@
 import pytest
 import transformers
 
-from hf_jetflow.versions import check_transformers
+from hf_jetflow._compat import check_transformers
 
 
 @pytest.mark.parametrize("version", ["5.17.0", "5.23.0", "5.24.0.dev0", transformers.__version__])

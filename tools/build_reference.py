@@ -31,17 +31,17 @@ PYTHON_PAGES = {
         "Generating",
         "What `hf_jetflow` exports. See [usage](../usage.md) for how it is used.",
         [
-            "modeling_jetflow:JetFlowHead",
-            "modeling_jetflow:JetFlowHead.from_pretrained",
-            "modeling_jetflow:JetFlowHead.save_pretrained",
-            "modeling_jetflow:JetFlowHead.forward",
+            "head/modeling_jetflow:JetFlowHead",
+            "head/modeling_jetflow:JetFlowHead.from_pretrained",
+            "head/modeling_jetflow:JetFlowHead.save_pretrained",
+            "head/modeling_jetflow:JetFlowHead.forward",
             "integration:_custom_generate JetFlowHead.custom_generate",
             "stats:GenerationStats",
             "stats:GenerationStats.tokens_per_round",
             "stats:GenerationStats.acceptance_by_depth",
-            "configuration_jetflow:JetFlowConfig",
-            "configuration_jetflow:JetFlowConfig.for_target",
-            "drafting:JetFlowCandidateGenerator",
+            "head/configuration_jetflow:JetFlowConfig",
+            "head/configuration_jetflow:JetFlowConfig.for_target",
+            "decoding/drafter:JetFlowCandidateGenerator",
             "integration:enable",
             "integration:disable",
         ],
@@ -51,32 +51,32 @@ PYTHON_PAGES = {
         "What `hf-jetflow train` is made of. See [training](../training.md) for how it is used, and the "
         "[command line](command-line.md#hf-jetflow-train) for the options of a recipe.",
         [
-            "recipe:TrainRecipe",
-            "recipe:train_head",
-            "training:JetFlowTrainer",
-            "training:JetFlowTrainer.train",
-            "training:JetFlowTrainer.evaluate",
-            "training:JetFlowTrainer.whole_head",
-            "training:JetFlowTrainingConfig",
-            "cost:training_memory",
-            "cost:training_flops",
+            "training/recipe:TrainRecipe",
+            "training/recipe:train_head",
+            "training/trainer:JetFlowTrainer",
+            "training/trainer:JetFlowTrainer.train",
+            "training/trainer:JetFlowTrainer.evaluate",
+            "training/trainer:JetFlowTrainer.whole_head",
+            "training/trainer:JetFlowTrainingConfig",
+            "training/cost:training_memory",
+            "training/cost:training_flops",
         ],
     ),
     "tools.md": (
         "Measuring, examining and converting",
         "What the other commands are made of.",
         [
-            "bench:run_bench",
-            "bench:BenchSettings",
-            "doctor:examine",
-            "simulate:run_simulation",
-            "simulate:simulate",
-            "hardware:Hardware",
-            "replay:replay",
-            "evaluation:tokens_per_round",
-            "convert:convert_head",
-            "model_card:card_text",
-            "loading:load_target",
+            "bench/bench:run_bench",
+            "bench/bench:BenchSettings",
+            "doctor/doctor:examine",
+            "simulate/simulate:run_simulation",
+            "simulate/simulate:simulate",
+            "simulate/hardware:Hardware",
+            "training/replay:replay",
+            "training/evaluation:tokens_per_round",
+            "convert/convert:convert_head",
+            "head/card:card_text",
+            "target/loading:load_target",
         ],
     ),
 }
@@ -160,7 +160,7 @@ def python_page(title: str, introduction: str, entries: list[Entry], links: dict
     parts = [f"# {title}", "Written by `make docs` from the docstrings: edit those.", introduction]
     for entry in entries:
         parts += [f"## {entry.name}", signature(entry), *docstring(entry, links)]
-        parts.append(f"Source: [`{entry.path.name}`](../../hf_jetflow/{entry.path.name})")
+        parts.append(f"Source: [`{entry.path.name}`](../../{entry.path.relative_to(ROOT)})")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -268,7 +268,7 @@ def field_line(name: str, item: Field) -> str:
 
 
 def command_page() -> str:
-    from hf_jetflow.cli import app
+    from hf_jetflow.cli.main import app
 
     parts = [
         "# Command line",

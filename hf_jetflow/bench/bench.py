@@ -19,16 +19,16 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import __version__
-from .bench_log import BenchLog
-from .bench_prompts import PromptSet, make_prompt_sets
-from .bench_rows import make_row
-from .bench_runs import CACHES, Run, Variant, timed_run
-from .blocks import measure_agreement
+from .. import __version__
+from ..head.modeling_jetflow import JetFlowHead
+from ..target.target import Target
+from ..training.blocks import measure_agreement
 from .forward_times import time_forwards, usual_node_counts
-from .modeling_jetflow import JetFlowHead
+from .log import BenchLog
+from .prompts import PromptSet, make_prompt_sets
 from .rivals import RIVALS, is_rival, rival_kwargs
-from .target import Target
+from .rows import make_row
+from .runs import CACHES, Run, Variant, timed_run
 
 
 METHODS = ("plain", "jetflow", "chain", *RIVALS)

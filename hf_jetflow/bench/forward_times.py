@@ -17,10 +17,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .bench_runs import Run, Variant, configure, synchronize
-from .draft_weights import draft_weights
-from .modeling_jetflow import JetFlowHead
-from .target import Target
+from ..decoding.draft_weights import draft_weights
+from ..head.modeling_jetflow import JetFlowHead
+from ..target.target import Target
+from .runs import Run, Variant, configure, synchronize
 
 
 MAX_TOKENS = 40  # of the generation whose rounds are timed, for each number of nodes

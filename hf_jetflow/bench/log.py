@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .answers import append_lines, drop_partial_line
-from .data import read_jsonl
+from ..training.answers import append_lines, drop_partial_line
+from ..training.data import read_jsonl
 
 
 Place = tuple[Any, ...]  # prompt set, context length, temperature, and what was measured there

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .bench_report import Row, machine, row_name, temperature_words
+from .report import Row, machine, row_name, temperature_words
 
 
 if TYPE_CHECKING:

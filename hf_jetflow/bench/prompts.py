@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import encode_chat, read_prompts
+from ..training.data import encode_chat, read_prompts
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .bench_runs import LOOP_METHODS
+from .runs import LOOP_METHODS
 
 
 Row = dict[str, Any]

@@ -16,9 +16,9 @@ from torch import nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
-from .loading import load_target
-from .modeling_jetflow import JetFlowHead
-from .versions import CACHE_NAME
+from .._compat import CACHE_NAME
+from ..head.modeling_jetflow import JetFlowHead
+from ..target.loading import load_target
 
 
 ASSISTANT = "assistant:"

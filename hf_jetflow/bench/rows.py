@@ -4,8 +4,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from .bench_runs import Run, Variant
 from .forward_times import forward_seconds, rounds_by_nodes
+from .runs import Run, Variant
 
 
 def make_row(variant: Variant, runs: Sequence[Run], plain: Sequence[Run], forwards: Sequence[Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from transformers import CompileConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from .modeling_jetflow import JetFlowHead
+from ..head.modeling_jetflow import JetFlowHead
 
 
 LOOP_METHODS = ("jetflow", "chain")  # our own loop, which keeps `GenerationStats`

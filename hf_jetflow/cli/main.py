@@ -107,8 +107,8 @@ def train(
 
     hf-jetflow train --target Qwen/Qwen3-0.6B --prompts prompts.jsonl --output runs/qwen3-0.6b
     """
-    from .recipe import TrainRecipe, train_head
-    from .training import leave_together
+    from ..training.recipe import TrainRecipe, train_head
+    from ..training.trainer import leave_together
 
     options = {name: value for name, value in locals().items() if name in TrainRecipe.__dataclass_fields__}
     _hush(quiet)
@@ -169,12 +169,12 @@ def bench(
 
     hf-jetflow bench --target model.gguf --head examples/heads/smollm2-135m-instruct --prompts prompts.jsonl
     """
-    from .bench import BenchSettings, run_bench, write_json
-    from .bench_report import closing_sentences, print_tables
-    from .data import read_prompts
-    from .loading import fast_dtype, load_target
-    from .modeling_jetflow import JetFlowHead
-    from .plots import draw_bench, plot_path
+    from ..bench.bench import BenchSettings, run_bench, write_json
+    from ..bench.plots import draw_bench, plot_path
+    from ..bench.report import closing_sentences, print_tables
+    from ..head.modeling_jetflow import JetFlowHead
+    from ..target.loading import fast_dtype, load_target
+    from ..training.data import read_prompts
 
     _hush(quiet)
     with _readable_errors():
@@ -234,12 +234,12 @@ def doctor(
 
     Exit status: 0 if no fault was found, 1 if one was, 2 if the examination could not be made.
     """
-    from .bench import environment, write_json
-    from .data import read_prompts
-    from .doctor import NODE_BUDGET, examine, layout_facts
-    from .doctor_report import print_findings, verdict_lines
-    from .loading import fast_dtype, load_target
-    from .modeling_jetflow import JetFlowHead
+    from ..bench.bench import environment, write_json
+    from ..doctor.doctor import NODE_BUDGET, examine, layout_facts
+    from ..doctor.report import print_findings, verdict_lines
+    from ..head.modeling_jetflow import JetFlowHead
+    from ..target.loading import fast_dtype, load_target
+    from ..training.data import read_prompts
 
     _hush(quiet)
     with _readable_errors(status=2):
@@ -288,7 +288,7 @@ def convert(
 
     hf-jetflow convert runs/my-head --to speculators --target org/model --output runs/my-head-speculators
     """
-    from .convert import convert_head
+    from ..convert.convert import convert_head
 
     _hush(quiet)
     with _readable_errors():
@@ -315,8 +315,8 @@ def plot(
 
     hf-jetflow plot bench.json bench.png
     """
-    from .bench import read_json
-    from .plots import draw_bench
+    from ..bench.bench import read_json
+    from ..bench.plots import draw_bench
 
     with _readable_errors():
         path = draw_bench(read_json(result), figure)
@@ -351,9 +351,9 @@ def show(
 
     hf-jetflow show --target org/model --head org/head --prompt "Why is the sky blue?" --output trees.html
     """
-    from .loading import fast_dtype, load_target
-    from .modeling_jetflow import JetFlowHead
-    from .show import check_output, choose_prompt, record_trees, write_trees
+    from ..head.modeling_jetflow import JetFlowHead
+    from ..show.show import check_output, choose_prompt, record_trees, write_trees
+    from ..target.loading import fast_dtype, load_target
 
     with _readable_errors():
         check_output(output)  # what is wrong is said before models are loaded
@@ -464,9 +464,9 @@ def simulate(
 
     hf-jetflow simulate --target Qwen/Qwen3-8B --head runs/my-head --acceptance bench.json --hardware h100-graphed
     """
-    from .bench import write_json
-    from .simulate import run_simulation
-    from .simulation_report import plot_speedup, speedup_table
+    from ..bench.bench import write_json
+    from ..simulate.report import plot_speedup, speedup_table
+    from ..simulate.simulate import run_simulation
 
     with _readable_errors():
         result = run_simulation(

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedConfig
 
-from .exports import EXPORTS, TargetFacts
-from .fetching import CONFIG, WEIGHTS
-from .loading import load_model, model_source
-from .modeling_jetflow import JetFlowHead
+from ..head.checkpoint_files import CONFIG, WEIGHTS
+from ..head.modeling_jetflow import JetFlowHead
+from ..target.loading import load_model, model_source
+from .writers import EXPORTS, TargetFacts
 
 
 LAYOUT_NAMES = ("jetflow", *EXPORTS)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .configuration_jetflow import JetFlowConfig
-from .fetching import Tensors
-from .layouts import BODY_KEYS, Config
+from ..head.checkpoint_files import Tensors
+from ..head.configuration_jetflow import JetFlowConfig
+from ..head.layouts import BODY_KEYS, Config
 
 
 SPECULATORS_VERSION = "0.9.0"  # whose format is written

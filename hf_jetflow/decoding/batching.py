@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.generation import logits_process, stopping_criteria
 
-from .layer_kinds import scaling_step, takes_trees
+from ..target.layer_kinds import scaling_step, takes_trees
 
 
 # Processors and criteria that look at one sequence at a time and remember nothing.

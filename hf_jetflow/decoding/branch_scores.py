@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import torch
 
+from ..head.modeling_jetflow import BranchCorrection
+from ..target.target import Target
+from ..trees.ngrams import ContextNgrams
+from ..trees.tree import Candidates, corrected_logprobs, with_rest
 from .draft_weights import DraftWeights
-from .modeling_jetflow import BranchCorrection
-from .ngrams import ContextNgrams
-from .target import Target
-from .tree import Candidates, corrected_logprobs, with_rest
 
 
 MAX_KEPT_TOKENS = 2048  # whose parts of the correction are kept

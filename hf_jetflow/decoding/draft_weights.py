@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .linear import DraftLinear, Imprint, LaidOutWeights
-from .modeling_jetflow import JetFlowHead
-from .target import Target
+from ..head.linear import DraftLinear, Imprint, LaidOutWeights
+from ..head.modeling_jetflow import JetFlowHead
+from ..target.target import Target
 
 
 class DraftWeights:

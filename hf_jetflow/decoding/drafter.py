@@ -9,14 +9,14 @@ import torch
 from torch.nn.functional import pad
 from transformers.generation.candidate_generator import CandidateGenerator
 
+from ..head.modeling_jetflow import BranchCorrection, JetFlowHead
+from ..target.caches import UNSEEN_POSITION, HeadCache, StaticHeadCache
+from ..target.target import Context, Target, TargetStates
+from ..trees.ngrams import MAX_CONTEXT, ContextNgrams, TextNgrams, continue_tree
+from ..trees.tree import BranchScorer, Candidates, DraftTree, build_tree
 from .branch_scores import BranchScores, Correction, LogitChanges, TokenParts
-from .caches import UNSEEN_POSITION, HeadCache, StaticHeadCache
 from .draft_weights import DraftWeights, draft_weights
-from .modeling_jetflow import BranchCorrection, JetFlowHead
-from .ngrams import MAX_CONTEXT, ContextNgrams, TextNgrams, continue_tree
 from .reuse import HeadContext
-from .target import Context, Target, TargetStates
-from .tree import BranchScorer, Candidates, DraftTree, build_tree
 
 
 def _gather_rows(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

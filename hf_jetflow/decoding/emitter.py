@@ -7,11 +7,11 @@ from transformers import Cache, EosTokenCriteria, MaxLengthCriteria, StoppingCri
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .caches import cache_windows
-from .ngrams import MAX_CONTEXT
-from .target import TargetStates
-from .versions import CACHE_NAME
-from .walk import Chooser
+from .._compat import CACHE_NAME
+from ..target.caches import cache_windows
+from ..target.target import TargetStates
+from ..trees.ngrams import MAX_CONTEXT
+from ..trees.walk import Chooser
 
 
 class Emitter:

@@ -17,18 +17,18 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .batch import BatchNoise, row_processors
-from .drafting import JetFlowCandidateGenerator
-from .emit import Emitter
-from .layer_kinds import takes_trees
-from .modeling_jetflow import JetFlowHead
+from .._compat import CACHE_NAME
+from ..head.modeling_jetflow import JetFlowHead
+from ..stats import GenerationStats
+from ..target.layer_kinds import takes_trees
+from ..target.target import Context, Target
+from ..trees.walk import Chooser, walk_trees
+from .batching import BatchNoise, row_processors
+from .drafter import JetFlowCandidateGenerator
+from .emitter import Emitter
 from .policy import AutoPolicy, FixedPolicy, RoundCosts, chain_limits, read_limits
 from .reuse import recall, remember
-from .stats import GenerationStats
-from .target import Context, Target
-from .trace import Trace
-from .versions import CACHE_NAME
-from .walk import Chooser, walk_trees
+from .tree_log import Trace
 
 
 def decode(

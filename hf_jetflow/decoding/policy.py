@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from .tree import DraftTree, trim_tree
+from ..trees.tree import DraftTree, trim_tree
 
 
 MAX_WIDTH = 64  # children considered per node; a child ranked lower has a probability below 1/64 of its parent's

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from .emit import Emitter
-from .modeling_jetflow import JetFlowHead
-from .stats import GenerationStats
-from .tree import DraftTree
+from ..head.modeling_jetflow import JetFlowHead
+from ..stats import GenerationStats
+from ..trees.tree import DraftTree
+from .emitter import Emitter
 
 
 @dataclass

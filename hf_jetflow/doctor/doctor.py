@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .doctor_mistakes import encode, other_encodings, usual_mistakes, windows_tried, with_fields
-from .doctor_verdict import HARDLY_DRAFTS, find_advice, find_faults
-from .evaluation import decoding_with
-from .fetching import WEIGHT_PATTERNS, locate, read_config, read_tensors
-from .formats import read_checkpoint, recognise
-from .integration import check_pairing
-from .modeling_jetflow import JetFlowHead
-from .replay import answer_logprobs, replay
-from .stats import GenerationStats
-from .target import Target
+from ..head.checkpoint_files import WEIGHT_PATTERNS, locate, read_config, read_tensors
+from ..head.formats import read_checkpoint, recognise
+from ..head.modeling_jetflow import JetFlowHead
+from ..integration import check_pairing
+from ..stats import GenerationStats
+from ..target.target import Target
+from ..training.evaluation import decoding_with
+from ..training.replay import answer_logprobs, replay
+from .mistakes import encode, other_encodings, usual_mistakes, windows_tried, with_fields
+from .verdict import HARDLY_DRAFTS, find_advice, find_faults
 
 
 NODE_BUDGET = 32

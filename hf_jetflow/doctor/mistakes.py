@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .configuration_jetflow import JetFlowConfig
-from .data import encode_chat
-from .modeling_jetflow import JetFlowHead
+from ..head.configuration_jetflow import JetFlowConfig
+from ..head.modeling_jetflow import JetFlowHead
+from ..training.data import encode_chat
 
 
 @dataclass(frozen=True)

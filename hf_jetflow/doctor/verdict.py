@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from .doctor_mistakes import Mistake
+from .mistakes import Mistake
 
 
 HARDLY_DRAFTS = 1.2  # tokens per round; a head that is never right has 1

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from .fetching import Tensors
+from .checkpoint_files import Tensors
 from .layouts import (
     Config,
     Reading,

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING
 
+from .checkpoint_files import Tensors
 from .configuration_jetflow import spaced_layer_ids
-from .fetching import Tensors
 
 
 Config = dict[str, Any]

@@ -24,8 +24,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 from transformers.utils import logging
 
-from .configuration_jetflow import JetFlowConfig
-from .fetching import (
+from .checkpoint_files import (
     SETTINGS,
     WEIGHT_PATTERNS,
     Source,
@@ -35,6 +34,7 @@ from .fetching import (
     read_tensors,
     readable_load_errors,
 )
+from .configuration_jetflow import JetFlowConfig
 from .formats import ADAPTER, Layout, read_checkpoint, recognise, summary
 from .layouts import read_jetflow
 from .linear import DraftLinear

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import encode_chat, read_prompts
-from .modeling_jetflow import JetFlowHead
-from .trace import TreeRound
+from ..decoding.tree_log import TreeRound
+from ..head.modeling_jetflow import JetFlowHead
+from ..training.data import encode_chat, read_prompts
 from .tree_page import tree_page
 from .tree_plot import DPI, check_rounds, draw_trees, need_matplotlib
 

@@ -7,7 +7,7 @@ as far as the nodes already placed allow at every depth.
 from collections import defaultdict
 from dataclasses import dataclass
 
-from .trace import TreeRound
+from ..decoding.tree_log import TreeRound
 
 
 @dataclass

@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..decoding.tree_log import TreeRound
 from .token_text import TokenLabels, text_pieces
-from .trace import TreeRound
 from .tree_layout import lay_out
 from .tree_plot import check_rounds, heading
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
+from ..decoding.tree_log import TreeRound
 from .token_text import TokenLabels, display_width
-from .trace import TreeRound
 from .tree_layout import DrawnNode, lay_out
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from .configuration_jetflow import JetFlowConfig
+from ..head.configuration_jetflow import JetFlowConfig
+from ..head.modeling_jetflow import JetFlowHead
 from .hardware import Hardware
-from .modeling_jetflow import JetFlowHead
 
 
 @dataclass(frozen=True)

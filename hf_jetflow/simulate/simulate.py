@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from .configuration_jetflow import JetFlowConfig
-from .fetching import locate, read_config, readable_load_errors
-from .formats import recognise
+from ..head.checkpoint_files import locate, read_config, readable_load_errors
+from ..head.configuration_jetflow import JetFlowConfig
+from ..head.formats import recognise
+from ..target.loading import load_target_config
+from ..trees.tree import Candidates, build_tree
 from .hardware import PRESETS, Hardware
-from .loading import load_target_config
 from .roofline import HeadShape, ModelShape, forward_seconds, head_shape, round_seconds, target_shape
-from .tree import Candidates, build_tree
 
 
 def simulate(

@@ -12,6 +12,9 @@ from torch.nn.functional import pad
 from transformers import CompileConfig, DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 from transformers.utils import ModelOutput
 
+from .._compat import CACHE_NAME
+from ..head.configuration_jetflow import JetFlowConfig
+from ..trees.tree import DraftTree, chain_of, trim_tree
 from .attention import grouped_attention
 from .batch_caches import BatchRows, commit_paths, retire_row, settle_batch, spread_layers
 from .caches import (
@@ -22,12 +25,9 @@ from .caches import (
     most_static_nodes,
     static_rows,
 )
-from .configuration_jetflow import JetFlowConfig
 from .growing_cache import grow_layers, settle_layers
 from .layer_kinds import Window, layer_windows, scaling_step, takes_trees
 from .recurrent import RecurrentStates, check_states, needs_replay, record_rows
-from .tree import DraftTree, chain_of, trim_tree
-from .versions import CACHE_NAME
 
 
 REST_ROWS = 16  # tokens that sequences read at a time when a batch's cache is left to the caller

@@ -11,9 +11,9 @@ import torch
 from jinja2 import TemplateError
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from .._compat import CACHE_NAME
+from ..target.growing_cache import grow_layers
 from .data import derived_seed, encode_chat, read_answers, read_jsonl
-from .growing_cache import grow_layers
-from .versions import CACHE_NAME
 
 
 def regenerate_answers(

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..head.modeling_jetflow import JetFlowHead
+from ..target.target import Target
 from .losses import AS_IT_IS, KLResult, LogitShape, chunked_forward_kl, correction_kl
-from .modeling_jetflow import JetFlowHead
-from .target import Target
 
 
 @dataclass

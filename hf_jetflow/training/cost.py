@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .configuration_jetflow import JetFlowConfig
+from ..head.configuration_jetflow import JetFlowConfig
 
 
 KL_CHUNK = 1024  # the default of `chunked_forward_kl`

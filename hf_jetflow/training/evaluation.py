@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel
 
-from .modeling_jetflow import JetFlowHead
+from ..head.modeling_jetflow import JetFlowHead
 
 
 def tokens_per_round(

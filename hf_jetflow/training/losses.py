@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .tree import corrected_logprobs, with_rest
+from ..trees.tree import corrected_logprobs, with_rest
 
 
 @dataclass(frozen=True)

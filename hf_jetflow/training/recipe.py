@@ -19,15 +19,15 @@ from transformers import (
     TrainerCallback,
 )
 
+from ..head.card import card_text
+from ..head.configuration_jetflow import BRANCH_CORRECTIONS, JetFlowConfig, spaced_layer_ids
+from ..head.modeling_jetflow import JetFlowHead
+from ..target.loading import fast_dtype, load_target
 from .answers import FOREIGN_SURPRISE, regenerate_answers, surprise, with_token_ids
-from .configuration_jetflow import BRANCH_CORRECTIONS, JetFlowConfig, spaced_layer_ids
 from .data import Answers, check_weights, encode_chat, frequent_tokens, read_answers, read_prompts
 from .evaluation import tokens_per_round
-from .loading import fast_dtype, load_target
-from .model_card import card_text
-from .modeling_jetflow import JetFlowHead
 from .starting import initialize_from_target, start_from_head, train_correction_only
-from .training import JetFlowTrainer, JetFlowTrainingConfig
+from .trainer import JetFlowTrainer, JetFlowTrainingConfig
 
 
 LAYOUT_OPTIONS = ("num_layers", "num_taps", "block_size", "draft_vocab")  # a given head has its own

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
+from ..decoding.drafter import JetFlowCandidateGenerator
+from ..decoding.policy import RoundPlan, plan_round, read_limits
+from ..head.modeling_jetflow import JetFlowHead
+from ..stats import GenerationStats
+from ..target.target import Target
+from ..trees.tree import Candidates, DraftTree
 from .blocks import make_blocks
-from .drafting import JetFlowCandidateGenerator
-from .modeling_jetflow import JetFlowHead
-from .policy import RoundPlan, plan_round, read_limits
-from .stats import GenerationStats
-from .target import Target
-from .tree import Candidates, DraftTree
 
 
 @torch.no_grad()

@@ -4,9 +4,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .configuration_jetflow import JetFlowConfig
-from .integration import check_pairing
-from .modeling_jetflow import JetFlowHead
+from ..head.configuration_jetflow import JetFlowConfig
+from ..head.modeling_jetflow import JetFlowHead
+from ..integration import check_pairing
 
 
 # Start of the query and key norms where the target has none to copy: the root mean square of the queries and keys in

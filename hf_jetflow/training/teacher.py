@@ -3,8 +3,8 @@
 import torch
 from transformers import PreTrainedModel
 
+from ..target.target import Target
 from .losses import LogitShape
-from .target import Target
 
 
 CLOSE = 0.02  # of the logits' spread, in root mean square: what rounding in bfloat16 may leave

@@ -25,14 +25,14 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
+from ..head.configuration_jetflow import JetFlowConfig
+from ..head.modeling_jetflow import JetFlowHead
+from ..target.target import Target
 from .blocks import Agreement, draft_blocks, make_blocks, score_candidates
 from .checkpoints import STATE_NAME, checkpoint_fault, find_checkpoints, is_write_failure
-from .configuration_jetflow import JetFlowConfig
 from .data import AnchorCollator, AnswerDataset, Answers, EpochSampler, FeatureStore
 from .evaluation import tokens_per_round
 from .losses import depth_weights, feature_loss
-from .modeling_jetflow import JetFlowHead
-from .target import Target
 from .teacher import logit_shape
 
 
