@@ -35,7 +35,7 @@ from hf_jetflow.training.data import frequent_tokens, read_answers, read_prompts
 from hf_jetflow.training.replay import replay
 from hf_jetflow.training.starting import initialize_from_target
 from hf_jetflow.training.trainer import JetFlowTrainer, JetFlowTrainingConfig
-from hf_jetflow.trees.tree import Candidates, DraftTree, ancestor_mask
+from hf_jetflow.trees.tree import Candidates, DraftTree
 
 
 NODE_BUDGETS = (16, 32, 64, 128)
@@ -109,13 +109,11 @@ def algorithm_1_tree(
             scores.append(scores[node] + all_scores[depths[node]][rank])
             if depths[-1] < max_depth:
                 open_nodes.append(len(tokens) - 1)
-    links = torch.tensor(parents)
     return DraftTree(
         torch.tensor(tokens),
-        links,
+        torch.tensor(parents),
         torch.tensor(depths),
         torch.tensor(scores),
-        ancestor_mask(links, max_depth),
         max_depth,
     )
 

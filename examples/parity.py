@@ -82,7 +82,8 @@ def our_logits(target: PreTrainedModel, head: JetFlowHead, ids: torch.Tensor, fe
     drafter = JetFlowCandidateGenerator(head, Target(target, head.config))
     position = ids.shape[1] - 1
     drafter.observe(TargetStates(torch.empty(1, 0, VOCAB), (features,), torch.arange(position)[None]))
-    candidates = drafter.propose(ids[:, -1:], torch.tensor([position]), head.config.block_size - 1, width=VOCAB)
+    draft = drafter.propose(ids[:, -1:], torch.tensor([position]), head.config.block_size - 1, width=VOCAB)
+    candidates = draft.candidates
     known = torch.arange(VOCAB) if head.draft_token_ids is None else head.draft_token_ids
     by_token = torch.full((head.config.block_size - 1, VOCAB), float("-inf")).scatter(
         1, candidates.tokens[0], candidates.logprobs[0]

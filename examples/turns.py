@@ -4,9 +4,8 @@ Needs `pip install greenlet`.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -15,12 +14,12 @@ from transformers.generation.streamers import BaseStreamer
 
 from hf_jetflow import JetFlowHead
 from hf_jetflow.bench.runs import synchronize
-from hf_jetflow.decoding import loop as decoding
+from hf_jetflow.decoding.tree_log import Round
 
 
 class Turns(BaseStreamer):
     """
-    One call of `generate` for one prompt. It stops before each of its rounds, or of its tokens where it decodes
+    One call of `generate` for one prompt. It stops after each of its rounds, or of its tokens where it decodes
     plainly, until `go_on`.
 
     Args:
@@ -58,48 +57,33 @@ class Turns(BaseStreamer):
     def go_on(self) -> None:
         random = torch.get_rng_state()
         torch.set_rng_state(self._random)
-        with patch.object(decoding, "choose_policy", self._stopping(decoding.choose_policy)):
-            synchronize(self._target)
-            start = time.perf_counter()
-            self._work.switch()
-            synchronize(self._target)
-            self.seconds += time.perf_counter() - start
+        synchronize(self._target)
+        start = time.perf_counter()
+        self._work.switch()
+        synchronize(self._target)
+        self.seconds += time.perf_counter() - start
         self._random = torch.get_rng_state()
         torch.set_rng_state(random)
 
     def _generate(self) -> None:
         if self._head is not None:
             self._head.generation_config.node_budget = self._node_budget
+            self._head.round_observers = [self._end_round]
         prompt = torch.tensor([self._prompt], device=self._target.device)
         mask = torch.ones_like(prompt)
         settings = {"attention_mask": mask, "assistant_model": self._head, "streamer": self, **self._settings}
         output = self._target.generate(prompt, **settings)
         self.new_ids = output[0, len(self._prompt) :].tolist()
-        self._keep_stats()
-
-    def _keep_stats(self) -> None:
-        """Before another call of the same head replaces them."""
-        if self._head is not None and self.stats is None:
+        if self._head is not None and self.stats is None:  # the prompt alone was read: no other call came between
             self.stats = self._head.last_stats
 
     def _stop(self) -> None:
         getcurrent().parent.switch()
 
-    def _stopping(self, choose_policy: Callable[..., Any]) -> Callable[..., Any]:
-        def chosen(*args: Any) -> Any:
-            policy = choose_policy(*args)
-            plan = policy.plan
-
-            def plan_after_the_others(*limits: Any) -> Any:
-                self._keep_stats()
-                self._stop()
-                self.num_rounds += 1
-                return plan(*limits)
-
-            policy.plan = plan_after_the_others
-            return policy
-
-        return chosen
+    def _end_round(self, finished: Round) -> None:
+        self.stats = finished.stats
+        self.num_rounds += 1
+        self._stop()
 
     def put(self, value: torch.Tensor) -> None:
         if not self._has_prompt:  # `generate` streams the prompt first

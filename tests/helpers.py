@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hf_jetflow import JetFlowConfig, JetFlowHead
-from hf_jetflow.trees.tree import DraftTree, ancestor_mask
+from hf_jetflow.trees.tree import DraftTree
 
 
 HIDDEN = 32
@@ -75,7 +75,6 @@ def make_tree(tokens: list[int], parents: list[int]) -> DraftTree:
         parents=links,
         depths=torch.tensor(depths),
         logprobs=torch.zeros(len(tokens)),
-        ancestor_mask=ancestor_mask(links, max(depths)),
         max_depth=max(depths),
     )
 

@@ -73,11 +73,11 @@ def test_every_sequence_is_drafted_for_as_if_it_were_alone(family, monkeypatch):
     drafts, propose = [], JetFlowCandidateGenerator.propose
 
     def kept_propose(self, context_ids, positions, max_depth, width):
-        candidates = propose(self, context_ids, positions, max_depth, width)
+        draft = propose(self, context_ids, positions, max_depth, width)
         if max_depth == 5:  # less near the end, where a sequence alone may draft less than one in a batch
             places = zip(context_ids[:, -1].tolist(), positions.tolist(), strict=True)
-            drafts.extend(zip(places, candidates.logprobs.sort().values, strict=True))
-        return candidates
+            drafts.extend(zip(places, draft.candidates.logprobs.sort().values, strict=True))
+        return draft
 
     monkeypatch.setattr(JetFlowCandidateGenerator, "propose", kept_propose)
     batch, _ = generate(target, head)

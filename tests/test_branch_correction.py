@@ -47,9 +47,10 @@ def test_a_new_correction_changes_no_score(kind, tiny_target, random_head, rows)
         head := random_head(target, branch_correction=kind, branch_candidates=20, ngram_weights=[]),
         Target(target, head.config),
     )
-    candidates = drafter.rank(rows, torch.tensor([9]), 64)
+    draft = drafter.rank(rows, torch.tensor([9]), 64)
+    candidates = draft.candidates
     for depth in range(7):
-        scores = drafter.branch_scorer(depth, torch.zeros(1, dtype=torch.long), torch.tensor([5]))
+        scores = draft.scorer(depth, torch.zeros(1, dtype=torch.long), torch.tensor([5]))
         torch.testing.assert_close(scores[0], candidates.logprobs[depth])
 
 
@@ -84,8 +85,9 @@ def test_a_branch_is_scored_as_in_training(kind, is_shared, tiny_target, random_
     head, target = drafter.head, drafter.target.model
     weight = target.get_output_embeddings().weight.detach()
     rows = rows * 0.05  # so that no depth is certain of one token
-    candidates = drafter.rank(rows, torch.tensor([9]), 64)
-    tree = build_tree(torch.tensor([9]), candidates, 40, drafter.branch_scorer)
+    draft = drafter.rank(rows, torch.tensor([9]), 64)
+    candidates = draft.candidates
+    tree = build_tree(torch.tensor([9]), candidates, 40, draft.scorer)
     assert tree.depths.max() > 2
     assert len(set(tree.parents.tolist())) > 5, "hardly any branches, so this test shows little"
     for leaf in range(1, 40):

@@ -7,8 +7,8 @@ from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.cache_utils import LinearAttentionAndSlidingWindowAttentionLayer
 
 from hf_jetflow import JetFlowConfig
-from hf_jetflow.target.batch_caches import BatchRows
 from hf_jetflow.target.caches import HeadCache, check_target_cache, commit_path
+from hf_jetflow.target.strategies import cache_strategy
 from hf_jetflow.target.target import Context, Target
 from hf_jetflow.trees.tree import DraftTree, ancestor_mask
 
@@ -70,11 +70,10 @@ def test_positions_of_the_context_accumulate():
 
 def random_tree(anchor: int, num_nodes: int, vocab: int, generator: torch.Generator) -> DraftTree:
     parents = torch.tensor(random_parents(num_nodes, generator))
-    mask = ancestor_mask(parents, num_nodes)
     tokens = torch.randint(3, vocab, (num_nodes,), generator=generator)
     tokens[0] = anchor
-    depths = mask.sum(dim=1) - 1
-    return as_batch(DraftTree(tokens, parents, depths, torch.zeros(num_nodes), mask, int(depths.max())))
+    depths = ancestor_mask(parents, num_nodes).sum(dim=1) - 1
+    return as_batch(DraftTree(tokens, parents, depths, torch.zeros(num_nodes), int(depths.max())))
 
 
 def path_to(tree: DraftTree, node: int) -> list[int]:
@@ -88,7 +87,8 @@ def prefilled(model, ids: torch.Tensor) -> tuple[Target, Context]:
     with torch.no_grad():
         model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
     forward_kwargs = {"output_hidden_states": True}
-    return target, Context(cache, BatchRows(1, ids.shape[1] - 1), torch.tensor([0]), forward_kwargs=forward_kwargs)
+    strategy = cache_strategy(cache, 1, ids.shape[1] - 1, read=lambda chain: None)
+    return target, Context(strategy, torch.tensor([0]), forward_kwargs=forward_kwargs)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gemma3_text"])
@@ -107,7 +107,7 @@ def test_after_a_commit_the_target_continues_as_on_the_committed_ids(tiny_target
         node = int(torch.randint(num_nodes, (1,), generator=generator))
         path = path_to(tree, node)
         ids = torch.cat([ids, tree.tokens[:, path[1:]], torch.randint(3, 200, (1, 1), generator=generator)], dim=1)
-        target.commit(context, tree, [path])
+        context.strategy.commit(tree, [path])
         assert context.cache.get_seq_length() == ids.shape[1] - 1
         assert int(context.positions) == ids.shape[1] - 1
 
@@ -160,7 +160,7 @@ def test_rows_that_have_left_the_window_are_forgotten(tiny_target):
     target, context = prefilled(model, torch.randint(3, 200, (1, 20), generator=generator))
     tree = random_tree(5, 8, 200, generator)
     target.verify(context, tree)
-    target.commit(context, tree, [path_to(tree, 7)])
+    context.strategy.commit(tree, [path_to(tree, 7)])
     window = model.config.sliding_window
     lengths = {layer.keys.shape[2] for layer in context.cache.layers}
     assert lengths == {window - 1, context.cache.get_seq_length()}

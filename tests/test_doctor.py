@@ -239,7 +239,7 @@ def test_answers_are_scored_as_decoding_would_draft_them(config, tiny_target, ra
     for place in range(num_prompt, text.shape[1] - 1):
         drafter = JetFlowCandidateGenerator(head, view)
         drafter.observe(TargetStates(torch.empty(1, 0), (features[:, :place],), torch.arange(place)[None]))
-        drafted = drafter.propose(text[:, place : place + 1], torch.tensor([place]), num_depths, width=257)
+        drafted = drafter.propose(text[:, place : place + 1], torch.tensor([place]), num_depths, width=257).candidates
         for depth, token in enumerate(text[0, place + 1 : place + 1 + num_depths].tolist()):
             expected += drafted.logprobs[0, depth][drafted.tokens[0, depth] == token].tolist()
     scores = answer_logprobs(view, head, text[0].tolist(), num_prompt)

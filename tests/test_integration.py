@@ -539,7 +539,7 @@ def test_the_candidate_generator_drafts_the_best_token_of_every_depth(target, ra
     assert again.tolist() == chain.tolist(), "asking twice with nothing observed in between drafted something else"
     other = JetFlowCandidateGenerator(head, Target(target, head.config))
     observe_all(other, target, plain[:, :20])
-    best = other.propose(plain[:, :20], torch.tensor([19]), 7, width=5)
+    best = other.propose(plain[:, :20], torch.tensor([19]), 7, width=5).candidates
     assert chain[0, 20:].tolist() == best.tokens[0, :, 0].tolist()
     assert best.tokens.shape == best.logprobs.shape == (1, 7, 5)
 

@@ -124,10 +124,11 @@ def test_the_newest_tokens_of_a_long_text_are_searched(tiny_target, random_head)
 
 def first_scores(drafter, rows, text):
     with torch.no_grad():
-        candidates = drafter.rank(rows, torch.tensor(text), 8)
+        draft = drafter.rank(rows, torch.tensor(text), 8)
+        candidates = draft.candidates
     scores = candidates.logprobs[0]
-    if drafter.branch_scorer is not None:
-        scores = drafter.branch_scorer(0, torch.zeros(1, dtype=torch.long), torch.tensor(text[-1:]))[0]
+    if draft.scorer is not None:
+        scores = draft.scorer(0, torch.zeros(1, dtype=torch.long), torch.tensor(text[-1:]))[0]
     return dict(zip(candidates.tokens[0].tolist(), scores.tolist(), strict=True)), candidates
 
 
@@ -166,8 +167,9 @@ def test_a_tree_follows_the_text(tiny_target, random_head):
     head = random_head(target, ngram_weights=[2.0, 4.0], branch_candidates=20)
     drafter = JetFlowCandidateGenerator(head, Target(target, head.config))
     text = [*range(50, 58), 9, 50, 51]
-    candidates = drafter.rank(torch.zeros(5, 64), torch.tensor(text), 8)
-    tree = build_tree(torch.tensor([51]), candidates, 12, drafter.branch_scorer)
+    draft = drafter.rank(torch.zeros(5, 64), torch.tensor(text), 8)
+    candidates = draft.candidates
+    tree = build_tree(torch.tensor([51]), candidates, 12, draft.scorer)
     node, path = 0, []
     for token in range(52, 57):
         found = ((tree.parents == node) & (tree.tokens == token)).nonzero().flatten().tolist()

@@ -348,12 +348,12 @@ def test_nodes_that_cannot_repay_their_verification_are_not_drafted(per_node, le
     samples = {nodes: (1 + per_node * (nodes - 1),) * 9 for nodes in (1, 4, 8, 16, 24, 32, 64)}
     costs = RoundCosts(samples=samples, tokens=4.0, drafted_seconds=4.0, num_drafted=5)
     plan = AutoPolicy(LIMITS, costs).plan(100)
-    assert math.exp(plan.least_logprob) == pytest.approx(least, abs=1e-12)
+    assert math.exp(plan.min_logprob) == pytest.approx(least, abs=1e-12)
     costs.samples, costs._curve = {**samples, 16: (9.0,), 32: (9.0,)}, None
     plan = AutoPolicy(LIMITS, costs).plan(100)
-    assert math.exp(plan.least_logprob) == pytest.approx(least, rel=0.02, abs=0.001)
+    assert math.exp(plan.min_logprob) == pytest.approx(least, rel=0.02, abs=0.001)
     costs.num_drafted = REFRESH_EVERY  # a round that may be larger than what repays, to learn what that takes
-    assert AutoPolicy(LIMITS, costs).plan(100).least_logprob == -math.inf
+    assert AutoPolicy(LIMITS, costs).plan(100).min_logprob == -math.inf
 
 
 def test_calibration_follows_what_was_kept():

@@ -49,10 +49,10 @@ def drafts_of(monkeypatch):
     propose = JetFlowCandidateGenerator.propose
 
     def record(self, anchor_id, position, max_depth, width):
-        candidates = propose(self, anchor_id, position, max_depth, width)
+        draft = propose(self, anchor_id, position, max_depth, width)
         if max_depth:
-            drafts.append((position, candidates.tokens, candidates.logprobs))
-        return candidates
+            drafts.append((position, draft.candidates.tokens, draft.candidates.logprobs))
+        return draft
 
     monkeypatch.setattr(JetFlowCandidateGenerator, "propose", record)
 

@@ -6,7 +6,7 @@ from conftest import make_prompt
 from reference import assert_same_text
 from transformers import CompileConfig, StaticCache
 
-from hf_jetflow.target.caches import STATIC_ROWS, StaticHeadCache, commit_path, most_static_nodes, static_rows
+from hf_jetflow.target.caches import STATIC_ROWS, StaticHeadCache, commit_path, max_static_nodes, static_rows
 
 
 FAMILIES = ["llama", "qwen3", "gemma"]
@@ -114,7 +114,7 @@ def test_compiled_forwards_give_the_plain_text(backend, tiny_target, random_head
 def test_rows_are_padded_to_few_numbers():
     assert {static_rows(nodes) for nodes in range(1, 257)} == set(STATIC_ROWS)
     assert all(static_rows(nodes) >= nodes for nodes in range(1, 600))
-    assert [most_static_nodes(free) for free in (0, 3, 4, 8, 63, 64, 1000)] == [1, 1, 4, 8, 32, 64, 256]
+    assert [max_static_nodes(free) for free in (0, 3, 4, 8, 63, 64, 1000)] == [1, 1, 4, 8, 32, 64, 256]
 
 
 def test_a_commit_stays_in_place():

@@ -231,7 +231,7 @@ def test_the_scorer_is_spared_branches_that_have_fallen_out_of_the_tree():
 @pytest.mark.parametrize("node_budget", [2, 7, 20, 200])
 def test_below_the_least_log_probability_nothing_is_drafted(node_budget, least):
     candidates, scorer = make_candidates(depth=4, width=4, seed=3), PathScorer(width=4)
-    paths = set(paths_of(build_tree(ANCHOR, candidates, node_budget, scorer, least_logprob=least)))
+    paths = set(paths_of(build_tree(ANCHOR, candidates, node_budget, scorer, min_logprob=least)))
     scores = scores_of_all_paths(candidates, is_scored=True)
     whole = paths_of(build_tree(ANCHOR, candidates, node_budget, PathScorer(width=4)))
     best_child = max((path for path in scores if len(path) == 1), key=scores.__getitem__)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +23,29 @@ from .reuse import HeadContext
 def _gather_rows(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """Rows (..., places, hidden) of states (..., rows, hidden)."""
     return states.gather(-2, places[..., None].expand(*places.shape, states.shape[-1]))
+
+
+@dataclass
+class Draft:
+    """One draft of the head, and what scores it along a branch."""
+
+    context_ids: torch.Tensor  # (..., seq) the newest committed tokens that it was made behind, the anchor last
+    candidates: Candidates  # (..., depth, width), scored as if all branches of a depth were alike
+    scorer: BranchScorer | None = None  # re-scores them after each branch; `None` where nothing does
+    has_ngrams: bool = False  # n-grams of the text may continue the tree below the head's deepest level
+
+    def best_tree(
+        self,
+        node_budget: int,
+        width: int | None = None,
+        min_logprob: float = -math.inf,
+        max_continued: int = 0,
+    ) -> DraftTree:
+        """The best tree within the node budget; see `build_tree` and `continue_tree`."""
+        tree = build_tree(self.context_ids[..., -1:], self.candidates, node_budget, self.scorer, width, min_logprob)
+        if not self.has_ngrams:
+            return tree
+        return continue_tree(tree, self.context_ids, node_budget, max_continued, min_logprob)
 
 
 class JetFlowCandidateGenerator(CandidateGenerator):
@@ -51,8 +75,8 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         self._context = context
         self._path_rows = head.config.block_size  # states that a round hands over at most
         self._cache: HeadCache | StaticHeadCache = HeadCache(head.config.num_hidden_layers)
-        if context is not None and context.num_static_slots is not None:
-            capacity = context.num_static_slots + self._path_rows
+        if context is not None and context.strategy.num_slots is not None:
+            capacity = context.strategy.num_slots + self._path_rows
             self._cache = StaticHeadCache(head.config.num_hidden_layers, capacity)
         self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # features and positions the head has not read
         if past is not None:
@@ -61,7 +85,6 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         self._newest_positions: torch.Tensor | None = None  # (batch,), of the newest tokens that were observed
         self._slots = torch.arange(head.config.num_rows, device=head.device)
         self._texts: list[TextNgrams] = []  # n-grams of each sequence, if they count
-        self.branch_scorer: BranchScorer | None = None  # of the newest proposal, if branches are scored apart
 
     @cached_property
     def _weights(self) -> DraftWeights:
@@ -108,7 +131,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         return HeadContext(tuple(layers), position_ids, features, feature_position_ids)
 
     @torch.no_grad()
-    def propose(self, context_ids: torch.Tensor, positions: torch.Tensor, max_depth: int, width: int) -> Candidates:
+    def propose(self, context_ids: torch.Tensor, positions: torch.Tensor, max_depth: int, width: int) -> Draft:
         """
         One head forward.
 
@@ -119,12 +142,12 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             width (`int`): Candidates per depth; a head that scores branches apart proposes those it re-scores.
 
         Returns:
-            `Candidates`: (batch, max_depth, width), on the tokens' device; `branch_scorer` then re-scores them.
+            [`Draft`]: Its candidates are (batch, max_depth, width), on the tokens' device.
         """
         head, device, anchor_ids = self.head, context_ids.device, context_ids[:, -1:]
         if max_depth == 0:
             shape = (len(anchor_ids), 0, width)
-            return Candidates(anchor_ids.new_empty(shape), torch.empty(shape, device=device))
+            return Draft(context_ids, Candidates(anchor_ids.new_empty(shape), torch.empty(shape, device=device)))
         is_static = isinstance(self._cache, StaticHeadCache)
         first = 0 if head.config.anchor_predicts else 1  # row that drafts depth 1
         # Rows behind the deepest drafted one are invisible to it when every layer is causal.
@@ -169,9 +192,8 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         assert head.config.mask_token_id is not None
         return head.embed_tokens(torch.where(is_anchor, block_ids, head.config.mask_token_id).to(head.device))
 
-    def rank(self, rows: torch.Tensor, context_ids: torch.Tensor, width: int) -> Candidates:
-        """The candidates of drafted rows (..., depth, hidden) behind tokens (..., seq), on the tokens' device;
-        `branch_scorer` is then theirs."""
+    def rank(self, rows: torch.Tensor, context_ids: torch.Tensor, width: int) -> Draft:
+        """The draft of rows (..., depth, hidden) behind tokens (..., seq), on the tokens' device."""
         config, correction, device = self.head.config, self.head.branch_correction, context_ids.device
         weights = config.ngram_weights
         scores_branches = bool(weights) or correction is not None
@@ -183,6 +205,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         places = order.topk(num_scored).indices
         tokens = places if token_ids is None else token_ids.to(places.device)[places]
         candidates = Candidates(tokens.to(device), logprobs.gather(-1, places).to(device))
+        scorer = None
         if scores_branches:
             ngrams = None
             if weights:
@@ -192,25 +215,8 @@ class JetFlowCandidateGenerator(CandidateGenerator):
                 corrected = Correction(
                     correction, rows, candidates, self._token_parts, self._output(correction, places), self._weights
                 )
-            self.branch_scorer = BranchScores(candidates, ngrams, corrected)
-        return candidates
-
-    def grow(
-        self,
-        context_ids: torch.Tensor,
-        candidates: Candidates,
-        node_budget: int,
-        width: int | None = None,
-        least_logprob: float = -math.inf,
-        max_continued: int = 0,
-    ) -> DraftTree:
-        """The best tree over the newest proposal, made behind `context_ids`; see `build_tree` and `continue_tree`."""
-        tree = build_tree(
-            context_ids[..., -1:], candidates, node_budget, self.branch_scorer, width, least_logprob=least_logprob
-        )
-        if not self.head.config.ngram_weights:
-            return tree
-        return continue_tree(tree, context_ids, node_budget, max_continued, least_logprob)
+            scorer = BranchScores(candidates, ngrams, corrected)
+        return Draft(context_ids, candidates, scorer, has_ngrams=bool(weights))
 
     def _read_texts(self, context_ids: torch.Tensor, longest: int) -> list[TextNgrams]:
         """The n-grams of the newest tokens of each text."""
@@ -275,8 +281,8 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         if self._newest_positions is None:
             raise ValueError("nothing was observed yet; call `observe` with the target's states of the prompt first")
         block_size = self.head.config.block_size
-        candidates = self.propose(input_ids, self._newest_positions + 1, block_size - 1, width=1)
-        chain = self.grow(input_ids, candidates, block_size, width=1)
+        draft = self.propose(input_ids, self._newest_positions + 1, block_size - 1, width=1)
+        chain = draft.best_tree(block_size, width=1)
         return torch.cat([input_ids, chain.tokens[:, 1:]], dim=1), None
 
     def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:

@@ -40,7 +40,7 @@ class RoundPlan:
     node_budget: int  # rows to verify, root included
     max_depth: int  # levels to draft
     width: int  # candidates per depth
-    least_logprob: float = -math.inf  # of a path that is worth drafting
+    min_logprob: float = -math.inf  # of a path that is worth drafting
     max_continued: int = 0  # levels that n-grams may add below the head's deepest
 
 
@@ -77,16 +77,16 @@ def chain_limits(limits: RoundPlan) -> RoundPlan:
     return RoundPlan(min(limits.node_budget, limits.max_depth + 1), limits.max_depth, width=1)
 
 
-def plan_round(limits: RoundPlan, num_remaining: int | None, most_nodes: int | None = None) -> RoundPlan:
+def plan_round(limits: RoundPlan, num_remaining: int | None, max_nodes: int | None = None) -> RoundPlan:
     """The next round, with `num_remaining` tokens left to emit, the bonus token included, in a cache that takes
-    `most_nodes` (`None`: no limit)."""
-    node_budget = limits.node_budget if most_nodes is None else min(limits.node_budget, most_nodes)
+    `max_nodes` (`None`: no limit)."""
+    node_budget = limits.node_budget if max_nodes is None else min(limits.node_budget, max_nodes)
     max_depth, max_continued = min(limits.max_depth, node_budget - 1), limits.max_continued
     if num_remaining is not None:
         max_depth = min(max_depth, num_remaining - 1)
         max_continued = min(max_continued, num_remaining - 1 - max_depth)
     width = min(limits.width, max(node_budget - 1, 1))
-    return RoundPlan(node_budget, max_depth, width, limits.least_logprob, max_continued)
+    return RoundPlan(node_budget, max_depth, width, limits.min_logprob, max_continued)
 
 
 class FixedPolicy:
@@ -95,8 +95,8 @@ class FixedPolicy:
     def __init__(self, limits: RoundPlan):
         self._limits = limits
 
-    def plan(self, num_remaining: int | None, most_nodes: int | None = None) -> RoundPlan:
-        return plan_round(self._limits, num_remaining, most_nodes)
+    def plan(self, num_remaining: int | None, max_nodes: int | None = None) -> RoundPlan:
+        return plan_round(self._limits, num_remaining, max_nodes)
 
     def fit(self, tree: DraftTree) -> DraftTree:
         return tree
@@ -168,9 +168,9 @@ class RoundCosts:
         self.samples[num_nodes] = () if known is None else (*known, seconds / self.pace)[-NUM_SAMPLES:]
         self._curve = None
 
-    def untried(self, most_nodes: int) -> int | None:
-        """A node budget that must be tried before there is anything to choose by; no tree exceeds `most_nodes`."""
-        trials = [1 if budget == 1 else min(max(budget // self.num_places, 2), most_nodes) for budget in FIRST_TRIALS]
+    def untried(self, max_nodes: int) -> int | None:
+        """A node budget that must be tried before there is anything to choose by; no tree exceeds `max_nodes`."""
+        trials = [1 if budget == 1 else min(max(budget // self.num_places, 2), max_nodes) for budget in FIRST_TRIALS]
         return next((budget for budget in trials if len(self.samples.get(budget, ())) < NUM_TRIALS - 1), None)
 
     def seconds(self, num_nodes: int) -> float:
@@ -243,7 +243,7 @@ class AutoPolicy:
 
     def __init__(self, limits: RoundPlan, costs: RoundCosts):
         self._limits, self._costs = limits, costs
-        self._most_nodes = sum(limits.width**depth for depth in range(limits.max_depth + 1))  # that a tree can have
+        self._max_nodes = sum(limits.width**depth for depth in range(limits.max_depth + 1))  # that a tree can have
         self._ceiling = max(64 // costs.num_places, 4)  # nodes drafted: about twice of what was chosen last
         # Yield and time, at pace 1, of drafted rounds: of earlier generations at first, more and more of this one's.
         self._weight = EVIDENCE if costs.num_drafted else 0.0
@@ -253,18 +253,18 @@ class AutoPolicy:
         self._promised = 0.0  # drafted tokens that this round's tree promises
         self._start = self._start_of_rest = 0.0  # of the round, and of what follows its drafting
 
-    def plan(self, num_remaining: int | None, most_nodes: int | None = None) -> RoundPlan:
+    def plan(self, num_remaining: int | None, max_nodes: int | None = None) -> RoundPlan:
         self._start = time.perf_counter()
         costs = self._costs
-        untried = costs.untried(min(self._most_nodes, most_nodes or self._most_nodes))
+        untried = costs.untried(min(self._max_nodes, max_nodes or self._max_nodes))
         self._is_trial = untried is not None
         self._is_refresh = costs.num_drafted % REFRESH_EVERY == 0 or costs.num_drafted in REFRESH_FIRST
         self._num_planned += 1
-        least = -math.inf if self._is_trial or self._is_refresh else self._least_logprob()
-        limits = replace(self._limits, node_budget=untried or self._choose(), least_logprob=least)
-        return plan_round(limits, num_remaining, most_nodes)
+        least = -math.inf if self._is_trial or self._is_refresh else self._min_logprob()
+        limits = replace(self._limits, node_budget=untried or self._choose(), min_logprob=least)
+        return plan_round(limits, num_remaining, max_nodes)
 
-    def _least_logprob(self) -> float:
+    def _min_logprob(self) -> float:
         """Of a node that may repay its verification at all: others need not be drafted."""
         gain = WORTH_DRAFTING * (self._rate or 0) * self._costs.seconds_per_node() / self._costs.calibration
         return math.log(gain) if gain > 0 else -math.inf
@@ -298,7 +298,7 @@ class AutoPolicy:
         """Of a tree whose best `n` nodes have path probabilities that sum to `gains[n - 1]`, the root's 1 included."""
         costs, most = self._costs, len(gains)
         budgets = [budget for budget in AUTO_BUDGETS[1:] if budget <= most]
-        if most == self._most_nodes or not budgets:
+        if most == self._max_nodes or not budgets:
             budgets.append(most)
         yields = [(1 + costs.calibration * (gains[n - 1] - 1), costs.seconds(n)) for n in budgets]
         drafting = self._start_of_rest - self._start

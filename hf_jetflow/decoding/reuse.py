@@ -6,7 +6,7 @@ belongs to its tokens is taken up. Kept states are never changed: a call copies 
 
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import pad
@@ -109,11 +109,18 @@ class _Memory:
         return type(None), ()  # stays behind where a cache is pickled
 
 
-def remember(cache: Cache, head: JetFlowHead, context: HeadContext) -> None:
-    """Keep with the target's cache what the head was shown of its tokens; for one sequence, not for a batch."""
+class HasHeadContext(Protocol):
+    """A drafter, asked for what its head was shown only where it is stored."""
+
+    def head_context(self) -> HeadContext: ...
+
+
+def remember(cache: Cache, head: JetFlowHead, drafter: HasHeadContext) -> None:
+    """Store with the target's cache what the head was shown of its tokens; for one sequence, not for a batch."""
     marks = CacheMarks.of(cache)
     if marks is not None and len(marks.numbers) == 1:
-        setattr(cache, ATTRIBUTE, _Memory(weakref.ref(head), head.dtype, head.device, marks, context))
+        memory = _Memory(weakref.ref(head), head.dtype, head.device, marks, drafter.head_context())
+        setattr(cache, ATTRIBUTE, memory)
 
 
 def recall(cache: Cache | None, head: JetFlowHead) -> HeadContext | None:

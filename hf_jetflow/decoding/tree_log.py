@@ -1,17 +1,17 @@
-"""The draft trees of a generation as plain data, kept where `head.record_trees` asks for them."""
+"""What observers of a generation see of its rounds, and the observer that records draft trees as plain data."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..head.modeling_jetflow import JetFlowHead
 from ..stats import GenerationStats
 from ..trees.tree import DraftTree
-from .emitter import Emitter
 
 
 @dataclass
 class TreeRound:
     """
-    One round of one sequence: the verified tree, what the target kept of it, and what the round took.
+    One round of one sequence: the verified tree, what the target accepted of it, and its times.
 
     Nodes stand in order of depth, every parent before its children; node 0 is the root, the newest token before the
     round.
@@ -20,8 +20,8 @@ class TreeRound:
     tokens: list[int]  # token id of each node
     parents: list[int]  # index of each node's parent; -1 for the root
     depths: list[int]  # 0 for the root
-    probabilities: list[float]  # that the text takes the way from the root to the node, by the head; 1 for the root
-    path: list[int]  # nodes that the target kept, root first
+    probabilities: list[float]  # the head's, of the path from the root to each node; 1 for the root
+    path: list[int]  # nodes that the target accepted, root first
     bonus_id: int  # the target's own token after the path
     max_depth: int  # deepest level that was drafted; the tree need not reach it
     row: int  # the sequence of the batch
@@ -29,12 +29,12 @@ class TreeRound:
 
     @property
     def num_accepted(self) -> int:
-        """Drafted tokens kept, the bonus token excluded."""
+        """Accepted drafted tokens, the bonus token excluded."""
         return len(self.path) - 1
 
     @property
     def new_ids(self) -> list[int]:
-        """What the round added to the text: the accepted tokens and the bonus token."""
+        """Tokens that the round added to the text: the accepted ones and the bonus token."""
         return [self.tokens[node] for node in self.path[1:]] + [self.bonus_id]
 
     @property
@@ -43,7 +43,21 @@ class TreeRound:
         return sum(self.seconds_by_step.values())
 
 
-class Trace:
+@dataclass
+class Round:
+    """A round that is over, as observers see it. Tensors have one entry for each active sequence."""
+
+    tree: DraftTree
+    paths: list[list[int]]  # accepted nodes of each sequence, root first
+    rows: list[int]  # the sequences of the batch, in the order of the trees
+    bonus_ids: list[int]  # the target's own token after each path
+    stats: GenerationStats  # of the generation so far
+
+
+RoundObserver = Callable[[Round], None]
+
+
+class TreeLog:
     """
     Fills `head.last_trees` with a [`TreeRound`] for every round of one generation, or leaves it `None`.
 
@@ -53,27 +67,26 @@ class Trace:
     """
 
     def __init__(self, head: JetFlowHead, stats: GenerationStats):
-        self._rounds: list[TreeRound] | None = [] if head.record_trees else None
-        head.last_trees = self._rounds
-        self._seconds_by_step = stats.seconds_by_step
-        self._before = dict(stats.seconds_by_step)
+        self._rounds: list[TreeRound] = []
+        self._seconds_before = dict(stats.seconds_by_step)
+        head.last_trees = self._rounds if head.record_trees else None
+        self.observers: tuple[RoundObserver, ...] = (self._record,) if head.record_trees else ()
 
-    def record(self, tree: DraftTree, paths: list[list[int]], emitter: Emitter) -> None:
-        """Keep a round that is over, for each sequence that took part."""
-        if self._rounds is None:
-            return
-        seconds = {step: total - self._before.get(step, 0.0) for step, total in self._seconds_by_step.items()}
-        self._before = dict(self._seconds_by_step)
+    def _record(self, finished: Round) -> None:
+        """Record a round for each sequence that took part."""
+        before, self._seconds_before = self._seconds_before, dict(finished.stats.seconds_by_step)
+        seconds = {step: total - before.get(step, 0.0) for step, total in self._seconds_before.items()}
         del seconds["prefill"]
-        for place, (path, row) in enumerate(zip(paths, emitter.rows, strict=True)):
+        tree = finished.tree
+        for index, (path, row) in enumerate(zip(finished.paths, finished.rows, strict=True)):
             self._rounds.append(
                 TreeRound(
-                    tokens=tree.tokens[place].tolist(),
-                    parents=tree.parents[place].tolist(),
-                    depths=tree.depths[place].tolist(),
-                    probabilities=tree.logprobs[place].exp().tolist(),
+                    tokens=tree.tokens[index].tolist(),
+                    parents=tree.parents[index].tolist(),
+                    depths=tree.depths[index].tolist(),
+                    probabilities=tree.logprobs[index].exp().tolist(),
                     path=path,
-                    bonus_id=int(emitter.committed_ids(row)[0, -1]),
+                    bonus_id=finished.bonus_ids[index],
                     max_depth=tree.max_depth,
                     row=row,
                     seconds_by_step=seconds,

@@ -270,6 +270,7 @@ class JetFlowHead(PreTrainedModel):
         self._stats_by_thread: dict[int, Any] = {}
         self.record_trees = False
         self.last_trees: Any = None  # list of TreeRound of the latest generate call, if `record_trees` was on
+        self.round_observers: list[Callable[[Any], None]] = []  # each is called with every finished `tree_log.Round`
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -177,7 +177,7 @@ def static_rows(num_nodes: int) -> int:
     return next((rows for rows in STATIC_ROWS if rows >= num_nodes), num_nodes)
 
 
-def most_static_nodes(num_free: int) -> int:
+def max_static_nodes(num_free: int) -> int:
     """Nodes that a static cache with `num_free` rows left can take, padding included; at least the root."""
     return max(rows for rows in (*STATIC_ROWS, 1) if rows <= max(num_free, 1))
 

@@ -14,23 +14,13 @@ from transformers.utils import ModelOutput
 
 from .._compat import CACHE_NAME
 from ..head.configuration_jetflow import JetFlowConfig
-from ..trees.tree import DraftTree, chain_of, trim_tree
+from ..trees.tree import DraftTree
 from .attention import grouped_attention
-from .batch_caches import BatchRows, commit_paths, retire_row, settle_batch, spread_layers
-from .caches import (
-    UNSEEN_POSITION,
-    cache_windows,
-    check_target_cache,
-    commit_path,
-    most_static_nodes,
-    static_rows,
-)
-from .growing_cache import grow_layers, settle_layers
+from .batch_caches import BatchRows
+from .caches import UNSEEN_POSITION, cache_windows, check_target_cache
 from .layer_kinds import Window, layer_windows, scaling_step, takes_trees
-from .recurrent import RecurrentStates, check_states, needs_replay, record_rows
-
-
-REST_ROWS = 16  # tokens that sequences read at a time when a batch's cache is left to the caller
+from .recurrent import check_states
+from .strategies import CacheStrategy, cache_strategy
 
 
 @dataclass
@@ -51,24 +41,30 @@ class TargetStates:
 
 @dataclass
 class Context:
-    """The target's side of a generation. The cache holds every committed token but the anchors."""
+    """The target's side of a generation."""
 
-    cache: DynamicCache | StaticCache
-    rows: BatchRows  # which sequence is at which place, and how many of its tokens are in the cache
-    offsets: torch.Tensor  # (batch,) position of a token less its place in the cache, on the host
+    strategy: CacheStrategy  # owns the cache
+    offsets: torch.Tensor  # (batch,) position of a token minus its index in the cache, on the host
     padding: torch.Tensor | None = None  # (batch, cached at prefill) bool, where a prompt was padded
     wants_states: bool = False  # the caller asked for hidden states
     forward_kwargs: dict[str, Any] = field(default_factory=dict)
     is_compiled: bool = False  # `generate` would compile the target's forward
     compile_config: CompileConfig | None = None
     kind_offsets: torch.Tensor | None = None  # (kinds, batch) where there are several kinds of positions
-    states_before: RecurrentStates | None = None  # of the newest verify, where the target has recurrent layers
     scaling_step: int | None = None  # see `layer_kinds.scaling_step`
     _positions: tuple[torch.Tensor, torch.Tensor] | None = None  # lengths, and the positions that go with them
 
     @property
+    def cache(self) -> DynamicCache | StaticCache:
+        return self.strategy.cache
+
+    @property
+    def rows(self) -> BatchRows:
+        return self.strategy.rows
+
+    @property
     def positions(self) -> torch.Tensor:
-        """Absolute positions of the anchors, (places,)."""
+        """Absolute positions of the anchors of the active sequences, (batch,)."""
         lengths, known = self.rows.lengths, self._positions
         if known is None or known[0] is not lengths:  # every step of a round asks
             known = self._positions = (lengths, lengths + self.offsets[self.rows.decoded])
@@ -79,16 +75,9 @@ class Context:
         return model.get_compiled_call(self.compile_config) if self.is_compiled else model
 
     @property
-    def num_static_slots(self) -> int | None:
-        """Tokens that a static cache holds at most; `None` for a cache that grows."""
-        return self.cache.layers[0].max_cache_len if isinstance(self.cache, StaticCache) else None
-
-    @property
-    def most_nodes(self) -> int | None:
+    def max_nodes(self) -> int | None:
         """Nodes that a round can verify; `None` if any number."""
-        limits = []
-        if self.num_static_slots is not None:
-            limits.append(most_static_nodes(self.num_static_slots - int(self.rows.lengths)))
+        limits = [] if self.strategy.max_nodes is None else [self.strategy.max_nodes]
         if self.scaling_step is not None:  # within one step places are as good as depths
             limits.append(self.scaling_step - (int(self.rows.lengths) + 1) % self.scaling_step)
         return min(limits, default=None)
@@ -159,8 +148,8 @@ class Target:
             is_padding = pad(is_padding, (num_cached - is_padding.shape[1], 0))
             is_pad = is_padding[:, -num_rows:].to(features.device)
             features, position_ids = _without_padding(features, position_ids, is_pad)
-        rows = BatchRows(batch, num_cached)
-        context = Context(cache, rows, last_positions + 1 - num_cached, is_padding, wants_states, forward_kwargs)
+        strategy = cache_strategy(cache, batch, num_cached, lambda chain: self._read(context, chain))
+        context = Context(strategy, last_positions + 1 - num_cached, is_padding, wants_states, forward_kwargs)
         context.scaling_step, context.kind_offsets = scaling_step(self.model), kind_offsets
         if isinstance(cache, StaticCache):
             context.is_compiled = self.model._valid_auto_compile_criteria(model_kwargs, generation_config)
@@ -173,13 +162,6 @@ class Target:
             attentions=(outputs.attentions or ()) if generation_config.output_attentions else (),
         )
         return context, states
-
-    def open(self, context: Context) -> None:
-        """Make the cache ready for rounds; `settle` is the end of it."""
-        if len(context.rows.order) > 1:
-            spread_layers(context.cache, context.rows)
-        elif isinstance(context.cache, DynamicCache):
-            grow_layers(context.cache)
 
     @contextmanager
     def _collected_features(self) -> Iterator[list[tuple[torch.Tensor, torch.Tensor | None]]]:
@@ -208,15 +190,13 @@ class Target:
 
     def verify(self, context: Context, tree: DraftTree) -> TargetStates:
         """One target forward over all nodes; their keys and values lie in the cache until `commit`."""
-        if needs_replay(context.cache):
-            context.states_before = RecurrentStates.copy(context.cache)
-        positions = self._node_positions(context, tree)
-        outputs = self._read(context, tree, positions)
+        context.strategy.prepare()
+        outputs = self._read(context, tree)
         nodes = tree.num_nodes
         return TargetStates(
             logits=outputs.logits[:, :nodes],
             taps=tuple(states[:, :nodes] for states in self._taps(outputs.hidden_states)),
-            position_ids=positions,
+            position_ids=self._node_positions(context, tree),
             hidden_states=outputs.hidden_states if context.wants_states else (),
             attentions=(outputs.attentions or ()) if "output_attentions" in context.forward_kwargs else (),
         )
@@ -225,14 +205,14 @@ class Target:
         """Absolute positions of the nodes, (places, nodes)."""
         return context.positions[:, None].to(self.device) + tree.depths.to(self.device)
 
-    def _read(self, context: Context, tree: DraftTree, position_ids: torch.Tensor) -> ModelOutput:
+    def _read(self, context: Context, tree: DraftTree) -> ModelOutput:
         """The model's forward over all nodes, and padding with a static cache."""
-        num_pad = self._num_rows(context, tree) - tree.num_nodes
+        num_pad = context.strategy.num_rows(tree.num_nodes) - tree.num_nodes
+        position_ids = self._node_positions(context, tree)
         position_ids = torch.cat([position_ids, position_ids[:, :1].expand(-1, num_pad)], dim=1)
         if context.kind_offsets is not None:
             position_ids = context.kind_offsets[:, context.rows.decoded, None].to(self.device) + position_ids
         masks = self._tree_masks(context, tree)
-        record_rows(context.cache)
         with grouped_attention(self.model) if position_ids.shape[-1] > 1 else nullcontext():
             return context.forward_of(self.model)(
                 input_ids=pad(tree.tokens.to(self.device), (0, num_pad)),
@@ -244,68 +224,6 @@ class Target:
                 **context.forward_kwargs,
             )
 
-    def commit(self, context: Context, tree: DraftTree, paths: list[list[int]]) -> None:
-        """Keep each sequence's path in the cache and move its anchor behind it."""
-        if len(context.rows.order) > 1:
-            commit_paths(context.cache, context.rows, paths)
-        else:
-            self._commit_one(context, tree, paths[0])
-        context.rows.advance(paths)
-
-    def _commit_one(self, context: Context, tree: DraftTree, path: list[int]) -> None:
-        """The same for a batch of one, which may have recurrent states or a static cache; no path drops all nodes."""
-        if context.states_before is not None and len(path) < tree.num_nodes:
-            commit_path(context.cache, [], tree.num_nodes)
-            context.states_before.put_back(context.cache)
-            if not path:
-                return
-            tree = trim_tree(tree, len(path))
-            self._read(context, tree, self._node_positions(context, tree))
-        commit_path(context.cache, path, self._num_rows(context, tree))
-
-    def retire(self, context: Context, place: int) -> None:
-        """Go on without the sequence at `place`; the last one takes its place."""
-        retire_row(context.cache, context.rows, place)
-
-    def read_rest(self, context: Context, rest_ids: torch.Tensor) -> None:
-        """Let every sequence, ended or not, read on: `rest_ids` (batch, rest), its first uncached tokens."""
-        context.rows.recall()
-        for start in range(0, rest_ids.shape[1], REST_ROWS):
-            part = rest_ids[context.rows.order, start : start + REST_ROWS]
-            chain = chain_of(part)
-            self.verify(context, chain)
-            self.commit(context, chain, [list(range(chain.num_nodes))] * len(part))
-
-    def settle(self, context: Context, length: int) -> None:
-        """Leave the cache as plain decoding does, with `length` tokens of every sequence."""
-        if len(context.rows.order) > 1:
-            settle_batch(context.cache, context.rows, length)
-        elif isinstance(context.cache, DynamicCache):
-            settle_layers(context.cache)
-
-    @contextmanager
-    def undone_on_error(self, context: Context, tree: DraftTree) -> Iterator[None]:
-        """Takes the nodes out of the cache where something inside raises, such as a streamer whose reader has left.
-
-        The cache then holds the text up to the round's anchor, that of a batch as much as every sequence has, and a
-        later call can go on from it.
-        """
-        is_done = False
-        try:
-            yield
-            is_done = True
-        finally:
-            if not is_done:
-                if len(context.rows.order) > 1:
-                    context.rows.recall()  # what lies behind the lengths is not taken along
-                else:
-                    self._commit_one(context, tree, [])
-                self.settle(context, int(context.rows.lengths.min()))
-
-    def _num_rows(self, context: Context, tree: DraftTree) -> int:
-        """Rows of the forward that verifies the tree."""
-        return tree.num_nodes if context.num_static_slots is None else static_rows(tree.num_nodes)
-
     def _tree_masks(self, context: Context, tree: DraftTree) -> Any:
         """The 4-D mask for the model's forward: one tensor, or one per kind of layer where the model has several.
 
@@ -315,7 +233,7 @@ class Target:
         if not self._takes_trees:
             return self._padding_mask(context, tree.num_nodes)
         is_even = context.padding is None and len(set(context.rows.lengths.tolist())) == 1
-        if tree.num_nodes == 1 and is_even and context.num_static_slots is None:
+        if tree.num_nodes == 1 and is_even and context.strategy.num_slots is None:
             return None
         if self._windows.keys() == {"full_attention"}:
             return self._tree_mask(context, tree, None)
@@ -355,8 +273,8 @@ class Target:
             sees_node = sees_node & window.sees(node_positions[:, :, None], node_positions[:, None])
         node_slots = cached + torch.arange(nodes, device=device)
         mask = pad(sees_prefix, (0, nodes)).scatter_(2, node_slots[:, None].expand_as(sees_node), sees_node)
-        if (num_slots := context.num_static_slots) is not None:
-            mask = torch.cat([mask, mask[:, :1].expand(-1, self._num_rows(context, tree) - nodes, -1)], dim=1)
+        if (num_slots := context.strategy.num_slots) is not None:
+            mask = torch.cat([mask, mask[:, :1].expand(-1, context.strategy.num_rows(nodes) - nodes, -1)], dim=1)
             mask = pad(mask, (0, num_slots - mask.shape[2]))
         mask = mask[:, None]
         if self._text_config._attn_implementation == "eager":

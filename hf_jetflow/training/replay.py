@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
-from ..decoding.drafter import JetFlowCandidateGenerator
+from ..decoding.drafter import Draft, JetFlowCandidateGenerator
 from ..decoding.policy import RoundPlan, plan_round, read_limits
 from ..head.modeling_jetflow import JetFlowHead
 from ..stats import GenerationStats
 from ..target.target import Target
-from ..trees.tree import Candidates, DraftTree
+from ..trees.tree import DraftTree
 from .blocks import make_blocks
 
 
@@ -84,8 +84,8 @@ def acceptance_by_rank(
         drafter = JetFlowCandidateGenerator(head, target)
         for place, rows in enumerate(_rows_of_all_anchors(drafter, ids, num_prompt), num_prompt):
             following = ids[place + 1 : place + 1 + num_depths]
-            candidates = drafter.rank(rows[: len(following)], torch.tensor(ids[: place + 1]), num_ranks)
-            for depth, rank in enumerate(_ranks(drafter, candidates, ids[place], following, num_ranks)):
+            draft = drafter.rank(rows[: len(following)], torch.tensor(ids[: place + 1]), num_ranks)
+            for depth, rank in enumerate(_ranks(draft, ids[place], following, num_ranks)):
                 reached[depth] += 1
                 if rank is not None:
                     hits[depth, rank] += 1
@@ -118,16 +118,14 @@ def answer_logprobs(target: Target, head: JetFlowHead, ids: Sequence[int], num_p
     return drafter.logprobs(rows[is_scored]).gather(1, tokens[is_scored][:, None])[:, 0]
 
 
-def _ranks(
-    drafter: JetFlowCandidateGenerator, candidates: Candidates, token: int, following: Sequence[int], num_ranks: int
-) -> Iterator[int | None]:
+def _ranks(draft: Draft, token: int, following: Sequence[int], num_ranks: int) -> Iterator[int | None]:
     """Rank of each following token among the candidates after the tokens before it, up to the first that has none."""
-    device = candidates.tokens.device
+    candidates, device = draft.candidates, draft.candidates.tokens.device
     parents = torch.zeros(1, dtype=torch.long, device=device)
     for depth, next_token in enumerate(following):
         scores = candidates.logprobs[depth]
-        if drafter.branch_scorer is not None:
-            scores = drafter.branch_scorer(depth, parents, torch.tensor([token], device=device))[0]
+        if draft.scorer is not None:
+            scores = draft.scorer(depth, parents, torch.tensor([token], device=device))[0]
         choices = candidates.tokens[depth, scores.argsort(descending=True)[:num_ranks]].tolist()
         if next_token not in choices:
             yield None
@@ -169,13 +167,11 @@ def _replay_text(
     while place < len(ids) - 1:
         plan = plan_round(limits, len(ids) - 1 - place)
         context_ids = torch.tensor(ids[: place + 1], device=blocks.device)
-        candidates = drafter.rank(blocks[place - num_prompt, : plan.max_depth], context_ids, plan.width)
+        draft = drafter.rank(blocks[place - num_prompt, : plan.max_depth], context_ids, plan.width)
         if tree_builder is not None:
-            tree = tree_builder(context_ids[-1:], candidates, plan.node_budget, drafter.branch_scorer, plan.width)
+            tree = tree_builder(context_ids[-1:], draft.candidates, plan.node_budget, draft.scorer, plan.width)
         else:
-            tree = drafter.grow(
-                context_ids, candidates, plan.node_budget, plan.width, max_continued=plan.max_continued
-            )
+            tree = draft.best_tree(plan.node_budget, plan.width, max_continued=plan.max_continued)
         parents, tokens = tree.parents.tolist(), tree.tokens.tolist()
         children = {pair: node for node, pair in enumerate(zip(parents, tokens, strict=True))}
         node, num_accepted = 0, 0

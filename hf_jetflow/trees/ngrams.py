@@ -159,7 +159,7 @@ class ContextNgrams:
 
 
 def continue_tree(
-    tree: DraftTree, context_ids: torch.Tensor, node_budget: int, max_continued: int, least_logprob: float = -math.inf
+    tree: DraftTree, context_ids: torch.Tensor, node_budget: int, max_continued: int, min_logprob: float = -math.inf
 ) -> DraftTree:
     """
     The best nodes of a tree and of a continuation below its deepest level, where it has no candidates.
@@ -174,7 +174,7 @@ def continue_tree(
         context_ids (`torch.Tensor`, (..., seq)): All committed tokens, the anchor last.
         node_budget (`int`): Most nodes of the result, the root included.
         max_continued (`int`): Most levels that are added.
-        least_logprob (`float`): No node below it is added.
+        min_logprob (`float`): No node below it is added.
     """
     if max_continued < 1 or tree.max_depth < 1 or tree.tokens.numel() != tree.num_nodes:
         return tree
@@ -183,7 +183,7 @@ def continue_tree(
         return tree
     scores = tree.logprobs.flatten().tolist()
     leaf = max((node for node, depth in enumerate(depths) if depth == depths[-1]), key=scores.__getitem__)
-    floor = max(least_logprob, min(scores) if tree.num_nodes == node_budget else -math.inf)
+    floor = max(min_logprob, min(scores) if tree.num_nodes == node_budget else -math.inf)
     if scores[leaf] <= floor:
         return tree
     text = context_ids.flatten()[-MAX_CONTEXT:].tolist() + [tokens[node] for node in _path_to(leaf, parents)]
@@ -231,13 +231,12 @@ def _longest_match(text: list[int]) -> tuple[int, int]:
 def _with_nodes(
     tree: DraftTree, tokens: list[int], parents: list[int], depths: list[int], scores: list[float]
 ) -> DraftTree:
-    """A tree that has grown to these nodes; its ancestor mask is still the old one."""
+    """The tree, grown to these nodes."""
     shape, device = (*tree.tokens.shape[:-1], len(tokens)), tree.tokens.device
     return DraftTree(
         tokens=torch.tensor(tokens, device=device).view(shape),
         parents=torch.tensor(parents, device=device).view(shape),
         depths=torch.tensor(depths, device=device).view(shape),
         logprobs=torch.tensor(scores, dtype=torch.float32, device=device).view(shape),
-        ancestor_mask=tree.ancestor_mask,
-        max_depth=tree.max_depth,
+        max_depth=depths[-1],
     )

@@ -11,7 +11,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from operator import neg
 
 import torch
@@ -37,13 +37,17 @@ class DraftTree:
     parents: torch.Tensor  # (..., nodes) index of the parent; -1 for the root
     depths: torch.Tensor  # (..., nodes) 0 for the root
     logprobs: torch.Tensor  # (..., nodes) float32, cumulative; 0 for the root
-    ancestor_mask: torch.Tensor  # (..., nodes, nodes) bool: row sees column, itself included
-    max_depth: int  # deepest level that the head drafted; what n-grams continue goes deeper
+    max_depth: int  # deepest level that was drafted; the tree need not reach it
 
     @property
     def num_nodes(self) -> int:
         """Nodes of each tree, the root included."""
         return self.tokens.shape[-1]
+
+    @cached_property
+    def ancestor_mask(self) -> torch.Tensor:
+        """(..., nodes, nodes) bool: row sees column, itself included."""
+        return ancestor_mask(self.parents, self.max_depth)
 
 
 # scorer(depth, parents, tokens) -> (..., branches, width): log-probabilities of the depth's candidates after each
@@ -80,7 +84,7 @@ def build_tree(
     node_budget: int,
     scorer: BranchScorer | None = None,
     width: int | None = None,
-    least_logprob: float = -math.inf,
+    min_logprob: float = -math.inf,
 ) -> DraftTree:
     """
     The best tree of at most `node_budget` nodes over the candidates.
@@ -95,11 +99,11 @@ def build_tree(
         scorer (*optional*): Re-scores the candidates after each branch; without one every branch of a depth shares
             the depth's own row.
         width (`int`, *optional*): Most children of a node, for a scorer; all candidates by default, 1 is a chain.
-        least_logprob (`float`): With a scorer on a CPU, branches below it are not followed, nor is any node below it
-            in the tree but the best child of the root.
+        min_logprob (`float`): Nodes below it are left out, except for the root's best child. In a batch, whose trees
+            have one size, the tree with most nodes above it sets the size.
 
     Returns:
-        `DraftTree`: With exactly `min(node_budget, nodes on offer)` nodes.
+        `DraftTree`: With exactly `min(node_budget, nodes on offer)` nodes, or fewer because of `min_logprob`.
     """
     device, most = anchor_id.device, node_budget - 1
     max_depth = min(candidates.tokens.shape[-2], most)
@@ -111,6 +115,7 @@ def build_tree(
     logprobs = [places.float()]
     sizes = [1]
     best_scores: list[list[float]] = [[] for _ in range(anchor_id.numel())]
+    floor = min_logprob if anchor_id.numel() == 1 else -math.inf  # in a batch, the size is known only at the end
     for depth in range(max_depth):
         if scorer is None:
             rows, columns = _promising_pairs(sizes[-1], candidates.tokens.shape[-1], most, device)
@@ -122,8 +127,10 @@ def build_tree(
                 grid, best = grid.topk(width, dim=-1)
             scores = grid.flatten(-2)
         scores, chosen = scores.topk(min(most, scores.shape[-1]))
-        if scorer is not None and device.type == "cpu":  # elsewhere the host would have to wait for the count
-            num_in_reach = _count_in_reach(scores, best_scores, most, least_logprob)
+        # An early exit: what is out of reach of the tree is not scored further. The tree is the same without it, as on
+        # other devices, where the host would have to wait for the count.
+        if scorer is not None and device.type == "cpu":
+            num_in_reach = _count_in_reach(scores, best_scores, most, floor)
             if not num_in_reach and depth:  # the best child of the root always is
                 break
             num_in_reach = max(num_in_reach, 1)
@@ -137,31 +144,35 @@ def build_tree(
         parents.append(places + (sum(sizes) - sizes[-1]))
         logprobs.append(scores)
         sizes.append(scores.shape[-1])
-    return _best_nodes(tokens, parents, logprobs, sizes, node_budget, max_depth)
+    tree = _best_nodes(tokens, parents, logprobs, sizes, node_budget, max_depth)
+    if min_logprob == -math.inf:
+        return tree
+    num_above = int((tree.logprobs >= min_logprob).sum(-1).max())
+    return trim_tree(tree, max(num_above, 2)) if num_above < tree.num_nodes else tree
 
 
 def _root_alone(anchor_id: torch.Tensor) -> DraftTree:
     zeros = torch.zeros_like(anchor_id)
-    return DraftTree(anchor_id, zeros - 1, zeros, zeros.float(), (zeros == 0)[..., None], max_depth=0)
+    return DraftTree(anchor_id, zeros - 1, zeros, zeros.float(), max_depth=0)
 
 
 def chain_of(tokens: torch.Tensor) -> DraftTree:
     """The tree of one path whose tokens (..., length) are given."""
     parents = (torch.arange(tokens.shape[-1], device=tokens.device) - 1).expand_as(tokens)
-    max_depth = tokens.shape[-1] - 1
-    return DraftTree(
-        tokens, parents, parents + 1, torch.zeros_like(tokens).float(), ancestor_mask(parents, max_depth), max_depth
-    )
+    return DraftTree(tokens, parents, parents + 1, torch.zeros_like(tokens).float(), max_depth=tokens.shape[-1] - 1)
 
 
-def _count_in_reach(scores: torch.Tensor, best: list[list[float]], most: int, least: float) -> int:
-    """How many of a frontier's scores, best first, are at least `least` and among the best `most` of all so far: the
-    others, and all below them, are no part of the tree. `best` of each sequence takes them in."""
+def _count_in_reach(scores: torch.Tensor, best: list[list[float]], most: int, floor: float) -> int:
+    """
+    Count a frontier's scores, best first, that are at least `floor` and among the best `most` of all so far.
+
+    The others, and all below them, are no part of the tree. `best` holds each sequence's scores so far and is updated.
+    """
     num_in_reach = 0
     for place, new in enumerate(scores.view(-1, scores.shape[-1]).tolist()):
         best[place] = sorted(best[place] + new, reverse=True)[:most]
-        floor = max(best[place][-1], least) if len(best[place]) == most else least
-        num_in_reach = max(num_in_reach, bisect_right(new, -floor, key=neg))
+        least = max(best[place][-1], floor) if len(best[place]) == most else floor
+        num_in_reach = max(num_in_reach, bisect_right(new, -least, key=neg))
     return num_in_reach
 
 
@@ -183,7 +194,6 @@ def _best_nodes(
         parents=new_parents,
         depths=_level_numbers(tuple(sizes), scores.device)[kept],
         logprobs=scores.gather(-1, kept),
-        ancestor_mask=ancestor_mask(new_parents, max_depth),
         max_depth=max_depth,
     )
 
@@ -200,13 +210,11 @@ def _renumbered(parents: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
 def trim_tree(tree: DraftTree, node_budget: int) -> DraftTree:
     """The best `node_budget` nodes of a tree, which is what `build_tree` would have built with that budget."""
     kept = tree.logprobs.sort(descending=True, stable=True).indices[..., :node_budget].sort().values
-    parents, depths = _renumbered(tree.parents, kept), tree.depths.gather(-1, kept)
     return DraftTree(
         tokens=tree.tokens.gather(-1, kept),
-        parents=parents,
-        depths=depths,
+        parents=_renumbered(tree.parents, kept),
+        depths=tree.depths.gather(-1, kept),
         logprobs=tree.logprobs.gather(-1, kept),
-        ancestor_mask=ancestor_mask(parents, int(depths.max())),
         max_depth=tree.max_depth,
     )
 

@@ -1,0 +1,250 @@
+"""`DecodingSession`: a generation in progress, and its steps.
+
+Invariants: the target's cache holds every committed token but the anchors; the head was shown the states of exactly
+the cached tokens. The sequences of a batch share all forwards and advance by different lengths; a finished sequence is
+swapped out: the last active sequence takes over its batch slot.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from .._compat import CACHE_NAME
+from ..head.modeling_jetflow import JetFlowHead
+from ..stats import GenerationStats
+from ..target.layer_kinds import takes_trees
+from ..target.target import Target, TargetStates
+from ..trees.tree import DraftTree, chain_of
+from ..trees.walk import Chooser, walk_trees
+from .batching import BatchNoise, row_processors
+from .drafter import Draft, JetFlowCandidateGenerator
+from .emitter import Emitter
+from .policy import AutoPolicy, FixedPolicy, RoundCosts, RoundPlan, chain_limits, read_limits
+from .reuse import recall, remember
+from .tree_log import Round, TreeLog
+
+
+REST_ROWS = 16  # tokens that finished sequences read at a time when the cache of a batch is left to the caller
+OUTPUT_FLAGS = (
+    "return_dict_in_generate",
+    "output_scores",
+    "output_logits",
+    "output_hidden_states",
+    "output_attentions",
+)
+Step = TypeVar("Step", bound=Callable[..., Any])
+
+
+@dataclass
+class Call:
+    """What `generate` hands to a decoding method, prepared."""
+
+    input_ids: torch.Tensor
+    logits_processor: LogitsProcessorList
+    stopping_criteria: StoppingCriteriaList
+    generation_config: GenerationConfig
+    streamer: BaseStreamer | None
+    model_kwargs: dict[str, Any]
+
+
+def _step(name: str) -> Callable[[Step], Step]:
+    """Adds the host time of a method to the statistics of its session, as the time of the step `name`."""
+
+    def wrap(method: Step) -> Step:
+        @functools.wraps(method)
+        def timed(self: "DecodingSession", *args: Any) -> Any:
+            start = time.perf_counter()
+            result = method(self, *args)
+            seconds = self.stats.seconds_by_step
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+            return result
+
+        return timed  # type: ignore[return-value]
+
+    return wrap
+
+
+class DecodingSession:
+    """
+    Owns what one `generate` call with a head needs from round to round. Creating it reads the prompt.
+
+    Args:
+        model (`PreTrainedModel`): The target.
+        head ([`JetFlowHead`]): Its `round_observers` are told of every round (see [`~tree_log.Round`]).
+        call ([`Call`]): The call of `generate`.
+    """
+
+    def __init__(self, model: PreTrainedModel, head: JetFlowHead, call: Call):
+        self._head, self._model = head, model
+        self._wants = {name: getattr(call.generation_config, name) for name in OUTPUT_FLAGS}
+        self._policies: dict[int, AutoPolicy | FixedPolicy] = {}
+        self._policy_for(len(call.input_ids))  # wrong settings are refused before the prompt is read
+        self._choosers = make_choosers(call, self._wants)
+        self._emitter = Emitter(
+            call.input_ids,
+            call.stopping_criteria,
+            call.streamer,
+            pad_token_id=_pad_token_id(call.generation_config),
+            attention_mask=call.model_kwargs.get("attention_mask"),
+        )
+        self._target = Target(model, head.config)
+        self.stats = head.last_stats = GenerationStats()
+        self._read_prompt(call)
+        self._observers = (*TreeLog(head, self.stats).observers, *head.round_observers)
+        if not self.is_finished:
+            self._context.strategy.open()
+
+    @_step("prefill")
+    def _read_prompt(self, call: Call) -> None:
+        past = recall(call.model_kwargs.get(CACHE_NAME), self._head)
+        self._context, states = self._target.prefill(call.input_ids, call.generation_config, call.model_kwargs)
+        self._emitter.record_prompt(states)
+        self._drafter = JetFlowCandidateGenerator(self._head, self._target, self._context, past)
+        self._drafter.observe(states)
+        for row, chooser in enumerate(self._choosers):
+            token = chooser.choose(states.logits[row], self._emitter.committed_ids(row))
+            self._emitter.push(row, token, chooser.scores)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every sequence has ended."""
+        return self._emitter.is_finished
+
+    @property
+    def num_remaining(self) -> int | None:
+        """Tokens that some sequence may still emit; `None` without a length limit."""
+        return self._emitter.num_remaining
+
+    @property
+    def max_nodes(self) -> int | None:
+        """Nodes that the next round can verify; `None` if any number."""
+        return self._context.max_nodes
+
+    @property
+    def policy(self) -> AutoPolicy | FixedPolicy:
+        """Plans the rounds of as many sequences as are active."""
+        return self._policy_for(len(self._emitter.rows))
+
+    def _policy_for(self, num_sequences: int) -> AutoPolicy | FixedPolicy:
+        size = 2 ** (num_sequences - 1).bit_length()  # batches of about one size share a policy
+        if size not in self._policies:
+            self._policies[size] = choose_policy(self._head, self._model, size)
+        return self._policies[size]
+
+    def drop_finished(self) -> None:
+        """Go on without the sequences that have ended; the last active one takes over the slot of each."""
+        for index in self._emitter.finished_places:
+            last = len(self._emitter.rows) - 1
+            self._drafter.keep_rows([last if kept == index else kept for kept in range(last)])
+            self._context.strategy.retire(index)
+            self._emitter.retire(index)
+
+    @_step("draft")
+    def draft(self, plan: RoundPlan) -> Draft:
+        """The head's candidates behind the anchors, with what scores them along a branch."""
+        return self._drafter.propose(self._emitter.newest_ids, self._context.positions, plan.max_depth, plan.width)
+
+    @_step("tree")
+    def best_tree(self, draft: Draft, plan: RoundPlan) -> DraftTree:
+        """The best tree over a draft within the plan."""
+        return draft.best_tree(plan.node_budget, plan.width, plan.min_logprob, plan.max_continued)
+
+    @_step("verify")
+    def verify(self, tree: DraftTree) -> TargetStates:
+        """One target forward over all nodes."""
+        return self._target.verify(self._context, tree)
+
+    @_step("walk")
+    def walk(self, tree: DraftTree, states: TargetStates) -> list[list[int]]:
+        """
+        Follow the target's own choices and emit them; returns the paths.
+
+        Where something inside raises, such as a streamer whose reader has left, the nodes leave the cache, and a later
+        call can go on from it.
+        """
+        is_done = False
+        try:
+            choosers = [self._choosers[row] for row in self._emitter.rows]
+            paths = walk_trees(tree, states.logits, choosers, self._emitter)
+            is_done = True
+        finally:
+            if not is_done:
+                self._context.strategy.roll_back(tree)
+        return paths
+
+    @_step("commit")
+    def commit(self, tree: DraftTree, states: TargetStates, paths: list[list[int]]) -> None:
+        """Keep the paths in the cache, and show their states to the head."""
+        self._emitter.record_path(states, paths[0], self._context.cache)
+        self._context.strategy.commit(tree, paths)
+        self._drafter.observe(states, paths)
+
+    def end_round(self, tree: DraftTree, paths: list[list[int]]) -> None:
+        """Count the round, and tell the observers."""
+        self.stats.count_round(tree.num_nodes - 1, tree.max_depth, [len(path) - 1 for path in paths])
+        if self._observers:
+            bonus_ids = [int(self._emitter.committed_ids(row)[0, -1]) for row in self._emitter.rows]
+            finished = Round(tree, paths, list(self._emitter.rows), bonus_ids, self.stats)
+            for observer in self._observers:
+                observer(finished)
+
+    def finish(self) -> torch.Tensor | GenerateDecoderOnlyOutput:
+        """What `generate` returns."""
+        self.stats.num_new_tokens, self.stats.policy = self._emitter.num_new_tokens, self.policy.report()
+        cache = self._context.cache
+        if self._wants["return_dict_in_generate"] or getattr(cache, "_is_user_defined", False):
+            self._read_rest()
+            self._context.strategy.settle(self._emitter.length - 1)
+            remember(cache, self._head, self._drafter)
+        return self._emitter.finish(cache, self._wants, self._choosers[0])
+
+    def _read_rest(self) -> None:
+        """Feed the tokens that plain decoding would still feed for finished sequences."""
+        strategy, rest_ids = self._context.strategy, self._emitter.rest_ids()
+        strategy.rows.recall()
+        for start in range(0, rest_ids.shape[1], REST_ROWS):
+            chain = chain_of(rest_ids[strategy.rows.order, start : start + REST_ROWS])
+            self._target.verify(self._context, chain)
+            strategy.commit(chain, [list(range(chain.num_nodes))] * len(rest_ids))
+
+
+def make_choosers(call: Call, wants: dict[str, Any]) -> list[Chooser]:
+    """What chooses the tokens of each sequence."""
+    do_sample, batch = call.generation_config.do_sample, len(call.input_ids)
+    if batch == 1:
+        recorded = [wants["return_dict_in_generate"] and wants[name] for name in ("output_scores", "output_logits")]
+        return [Chooser(call.logits_processor, do_sample, *recorded)]
+    noise = BatchNoise(batch)
+    return [
+        Chooser(row_processors(call.logits_processor, row), do_sample, draw=functools.partial(noise.draw, row))
+        for row in range(batch)
+    ]
+
+
+def _pad_token_id(generation_config: GenerationConfig) -> int | None:
+    pad_token = getattr(generation_config, "_pad_token_tensor", None)
+    return None if pad_token is None else int(pad_token)
+
+
+# Costs of rounds, learned where `node_budget` is "auto", for each head and target that are still in use.
+ROUND_COSTS: WeakKeyDictionary[JetFlowHead, WeakKeyDictionary[PreTrainedModel, dict]] = WeakKeyDictionary()
+
+
+def choose_policy(head: JetFlowHead, model: PreTrainedModel, num_sequences: int) -> AutoPolicy | FixedPolicy:
+    """The policy that the head's generation config asks for, for about `num_sequences` at once."""
+    limits = read_limits(head.generation_config, head.config.block_size)
+    if not takes_trees(model):
+        limits = chain_limits(limits)
+    if getattr(head.generation_config, "node_budget", None) != "auto":
+        return FixedPolicy(limits)
+    of_pair = ROUND_COSTS.setdefault(head, WeakKeyDictionary()).setdefault(model, {})
+    key = (model.device, model.dtype, head.dtype, limits, num_sequences)
+    return AutoPolicy(limits, of_pair.setdefault(key, RoundCosts(num_sequences)))

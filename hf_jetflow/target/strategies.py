@@ -1,0 +1,167 @@
+"""Cache strategies: what rounds do with the target's cache, by the kind of cache.
+
+`cache_strategy` picks one once per generation, so nothing else asks whether there is a batch, a static cache or a
+recurrent layer. Between rounds the cache holds every committed token but the anchors.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import DynamicCache, StaticCache
+
+from ..trees.tree import DraftTree, trim_tree
+from .batch_caches import BatchRows, commit_paths, retire_row, settle_batch, spread_layers
+from .caches import commit_path, max_static_nodes, static_rows
+from .growing_cache import grow_layers, settle_layers
+from .recurrent import RecurrentStates, needs_replay, record_rows
+
+
+class CacheStrategy:
+    """
+    A growing cache of one sequence; the base of the others.
+
+    Args:
+        cache (`DynamicCache` or `StaticCache`): The target's, filled by the prefill.
+        rows ([`BatchRows`]): How many tokens of each sequence it holds.
+    """
+
+    def __init__(self, cache: DynamicCache | StaticCache, rows: BatchRows):
+        self.cache, self.rows = cache, rows
+
+    @property
+    def max_nodes(self) -> int | None:
+        """Nodes that a round can verify; `None` if any number."""
+        return None
+
+    @property
+    def num_slots(self) -> int | None:
+        """Rows of keys that every forward sees, used or not; `None` for a cache that grows."""
+        return None
+
+    def num_rows(self, num_nodes: int) -> int:
+        """Rows of the forward that verifies `num_nodes` nodes; those beyond the nodes are padding."""
+        return num_nodes
+
+    def open(self) -> None:
+        """Make the cache ready for rounds; `settle` ends them."""
+        grow_layers(self.cache)
+
+    def prepare(self) -> None:
+        """Called before each verify: nodes may be rejected."""
+        record_rows(self.cache)
+
+    def commit(self, tree: DraftTree, paths: list[list[int]]) -> None:
+        """Keep each sequence's path, compacted behind its prefix, and drop the other nodes."""
+        self._commit_path(tree, paths[0])
+        self.rows.advance(paths)
+
+    def _commit_path(self, tree: DraftTree, path: list[int]) -> None:
+        commit_path(self.cache, path, self.num_rows(tree.num_nodes))
+
+    def roll_back(self, tree: DraftTree) -> None:
+        """Drop all nodes of a verified tree, and leave the cache to the caller with the text up to the anchor; of a
+        batch, as much as every sequence has."""
+        self._commit_path(tree, [])
+        self.settle(int(self.rows.lengths.min()))
+
+    def retire(self, index: int) -> None:
+        """Go on without the sequence at a batch index; the last active sequence takes its slot."""
+        self.rows.retire(index)
+
+    def settle(self, length: int) -> None:
+        """Leave the cache as plain decoding does, with `length` tokens of every sequence."""
+        settle_layers(self.cache)
+
+
+class StaticStrategy(CacheStrategy):
+    """A static cache of one sequence: forwards have few sizes, one compiled graph each."""
+
+    cache: StaticCache
+
+    @property
+    def max_nodes(self) -> int:
+        return max_static_nodes(self.num_slots - int(self.rows.lengths))
+
+    @property
+    def num_slots(self) -> int:
+        return self.cache.layers[0].max_cache_len
+
+    def num_rows(self, num_nodes: int) -> int:
+        return static_rows(num_nodes)
+
+    def open(self) -> None:
+        pass
+
+    def settle(self, length: int) -> None:
+        pass
+
+
+class ReplayedStrategy(CacheStrategy):
+    """
+    A cache with recurrent states, which cannot forget rows: accepted rows of a rejected chain are read once more.
+
+    Args:
+        read: Runs the target over the nodes of a chain behind the cache.
+    """
+
+    def __init__(self, cache: DynamicCache, rows: BatchRows, read: Callable[[DraftTree], Any]):
+        super().__init__(cache, rows)
+        self._read = read
+        self._states_before: RecurrentStates | None = None  # the newest verify
+
+    def prepare(self) -> None:
+        self._states_before = RecurrentStates.copy(self.cache)
+        super().prepare()
+
+    def _commit_path(self, tree: DraftTree, path: list[int]) -> None:
+        if len(path) < tree.num_nodes:
+            assert self._states_before is not None
+            commit_path(self.cache, [], tree.num_nodes)
+            self._states_before.put_back(self.cache)
+            if not path:
+                return
+            tree = trim_tree(tree, len(path))
+            super().prepare()
+            self._read(tree)
+        super()._commit_path(tree, path)
+
+
+class BatchStrategy(CacheStrategy):
+    """A growing cache of several sequences, which advance by different lengths and leave one by one."""
+
+    def open(self) -> None:
+        spread_layers(self.cache, self.rows)
+
+    def commit(self, tree: DraftTree, paths: list[list[int]]) -> None:
+        commit_paths(self.cache, self.rows, paths)
+        self.rows.advance(paths)
+
+    def roll_back(self, tree: DraftTree) -> None:
+        self.rows.recall()  # rows behind the lengths are not taken along
+        self.settle(int(self.rows.lengths.min()))
+
+    def retire(self, index: int) -> None:
+        retire_row(self.cache, self.rows, index)
+
+    def settle(self, length: int) -> None:
+        settle_batch(self.cache, self.rows, length)
+
+
+def cache_strategy(
+    cache: DynamicCache | StaticCache, num_sequences: int, num_cached: int, read: Callable[[DraftTree], Any]
+) -> CacheStrategy:
+    """
+    The strategy for a cache that holds the prompts.
+
+    Args:
+        num_sequences (`int`), num_cached (`int`): Sequences, and tokens in the cache of each.
+        read: Runs the target over the nodes of a chain behind the cache.
+    """
+    rows = BatchRows(num_sequences, num_cached)
+    if num_sequences > 1:
+        return BatchStrategy(cache, rows)
+    if isinstance(cache, StaticCache):
+        return StaticStrategy(cache, rows)
+    if needs_replay(cache):
+        return ReplayedStrategy(cache, rows, read)
+    return CacheStrategy(cache, rows)
