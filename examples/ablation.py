@@ -28,10 +28,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_jetflow import JetFlowConfig, JetFlowHead
 from hf_jetflow.head.configuration_jetflow import NGRAM_WEIGHTS, spaced_layer_ids
+from hf_jetflow.prompts import read_prompts
 from hf_jetflow.target.loading import fast_dtype, load_target
 from hf_jetflow.target.target import Target
 from hf_jetflow.training.answers import greedy_texts, regenerate_answers
-from hf_jetflow.training.data import frequent_tokens, read_answers, read_prompts
+from hf_jetflow.training.data import frequent_tokens, read_answers
 from hf_jetflow.training.replay import replay
 from hf_jetflow.training.starting import initialize_from_target
 from hf_jetflow.training.trainer import JetFlowTrainer, JetFlowTrainingConfig

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from hf_jetflow.training.answers import append_lines, drop_partial_line
-from hf_jetflow.training.data import encode_chat, read_jsonl, read_prompts
+from hf_jetflow.jsonl import append_jsonl, drop_partial_line, read_jsonl
+from hf_jetflow.prompts import encode_chat, read_prompts
 
 
 PROMPTS_AT_A_TIME = 1024  # answered before they are written
@@ -55,7 +55,7 @@ def main() -> None:
         batch = waiting[start : start + PROMPTS_AT_A_TIME]
         outputs = engine.generate([TokensPrompt(prompt_token_ids=record["prompt_ids"]) for record in batch], sampling)
         answers = [list(output.outputs[0].token_ids) for output in outputs]
-        append_lines(args.output, [{**record, "answer_ids": ids} for record, ids in zip(batch, answers, strict=True)])
+        append_jsonl(args.output, [{**record, "answer_ids": ids} for record, ids in zip(batch, answers, strict=True)])
     print(f"written: {args.output}")
 
 

@@ -7,8 +7,11 @@ import pytest
 import torch
 from helpers import answer, tiny_tokenizer, word, write_lines
 
+from hf_jetflow.errors import JetFlowError
+from hf_jetflow.jsonl import read_jsonl
+from hf_jetflow.prompts import encode_chat
 from hf_jetflow.training.answers import FOREIGN_SURPRISE, regenerate_answers, surprise, with_token_ids
-from hf_jetflow.training.data import encode_chat, read_answers, read_jsonl
+from hf_jetflow.training.data import read_answers
 
 
 PROMPTS = [
@@ -168,9 +171,9 @@ def test_a_full_disk_loses_nothing(target, tokenizer, tmp_path, monkeypatch, roo
     whole = regenerate(target, tokenizer, tmp_path / "whole.jsonl", temperature=1.0)
     output = tmp_path / "answers.jsonl"
     with monkeypatch.context() as patch:
-        patch.setattr("hf_jetflow.training.answers.open", FullDisk(room).open, raising=False)
+        patch.setattr("hf_jetflow.jsonl.open", FullDisk(room).open, raising=False)
         with pytest.raises(
-            OSError, match=r"answers\.jsonl cannot be written \(No space left .*run the same command again"
+            JetFlowError, match=r"answers\.jsonl cannot be written \(No space left .*run the same command again"
         ):
             regenerate(target, tokenizer, output, temperature=1.0)
     assert output.stat().st_size == room

@@ -6,83 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import answer, tiny_tokenizer, write_lines
+from helpers import answer, write_lines
 
 from hf_jetflow.training.data import (
     AnchorCollator,
     AnswerDataset,
     EpochSampler,
     FeatureStore,
-    encode_chat,
     frequent_tokens,
     read_answers,
-    read_jsonl,
-    read_prompts,
 )
-
-
-def test_json_lines_are_read_in_order_and_blank_lines_skipped(tmp_path):
-    path = write_lines(tmp_path / "a.jsonl", {"x": 1}, "", {"x": 2})
-    assert list(read_jsonl(path)) == [{"x": 1}, {"x": 2}]
-
-
-def test_a_cut_off_last_line_is_left_out(tmp_path):
-    path = write_lines(tmp_path / "a.jsonl", {"x": 1}, '{"x": ', end="")
-    assert list(read_jsonl(path)) == [{"x": 1}]
-
-
-def test_a_complete_last_line_without_newline_is_read(tmp_path):
-    path = write_lines(tmp_path / "a.jsonl", {"x": 1}, {"x": 2}, end="")
-    assert list(read_jsonl(path)) == [{"x": 1}, {"x": 2}]
-
-
-def test_a_line_cut_off_within_a_character_is_left_out_at_the_end_and_named_elsewhere(tmp_path):
-    cut = '{"x": "é'.encode()[:-1]
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"x": 1}\n' + cut)
-    assert list(read_jsonl(path)) == [{"x": 1}]
-    path.write_bytes(cut + b'\n{"x": 1}\n')
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: not valid JSON"):
-        list(read_jsonl(path))
-
-
-def test_a_bad_line_is_named_with_file_and_number(tmp_path):
-    path = write_lines(tmp_path / "a.jsonl", {"x": 1}, "{'x': 2}", {"x": 3})
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: not valid JSON .*; repair or remove the line"):
-        list(read_jsonl(path))
-
-
-def test_a_line_that_holds_no_object_is_named(tmp_path):
-    path = write_lines(tmp_path / "a.jsonl", {"x": 1}, [1, 2])
-    with pytest.raises(ValueError, match=r"line 2: holds a list, but an object is needed"):
-        list(read_jsonl(path))
-
-
-def test_prompts_are_read_from_messages_turns_and_prompt(tmp_path):
-    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
-    path = write_lines(
-        tmp_path / "a.jsonl",
-        {"id": 7, "messages": messages},
-        {"turns": ["first", "second"]},
-        {"prompt": "text", "source": "web"},
-    )
-    assert read_prompts([path]) == [
-        {"id": "7", "source": "a", "messages": messages},
-        {"id": "a-2", "source": "a", "messages": [{"role": "user", "content": "first"}]},
-        {"id": "a-3", "source": "web", "messages": [{"role": "user", "content": "text"}]},
-    ]
-
-
-def test_a_prompt_without_text_is_named(tmp_path):
-    path = write_lines(tmp_path / "a.jsonl", {"prompt": "x"}, {"text": "y"})
-    with pytest.raises(ValueError, match=r"record 2: needs `messages`, `turns` or `prompt`, has \['text'\]"):
-        read_prompts([path])
-
-
-def test_a_prompt_id_that_occurs_twice_is_named(tmp_path):
-    paths = [write_lines(tmp_path / name, {"id": "one", "prompt": name}) for name in ("a.jsonl", "b.jsonl")]
-    with pytest.raises(ValueError, match=r"b\.jsonl, record 1: the id 'one' occurs twice"):
-        read_prompts(paths)
 
 
 def test_answers_are_read_from_their_files_when_asked_for(tmp_path):
@@ -105,7 +38,7 @@ def test_answers_hold_no_token_ids_in_memory(tmp_path):
 
 def test_an_answer_id_that_occurs_twice_is_named(tmp_path):
     paths = [write_lines(tmp_path / f"{name}.jsonl", answer("one", 2, 3)) for name in "ab"]
-    with pytest.raises(ValueError, match=r"b\.jsonl, record 1: the id 'one' occurs twice; remove or rename"):
+    with pytest.raises(ValueError, match=r"b\.jsonl, line 1: the id 'one' occurs twice; remove or rename"):
         read_answers(paths)
 
 
@@ -129,22 +62,17 @@ def test_answers_without_ids_do_not_displace_those_of_another_file(tmp_path):
         ({"prompt_ids": [-1, 3]}, "`prompt_ids` holds the token id -1"),
     ],
 )
-def test_a_bad_answer_is_named_with_file_and_record(tmp_path, change, cause):
+def test_a_bad_answer_is_named_with_file_and_line(tmp_path, change, cause):
     path = write_lines(tmp_path / "a.jsonl", answer("one", 2, 3), {**answer("two", 2, 3), **change})
-    with pytest.raises(ValueError, match=r"a\.jsonl, record 2: ") as error:
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: ") as error:
         read_answers([path], vocab_size=20)
     assert cause in str(error.value)
 
 
 def test_an_answer_without_token_ids_is_named(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", {"id": "one", "answer": "text"})
-    with pytest.raises(ValueError, match=r"a\.jsonl, record 1: needs `prompt_ids` and `answer_ids`"):
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: needs `prompt_ids` and `answer_ids`"):
         read_answers([path])
-
-
-def test_a_conversation_is_encoded_by_the_chat_template():
-    messages = [{"role": "user", "content": "t009 t008"}]
-    assert encode_chat(tiny_tokenizer(20), messages) == [3, 9, 8, 4, 5]
 
 
 ANSWERS = [{"answer_ids": [7, 7, 7, 2, 2]}, {"answer_ids": [9, 2, 4]}]
@@ -243,7 +171,7 @@ def test_a_source_with_a_small_weight_occurs_at_all():
     ("weights", "message"),
     [
         ({"c": 2.0}, r"given for 'c', but the sources are \['a', 'b'\]; use one of these names"),
-        ({"a": 0.0}, "the weight of 'a' is 0.0, but must be above 0; leave out"),
+        ({"a": 0.0}, "the weight of 'a' is 0.0, expected more than 0; remove what"),
         ({"a": float("nan")}, "the weight of 'a' is nan"),
     ],
 )

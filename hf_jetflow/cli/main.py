@@ -173,8 +173,8 @@ def bench(
     from ..bench.plots import draw_bench, plot_path
     from ..bench.report import closing_sentences, print_tables
     from ..head.modeling_jetflow import JetFlowHead
+    from ..prompts import read_prompts
     from ..target.loading import fast_dtype, load_target
-    from ..training.data import read_prompts
 
     _hush(quiet)
     with _readable_errors():
@@ -238,8 +238,8 @@ def doctor(
     from ..doctor.doctor import NODE_BUDGET, examine, layout_facts
     from ..doctor.report import print_findings, verdict_lines
     from ..head.modeling_jetflow import JetFlowHead
+    from ..prompts import read_prompts
     from ..target.loading import fast_dtype, load_target
-    from ..training.data import read_prompts
 
     _hush(quiet)
     with _readable_errors(status=2):

@@ -1,7 +1,6 @@
 """Answers for training: written by the target, or made elsewhere and tokenized and checked."""
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,8 +11,10 @@ from jinja2 import TemplateError
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .._compat import CACHE_NAME
+from ..jsonl import append_jsonl, drop_partial_line, read_jsonl
+from ..prompts import encode_chat
 from ..target.growing_cache import grow_layers
-from .data import derived_seed, encode_chat, read_answers, read_jsonl
+from .data import derived_seed, read_answers
 
 
 def regenerate_answers(
@@ -84,7 +85,7 @@ def regenerate_answers(
             for prompt, ids, row in zip(batch, prompt_ids, generated, strict=True)
             if prompt["id"] not in done
         ]
-        append_lines(output, records)
+        append_jsonl(output, records)
         if progress is not None:
             progress(start + len(batch), len(order))
     return len(prompts) - len(order)
@@ -122,30 +123,6 @@ def _generate(
         input_ids, attention_mask=attention_mask, pad_token_id=pad_id, **{CACHE_NAME: cache}, **settings
     )
     return generated[:, longest:].tolist()
-
-
-def append_lines(path: Path, records: list[dict[str, Any]]) -> None:
-    """
-    Append records to a JSON lines file.
-
-    Raises:
-        OSError: If they cannot be written; what the file holds is kept.
-    """
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
-    except OSError as error:
-        raise OSError(
-            f"{path} cannot be written ({error.strerror or error}); what it holds is kept: free space on its disk and "
-            "run the same command again"
-        ) from error
-
-
-def drop_partial_line(path: Path) -> None:
-    """Cut a half-written last line off, so that appending starts on a line of its own."""
-    with open(path, "rb+") as file:
-        size = sum(len(line) for line in file if line.endswith(b"\n"))
-        file.truncate(size)
 
 
 def _eos_ids(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -193,7 +170,7 @@ def with_token_ids(
     for number, record in enumerate(read_jsonl(path), 1):
         prompt_ids, answer_ids = _split_conversation(tokenizer, record, f"{path}, record {number}")
         facts = {"id": str(record.get("id", f"{path.stem}-{number}")), "source": str(record.get("source", path.stem))}
-        append_lines(partial, [{**facts, "prompt_ids": prompt_ids, "answer_ids": _until_eos(answer_ids, eos_ids)}])
+        append_jsonl(partial, [{**facts, "prompt_ids": prompt_ids, "answer_ids": _until_eos(answer_ids, eos_ids)}])
     os.replace(partial, output)
     return output
 

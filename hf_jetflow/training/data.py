@@ -21,66 +21,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset, Sampler
-from transformers import PreTrainedTokenizerBase
 
-
-def read_jsonl(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
-    """Records of a JSON lines file. A cut-off last line (a killed writer) is left out, any other bad one an error."""
-    return (record for _, record in _records(path))
-
-
-def _records(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Byte offset and content of each record."""
-    end = 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            start, end = end, end + len(line)
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                if not line.endswith(b"\n"):
-                    return
-                raise ValueError(
-                    f"{path}, line {number}: not valid JSON ({error}); repair or remove the line"
-                ) from error
-            if not isinstance(record, dict):
-                raise ValueError(
-                    f"{path}, line {number}: holds a {type(record).__name__}, but an object is needed; write one in "
-                    'braces on each line, such as {"prompt": "..."}'
-                )
-            yield start, record
-
-
-def read_prompts(paths: Sequence[str | os.PathLike]) -> list[dict[str, Any]]:
-    """
-    Prompts of JSON lines files, as `{"id": str, "source": str, "messages": [...]}`.
-
-    A record holds `messages` (chat format), or `turns` (the user's turns; the first one is used), or `prompt` (text).
-    Its source is its field `source`, or else the name of the file without the ending.
-
-    Raises:
-        ValueError: If a record holds none of them, or an id occurs twice.
-    """
-    prompts: dict[str, dict[str, Any]] = {}
-    for path in paths:
-        for number, record in enumerate(read_jsonl(path), 1):
-            if "messages" in record:
-                messages = record["messages"]
-            elif record.get("turns") or record.get("prompt"):
-                messages = [{"role": "user", "content": record.get("prompt") or record["turns"][0]}]
-            else:
-                raise ValueError(
-                    f"{path}, record {number}: needs `messages`, `turns` or `prompt`, has {sorted(record)}; rename "
-                    "the field that holds the prompt"
-                )
-            prompt_id = str(record.get("id", f"{Path(path).stem}-{number}"))
-            if prompt_id in prompts:
-                raise ValueError(f"{path}, record {number}: the id {prompt_id!r} occurs twice; ids must be unique")
-            source = str(record.get("source", Path(path).stem))
-            prompts[prompt_id] = {"id": prompt_id, "source": source, "messages": messages}
-    return list(prompts.values())
+from ..errors import JetFlowError
+from ..files import atomic_write
+from ..jsonl import numbered_records
 
 
 class Answers:
@@ -112,15 +56,15 @@ class Answers:
         Take in the records of a file.
 
         Raises:
-            ValueError: If a record has no token ids, none at all, or some outside the vocabulary, or its id is taken.
+            JetFlowError: If a record has no token ids, or some outside the vocabulary, or an id occurs twice.
         """
         path = Path(path)
         self.files.append(path)
         self.starts.append(len(self))
-        for number, (offset, record) in enumerate(_records(path), 1):
-            where = f"{path}, record {number}"
+        for number, (line, offset, record) in enumerate(numbered_records(path), 1):
+            where = f"{path}, line {line}"
             if not {"prompt_ids", "answer_ids"} <= record.keys():
-                raise ValueError(
+                raise JetFlowError(
                     f"{where}: needs `prompt_ids` and `answer_ids`, has {sorted(record)}; give token ids in all "
                     "records or `messages` in all, and prompts without answers with `--prompts`"
                 )
@@ -128,7 +72,7 @@ class Answers:
                 _check_token_ids(record[key], f"{where}: `{key}`", self._vocab_size)
             answer_id = str(record.get("id", f"{path.stem}-{number}"))
             if answer_id in self._ids:
-                raise ValueError(f"{where}: the id {answer_id!r} occurs twice; remove or rename one of the records")
+                raise JetFlowError(f"{where}: the id {answer_id!r} occurs twice; remove or rename one of the records")
             self._ids.add(answer_id)
             self._offsets.append(offset)
             self.num_prompt.append(len(record["prompt_ids"]))
@@ -150,12 +94,12 @@ class Answers:
 
 def _check_token_ids(ids: Any, what: str, vocab_size: int | None) -> None:
     if not isinstance(ids, list) or set(map(type, ids)) - {int}:
-        raise ValueError(f"{what} is no list of whole numbers; give token ids, or the conversation as `messages`")
+        raise JetFlowError(f"{what} is no list of whole numbers; give token ids, or the conversation as `messages`")
     if not ids:
-        raise ValueError(f"{what} is empty, but at least one token is needed; remove the record")
+        raise JetFlowError(f"{what} is empty, but at least one token is needed; remove the record")
     if min(ids) < 0 or (vocab_size is not None and max(ids) >= vocab_size):
         wrong = min(ids) if min(ids) < 0 else max(ids)
-        raise ValueError(
+        raise JetFlowError(
             f"{what} holds the token id {wrong}, but the target has the ids 0 to {(vocab_size or 0) - 1}; "
             "answers must be tokenized for this target: regenerate them, or give them as `messages`"
         )
@@ -167,13 +111,6 @@ def read_answers(paths: Sequence[str | os.PathLike], vocab_size: int | None = No
     for path in paths:
         answers.add(path)
     return answers
-
-
-def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: bool) -> list[int]:
-    """Token ids of a conversation under the tokenizer's chat template, ready for the answer; options are the
-    template's."""
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def derived_seed(*facts: int | str) -> int:
@@ -190,7 +127,7 @@ def frequent_tokens(answers: Iterable[dict[str, Any]], size: int, always: Sequen
         counts[token] += sum(counts.values())
     chosen = [token for token, _ in counts.most_common(size)]
     if len(chosen) < size:
-        raise ValueError(
+        raise JetFlowError(
             f"the answers hold {len(chosen)} different tokens, fewer than the draft vocabulary of {size}; choose a "
             "smaller one, or give more answers"
         )
@@ -243,13 +180,13 @@ class AnswerDataset(Dataset):
 def check_weights(weights: Mapping[str, float], sources: Iterable[str]) -> None:
     """
     Raises:
-        ValueError: If a weight is not above 0, or its name is none of the sources.
+        JetFlowError: If a weight is not above 0, or its name is none of the sources.
     """
     for name, weight in weights.items():
         if name not in (known := sorted(set(sources))):
-            raise ValueError(f"a weight is given for {name!r}, but the sources are {known}; use one of these names")
+            raise JetFlowError(f"a weight is given for {name!r}, but the sources are {known}; use one of these names")
         if not 0 < weight < float("inf"):
-            raise ValueError(f"the weight of {name!r} is {weight}, but must be above 0; leave out what is not wanted")
+            raise JetFlowError(f"the weight of {name!r} is {weight}, expected more than 0; remove what is not wanted")
 
 
 class EpochSampler(Sampler):
@@ -355,7 +292,8 @@ class FeatureStore:
             for place, row in enumerate(missing):
                 kept = [part[place, : lengths[row]].contiguous().cpu() for part in computed]
                 stored[row] = {"features": kept[0], "last_hidden_state": kept[1]}
-                _save_atomically(stored[row], paths[row])
+                with atomic_write(paths[row]) as partial:
+                    save_file(stored[row], partial)
         device = batch["input_ids"].device
         longest = batch["input_ids"].shape[1]
         features, last = ([record[key] for record in stored] for key in ("features", "last_hidden_state"))
@@ -365,12 +303,6 @@ class FeatureStore:
 def _content_hash(token_ids: torch.Tensor) -> str:
     """Name of a sequence's features: the same tokens have the same ones, whatever the record is called."""
     return hashlib.sha256(token_ids.numpy().tobytes()).hexdigest()[:32]
-
-
-def _save_atomically(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    save_file(tensors, partial)
-    os.replace(partial, path)
 
 
 def _pad_rows(parts: list[torch.Tensor], longest: int) -> torch.Tensor:

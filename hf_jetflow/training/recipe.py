@@ -22,9 +22,10 @@ from transformers import (
 from ..head.card import card_text
 from ..head.configuration_jetflow import BRANCH_CORRECTIONS, JetFlowConfig, spaced_layer_ids
 from ..head.modeling_jetflow import JetFlowHead
+from ..prompts import encode_chat, read_prompts
 from ..target.loading import fast_dtype, load_target
 from .answers import FOREIGN_SURPRISE, regenerate_answers, surprise, with_token_ids
-from .data import Answers, check_weights, encode_chat, frequent_tokens, read_answers, read_prompts
+from .data import Answers, check_weights, frequent_tokens, read_answers
 from .evaluation import tokens_per_round
 from .starting import initialize_from_target, start_from_head, train_correction_only
 from .trainer import JetFlowTrainer, JetFlowTrainingConfig
