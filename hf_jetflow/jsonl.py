@@ -71,13 +71,19 @@ def drop_partial_line(path: Path) -> None:
         file.truncate(size)
 
 
-def check_same_settings(path: Path, earlier: dict[str, Any], settings: dict[str, Any]) -> None:
+def check_same_settings(
+    path: Path,
+    earlier: dict[str, Any],
+    settings: dict[str, Any],
+    otherwise: str = "delete the file to start again",
+) -> None:
     """
-    Refuse to continue a file with other settings than it was started with.
+    Refuse to continue what was started with other settings.
 
     Args:
-        path: The file, for the message.
+        path: The file or folder, for the message.
         earlier, settings: Values that JSON can hold.
+        otherwise: What to do to use the new settings, for the message.
 
     Raises:
         JetFlowError: Naming each setting that differs.
@@ -91,7 +97,7 @@ def check_same_settings(path: Path, earlier: dict[str, Any], settings: dict[str,
     if differing:
         raise JetFlowError(
             f"{path} was started with other settings: {'; '.join(differing)}; use the same settings to finish it, "
-            "or delete the file to start again"
+            f"or {otherwise}"
         )
 
 

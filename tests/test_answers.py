@@ -10,7 +10,7 @@ from helpers import answer, tiny_tokenizer, word, write_lines
 from hf_jetflow.errors import JetFlowError
 from hf_jetflow.jsonl import read_jsonl
 from hf_jetflow.prompts import encode_chat
-from hf_jetflow.training.answers import FOREIGN_SURPRISE, regenerate_answers, surprise, with_token_ids
+from hf_jetflow.training.answers import MAX_SURPRISE, regenerate_answers, surprise, with_token_ids
 from hf_jetflow.training.data import read_answers
 
 
@@ -85,18 +85,77 @@ def test_prompts_that_are_too_long_are_left_out(target, tokenizer, tmp_path):
     assert sorted(answers) == ["p0", "p2", "p3", "p4", "p6"]
 
 
-def test_progress_is_told_after_every_batch(target, tokenizer, tmp_path):
-    calls = []
-    regenerate(target, tokenizer, tmp_path / "answers.jsonl", progress=lambda *call: calls.append(call))
-    assert calls == [(3, 7), (6, 7), (7, 7)]
-
-
 class Killed(BaseException):
     pass
 
 
-def kill(*_: int) -> None:
-    raise Killed
+class Report:
+    """Records calls and lines; kills the run after some answers, of its own."""
+
+    def __init__(self, kill_after: int | None = None):
+        self.calls: list[int] = []
+        self.said: list[str] = []
+        self._kill_after = kill_after
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        assert (total, what) == (7, "answers")
+        self.calls.append(done)
+        if len(self.calls) - 1 == self._kill_after:
+            raise Killed
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_progress_starts_at_once_and_counts_every_answer(target, tokenizer, tmp_path):
+    report = Report()
+    regenerate(target, tokenizer, tmp_path / "answers.jsonl", report=report)
+    assert (report.calls, report.said) == (list(range(8)), [])
+
+
+@pytest.mark.parametrize("num_written", [1, 2, 4])
+def test_a_killed_run_loses_no_finished_answer_and_says_what_it_continues_from(
+    target, tokenizer, tmp_path, num_written
+):
+    whole = regenerate(target, tokenizer, tmp_path / "whole" / "answers.jsonl")
+    lines = (tmp_path / "whole" / "answers.jsonl").read_bytes().splitlines(True)
+    output = tmp_path / "answers.jsonl"
+    with pytest.raises(Killed):
+        regenerate(target, tokenizer, output, report=Report(num_written))
+    assert output.read_bytes() == b"".join(lines[:num_written])
+    report = Report()
+    assert regenerate(target, tokenizer, output, report=report) == whole
+    assert output.read_bytes() == b"".join(lines)
+    assert report.calls == list(range(num_written, 8))
+    assert report.said == [f"continuing: {num_written} of 7 answers are in {output}"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ({}, {"max_new_tokens": 5}, "`max_new_tokens` was 12 and is 5"),
+        ({}, {"temperature": 1.0}, "`temperature` was 0.0 and is 1.0"),
+        ({"temperature": 1.0}, {"temperature": 1.0, "seed": 4}, "`seed` was 0 and is 4"),
+        ({"temperature": 1.0}, {"temperature": 1.0, "batch_size": 4}, "`batch_size` was 3 and is 4"),
+    ],
+)
+def test_answers_of_other_settings_are_not_mixed(target, tokenizer, tmp_path, first, second, message):
+    output = tmp_path / "answers.jsonl"
+    with pytest.raises(Killed):
+        regenerate(target, tokenizer, output, **first, report=Report(2))
+    before = output.read_bytes()
+    with pytest.raises(JetFlowError, match=f"{message}; use the same settings to finish it, or delete the file"):
+        regenerate(target, tokenizer, output, **second)
+    assert output.read_bytes() == before
+    output.unlink()
+    regenerate(target, tokenizer, output, **second)
+
+
+def test_greedy_answers_continue_with_another_batch_size_and_seed(target, tokenizer, tmp_path):
+    output = tmp_path / "answers.jsonl"
+    with pytest.raises(Killed):
+        regenerate(target, tokenizer, output, report=Report(2))
+    regenerate(target, tokenizer, output, batch_size=2, seed=4)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 40, -2, -1], ids=lambda kept: f"half a line of {kept}")
@@ -105,7 +164,7 @@ def test_a_killed_run_is_continued_without_loss_or_duplicates(target, tokenizer,
     whole = regenerate(target, tokenizer, tmp_path / "whole.jsonl", temperature=temperature)
     output = tmp_path / "answers.jsonl"
     with pytest.raises(Killed):
-        regenerate(target, tokenizer, output, temperature=temperature, progress=kill)
+        regenerate(target, tokenizer, output, temperature=temperature, report=Report(3))
     lines = output.read_text().splitlines(keepends=True)
     assert len(lines) == 3
     output.write_text("".join(lines[:-1]) + lines[-1][:kept])  # -1: all of the line but its newline
@@ -137,7 +196,7 @@ def test_regeneration_leaves_the_global_generator_alone(target, tokenizer, tmp_p
 
 
 def test_a_negative_temperature_is_refused(target, tokenizer, tmp_path):
-    with pytest.raises(ValueError, match=r"temperature is -1, but 0 \(greedy\) or more"):
+    with pytest.raises(ValueError, match=r"temperature is -1, expected 0 \(greedy\) or more"):
         regenerate(target, tokenizer, tmp_path / "answers.jsonl", temperature=-1)
 
 
@@ -184,7 +243,7 @@ def test_a_finished_run_is_left_as_it_is(target, tokenizer, tmp_path):
     output = tmp_path / "answers.jsonl"
     regenerate(target, tokenizer, output)
     before = output.read_bytes()
-    regenerate(target, tokenizer, output, progress=kill)
+    regenerate(target, tokenizer, output, report=Report(0))
     assert output.read_bytes() == before
 
 
@@ -240,19 +299,19 @@ def test_a_file_of_token_ids_is_taken_as_it_is(target, chat_tokenizer, tmp_path)
 @pytest.mark.parametrize(
     ("record", "template", "cause"),
     [
-        (conversation("t020", "t030", "t021"), ROLES, "needs `messages` that end in an assistant's turn"),
-        (answer("one", 2, 3), ROLES, "needs `messages` that end in an assistant's turn"),
-        ({"messages": "text"}, ROLES, "needs `messages` that end in an assistant's turn"),
-        ({"messages": [{"role": "assistant", "content": "t030"}]}, ROLES, "needs `messages` that end"),
+        (conversation("t020", "t030", "t021"), ROLES, "expected `messages` that end in an assistant's turn"),
+        (answer("one", 2, 3), ROLES, "expected `messages` that end in an assistant's turn"),
+        ({"messages": "text"}, ROLES, "expected `messages` that end in an assistant's turn"),
+        ({"messages": [{"role": "assistant", "content": "t030"}]}, ROLES, "expected `messages` that end"),
         (
             conversation("t020", "t030", "t021", "t022"),
             "{% if messages | length > 2 %}{{ raise_exception('too long') }}{% endif %}" + ROLES,
-            "the chat template refuses the messages (too long); correct the record",
+            "the chat template refuses the messages (too long); correct the line",
         ),
         (
             conversation("t020", "t030", "t021", "t022"),
             "{% if messages | length == 4 %}t006 {% endif %}" + ROLES,
-            "does not set this answer behind its own generation prompt; give `prompt_ids`",
+            "does not render this answer directly behind its generation prompt; give `prompt_ids`",
         ),
     ],
 )
@@ -262,7 +321,7 @@ def test_a_bad_conversation_is_named_and_nothing_half_done_is_kept(
     chat_tokenizer.chat_template = template
     path = write_lines(tmp_path / "a.jsonl", conversation("t020", "t030"), record)
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"a\.jsonl, record 2: ") as error:
+        with pytest.raises(ValueError, match=r"a\.jsonl, line 2: ") as error:
             with_token_ids(path, target, chat_tokenizer, tmp_path / "run")
         assert cause in str(error.value)
 
@@ -280,7 +339,7 @@ def test_answers_surprise_the_target_the_more_the_hotter_they_were_sampled(targe
 
 def test_answers_of_another_model_surprise_the_target(target, tiny_target, tmp_path):
     answers = own_answers(tiny_target("qwen3"), tiny_tokenizer(257), tmp_path, 0.0)
-    assert surprise(target, answers, 512) > FOREIGN_SURPRISE
+    assert surprise(target, answers, 512) > MAX_SURPRISE
 
 
 @torch.no_grad()

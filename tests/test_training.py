@@ -16,9 +16,10 @@ from hf_jetflow import JetFlowConfig, JetFlowHead
 from hf_jetflow.target.target import Target
 from hf_jetflow.training.blocks import make_blocks
 from hf_jetflow.training.data import AnchorCollator, AnswerDataset
+from hf_jetflow.training.losses import logit_shape
+from hf_jetflow.training.optimizer import MuonAdamW
 from hf_jetflow.training.starting import initialize_from_target
-from hf_jetflow.training.teacher import logit_shape
-from hf_jetflow.training.trainer import JetFlowTrainer, JetFlowTrainingConfig, MuonAdamW, features_fingerprint
+from hf_jetflow.training.trainer import JetFlowTrainer, JetFlowTrainingConfig, features_fingerprint
 
 
 BLOCK_SIZE = 4
@@ -382,7 +383,7 @@ def test_a_head_starts_from_the_target_s_late_layers_and_norms(target):
         for parameter in target.parameters():
             parameter.uniform_()  # norms too: by themselves they are all ones
     head = make_head(target, num_hidden_layers=2)
-    assert initialize_from_target(head, target) == 2 * 9 + 3
+    initialize_from_target(head, target)
     states = target.state_dict()
     for layer, source in enumerate((0, 4)):  # of five, the last and the one four before it
         for name, tensor in head.layers[layer].state_dict().items():
@@ -397,7 +398,7 @@ def test_a_head_takes_the_query_and_key_norms_of_a_target_that_has_them(tiny_tar
     with torch.no_grad():
         target.model.layers[4].self_attn.q_norm.weight.uniform_()
     head = make_head(target)
-    assert initialize_from_target(head, target) == 2 * 11 + 3
+    initialize_from_target(head, target)
     assert torch.equal(head.layers[1].self_attn.q_norm.weight, target.model.layers[4].self_attn.q_norm.weight)
 
 
@@ -411,7 +412,7 @@ def test_a_head_starts_with_the_mean_of_the_tapped_states(target):
 def test_tensors_of_other_shapes_keep_their_random_start(target):
     head = make_head(target, intermediate_size=40)
     before = copied_state(head)
-    assert initialize_from_target(head, target) == 2 * 6 + 3
+    initialize_from_target(head, target)
     for name in ("gate_proj", "up_proj", "down_proj"):
         assert torch.equal(head.layers[0].mlp.get_submodule(name).weight, before[f"layers.0.mlp.{name}.weight"])
 

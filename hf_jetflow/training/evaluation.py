@@ -25,6 +25,9 @@ def tokens_per_round(
     The head is left as it was: its mode, its generation config and the random generators do not change.
     """
     rounds = accepted = 0
+    what = f"held-out prompts, {node_budget} nodes"
+    if progress is not None:
+        progress(0, len(prompts), what)
     with decoding_with(head, node_budget):
         for number, ids in enumerate(prompts, 1):
             input_ids = torch.tensor([list(ids)], device=target.device)
@@ -38,7 +41,7 @@ def tokens_per_round(
             rounds += head.last_stats.num_rounds
             accepted += head.last_stats.num_accepted
             if progress is not None:
-                progress(number, len(prompts), f"held-out prompts, {node_budget} nodes")
+                progress(number, len(prompts), what)
     return (accepted + rounds) / rounds if rounds else 0.0
 
 

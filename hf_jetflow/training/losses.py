@@ -7,7 +7,10 @@ forward pass and no logits survive it: the logits are the memory peak of trainin
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedModel
 
+from ..errors import JetFlowError
+from ..target.target import Target
 from ..trees.tree import corrected_logprobs, with_rest
 
 
@@ -24,6 +27,8 @@ class LogitShape:
 
 
 AS_IT_IS = LogitShape()
+CLOSE = 0.02  # of the logits' spread, in root mean square: what rounding in bfloat16 may leave
+STEEP = 0.9  # of a soft cap: beyond it the capped logit says little about the one before
 
 
 @dataclass
@@ -172,3 +177,36 @@ def depth_weights(num_depths: int, gamma: float | None, device: torch.device | N
     """exp(-(depth - 1) / gamma) for depths 1 .. `num_depths`; all ones without gamma. Shape (num_depths,)."""
     steps = torch.arange(num_depths, dtype=torch.float32, device=device)
     return torch.ones_like(steps) if gamma is None else torch.exp(-steps / gamma)
+
+
+@torch.no_grad()
+def logit_shape(target: Target) -> LogitShape:
+    """
+    Scale and soft cap of the target's logits, found by comparing them with those of its output embedding.
+
+    Raises:
+        ValueError: If they are made in another way, so that a head cannot be taught from hidden states.
+    """
+    model, projection, cap = target.model, target.plain_output_rows(None), _soft_cap(target.model)
+    input_ids = torch.arange(3, 19, device=target.device)[None]
+    raw = (target.states(input_ids)[1][0].to(projection.dtype) @ projection.T).float()
+    logits = model(input_ids=input_ids, use_cache=False).logits[0].float()
+    before = logits
+    if cap is not None:
+        before = cap * torch.atanh((logits / cap).clamp(-STEEP, STEEP))
+        raw_fitted, before = (part[logits.abs() < STEEP * cap] for part in (raw, before))
+    else:
+        raw_fitted = raw
+    shape = LogitShape(scale=float((before * raw_fitted).sum() / raw_fitted.square().sum()), cap=cap)
+    off = float((shape(raw) - logits).square().mean().sqrt() / logits.std())
+    if not off <= CLOSE:
+        raise JetFlowError(
+            f"the logits of `{model.config.model_type}` are not those of its output embedding, scaled or soft-capped "
+            f"(they differ by {off:.0%} of their spread), so a head cannot be taught from its hidden states; give a "
+            "target whose language model head is one linear layer"
+        )
+    return shape
+
+
+def _soft_cap(model: PreTrainedModel) -> float | None:
+    return getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)  # few have the field

@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
+from ..errors import JetFlowError
 from ..head.configuration_jetflow import JetFlowConfig
 from ..head.modeling_jetflow import JetFlowHead
 from ..target.target import Target
@@ -32,8 +34,8 @@ from .blocks import Agreement, draft_blocks, make_blocks, score_candidates
 from .checkpoints import STATE_NAME, checkpoint_fault, find_checkpoints, is_write_failure
 from .data import AnchorCollator, AnswerDataset, Answers, EpochSampler, FeatureStore
 from .evaluation import tokens_per_round
-from .losses import depth_weights, feature_loss
-from .teacher import logit_shape
+from .losses import depth_weights, feature_loss, logit_shape
+from .optimizer import MuonAdamW
 
 
 logger = logging.getLogger(__name__)
@@ -75,41 +77,6 @@ class JetFlowTrainingConfig(TrainingArguments):
         device = super().device
         # Among CPU processes accelerate numbers it, and transformers 5.17 asks torch to restore tensors to "cpu:0".
         return torch.device("cpu") if device.type == "cpu" else device
-
-
-class MuonAdamW(torch.optim.Optimizer):
-    """
-    Muon for the matrices and AdamW for everything else, as one optimizer with one state dict.
-
-    Args:
-        head (`nn.Module`): Its trainable parameters are taken: 2-D ones by Muon, the others by AdamW.
-        muon_lr (`float`), adamw_lr (`float`): Their learning rates.
-    """
-
-    def __init__(self, head: nn.Module, muon_lr: float, adamw_lr: float):
-        parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
-        matrices = [parameter for parameter in parameters if parameter.ndim == 2]
-        others = [parameter for parameter in parameters if parameter.ndim != 2]
-        self._parts = [
-            torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.0),
-            torch.optim.AdamW(others, lr=adamw_lr, betas=(0.9, 0.95), weight_decay=0.0),
-        ]
-        super().__init__([group for part in self._parts for group in part.param_groups], {})
-        self._share()
-
-    def _share(self) -> None:
-        """Let the parts act on this optimizer's groups and state, which schedulers and checkpoints see."""
-        for part, group in zip(self._parts, self.param_groups, strict=True):
-            part.param_groups, part.state = [group], self.state
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for part in self._parts:
-            part.step()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self._share()
 
 
 class _SamplerCallback(TrainerCallback):
@@ -154,7 +121,7 @@ class JetFlowTrainer(Trainer):
     ):
         dataset = AnswerDataset(answers, args.max_length)
         if not len(dataset):
-            raise ValueError(
+            raise JetFlowError(
                 f"none of the {len(answers)} answers can be trained on: each needs two answer tokens and a prompt "
                 f"shorter than `max_length` = {args.max_length}"
             )
@@ -173,6 +140,7 @@ class JetFlowTrainer(Trainer):
         self.block_size = head.config.block_size
         self._agreement = Agreement()
         self.progress: Callable[[int, int, str], None] | None = None  # called while held-out prompts are decoded
+        self.evaluation_seconds: float | None = None  # of the latest evaluation
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches in the sampler's order."""
@@ -273,14 +241,16 @@ class JetFlowTrainer(Trainer):
         """
         sets = eval_dataset or self.eval_dataset
         if not sets or not all(sets.values()):
-            raise ValueError(
+            raise JetFlowError(
                 "evaluation decodes held-out prompts, but there are none, or none in one of the sets; give them as "
                 "`eval_dataset={name: [token ids, ...]}`"
             )
         head = self.whole_head()
         figures: dict[str, float] = {}
         if head is not None and self.accelerator.is_main_process:
+            start = time.monotonic()
             figures = {name: self._tokens_per_round(head, prompts) for name, prompts in sets.items()}
+            self.evaluation_seconds = time.monotonic() - start
         (figures,) = broadcast_object_list([figures])
         metrics = {f"{metric_key_prefix}_tokens_per_round": sum(figures.values()) / len(figures)}
         metrics.update({f"{metric_key_prefix}_{name}_tokens_per_round": value for name, value in figures.items()})
@@ -322,7 +292,7 @@ class JetFlowTrainer(Trainer):
             with self.accelerator.main_process_first():
                 resume_from_checkpoint = self._last_complete_checkpoint()
         elif resume_from_checkpoint and (fault := checkpoint_fault(Path(resume_from_checkpoint))):
-            raise ValueError(
+            raise JetFlowError(
                 f"{resume_from_checkpoint} cannot be continued from: {fault}; give another checkpoint, or `True` for "
                 "the last complete one"
             )
@@ -371,7 +341,7 @@ class JetFlowTrainer(Trainer):
                 raise
             complete, _ = find_checkpoints(folder.parent)
             kept = f"the last complete one, {complete[-1]}, is kept" if complete else "there is no earlier one"
-            raise OSError(
+            raise JetFlowError(
                 f"{folder} could not be written ({error}) and is removed; {kept}: see to free disk space and write "
                 "permission, then start the same command again"
             ) from error
@@ -394,12 +364,12 @@ def features_fingerprint(config: JetFlowConfig) -> str:
 
 def _check_fsdp(plugin: Any) -> None:
     if plugin.fsdp_version != 2:
-        raise ValueError(
+        raise JetFlowError(
             f"`fsdp_version` is {plugin.fsdp_version}, which flattens the matrices that Muon must see whole; set it "
             "to 2 (see examples/accelerate/fsdp.yaml)"
         )
     if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
-        raise ValueError(
+        raise JetFlowError(
             f"`fsdp_state_dict_type` is {plugin.state_dict_type}, which saves the head in pieces; set it "
             "to FULL_STATE_DICT (see examples/accelerate/fsdp.yaml)"
         )
