@@ -60,7 +60,7 @@ def train_head(recipe: TrainRecipe, report: Reporter) -> dict[str, Any]:
             _create_repository(recipe.push_to_hub)
     prompts = read_prompts(recipe.prompts)
     eval_prompts = {path.stem: read_prompts([path]) for path in recipe.eval_prompts}
-    target, tokenizer = load_target(recipe.target, fast_dtype() if recipe.dtype == "auto" else recipe.dtype)
+    target, tokenizer = load_target(recipe.target, recipe.dtype)
     eval_sets = {
         name: [encode_chat(tokenizer, prompt["messages"]) for prompt in group] for name, group in eval_prompts.items()
     }
