@@ -90,7 +90,7 @@ def check_same_settings(
     """
     settings = json.loads(json.dumps(settings))
     differing = [
-        f"`{name}` was {_shortened(earlier.get(name))} and is {_shortened(settings.get(name))}"
+        f"`{name}` was {shown(earlier.get(name))} and is {shown(settings.get(name))}"
         for name in sorted(earlier.keys() | settings.keys())
         if earlier.get(name) != settings.get(name)
     ]
@@ -101,6 +101,7 @@ def check_same_settings(
         )
 
 
-def _shortened(value: Any) -> str:
-    text = json.dumps(value)
+def shown(value: Any) -> str:
+    """A value for an error message, shortened."""
+    text = json.dumps(value, ensure_ascii=False, default=repr)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -90,7 +90,7 @@ def test_answers_made_elsewhere_are_trained_on_with_weights_and_a_warning(target
     assert result.exit_code == 0, result.output
     output = " ".join(result.output.split())
     assert "made.jsonl: They surprise the target by" in output
-    assert "of 13 answers: 1 left out, fewer than two answer tokens (see --max-length)" in output
+    assert "of 13 answers: 1 skipped, fewer than two answer tokens (see --max-length)" in output
 
 
 def test_the_command_and_the_recipe_have_the_same_options_and_defaults():
@@ -217,7 +217,7 @@ def test_a_bench_that_cannot_be_run_says_why(target_folder, prompts, tmp_path, o
         (["train", "--target", "TARGET", "--prompts", "PROMPTS", "--output", "OUT", "--dtype", "int3"], "'int3'"),
         (
             ["train", "--target", "TARGET", "--prompts", "PROMPTS", "--output", "OUT", "--weight", "code=2"],
-            "given for 'code', but the sources are ['prompts']",
+            "`--weights` names 'code', but the sources are ['prompts']",
         ),
         (
             ["train", "--target", "TARGET", "--prompts", "PROMPTS", "--output", "OUT", "--weight", "prompts"],
@@ -225,7 +225,7 @@ def test_a_bench_that_cannot_be_run_says_why(target_folder, prompts, tmp_path, o
         ),
         (
             ["train", "--target", "TARGET", "--answers", "PROMPTS", "--output", "OUT"],
-            "record 1: needs `prompt_ids` and `answer_ids`",
+            "line 1: expected `prompt_ids` and `answer_ids`",
         ),
         (
             ["bench", "--target", "TARGET", "--head", "TARGET", "--prompts", "PROMPTS"],
@@ -236,7 +236,7 @@ def test_a_bench_that_cannot_be_run_says_why(target_folder, prompts, tmp_path, o
         (["plot", "nowhere.json", "x.png"], "nowhere.json does not exist; check the path"),
         (
             ["train", "--target", "TARGET", "--prompts", "PROMPTS", "--output", "OUT", "--depth-gamma", "0"],
-            "`--depth-gamma` is 0.0, but more than 0 is needed",
+            "`--depth-gamma` is 0.0, expected more than 0",
         ),
         (
             ["bench", "--target", "HEAD", "--head", "HEAD", "--prompts", "PROMPTS"],

@@ -83,8 +83,8 @@ def train_head(recipe: TrainRecipe, report: Reporter) -> dict[str, Any]:
     trainer.add_callback(_BestHeadCallback(recipe, trainer, answers))
     trainer.progress = report
     trainer.remove_callback(PrinterCallback)  # the reporter prints a shorter log
-    if trainer.train_dataset.left_out:
-        report.say(f"of {len(answers)} answers: {trainer.train_dataset.left_out} (see --max-length)")
+    if trainer.train_dataset.skipped:
+        report.say(f"of {len(answers)} answers: {trainer.train_dataset.skipped} (see --max-length)")
     trainer.train(resume_from_checkpoint=True)
     head = trainer.whole_head()
     figures: dict[str, dict[int, float]] = {}
