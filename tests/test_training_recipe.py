@@ -62,7 +62,7 @@ def test_the_correction_learns_with_the_head_and_the_target_stays(target, tmp_pa
     assert all(torch.equal(tensor, frozen[name]) for name, tensor in target.state_dict().items())
 
 
-def test_training_the_correction_only_leaves_every_other_bit_as_it_was(target, tmp_path):
+def test_training_only_the_correction_changes_no_other_bit(target, tmp_path):
     head = make_head(target, branch_correction="path")
     train_correction_only(head)
     before = copied_state(head)
@@ -95,7 +95,7 @@ def test_a_correction_is_added_to_a_head_and_everything_else_is_loaded(target, t
     assert all(torch.equal(again[name], tensor) for name, tensor in fresh.items())
 
 
-def test_a_head_is_continued_as_it_is_where_its_correction_is_the_one_asked_for(target, tmp_path):
+def test_a_head_with_the_requested_correction_is_continued_unchanged(target, tmp_path):
     old = make_head(target, branch_correction="parent")
     alter(old)
     old.to(torch.bfloat16).save_pretrained(tmp_path / "old")
@@ -120,7 +120,7 @@ def test_a_head_of_another_target_is_not_continued(target, tmp_path, tiny_target
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "llama"])
-def test_norms_of_a_new_head_compute_what_the_target_s_do(tiny_target, name):
+def test_norms_of_a_new_head_compute_the_same_as_the_target_s(tiny_target, name):
     target = copy.deepcopy(tiny_target(name))
     with torch.no_grad():
         for parameter in target.parameters():
@@ -142,7 +142,7 @@ def test_norms_of_a_new_head_compute_what_the_target_s_do(tiny_target, name):
         torch.testing.assert_close(head.layers[-1].self_attn.q_norm(x), last.self_attn.q_norm(x))
 
 
-def test_a_norm_behind_the_attention_is_not_taken_for_one_before_the_mlp(tiny_target):
+def test_a_norm_after_the_attention_is_not_copied_to_the_norm_before_the_mlp(tiny_target):
     target = copy.deepcopy(tiny_target("olmo2"))
     with torch.no_grad():
         target.model.layers[-1].post_attention_layernorm.weight.fill_(3.0)
@@ -200,7 +200,7 @@ def test_evaluation_changes_nothing_of_the_training(target, tmp_path):
     assert all(torch.equal(tensor, heads[1].state_dict()[name]) for name, tensor in heads[0].state_dict().items())
 
 
-def test_evaluation_leaves_mode_settings_and_statistics_of_the_head(target, tmp_path, monkeypatch):
+def test_evaluation_restores_mode_settings_and_statistics_of_the_head(target, tmp_path, monkeypatch):
     trainer = evaluating_trainer(target, tmp_path, eval_node_budget=8, eval_max_new_tokens=4)
     head = trainer.model.train()
     head.generation_config.node_budget, head.last_stats = 17, "earlier"
@@ -248,7 +248,7 @@ def test_training_stops_early_and_a_resumed_run_goes_on_counting(target, tmp_pat
 @pytest.mark.parametrize("prompts", [None, {"chat": []}])
 def test_evaluation_without_prompts_is_refused(target, tmp_path, prompts):
     trainer = make_trainer(target, tmp_path, eval_dataset=prompts)
-    with pytest.raises(ValueError, match="evaluation decodes held-out prompts, but there are none"):
+    with pytest.raises(ValueError, match="evaluation needs held-out prompts in every set, but there are none"):
         trainer.evaluate()
 
 
@@ -275,21 +275,19 @@ def cut(path: Path) -> None:
         (lambda folder: cut(folder / "rng_state.pth"), "rng_state.pth cut off"),
     ],
 )
-def test_a_half_written_checkpoint_is_left_out_and_the_one_before_is_continued_from(
-    target, tmp_path, caplog, harm, fault
-):
+def test_an_incomplete_checkpoint_is_removed_and_the_one_before_is_continued(target, tmp_path, caplog, harm, fault):
     whole = make_trainer(target, tmp_path, **EVERY_TWO)
     whole.train()
     last = tmp_path / "checkpoint-4"
     harm(last)
     assert checkpoint_fault(last) == fault
-    with pytest.raises(ValueError, match=f"checkpoint-4 cannot be continued from: {fault}; give another checkpoint"):
+    with pytest.raises(ValueError, match=f"checkpoint-4: {fault}; give another checkpoint"):
         make_trainer(target, tmp_path, **EVERY_TWO).train(resume_from_checkpoint=str(last))
     trainer = make_trainer(target, tmp_path, **EVERY_TWO)
     with caplog.at_level(logging.WARNING, "hf_jetflow"):
         trainer.train(resume_from_checkpoint=True)
     (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("hf_jetflow")]
-    assert f"{last} is left out and removed: {fault}" in message
+    assert f"{last} is incomplete and removed: {fault}" in message
     assert message.endswith(f"continuing from {tmp_path / 'checkpoint-2'}")
     assert all(
         torch.equal(tensor, whole.model.state_dict()[name]) for name, tensor in trainer.model.state_dict().items()
@@ -297,12 +295,12 @@ def test_a_half_written_checkpoint_is_left_out_and_the_one_before_is_continued_f
     assert checkpoint_fault(last) == ""
 
 
-def test_training_begins_anew_where_the_only_checkpoint_is_broken(target, tmp_path, caplog):
+def test_training_starts_again_when_the_only_checkpoint_is_incomplete(target, tmp_path, caplog):
     (tmp_path / "checkpoint-2").mkdir()
     trainer = make_trainer(target, tmp_path, max_steps=1)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 1
-    assert "continuing from the beginning" in caplog.text
+    assert "continuing from the start" in caplog.text
     assert not (tmp_path / "checkpoint-2").exists()
 
 
@@ -315,7 +313,7 @@ FULL_DISK = [
 
 @pytest.mark.parametrize(("writer", "error"), FULL_DISK, ids=["tensors", "optimizer", "state"])
 @pytest.mark.parametrize("step", [2, 4])
-def test_a_full_disk_is_told_and_leaves_no_part_of_a_checkpoint(target, tmp_path, monkeypatch, writer, error, step):
+def test_a_full_disk_is_reported_and_leaves_no_partial_checkpoint(target, tmp_path, monkeypatch, writer, error, step):
     if writer.startswith("safetensors"):
         writer = "transformers.modeling_utils.safe_save_file"
     trainer = make_trainer(target, tmp_path, **EVERY_TWO)
@@ -329,15 +327,15 @@ def test_a_full_disk_is_told_and_leaves_no_part_of_a_checkpoint(target, tmp_path
         raise error
 
     trainer.add_callback(FillDisk())
-    kept = "is kept" if step == 4 else "there is no earlier one"
+    earlier = "the last complete one is" if step == 4 else "there is no earlier one"
     with pytest.raises(
-        JetFlowError, match=f"checkpoint-{step} could not be written .* and is removed; .*{kept}.* free disk"
+        JetFlowError, match=f"checkpoint-{step} cannot be written .* and is removed; {earlier}.* free disk"
     ):
         trainer.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == (["checkpoint-2"] if step == 4 else [])
 
 
-def test_an_error_that_is_no_full_disk_keeps_its_own_words(target, tmp_path, monkeypatch):
+def test_an_error_that_is_no_full_disk_keeps_its_own_message(target, tmp_path, monkeypatch):
     trainer = make_trainer(target, tmp_path, **EVERY_TWO)
 
     def fail(*_):

@@ -11,7 +11,7 @@ class MuonAdamW(torch.optim.Optimizer):
     Muon for the matrices and AdamW for everything else, as one optimizer with one state dict.
 
     Args:
-        head (`nn.Module`): Its trainable parameters are taken: 2-D ones by Muon, the others by AdamW.
+        head (`nn.Module`): Its trainable parameters: Muon updates the 2-D ones, AdamW the others.
         muon_lr (`float`), adamw_lr (`float`): Their learning rates.
     """
 
@@ -27,7 +27,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Let the parts act on this optimizer's groups and state, which schedulers and checkpoints see."""
+        """Give the parts this optimizer's groups and state, which schedulers and checkpoints use."""
         for part, group in zip(self._parts, self.param_groups, strict=True):
             part.param_groups, part.state = [group], self.state
 
