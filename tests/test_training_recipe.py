@@ -404,14 +404,17 @@ def test_the_settings_are_parsed_by_transformers_argument_parser(tmp_path):
     parser = HfArgumentParser(TrainRecipe)
     (parsed,) = parser.parse_args_into_dataclasses(["--target", "org/model", "--output", str(tmp_path)])
     assert parsed == TrainRecipe("org/model", tmp_path)
-    command = "--target a --output b --prompts c d --weight code=2 math=0.5 --train-only correction --depth-gamma 5"
-    command += " --eval-node-budgets 8 16 --cache-features --report-to wandb trackio --branch-correction parent"
+    command = "--target a --output b --prompts c --prompts d --weight code=2 math=0.5"
+    command += (
+        " --train-only correction --depth-gamma 5 --eval-node-budgets 8 16 --cache-features --report-to wandb trackio"
+    )
     (parsed,) = parser.parse_args_into_dataclasses(command.split())
     assert (parsed.prompts, parsed.source_weights) == ([Path("c"), Path("d")], {"code": 2.0, "math": 0.5})
     assert (parsed.train_only, parsed.depth_gamma, parsed.cache_features) == ("correction", 5.0, True)
     assert (parsed.eval_node_budgets, parsed.report_to) == ([8, 16], ["wandb", "trackio"])
     assert all(field.metadata["help"] for field in dataclasses.fields(TrainRecipe))
-    parser.format_help()
+    assert "--weights NAME=WEIGHT" in parser.format_help()
+    assert parser.parse_args_into_dataclasses(["--target", "a", "--output", "b"])[0].prompts == []
 
 
 def test_the_end_of_training_says_what_remains(run, tmp_path):

@@ -218,7 +218,8 @@ def _kl_chunk(config: JetFlowConfig, drafted: int, chunk_size: int) -> int:
     fp32 logits that exist at a time.
 
     In the first chunk there are seven: both sides' logits and log-probabilities, the target's probabilities, and two
-    terms of the divergence or the slope. In a later one up to eight: values of the chunk before stay until they are replaced.
+    terms of the divergence or the slope. In a later one there are up to eight: values of the chunk before stay until
+    they are replaced.
     """
     first = min(drafted, chunk_size)
     second = min(drafted - first, chunk_size)

@@ -26,13 +26,14 @@ MINIMUMS = {
     **dict.fromkeys(("eval_steps", "patience", "draft_vocab", "temperature", "feature_loss"), 0),
     **{"block_size": 2, "max_length": 3},
 }
+REPEATABLE = {"action": "extend"}  # `--prompts a b` and `--prompts a --prompts b`
 
 
 class Reporter(Protocol):
     """Where progress goes."""
 
     def __call__(self, done: int, total: int, what: str) -> None:
-        """`done` of `total` of `what`. The first call comes before the first is done, and after each pause anew."""
+        """`done` of `total` of `what`. A stage starts with a call before its first item; it can start again."""
 
     def say(self, text: str) -> None:
         """A line of the log; warnings start with `warning: `."""
@@ -48,18 +49,23 @@ class TrainRecipe:
     )
     prompts: list[Path] = field(
         default_factory=list,
-        metadata={"help": "Prompts for the target to answer: JSON lines files with `messages`, `turns` or `prompt`."},
+        metadata={
+            **REPEATABLE,
+            "help": "Prompts for the target to answer: JSON lines files with `messages`, `turns` or `prompt`.",
+        },
     )
     answers: list[Path] = field(
         default_factory=list,
         metadata={
+            **REPEATABLE,
             "help": "Answers of the target: JSON lines files with `prompt_ids` and `answer_ids`, or with `messages` "
-            "that end in the answer."
+            "that end in the answer.",
         },
     )
     weights: list[str] = field(
         default_factory=list,
         metadata={
+            **REPEATABLE,
             "help": "How often per epoch the answers of a source occur: 1 by default; 0.5 is every second epoch. The "
             "source is a record's field `source`, or the name of its file without the suffix.",
             "metavar": "NAME=WEIGHT",
@@ -68,7 +74,10 @@ class TrainRecipe:
     )
     eval_prompts: list[Path] = field(
         default_factory=list,
-        metadata={"help": "Held-out prompts: decoded during training, to keep the best head, and at the end."},
+        metadata={
+            **REPEATABLE,
+            "help": "Held-out prompts: decoded during training, to keep the best head, and at the end.",
+        },
     )
     eval_steps: int = field(
         default=0, metadata={"help": "Updates between two evaluations; 0 for the value of --save-steps."}
@@ -140,7 +149,10 @@ class TrainRecipe:
     )
     report_to: list[str] = field(
         default_factory=list,
-        metadata={"help": "Where transformers reports losses and figures, such as wandb, tensorboard or trackio."},
+        metadata={
+            **REPEATABLE,
+            "help": "Where transformers reports losses and figures, such as wandb, tensorboard or trackio.",
+        },
     )
     push_to_hub: str | None = field(
         default=None, metadata={"help": "Repository on the Hub that the head is uploaded to.", "metavar": "ORG/NAME"}
