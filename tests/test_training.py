@@ -139,7 +139,7 @@ def test_the_loss_goes_down_on_answers_seen_often(target, tmp_path):
     assert sum(history[-5:]) < 0.3 * sum(history[:5])
 
 
-def test_the_log_tells_agreement_and_divergence_by_depth(target, tmp_path):
+def test_the_log_shows_agreement_and_divergence_by_depth(target, tmp_path):
     trainer = make_trainer(target, tmp_path, max_steps=1)
     trainer.train()
     entry = trainer.state.log_history[0]
@@ -179,7 +179,7 @@ def dense_loss(trainer: JetFlowTrainer, batch: dict[str, Any], weigh=lambda dept
 
 
 @pytest.mark.parametrize("gamma", [None, 2.0])
-def test_the_loss_is_the_divergence_that_decoding_would_meet(target, tmp_path, gamma):
+def test_the_loss_is_the_divergence_in_decoding(target, tmp_path, gamma):
     trainer = make_trainer(target, tmp_path, answers=make_answers(4, None), feature_loss_weight=0.0, depth_gamma=gamma)
     batch = one_batch(trainer)
     loss = trainer.compute_loss(trainer.model, batch).item()
@@ -188,7 +188,7 @@ def test_the_loss_is_the_divergence_that_decoding_would_meet(target, tmp_path, g
     )
 
 
-def test_padding_behind_a_short_answer_changes_nothing(target, tmp_path):
+def test_padding_after_a_short_answer_changes_nothing(target, tmp_path):
     trainer = make_trainer(target, tmp_path, answers=make_answers(1, 8), anchors_per_sequence=9)
     batch = one_batch(trainer)
     padded = {**batch, "input_ids": torch.nn.functional.pad(batch["input_ids"], (0, 6))}
@@ -196,7 +196,7 @@ def test_padding_behind_a_short_answer_changes_nothing(target, tmp_path):
     torch.testing.assert_close(trainer.compute_loss(head, padded), trainer.compute_loss(head, batch))
 
 
-def test_absent_anchors_change_nothing(target, tmp_path):
+def test_missing_anchors_change_nothing(target, tmp_path):
     trainer = make_trainer(target, tmp_path, answers=make_answers(2, 8), anchors_per_sequence=7)
     batch = one_batch(trainer)
     more = {**batch, "anchors": torch.nn.functional.pad(batch["anchors"], (0, 3), value=-1)}
@@ -323,7 +323,7 @@ def test_the_optimizer_saves_the_moments_of_both_parts():
     assert moments == [{"momentum_buffer"}, {"step", "exp_avg", "exp_avg_sq"}]
 
 
-def test_a_restored_optimizer_continues_as_if_nothing_had_happened(tmp_path):
+def test_a_restored_optimizer_takes_the_same_steps(tmp_path):
     whole = JetFlowHead(tiny_config())
     optimizer = MuonAdamW(whole, muon_lr=1e-2, adamw_lr=1e-2)
     take_steps(optimizer, 2)
@@ -372,7 +372,7 @@ def test_blocks_equal_their_definition():
                 assert drafted == (slot > 0 and anchor + slot < int(batch["lengths"][row]))
 
 
-def test_absent_blocks_do_not_see_one_another():
+def test_missing_blocks_do_not_see_one_another():
     batch = {"anchors": torch.tensor([[4, -1, -1]]), "lengths": torch.tensor([9])}
     starts = make_blocks(batch, BLOCK_SIZE).anchor_position_ids[0, ::BLOCK_SIZE].tolist()
     assert len(set(starts)) == 3
@@ -409,7 +409,7 @@ def test_a_head_starts_with_the_mean_of_the_tapped_states(target):
     torch.testing.assert_close(head.fc(taps.flatten()), taps.mean(dim=0))
 
 
-def test_tensors_of_other_shapes_keep_their_random_start(target):
+def test_tensors_of_other_shapes_stay_random(target):
     head = make_head(target, intermediate_size=40)
     before = copied_state(head)
     initialize_from_target(head, target)
@@ -417,7 +417,7 @@ def test_tensors_of_other_shapes_keep_their_random_start(target):
         assert torch.equal(head.layers[0].mlp.get_submodule(name).weight, before[f"layers.0.mlp.{name}.weight"])
 
 
-def test_a_head_of_another_width_keeps_its_random_fusion(target):
+def test_the_fusion_of_a_head_of_another_width_stays_random(target):
     head = make_head(target, target_hidden_size=HIDDEN)
     before = head.fc.weight.clone()
     initialize_from_target(head, target)
@@ -464,7 +464,7 @@ def test_the_teacher_is_the_target_s_own_distribution(family, scale, cap):
         torch.testing.assert_close(shape(raw), target(ids).logits[0], atol=1e-3, rtol=1e-3)
 
 
-def test_a_target_whose_logits_are_made_otherwise_is_refused():
+def test_a_target_with_another_kind_of_logits_is_refused():
     target = copy.deepcopy(build_target("llama"))
     target.lm_head.register_forward_hook(lambda _module, _args, logits: logits.square())
     view = Target(target, JetFlowConfig.for_target(target.config, num_hidden_layers=1, block_size=4))

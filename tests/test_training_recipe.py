@@ -405,9 +405,8 @@ def test_the_settings_are_parsed_by_transformers_argument_parser(tmp_path):
     (parsed,) = parser.parse_args_into_dataclasses(["--target", "org/model", "--output", str(tmp_path)])
     assert parsed == TrainRecipe("org/model", tmp_path)
     command = "--target a --output b --prompts c --prompts d --weight code=2 math=0.5"
-    command += (
-        " --train-only correction --depth-gamma 5 --eval-node-budgets 8 16 --cache-features --report-to wandb trackio"
-    )
+    command += " --train-only correction --depth-gamma 5 --eval-node-budgets 8 16"
+    command += " --cache-features --report-to wandb trackio"
     (parsed,) = parser.parse_args_into_dataclasses(command.split())
     assert (parsed.prompts, parsed.source_weights) == ([Path("c"), Path("d")], {"code": 2.0, "math": 0.5})
     assert (parsed.train_only, parsed.depth_gamma, parsed.cache_features) == ("correction", 5.0, True)

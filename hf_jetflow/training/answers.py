@@ -57,7 +57,7 @@ def regenerate_answers(
     if temperature < 0:
         raise JetFlowError(f"the temperature is {temperature}, expected 0 (greedy) or more")
     output = Path(output)
-    done = _answered(output, _answer_settings(target, max_new_tokens, temperature, seed, batch_size))
+    done = answered_ids(output, _answer_settings(target, max_new_tokens, temperature, seed, batch_size))
     lengths = [len(encode_chat(tokenizer, prompt["messages"])) for prompt in prompts]
     order = sorted(
         (number for number, length in enumerate(lengths) if length <= max_prompt_tokens), key=lengths.__getitem__
@@ -134,7 +134,7 @@ class _AnswerWriter(StoppingCriteria):
             self._write(index, input_ids)
 
     def _write(self, index: int, input_ids: torch.Tensor) -> None:
-        record = self._open.pop(index, None)  # a finished sequence goes on with padding, which may be an EOS token
+        record = self._open.pop(index, None)  # padding after an answer may be an EOS token, too
         if record is not None:
             append_jsonl(self._output, [{**record, "answer_ids": input_ids[index, self._start :].tolist()}])
             self._on_write()
@@ -172,8 +172,13 @@ def _answer_settings(
     return settings | ({"seed": seed, "batch_size": batch_size} if temperature > 0 else {})
 
 
-def _answered(output: Path, settings: dict[str, Any]) -> set[str]:
-    """Ids of the prompts that a file answers, under the same settings; a new file gets its settings stored."""
+def answered_ids(output: Path, settings: dict[str, Any]) -> set[str]:
+    """
+    Ids of the prompts that a file answers. A new file gets its settings stored next to it.
+
+    Raises:
+        JetFlowError: If the file was started with other settings.
+    """
     settings_path = output.with_suffix(".settings.json")
     if output.exists():
         drop_partial_line(output)
