@@ -89,7 +89,7 @@ def test_answers_made_elsewhere_are_trained_on_with_weights_and_a_warning(target
     )
     assert result.exit_code == 0, result.output
     output = " ".join(result.output.split())
-    assert "made.jsonl: They surprise the target by" in output
+    assert "made.jsonl: another model or a person seems to have written these answers" in output
     assert "of 13 answers: 1 skipped, fewer than two answer tokens (see --max-length)" in output
 
 

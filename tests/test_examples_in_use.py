@@ -179,7 +179,6 @@ def test_the_recipe_for_several_gpus_says_its_commands_and_starts_nothing(tmp_pa
         "mkdir",
         "pip",
         "prepare_prompts.py",
-        "mv",
         "answers_vllm.py",
         "accelerate",
     ]
