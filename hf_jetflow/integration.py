@@ -18,11 +18,12 @@ from transformers.pipelines import base as pipelines
 from transformers.utils import logging
 
 from ._compat import CACHE_NAME
-from .decoding.batching import reason_to_step_together
+from .decoding.batching import plain_batch_reason
 from .decoding.loop import decode
 from .head.configuration_jetflow import JetFlowConfig
 from .head.modeling_jetflow import JetFlowHead
 from .stats import GenerationStats
+from .target.position_limits import plain_reason
 
 
 logger = logging.get_logger(__name__)
@@ -123,14 +124,21 @@ def _checked_decode(
     generation_config = kwargs["generation_config"]
     check_call(model, generation_config, kwargs.pop("synced_gpus", False))
     check_processes(model, head)
-    if len(input_ids) > 1:
+    reason = plain_reason(model, len(input_ids), _num_prompt(input_ids, kwargs), generation_config.max_length)
+    if reason is None and len(input_ids) > 1:
         parts = (kwargs["logits_processor"], kwargs["stopping_criteria"], generation_config)
-        reason = reason_to_step_together(model, *parts, kwargs.get(CACHE_NAME))
-        if reason is not None:
-            logger.warning_once(f"this batch is decoded plainly, without the draft head: {reason}.")
-            head.last_stats = GenerationStats(policy={"plain": reason})
-            return model._sample(input_ids, **kwargs)
+        reason = plain_batch_reason(model, *parts, kwargs.get(CACHE_NAME))
+    if reason is not None:
+        logger.warning_once(f"this call is decoded plainly, without the draft head: {reason}.")
+        head.last_stats = GenerationStats(policy={"plain": reason})
+        return model._sample(input_ids, **kwargs)
     return decode(model, head, input_ids, **kwargs)
+
+
+def _num_prompt(input_ids: torch.Tensor, kwargs: dict[str, Any]) -> int:
+    """Tokens of the prompt, of those given as embeddings or cached too."""
+    mask = kwargs.get("attention_mask")
+    return max(input_ids.shape[1], mask.shape[-1] if isinstance(mask, torch.Tensor) and mask.ndim == 2 else 0)
 
 
 def check_pairing(model: PreTrainedModel, head: JetFlowHead) -> None:

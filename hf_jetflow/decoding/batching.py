@@ -59,7 +59,7 @@ RECORDED = ("output_scores", "output_logits", "output_hidden_states", "output_at
 MOST_NOISE_BYTES = 2**28
 
 
-def reason_to_step_together(
+def plain_batch_reason(
     model: PreTrainedModel,
     logits_processor: LogitsProcessorList,
     criteria: StoppingCriteriaList,

@@ -106,6 +106,8 @@ class DecodingSession:
     def _read_prompt(self, call: Call) -> None:
         past = recall(call.model_kwargs.get(CACHE_NAME), self._head)
         self._context, states = self._target.prefill(call.input_ids, call.generation_config, call.model_kwargs)
+        # Prompts given as embeddings, and an adapter's virtual tokens, are cached without an id.
+        self._num_without_id = int(self._context.rows.lengths[0]) - call.input_ids.shape[1]
         self._emitter.record_prompt(states)
         self._drafter = JetFlowCandidateGenerator(self._head, self._target, self._context, past)
         self._drafter.observe(states)
@@ -120,8 +122,10 @@ class DecodingSession:
 
     @property
     def num_remaining(self) -> int | None:
-        """Tokens that some sequence may still emit; `None` without a length limit."""
-        return self._emitter.num_remaining
+        """Tokens that the next round may yield for some sequence, the bonus token included; `None` if any number."""
+        max_depth, num_remaining = self._context.max_depth, self._emitter.num_remaining
+        limits = [num_remaining, None if max_depth is None else max_depth + 1]
+        return min((limit for limit in limits if limit is not None), default=None)
 
     @property
     def max_nodes(self) -> int | None:
@@ -202,7 +206,7 @@ class DecodingSession:
         cache = self._context.cache
         if self._wants["return_dict_in_generate"] or getattr(cache, "_is_user_defined", False):
             self._read_rest()
-            self._context.strategy.settle(self._emitter.length - 1)
+            self._context.strategy.settle(self._emitter.length - 1 + self._num_without_id)
             remember(cache, self._head, self._drafter)
         return self._emitter.finish(cache, self._wants, self._choosers[0])
 

@@ -167,6 +167,24 @@ def check_target_cache(cache: Cache | None) -> DynamicCache | StaticCache:
     return cache
 
 
+def check_padded_rows(cache: Cache, is_padding: torch.Tensor) -> None:
+    """
+    Refuse a cache that dropped rows of a padded prompt, as hooks that compress it do.
+
+    Args:
+        is_padding (`torch.Tensor`, (batch, prompt)): Where the prompts are padded.
+
+    Raises:
+        ValueError: Saying how many rows are missing.
+    """
+    lengths = {layer.get_seq_length() for layer in cache.layers if type(layer) in (DynamicLayer, GrowingLayer)}
+    if is_padding.any() and lengths and min(lengths) < is_padding.shape[1]:
+        raise ValueError(
+            f"the cache holds {min(lengths)} of the prompt's {is_padding.shape[1]} tokens, so draft heads cannot tell "
+            "which of them are padding; give one prompt without padding, or generate without `assistant_model`"
+        )
+
+
 def cache_windows(cache: Cache) -> list[int | None]:
     """Window of each layer of the target's cache in positions, `None` where a layer keeps every token."""
     return [layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None for layer in cache.layers]

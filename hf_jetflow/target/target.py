@@ -17,9 +17,10 @@ from ..head.configuration_jetflow import JetFlowConfig
 from ..trees.tree import DraftTree
 from .attention import grouped_attention
 from .batch_caches import BatchRows
-from .caches import check_target_cache
+from .caches import check_padded_rows, check_target_cache
 from .layer_kinds import layer_windows, scaling_step, takes_trees
 from .masks import padding_mask, tree_masks
+from .position_limits import PositionLimits, position_limits
 from .positions import text_positions, without_padding
 from .recurrent import check_states
 from .strategies import CacheStrategy, cache_strategy
@@ -54,6 +55,7 @@ class Context:
     compile_config: CompileConfig | None = None
     kind_offsets: torch.Tensor | None = None  # (kinds, batch) where there are several kinds of positions
     scaling_step: int | None = None  # see `layer_kinds.scaling_step`
+    position_limits: PositionLimits = field(default_factory=PositionLimits)
     _positions: tuple[torch.Tensor, torch.Tensor] | None = None  # lengths, and the positions that go with them
 
     @property
@@ -75,6 +77,11 @@ class Context:
     def forward_of(self, model: PreTrainedModel) -> Callable:
         """The model's call, compiled by transformers' own means where `generate` would."""
         return model.get_compiled_call(self.compile_config) if self.is_compiled else model
+
+    @property
+    def max_depth(self) -> int | None:
+        """Depth that the next round can draft; `None` if any."""
+        return self.position_limits.max_depth(int(self.positions.max()))
 
     @property
     def max_nodes(self) -> int | None:
@@ -147,6 +154,7 @@ class Target:
         is_padding = None
         if model_kwargs.get("attention_mask") is not None:
             is_padding = model_kwargs["attention_mask"] == 0
+            check_padded_rows(cache, is_padding)
             # Virtual tokens of an adapter lie before the prompt's.
             is_padding = pad(is_padding, (num_cached - is_padding.shape[1], 0))
             is_pad = is_padding[:, -num_rows:].to(features.device)
@@ -154,6 +162,7 @@ class Target:
         strategy = cache_strategy(cache, batch, num_cached, lambda chain: self._read(context, chain))
         context = Context(strategy, last_positions + 1 - num_cached, is_padding, wants_states, forward_kwargs)
         context.scaling_step, context.kind_offsets = scaling_step(self.model), kind_offsets
+        context.position_limits = position_limits(self.model)
         if isinstance(cache, StaticCache):
             context.is_compiled = self.model._valid_auto_compile_criteria(model_kwargs, generation_config)
             context.compile_config = generation_config.compile_config
