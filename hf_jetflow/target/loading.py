@@ -1,6 +1,7 @@
 """Loading a target, its tokenizer or its configuration alone, from a Hub id, a folder, or a `.gguf` file."""
 
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from ..head.modeling_jetflow import JetFlowHead
 
 
 try:
@@ -29,6 +32,29 @@ def fast_dtype() -> str:
     if torch.cuda.is_available():
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
     return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+
+
+@dataclass
+class PairSettings:
+    """A target, a draft head for it, and the dtype of both."""
+
+    target: str = field(metadata={"help": "Target model: a Hub id, a folder, or a .gguf file."})
+    head: str = field(metadata={"help": "Draft head: a Hub id or a folder."})
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "float32, bfloat16, float16, or auto: bfloat16 where the device computes in it."},
+    )
+
+    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, JetFlowHead]:
+        """
+        Load the target, its tokenizer and the head.
+
+        Raises:
+            ValueError: If the dtype is unknown, or the target or the head is of a kind that does not load.
+            OSError: If a file is missing.
+        """
+        target, tokenizer = load_target(self.target, fast_dtype() if self.dtype == "auto" else self.dtype)
+        return target, tokenizer, JetFlowHead.from_pretrained(self.head, dtype=target.dtype).to(target.device)
 
 
 def load_target(source: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
