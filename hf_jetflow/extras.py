@@ -20,7 +20,5 @@ def require_package(package: str, purpose: str) -> None:
         JetFlowError: Naming the package and the extra of hf_jetflow that installs it.
     """
     if find_spec(package) is None:
-        raise JetFlowError(
-            f"{purpose} need {package}, which is not installed; run "
-            f"`pip install 'hf-jetflow[{EXTRAS[package]}]'`, or `pip install {package}`"
-        )
+        extra = f"`pip install 'hf-jetflow[{EXTRAS[package]}]'` or " if package in EXTRAS else ""
+        raise JetFlowError(f"{purpose} need {package}, which is not installed; run {extra}`pip install {package}`")

@@ -71,30 +71,37 @@ def drop_partial_line(path: Path) -> None:
         file.truncate(size)
 
 
-def check_same_settings(path: Path, earlier: dict[str, Any], settings: dict[str, Any]) -> None:
+def check_same_settings(
+    path: Path,
+    earlier: dict[str, Any],
+    settings: dict[str, Any],
+    otherwise: str = "delete the file to start again",
+) -> None:
     """
-    Refuse to continue a file with other settings than it was started with.
+    Refuse to continue what was started with other settings.
 
     Args:
-        path: The file, for the message.
+        path: The file or folder, for the message.
         earlier, settings: Values that JSON can hold.
+        otherwise: What to do to use the new settings, for the message.
 
     Raises:
         JetFlowError: Naming each setting that differs.
     """
     settings = json.loads(json.dumps(settings))
     differing = [
-        f"`{name}` was {_shortened(earlier.get(name))} and is {_shortened(settings.get(name))}"
+        f"`{name}` was {shown(earlier.get(name))} and is {shown(settings.get(name))}"
         for name in sorted(earlier.keys() | settings.keys())
         if earlier.get(name) != settings.get(name)
     ]
     if differing:
         raise JetFlowError(
             f"{path} was started with other settings: {'; '.join(differing)}; use the same settings to finish it, "
-            "or delete the file to start again"
+            f"or {otherwise}"
         )
 
 
-def _shortened(value: Any) -> str:
-    text = json.dumps(value)
+def shown(value: Any) -> str:
+    """A value for an error message, shortened."""
+    text = json.dumps(value, ensure_ascii=False, default=repr)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from .errors import JetFlowError
-from .jsonl import numbered_records
+from .jsonl import numbered_records, shown
 
 
 def read_prompts(paths: Sequence[str | os.PathLike]) -> list[dict[str, Any]]:
@@ -45,7 +45,7 @@ def _messages(record: dict[str, Any], where: str) -> list[dict[str, Any]]:
         if not is_list or not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in messages):
             raise JetFlowError(
                 f"{where}: expected `messages` to be a list of objects with `role` and `content`, got "
-                f"{_shown(messages)}; correct the line"
+                f"{shown(messages)}; correct the line"
             )
         return messages
     name = next((name for name in ("prompt", "turns") if record.get(name)), None)
@@ -57,13 +57,8 @@ def _messages(record: dict[str, Any], where: str) -> list[dict[str, Any]]:
     text = record[name][0] if name == "turns" and isinstance(record[name], list) else record[name]
     if not isinstance(text, str) or (name == "turns" and text is record[name]):
         expected = "text" if name == "prompt" else "a list of texts"
-        raise JetFlowError(f"{where}: expected {expected} in `{name}`, got {_shown(record[name])}; correct the line")
+        raise JetFlowError(f"{where}: expected {expected} in `{name}`, got {shown(record[name])}; correct the line")
     return [{"role": "user", "content": text}]
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: bool) -> list[int]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def assistant(pair, tmp_path):
 
 def bench(pair, prompts, *, log_path=None, progress=None, **settings):
     """The result of a bench over prompt files."""
-    settings = BenchSettings([str(path) for path in prompts], **settings)
+    settings = BenchSettings(prompts, **settings)
     return run_bench(*pair, settings, log_path=log_path, progress=progress)
 
 
@@ -302,7 +303,7 @@ def test_a_file_that_is_no_result_is_refused(tmp_path, text, message):
 @pytest.mark.parametrize("method", ["warp", "assistant", "assistant:"])
 def test_an_unknown_method_is_refused_by_name(method):
     with pytest.raises(JetFlowError, match=rf"\['{method}'\].*choose from plain, jetflow, chain"):
-        BenchSettings(["few.jsonl"], ["plain", method])
+        BenchSettings([Path("few.jsonl")], ["plain", method])
 
 
 @pytest.mark.parametrize(
@@ -318,7 +319,7 @@ def test_an_unknown_method_is_refused_by_name(method):
 )
 def test_a_setting_out_of_range_is_refused(settings, message):
     with pytest.raises(JetFlowError, match=message):
-        BenchSettings(["few.jsonl"], **settings)
+        BenchSettings([Path("few.jsonl")], **settings)
 
 
 def test_prompt_files_of_one_name_and_empty_ones_are_refused(pair, prompts, tmp_path):

@@ -60,7 +60,7 @@ def test_a_folder_is_written_as_a_whole(tmp_path):
 def test_a_missing_package_is_named_with_the_extra_that_installs_it(monkeypatch):
     require_package("torch", "heads")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(JetFlowError, match=r"GGUF files need gguf, .* `pip install 'hf-jetflow\[train\]'`, or `pip"):
+    with pytest.raises(JetFlowError, match=r"GGUF files need gguf, .* `pip install 'hf-jetflow\[train\]'` or `pip"):
         require_package("gguf", "GGUF files")
 
 

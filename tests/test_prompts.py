@@ -81,9 +81,9 @@ def test_a_conversation_is_encoded_by_the_chat_template():
     ("record", "message"),
     [
         ({"prompt": 7}, "expected text in `prompt`, got 7"),
-        ({"turns": "one"}, "expected a list of texts in `turns`, got 'one'"),
+        ({"turns": "one"}, 'expected a list of texts in `turns`, got "one"'),
         ({"turns": [{"content": "one"}]}, "expected a list of texts in `turns`"),
-        ({"messages": "one"}, "expected `messages` to be a list of objects with `role` and `content`, got 'one'"),
+        ({"messages": "one"}, 'expected `messages` to be a list of objects with `role` and `content`, got "one"'),
         ({"messages": []}, "expected `messages` to be a list"),
         ({"messages": [{"role": "user"}]}, "expected `messages` to be a list"),
         ({"messages": ["one"]}, "expected `messages` to be a list"),

@@ -360,7 +360,7 @@ def test_the_command_reports_errors_in_one_line(folders, tmp_path, options, caus
 
 def test_a_prompt_outside_the_file_is_refused(tmp_path):
     prompts = write_lines(tmp_path / "p.jsonl", {"prompt": "t010"})
-    settings = ShowSettings(str(tmp_path / "trees.html"), prompts=str(prompts), index=3)
+    settings = ShowSettings(tmp_path / "trees.html", prompts=prompts, index=3)
     with pytest.raises(JetFlowError, match=r"holds 1 prompts, got index 3"):
         settings.messages()
 

@@ -45,7 +45,7 @@ def bench_pair(pair: PairSettings, settings: BenchSettings, progress: Progress |
     """
     for path in settings.prompts:
         read_prompts([path])
-    figure = None if settings.plot is None else plot_path(Path(settings.plot))
+    figure = None if settings.plot is None else plot_path(settings.plot)
     log_path = None if settings.json is None else Path(f"{settings.json}.partial")
     result = run_bench(*pair.load(), settings, log_path=log_path, progress=progress)
     if settings.json is not None and log_path is not None:

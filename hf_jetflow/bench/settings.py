@@ -1,6 +1,8 @@
 """`BenchSettings`: the options of `hf-jetflow bench`, and the variants that they ask for."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
 
 from ..errors import JetFlowError
 from ..head.settings import read_node_budget
@@ -20,8 +22,11 @@ class BenchSettings:
         JetFlowError: If a setting is unknown or out of range.
     """
 
-    prompts: list[str] = field(
-        metadata={"help": "JSON lines files of prompts (`messages`, `turns` or `prompt`); each is a set of its own."}
+    prompts: list[Path] = field(
+        metadata={
+            "action": "extend",  # `--prompts a b` and `--prompts a --prompts b`
+            "help": "JSON lines files of prompts (`messages`, `turns` or `prompt`); each is a set of its own.",
+        }
     )
     methods: list[str] = field(
         default_factory=lambda: ["plain", *LOOP_METHODS],
@@ -48,12 +53,14 @@ class BenchSettings:
     max_new_tokens: int = field(default=128, metadata={"help": "Tokens generated per prompt."})
     num_prompts: int = field(default=20, metadata={"help": "Prompts taken from each file."})
     repeats: int = field(default=1, metadata={"help": "Passes over the prompts."})
-    cache: str = field(default="dynamic", metadata={"help": "The target's cache: dynamic, static or compiled."})
-    json: str | None = field(
+    cache: Literal["dynamic", "static", "compiled"] = field(
+        default="dynamic", metadata={"help": "The target's cache: dynamic, static or compiled."}
+    )
+    json: Path | None = field(
         default=None,
         metadata={"help": "File for the result as JSON; a killed bench then continues where it stopped."},
     )
-    plot: str | None = field(
+    plot: Path | None = field(
         default=None, metadata={"help": "File (.png or .svg) or folder for a figure of the result."}
     )
 

@@ -107,27 +107,16 @@ def train(
 
     hf-jetflow train --target Qwen/Qwen3-0.6B --prompts prompts.jsonl --output runs/qwen3-0.6b
     """
-    from ..training.recipe import TrainRecipe, train_head
+    from ..training.recipe import train_head
+    from ..training.settings import TrainRecipe
     from ..training.trainer import leave_together
 
     options = {name: value for name, value in locals().items() if name in TrainRecipe.__dataclass_fields__}
     _hush(quiet)
     with _readable_errors(), _progress(quiet) as bars:
-        summary = train_head(TrainRecipe(**options, weights=_weights(weight)), _Reporter(bars, quiet))
+        summary = train_head(TrainRecipe(**options, weights=weight), _Reporter(bars, quiet))
     console.print(f"head saved in {output}" + "".join(f"\n  {name}: {value}" for name, value in summary.items()))
     leave_together()
-
-
-def _weights(texts: list[str]) -> dict[str, float]:
-    """Weights by source from `NAME=WEIGHT`."""
-    weights = {}
-    for text in texts:
-        name, _, weight = text.rpartition("=")
-        try:
-            weights[name] = float(weight)
-        except ValueError:
-            raise ValueError(f"the weight is {text!r}, but NAME=WEIGHT is needed, such as `code=2.0`") from None
-    return weights
 
 
 @app.command()
@@ -177,7 +166,7 @@ def bench(
     _hush(quiet)
     with _readable_errors():
         settings = BenchSettings(
-            prompts=[str(path) for path in prompts],
+            prompts=prompts,
             methods=methods.split(","),
             node_budgets=node_budgets.split(","),
             temperatures=[_number(float, value) for value in temperature.split(",")],
@@ -186,12 +175,12 @@ def bench(
             max_new_tokens=max_new_tokens,
             num_prompts=num_prompts,
             repeats=repeats,
-            cache=cache,
-            json=_text(json),
-            plot=_text(plot),
+            cache=cache,  # type: ignore[arg-type]
+            json=json,
+            plot=plot,
         )
         with _progress(quiet) as bars:
-            result = bench_pair(PairSettings(target, head, dtype), settings, _Reporter(bars, quiet))
+            result = bench_pair(PairSettings(target, head, dtype), settings, _Reporter(bars, quiet))  # type: ignore[arg-type]
     output = Console(width=None if sys.stdout.isatty() else 120)
     if not quiet:
         print_tables(result, output)
@@ -199,10 +188,6 @@ def bench(
     for path in (json, plot):
         if path is not None:
             console.print(f"written to {path}")
-
-
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)
 
 
 @app.command()
@@ -232,9 +217,9 @@ def doctor(
 
     _hush(quiet)
     with _readable_errors(status=2):
-        settings = DoctorSettings([str(path) for path in prompts], num_prompts, max_new_tokens, _text(json))
+        settings = DoctorSettings(prompts, num_prompts, max_new_tokens, json)
         with _progress(quiet) as bars:
-            findings = examine_pair(PairSettings(target, head, dtype), settings, _Reporter(bars, quiet))
+            findings = examine_pair(PairSettings(target, head, dtype), settings, _Reporter(bars, quiet))  # type: ignore[arg-type]
     output = Console(width=None if sys.stdout.isatty() else 120)
     if json is not None:
         console.print(f"written to {json}")
@@ -328,10 +313,8 @@ def show(
     from ..target.loading import PairSettings
 
     with _readable_errors():
-        settings = ShowSettings(
-            str(output), prompt, _text(prompts), index, max_new_tokens, node_budget=node_budget, round=round
-        )
-        stats = show_pair(PairSettings(target, head, dtype), settings)
+        settings = ShowSettings(output, prompt, prompts, index, max_new_tokens, node_budget=node_budget, round=round)
+        stats = show_pair(PairSettings(target, head, dtype), settings)  # type: ignore[arg-type]
     console.print(f"{stats.num_rounds} rounds, {stats.tokens_per_round:.2f} tokens per round; written to {output}")
 
 
@@ -438,13 +421,13 @@ def simulate(
             SimulateSettings(
                 target,
                 head,
-                str(acceptance),
+                acceptance,
                 hardware,
                 [] if node_budgets is None else [_number(int, each) for each in node_budgets.split(",")],
                 [_number(int, each) for each in batch_sizes.split(",")],
                 context,
-                _text(json),
-                _text(plot),
+                json,
+                plot,
             )
         )
     if not quiet:

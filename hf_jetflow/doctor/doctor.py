@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,12 +63,13 @@ Findings = dict[str, Any]
 class DoctorSettings:
     """Prompts and length of an examination."""
 
-    prompts: list[str] = field(
-        default_factory=list, metadata={"help": "JSON lines files of prompts, in place of the built-in prompts."}
+    prompts: list[Path] = field(
+        default_factory=list,
+        metadata={"action": "extend", "help": "JSON lines files of prompts, in place of the built-in prompts."},
     )
     num_prompts: int = field(default=8, metadata={"help": "Prompts taken from the files."})
     max_new_tokens: int = field(default=64, metadata={"help": "Tokens of each answer."})
-    json: str | None = field(default=None, metadata={"help": "File for all findings as JSON."})
+    json: Path | None = field(default=None, metadata={"help": "File for all findings as JSON."})
 
     def __post_init__(self) -> None:
         for name in ("num_prompts", "max_new_tokens"):

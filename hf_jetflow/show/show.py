@@ -35,11 +35,11 @@ class ShowSettings:
             and `prompts` is given.
     """
 
-    output: str = field(
+    output: Path = field(
         metadata={"help": "File to write: .html for a page of all rounds, .svg or .png for a picture."}
     )
     prompt: str | None = field(default=None, metadata={"help": "The user's message."})
-    prompts: str | None = field(default=None, metadata={"help": "JSON lines file to take a prompt from."})
+    prompts: Path | None = field(default=None, metadata={"help": "JSON lines file to take a prompt from."})
     index: int = field(default=0, metadata={"help": "Index of the prompt in the file, from 0."})
     max_new_tokens: int = field(default=96, metadata={"help": "Tokens of the answer."})
     node_budget: str = field(default="32", metadata={"help": "Nodes verified per round, root included, or auto."})
@@ -48,7 +48,7 @@ class ShowSettings:
     )
 
     def __post_init__(self) -> None:
-        check_output(Path(self.output))
+        check_output(self.output)
         read_node_budget(self.node_budget)
         if (self.prompt is None) == (self.prompts is None):
             raise JetFlowError("expected exactly one of --prompt TEXT and --prompts FILE; give one of them")
@@ -86,7 +86,7 @@ def show_pair(pair: PairSettings, settings: ShowSettings) -> GenerationStats:
         f"node budget {node_budget}"
     )
     prompt = messages[-1]["content"]
-    write_trees(rounds, tokenizer, Path(settings.output), only=settings.round, prompt=prompt, about=about)
+    write_trees(rounds, tokenizer, settings.output, only=settings.round, prompt=prompt, about=about)
     return stats
 
 

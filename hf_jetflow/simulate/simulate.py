@@ -33,7 +33,7 @@ class SimulateSettings:
 
     target: str = field(metadata={"help": "Target: a Hub id, a folder, its config.json, or a .gguf file."})
     head: str = field(metadata={"help": "Draft head: a Hub id or a folder."})
-    acceptance: str = field(
+    acceptance: Path = field(
         metadata={"help": "Tokens per round: JSON of bench, of a replay, or of examples/measure_ranks.py."}
     )
     hardware: str = field(
@@ -50,8 +50,8 @@ class SimulateSettings:
         default_factory=lambda: [1, 4, 16], metadata={"help": "Numbers of sequences decoded together."}
     )
     context: int = field(default=512, metadata={"help": "Cached tokens per sequence."})
-    json: str | None = field(default=None, metadata={"help": "File for the result as JSON."})
-    plot: str | None = field(default=None, metadata={"help": "File for a figure: .png, .svg or .pdf."})
+    json: Path | None = field(default=None, metadata={"help": "File for the result as JSON."})
+    plot: Path | None = field(default=None, metadata={"help": "File for a figure: .png, .svg or .pdf."})
 
 
 def simulate(
@@ -172,7 +172,7 @@ def run_simulation(settings: SimulateSettings) -> dict[str, Any]:
         OSError: If the configuration of target or head does not exist.
     """
     if settings.plot is not None:
-        check_plot_path(Path(settings.plot))
+        check_plot_path(settings.plot)
     head_config, config = _read_head_config(settings.head), load_target_config(settings.target)
     text = config.get_text_config(decoder=True)
     expected = (head_config.target_hidden_size, head_config.num_target_layers)
@@ -199,7 +199,7 @@ def run_simulation(settings: SimulateSettings) -> dict[str, Any]:
     if settings.json is not None:
         write_json(result, settings.json)
     if settings.plot is not None:
-        plot_speedup(result, Path(settings.plot))
+        plot_speedup(result, settings.plot)
     return result
 
 

@@ -1,4 +1,4 @@
-"""What training is for, measured by decoding: tokens per round."""
+"""Tokens per round of a head, measured by decoding."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,18 +20,24 @@ def tokens_per_round(
     progress: Callable[[int, int, str], None] | None = None,
 ) -> float:
     """
-    Tokens per round of greedy decoding over prompts given as token ids; the mean is over all rounds of all prompts.
+    Tokens per round of greedy decoding over prompts given as token ids: the mean over all rounds of all prompts.
 
-    The head is left as it was: its mode, its generation config and the random generators do not change.
+    The head's mode and generation config and the random generators do not change.
+
+    Args:
+        progress: Called with prompts done, prompts in all, and what they are; first before the first prompt.
     """
     rounds = accepted = 0
+    what = f"held-out prompts, {node_budget} nodes"
+    if progress is not None:
+        progress(0, len(prompts), what)
     with head_settings(head, node_budget=node_budget):
         for number, ids in enumerate(prompts, 1):
             greedy_ids(target, ids, max_new_tokens, assistant_model=head)
             rounds += head.last_stats.num_rounds
             accepted += head.last_stats.num_accepted
             if progress is not None:
-                progress(number, len(prompts), f"held-out prompts, {node_budget} nodes")
+                progress(number, len(prompts), what)
     return (accepted + rounds) / rounds if rounds else 0.0
 
 
