@@ -164,7 +164,7 @@ def _check_published(
             )
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        kind = "MT-Bench" if row["prompts"] == "MT-Bench" else "maths and code"
+        kind = "MT-Bench" if row["prompts"] == "MT-Bench" else "math and code"
         groups.setdefault(f"{row['method']} on {row['target']}, {kind}", []).append(row)
     return {
         "source": published["source"],

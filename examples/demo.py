@@ -19,7 +19,7 @@ from hf_jetflow.target.loading import fast_dtype, load_target
 
 HEAD = Path(__file__).parent / "heads" / "smollm2-135m-instruct"
 PROMPTS = {
-    "maths": "A bakery sells 24 muffins in the morning and twice as many in the afternoon. Each muffin costs $3. "
+    "math": "A bakery sells 24 muffins in the morning and twice as many in the afternoon. Each muffin costs $3. "
     "How much money does the bakery make that day?",
     "code": "Write a Python function that returns the n-th Fibonacci number, and explain how it works.",
     "chat": "What should I pack for a three-day hike in the mountains in autumn?",

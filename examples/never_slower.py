@@ -5,7 +5,7 @@ answers of one token. Every prompt is answered plainly and with the head at once
 share the machine's slow and fast seconds; who begins changes. Needs `pip install greenlet`.
 
     python examples/never_slower.py --target model.gguf --head examples/heads/smollm2-135m-instruct \
-        --prompts maths.jsonl code.jsonl chat.jsonl --json examples/results/never_slower.json
+        --prompts math.jsonl code.jsonl chat.jsonl --json examples/results/never_slower.json
 """
 
 import argparse

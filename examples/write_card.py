@@ -24,7 +24,7 @@ SHIPPED = {
     "datasets": ["openai/gsm8k"],
     "language": ["en"],
     "sets": {
-        "dev_math": "maths (GSM8K test)",
+        "dev_math": "math (GSM8K test)",
         "dev_code": "code (HumanEval)",
         "dev_chat": "chat (MT-Bench, first turns)",
     },

@@ -247,7 +247,7 @@ def test_vllm_s_answers_are_written_as_training_reads_them_and_none_twice(
     vllm.__spec__ = importlib.machinery.ModuleSpec("vllm", None)
     vllm.LLM, vllm.SamplingParams, vllm.TokensPrompt = LLM, dict, lambda prompt_token_ids: prompt_token_ids
     monkeypatch.setitem(sys.modules, "vllm", vllm)
-    prompts = write_lines(tmp_path / "maths.jsonl", {"id": "a", "prompt": "t010"}, {"id": "b", "prompt": "t011"})
+    prompts = write_lines(tmp_path / "math.jsonl", {"id": "a", "prompt": "t010"}, {"id": "b", "prompt": "t011"})
     output = tmp_path / "runs" / "answers.jsonl"
     options = [*pair[:2], "--output", output, "--max-new-tokens", 3, "--max-length", 40, "--prompts"]
     example("answers_vllm", *options, prompts)
@@ -256,8 +256,8 @@ def test_vllm_s_answers_are_written_as_training_reads_them_and_none_twice(
     example("answers_vllm", *options, prompts, "--prompts", more)
     assert asked == [[3, 10, 4, 5], [3, 11, 4, 5], [3, 12, 4, 5]]
     records = [json.loads(line) for line in output.read_text().splitlines()]
-    assert records[0] == {"id": "a", "source": "maths", "prompt_ids": [3, 10, 4, 5], "answer_ids": [7, 8, 2]}
-    assert [record["source"] for record in records] == ["maths", "maths", "other"]
+    assert records[0] == {"id": "a", "source": "math", "prompt_ids": [3, 10, 4, 5], "answer_ids": [7, 8, 2]}
+    assert [record["source"] for record in records] == ["math", "math", "other"]
     assert "1 prompts to answer, 2 answered before" in capsys.readouterr().out
 
 
