@@ -90,7 +90,7 @@ def chat_and_seen(example, monkeypatch):
     return chat, seen
 
 
-def test_chat_sends_the_whole_talk_each_turn_and_starts_another(example, pair, says, chat_and_seen, capsys):
+def test_chat_sends_the_whole_conversation_each_turn_and_starts_another(example, pair, says, chat_and_seen, capsys):
     _, seen = chat_and_seen
     says("t010", "t011", "/new", "t012", "", "never")
     example("chat", *pair, "--max-new-tokens", 4, "--system", "t020")
@@ -104,17 +104,17 @@ def test_chat_sends_the_whole_talk_each_turn_and_starts_another(example, pair, s
     assert seen[2] == [{"role": "system", "content": "t020"}, {"role": "user", "content": "t012"}]
 
 
-def test_an_answer_that_is_cut_short_stays_in_the_talk(example, pair, says, chat_and_seen, capsys, monkeypatch):
+def test_an_interrupted_answer_stays_in_the_chat(example, pair, says, chat_and_seen, capsys, monkeypatch):
     chat, seen = chat_and_seen
 
     def interrupt(self, text, stream_end=False):
         self.text += "t044"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(chat.KeepingStreamer, "on_finalized_text", interrupt)
+    monkeypatch.setattr(chat.RecordingStreamer, "on_finalized_text", interrupt)
     says("t010", "t011")
     example("chat", *pair, "--max-new-tokens", 4)
-    assert "(cut short)" in capsys.readouterr().out
+    assert "(interrupted)" in capsys.readouterr().out
     assert seen[1][1] == {"role": "assistant", "content": "t044"}
 
 
