@@ -67,7 +67,7 @@ def explain_difference(target: PreTrainedModel, prompt: torch.Tensor, plain: lis
     return (
         f"the texts differ from token {first + 1} on, where the target's two best tokens are "
         f"{float(best[0] - best[1]):.3f} nats apart: in {str(target.dtype).removeprefix('torch.')} a forward over "
-        "many rows rounds differently than one over a single row, which decides near-ties (float32 gives the same text)"
+        "many rows rounds differently than one over a single row, which decides near-ties (float32 has no difference)"
     )
 
 
