@@ -168,8 +168,8 @@ Does a draft head work with your target? Each family was tested with a tiny rand
   were accepted. Sampled texts use the same seed.
 - *trees*, *chains*: what is drafted. Chains are drafted if the target cannot verify trees.
 - beyond the window: a prompt longer than the sliding window of {WINDOW}.
-- batches: three prompts of different lengths, padded on the left, greedy and sampled. *decoded plainly*: batches of this
-  family are decoded without drafts.
+- batches: three prompts of different lengths, padded on the left, greedy and sampled. *decoded plainly*: batches of
+  this family are decoded without drafts.
 - refused because: the call raises this `ValueError` before it generates a token.
 
 `make support-matrix` writes this page from the checks of `tests/test_families.py`.
