@@ -58,7 +58,7 @@ def build(name: str, tie_word_embeddings: bool = False) -> PreTrainedModel:
 
 
 def prompt(name: str, num_tokens: int) -> dict[str, torch.Tensor]:
-    """Random tokens and, where the family takes images, a random image behind the first of them."""
+    """Random tokens; for families with images, a random image follows the first token."""
     generator, image = torch.Generator().manual_seed(4), FAMILIES[name].image
     highest = IMAGE_ID if image else COMMON["vocab_size"]
     ids = torch.randint(3, highest, (num_tokens,), generator=generator).tolist()
@@ -126,14 +126,14 @@ def check_batch(name: str, target: PreTrainedModel) -> str:
 
 
 def drafts_of(head: JetFlowHead) -> str:
-    """What the head's latest generation verified."""
+    """Whether the head's latest generation verified trees or chains."""
     stats = head.last_stats
     return "trees" if stats.num_drafted > stats.num_rounds * (head.config.block_size - 1) else "chains"
 
 
 def row(name: str) -> dict[str, str]:
     """
-    The family's row of the table, from what it is seen to do.
+    Test a family, and return its row of the table.
 
     Raises:
         AssertionError: If a text differs from plain decoding.

@@ -1,4 +1,4 @@
-"""The bench: its rows, its figures, how it continues after a kill, and what it refuses."""
+"""The bench: rows, figures, continuing after a kill, and refusals."""
 
 import json
 import re

@@ -147,12 +147,12 @@ def test_a_hub_folder_decodes_by_its_name_and_has_a_valid_card(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (dict(repo="head"), "ORG/NAME is needed"),
+        (dict(repo="head"), "expected a repository ORG/NAME, got"),
         (dict(output="head"), "exists already"),
         (dict(head="target"), "lacks .*generate|lacks README.md"),
     ],
 )
-def test_a_hub_folder_is_refused_by_what_is_wrong(example, pair, tmp_path, change, words):
+def test_an_invalid_hub_folder_is_refused_with_the_cause(example, pair, tmp_path, change, words):
     options = {"head": "head", "output": "hub", **change}
     arguments = ["--head", tmp_path / options["head"], "--output", tmp_path / options["output"]]
     with pytest.raises(SystemExit, match=words):

@@ -36,7 +36,7 @@ def target(tiny_target):
 
 @pytest.fixture
 def head(target, corrected_head):
-    """Its node budget is 12; the texts of `generate` below are what it was made for."""
+    """A head that drafts the texts of `generate` below well; its node budget is 12."""
     ids = make_prompt(12)
     answer = target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS + 8, do_sample=False)
     head = corrected_head("path", target, answer)

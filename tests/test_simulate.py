@@ -80,7 +80,7 @@ def test_only_experts_that_rows_reach_are_read():
 
 def test_launches_overlap_with_the_device_or_add_to_it():
     slow_launch = dataclasses.replace(DEVICE, launch_seconds=0.4)
-    assert forward_seconds(DENSE, slow_launch, 1) == pytest.approx(0.8)  # two layers launched; 0.7 s hide behind it
+    assert forward_seconds(DENSE, slow_launch, 1) == pytest.approx(0.8)  # two layers launched; 0.7 s overlap
     assert forward_seconds(DENSE, slow_launch, 10) == pytest.approx(1.4)
     in_turn = dataclasses.replace(slow_launch, runs_ahead=False)
     assert forward_seconds(DENSE, in_turn, 1) == pytest.approx(1.5)
@@ -100,7 +100,7 @@ def test_a_round_is_the_sum_of_block_corrections_tree_and_host():
     assert seconds.plain == pytest.approx(0.7)
     # Four rows of the block: 0.1 s of reads; three of them scored: 0.2 s of reads.
     assert seconds.draft == pytest.approx(0.3)
-    # Depths 2 and 3 are corrected, five rows each of the nine behind the root: 0.3 s of reads or of operations.
+    # Depths 2 and 3 are corrected, five rows each of the nine after the root: 0.3 s of reads or of operations.
     assert seconds.correct == pytest.approx(2 * 0.3)
     assert seconds.verify == pytest.approx(1.4)
     assert seconds.host == pytest.approx(0.25 + 0.1)

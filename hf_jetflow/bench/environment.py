@@ -1,4 +1,4 @@
-"""What figures depend on: date, versions, processor, and the weights of the head."""
+"""The `environment` of a result: date, versions, processor, and the hash of the head's weights."""
 
 import hashlib
 import os

@@ -31,7 +31,7 @@ def verdict_lines(findings: Findings) -> list[str]:
     if not lines:
         now = findings["as_loaded"]["tokens_per_round"]
         lines = [f"No fault found: {now:.2f} tokens per round, and reverting no common mistake improves it."]
-    return lines + [f"advice: {words}" for words in findings["advice"]]
+    return lines + [f"advice: {advice}" for advice in findings["advice"]]
 
 
 def _facts_table(findings: Findings) -> Table:

@@ -176,14 +176,14 @@ def _draw_chip(axes: "Axes", left: float, middle: float, width: float, kind: str
 
 def _draw_legend(axes: "Axes") -> None:
     left = float(MARGIN)
-    for kind, words in LEGEND.items():
-        _draw_chip(axes, left, MARGIN + CHIP / 2, _chip_width(words, ""), kind, words, "")
-        left += _chip_width(words, "") + 14
+    for kind, label in LEGEND.items():
+        _draw_chip(axes, left, MARGIN + CHIP / 2, _chip_width(label, ""), kind, label, "")
+        left += _chip_width(label, "") + 14
     axes.text(left, MARGIN + CHIP / 2, PERCENTAGES, **_font(SHARE_SIZE, "#4b5563"))
 
 
 def _legend_width() -> float:
-    return sum(_chip_width(words, "") + 14 for words in LEGEND.values()) + _text_width(PERCENTAGES, SHARE_SIZE)
+    return sum(_chip_width(label, "") + 14 for label in LEGEND.values()) + _text_width(PERCENTAGES, SHARE_SIZE)
 
 
 def _chip_width(label: str, share: str) -> float:
