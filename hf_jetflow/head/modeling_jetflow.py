@@ -42,6 +42,8 @@ from .linear import DraftLinear
 
 logger = logging.get_logger(__name__)
 
+FLOAT16_TAP_LIMIT = 64.0  # largest value in float16 taps before the fusion; its sums must stay below 65504
+
 
 class HeadCacheLike(Protocol):
     """What the head needs of its cache: context rows are kept, block rows are placed behind them for one forward."""
@@ -344,7 +346,7 @@ class JetFlowHead(PreTrainedModel):
         if is_mask is not None:
             assert self.mask_embedding is not None
             inputs_embeds = torch.where(is_mask[..., None], self.mask_embedding.to(inputs_embeds.dtype), inputs_embeds)
-        context = self.hidden_norm(self.fc(features))
+        context = self._fuse(features)
         cos_sin = self.rotary_emb(inputs_embeds, torch.cat([context_position_ids, position_ids], dim=1))
         if past_key_values is not None:
             context_position_ids = past_key_values.extend_positions(context_position_ids)
@@ -358,6 +360,17 @@ class JetFlowHead(PreTrainedModel):
             block = layer(block, context, cos_sin, masks[kind], past_key_values)
         rows = self.norm(block)
         return rows if parent_embeds is None else (rows, self._shifts(rows, parent_embeds))
+
+    def _fuse(self, features: torch.Tensor) -> torch.Tensor:
+        """Fused context features (batch, seq, hidden) of concatenated taps."""
+        if features.dtype != torch.float16:
+            return self.hidden_norm(self.fc(features))
+        # A few channels of a target's residual stream are so large that their products exceed float16's range. Each
+        # row is divided by a power of two before the product, and multiplied by it in float32, in which the norm works.
+        largest = features.float().abs().amax(dim=-1, keepdim=True).clamp_min(FLOAT16_TAP_LIMIT)
+        scale = torch.exp2(torch.ceil(torch.log2(largest / FLOAT16_TAP_LIMIT)))
+        fused = self.fc((features / scale).to(features.dtype))
+        return self.hidden_norm(fused.float() * scale).to(features.dtype)
 
     def _shifts(self, rows: torch.Tensor, parent_embeds: torch.Tensor) -> torch.Tensor:
         """Shifts of whole blocks along the true path; depth 1 has but one parent, the anchor, and is not shifted."""
