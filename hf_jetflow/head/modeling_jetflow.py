@@ -270,6 +270,7 @@ class JetFlowHead(PreTrainedModel):
         self.generation_config = GenerationConfig(node_budget=64, max_depth=config.block_size - 1)
         self._newest_stats: Any = None
         self._stats_by_thread: dict[int, Any] = {}
+        self._weights_version = 0  # see `weights_changed`
         self.record_trees = False
         self.last_trees: Any = None  # list of TreeRound of the latest generate call, if `record_trees` was on
         self.post_init()
@@ -289,6 +290,15 @@ class JetFlowHead(PreTrainedModel):
     @last_stats.setter
     def last_stats(self, stats: Any) -> None:
         self._newest_stats = self._stats_by_thread[threading.get_ident()] = stats
+
+    def weights_changed(self) -> None:
+        """
+        Drop all copies of weights, the head's and the target's, that drafting has made.
+
+        Every generate call compares checksums of all weights, so training, loading and writing in place need no call
+        of this. Call it after a change that leaves the checksums equal.
+        """
+        self._weights_version += 1
 
     @property
     def draft_token_ids(self) -> torch.Tensor | None:
@@ -365,8 +375,8 @@ class JetFlowHead(PreTrainedModel):
         """Fused context features (batch, seq, hidden) of concatenated taps."""
         if features.dtype != torch.float16:
             return self.hidden_norm(self.fc(features))
-        # A few channels of a target's residual stream are so large that their products exceed float16's range. Each
-        # row is divided by a power of two before the product, and multiplied by it in float32, in which the norm works.
+        # A few channels of a target's residual stream are so large that sums of their products exceed float16's range.
+        # Divide each row by a power of two before the product, and multiply by it in float32, where the norm works.
         largest = features.float().abs().amax(dim=-1, keepdim=True).clamp_min(FLOAT16_TAP_LIMIT)
         scale = torch.exp2(torch.ceil(torch.log2(largest / FLOAT16_TAP_LIMIT)))
         fused = self.fc((features / scale).to(features.dtype))
