@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..head.modeling_jetflow import BranchCorrection
+from ..head.branch_correction import BranchCorrection
 from ..target.target import Target
 from ..trees.ngrams import ContextNgrams
 from ..trees.tree import Candidates, corrected_logprobs, with_rest

@@ -10,7 +10,8 @@ from torch.nn.functional import pad
 from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.utils import logging
 
-from ..head.modeling_jetflow import BranchCorrection, JetFlowHead
+from ..head.branch_correction import BranchCorrection
+from ..head.modeling_jetflow import JetFlowHead
 from ..target.caches import UNSEEN_POSITION, HeadCache, StaticHeadCache
 from ..target.target import Context, Target, TargetStates
 from ..trees.ngrams import MAX_CONTEXT, ContextNgrams, TextNgrams, continue_tree
