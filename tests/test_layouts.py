@@ -31,7 +31,7 @@ def target(tiny_target):
 def said(monkeypatch) -> list[str]:
     """What is logged while loading."""
     lines: list[str] = []
-    logger = logging.getLogger("hf_jetflow.head.modeling_jetflow")
+    logger = logging.getLogger("hf_jetflow.head.formats")
     monkeypatch.setattr(logger, "warning_once", lines.append, raising=False)
     return lines
 
@@ -596,7 +596,7 @@ def test_the_root_of_a_jetspec_plus_plus_repository_loads_as_a_plain_head_and_sa
         (root / "adapter" / name).write_bytes(b"")
     source = "org/plus" if from_hub else str(root)
     JetFlowHead.from_pretrained(source)
-    assert "is a JetSpec++ head: its adapter is not supported and was left out" in said[1]
+    assert "is a JetSpec++ head. Its adapter is not supported and was left out" in said[1]
     assert not any("adapter" in name for name in hub)
     with pytest.raises(OSError, match=r"holds the adapter of a JetSpec\+\+ head"):
         JetFlowHead.from_pretrained(f"{source}::adapter")

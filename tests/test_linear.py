@@ -10,6 +10,7 @@ import threading
 import weakref
 
 import pytest
+import safetensors.torch
 import torch
 from reference import assert_same_text
 from torch import nn
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_jetflow import JetFlowHead
 from hf_jetflow.decoding.draft_weights import draft_weights
-from hf_jetflow.head.linear import IS_X86, DraftLinear, LaidOutWeights
+from hf_jetflow.head.linear import IS_X86, DraftLinear, LaidOutWeights, TensorFingerprint
 from hf_jetflow.target.target import Target
 
 
@@ -27,7 +28,7 @@ x86_only = pytest.mark.skipif(not IS_X86, reason="weights are laid out on x86 pr
 
 
 class CountProducts(TorchDispatchMode):
-    """Counts the products that read a weight laid out."""
+    """Counts the products that read a laid-out weight."""
 
     num_laid_out = 0
 
@@ -74,6 +75,8 @@ def test_the_products_are_the_same(rows, bias, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_they_are_read_inside_in_use_only_and_by_their_own_thread(dtype):
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this processor has no kernels for bfloat16")
     layer, other = DraftLinear(48, 80).to(dtype), DraftLinear(48, 80).to(dtype)
     weights = laid_out(layer)
     assert_used(layer, weights, True)
@@ -131,30 +134,142 @@ def by_optimizer(layer):
     torch.optim.AdamW([layer.weight]).step()
 
 
-def behind_torchs_back(layer):
+def by_fused_optimizer(layer):
+    layer.weight.grad = torch.ones_like(layer.weight)
+    torch.optim.AdamW([layer.weight], fused=True).step()
+
+
+def by_data(layer):
     layer.weight.data.add_(1)
 
 
+def by_one_row_of_data(layer):
+    layer.weight.data[1] = 3.0
+
+
+def by_one_value_of_data(layer):
+    layer.weight.data[-1, -1] += 0.5
+
+
+def by_swapping_rows(layer):
+    layer.weight.data[[1, 40]] = layer.weight.data[[40, 1]]
+
+
+def by_swapping_columns(layer):
+    layer.weight.data[:, [1, 2]] = layer.weight.data[:, [2, 1]]
+
+
+def by_new_data(layer):
+    layer.weight.data = torch.randn_like(layer.weight)
+
+
+def in_place(layer):
+    layer.weight.mul_(2)
+
+
+def through_numpy(layer):
+    layer.weight.detach().numpy()[3] = 1
+
+
 def by_load_state_dict(layer):
-    layer.load_state_dict({"weight": torch.randn(80, 48)})
+    layer.load_state_dict({"weight": torch.randn_like(layer.weight)})
+
+
+def by_safetensors_into_a_view(layer):
+    layer.weight.data[5:9].copy_(safetensors.torch.load(safetensors.torch.save({"rows": torch.ones(4, 48)}))["rows"])
+
+
+def by_vector_to_parameters(layer):
+    nn.utils.vector_to_parameters(torch.randn(layer.weight.numel()), [layer.weight])
 
 
 def by_a_new_parameter(layer):
-    layer.weight = nn.Parameter(torch.randn(80, 48))
+    layer.weight = nn.Parameter(torch.randn_like(layer.weight))
 
 
-@pytest.mark.parametrize("change", [by_optimizer, behind_torchs_back, by_load_state_dict, by_a_new_parameter])
-def test_a_weight_that_has_changed_is_laid_out_again(change):
-    layer = DraftLinear(48, 80, bias=False)
+CHANGES = [
+    by_optimizer,
+    by_fused_optimizer,
+    by_data,
+    by_one_row_of_data,
+    by_one_value_of_data,
+    by_swapping_rows,
+    by_swapping_columns,
+    by_new_data,
+    in_place,
+    through_numpy,
+    by_load_state_dict,
+    by_safetensors_into_a_view,
+    by_vector_to_parameters,
+    by_a_new_parameter,
+]
+
+
+def plain_weight(num_rows):
+    return torch.randn(num_rows, 48)
+
+
+def transposed_weight(num_rows):
+    return torch.randn(48, num_rows).T
+
+
+def weight_within_a_file(num_rows):
+    """A view that starts between two words of memory, as tensors of one file do."""
+    return torch.randn(num_rows * 48 + 1)[1:].view(num_rows, 48)
+
+
+@x86_only
+@pytest.mark.parametrize("make_weight", [plain_weight, transposed_weight, weight_within_a_file])
+@pytest.mark.parametrize("num_rows", [80, 1000])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_weight_that_has_changed_is_laid_out_again(change, num_rows, make_weight):
+    layer = DraftLinear(48, num_rows, bias=False)
+    layer.weight = nn.Parameter(make_weight(num_rows))
     weights = laid_out(layer)
-    kept = weights._kept.copy()
+    copy_before = weights._copies[layer]
     weights.refresh([layer])
-    assert weights._kept == kept  # nothing is done twice
-    change(layer)
+    assert weights._copies[layer] is copy_before  # nothing is done twice
+    with torch.set_grad_enabled("optimizer" in change.__name__):
+        change(layer)
     weights.refresh([layer])
     inputs = torch.randn(3, 48)
     with torch.no_grad(), weights.in_use():
         torch.testing.assert_close(layer(inputs), inputs @ layer.weight.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool], ids=str)
+@pytest.mark.parametrize("size", [1, 7, 4093, 50_001])
+def test_a_fingerprint_sees_every_single_value(size, dtype):
+    tensor = torch.randint(2, (size,)).to(dtype)
+    fingerprint = TensorFingerprint.of(tensor)
+    assert fingerprint.matches(tensor)
+    assert not fingerprint.matches(tensor.clone())  # another address: a view of the old one would go stale
+    for index in {0, size // 2, size - 1}:
+        tensor[index] = 1 - tensor[index].int()
+        assert not fingerprint.matches(tensor)
+        tensor[index] = 1 - tensor[index].int()
+        assert fingerprint.matches(tensor)
+
+
+def test_a_fingerprint_matches_a_tensor_of_nan():
+    tensor = torch.full((9000,), torch.nan)
+    assert TensorFingerprint.of(tensor).matches(tensor)
+
+
+@x86_only
+def test_weights_changed_makes_everything_again(random_head):
+    from conftest import build_target
+
+    target = copy.deepcopy(build_target("llama"))
+    head = random_head(target, draft_vocab_size=200)
+    view = Target(target, head.config)
+    weights = draft_weights(head, view)
+    projection, copies = weights.projection, weights._laid_out._copies
+    assert draft_weights(head, view).projection is projection
+    head.weights_changed()
+    again = draft_weights(head, view)
+    assert again.projection is not projection
+    assert again._laid_out._copies[head.fc] is not copies[head.fc]
 
 
 @x86_only

@@ -434,6 +434,41 @@ def test_an_encoder_decoder_target_is_refused():
         JetFlowConfig.for_target(AutoConfig.for_model("t5"))
 
 
+@pytest.mark.parametrize(
+    ("model_type", "eps"),
+    [
+        ("llama", 1e-6),
+        ("cohere2_moe", 1e-5),  # `layer_norm_eps`; its `rms_norm_eps` is None
+        ("gpt2", 1e-5),  # `layer_norm_epsilon`
+        ("lfm2", 1e-5),  # `norm_eps`
+        ("recurrent_gemma", 1e-6),
+    ],
+)
+def test_a_head_takes_the_epsilon_of_its_target_by_any_name(model_type, eps):
+    config = JetFlowConfig.for_target(AutoConfig.for_model(model_type), mask_token_id=0)
+    assert config.rms_norm_eps == pytest.approx(eps)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "missing"),
+    [("blt", "num_hidden_layers"), ("pi0", "num_hidden_layers"), ("clip_vision_model", "vocab_size")],
+)
+def test_a_target_that_is_no_stack_of_decoder_layers_is_refused_by_name(model_type, missing):
+    with pytest.raises(ValueError, match=f"`{model_type}` has no .*`{missing}`"):
+        JetFlowConfig.for_target(AutoConfig.for_model(model_type), mask_token_id=0)
+
+
+def test_attention_heads_of_odd_width_are_one_narrower_in_the_head():
+    target = AutoConfig.for_model("gpt_bigcode", n_embd=63, n_head=3)
+    config = JetFlowConfig.for_target(target, mask_token_id=0, num_hidden_layers=1)
+    assert config.head_dim == 20
+    JetFlowHead(config)
+
+
+def test_a_target_without_a_longest_position_gets_the_default():
+    assert JetFlowConfig.for_target(AutoConfig.for_model("xlnet"), mask_token_id=0).max_position_embeddings == 32768
+
+
 LONGROPE = dict(
     rope_type="longrope",
     short_factor=[1.0, 1.1, 1.2, 1.3],

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..head.modeling_jetflow import BranchCorrection
+from ..head.branch_correction import BranchCorrection
 from ..target.target import Target
 from ..trees.ngrams import ContextNgrams
 from ..trees.tree import Candidates, corrected_logprobs, with_rest
@@ -38,6 +38,7 @@ class BranchScores:
         adjustments = None
         if self._correction is not None and depth:  # the block was drafted after the anchor, the only branch at first
             adjustments = self._correction(depth, parents, tokens).to(logprobs.device, torch.float32)
+            adjustments = adjustments.nan_to_num(0.0, posinf=0.0, neginf=0.0)  # a correction that overflows is ignored
         if self._ngrams is not None:
             votes = self._ngrams(depth, parents, tokens)
             adjustments = votes if adjustments is None else adjustments + votes

@@ -1,6 +1,7 @@
-"""What drafting reads beside the head's own modules: the output embedding's rows, and weights laid out for the CPU.
+"""Weights that drafting reads in a form of its own: rows of the output embedding, and copies laid out for the CPU.
 
-Kept for each pair of head and target that is still in use, and made anew when a tensor it was made of has changed.
+They are stored for each pair of head and target that is still in use, and made again when a tensor they were made of
+has changed. Every generate call that drafts checks this once.
 """
 
 from contextlib import AbstractContextManager
@@ -10,22 +11,25 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..head.linear import DraftLinear, Imprint, LaidOutWeights
+from ..head.linear import DraftLinear, LaidOutWeights, TensorFingerprint
 from ..head.modeling_jetflow import JetFlowHead
 from ..target.target import Target
 
 
 class DraftWeights:
-    """Those of one head and target, as they were at the latest `refresh`."""
+    """The weights of one head and target, as of the latest `refresh`."""
 
     def __init__(self) -> None:
-        # The output embedding; `None` where the target's is no plain matrix: then its own module is called.
+        # The output embedding; `None` where the target's is not a plain matrix: then its own module is called.
         self.projection: nn.Linear | None = None
-        self._made_of: list[Imprint] = []
+        self._made_of: list[TensorFingerprint] = []
         self._laid_out = LaidOutWeights()
+        self._version: int | None = None
 
     def refresh(self, head: JetFlowHead, target: Target) -> None:
-        """Make anew what has changed."""
+        """Make again what has changed."""
+        if self._version != head._weights_version:
+            self._made_of, self._laid_out, self._version = [], LaidOutWeights(), head._weights_version
         self.projection = head.lm_head if head.lm_head is not None else self._projection(head, target)
         modules = dict.fromkeys((*head.modules(), self.projection))
         self._laid_out.refresh(module for module in modules if isinstance(module, DraftLinear))
@@ -34,17 +38,17 @@ class DraftWeights:
         whole, token_ids = target.output_rows(None), head.draft_token_ids
         if whole is None:
             return None
-        sources = [whole] if token_ids is None else [whole, token_ids]
-        is_known = self.projection is not None and len(self._made_of) == len(sources)
-        if not (is_known and all(made_of.fits(now) for made_of, now in zip(self._made_of, sources, strict=True))):
-            self._made_of = [Imprint.of(source) for source in sources]
-            if token_ids is None:
-                return _linear(nn.Linear, whole)
+        if token_ids is None:
+            return _linear(nn.Linear, whole)  # shares the target's memory, so it is never stale
+        sources = [whole, token_ids]
+        is_known = isinstance(self.projection, DraftLinear) and len(self._made_of) == len(sources)
+        if not (is_known and all(made_of.matches(now) for made_of, now in zip(self._made_of, sources, strict=True))):
+            self._made_of = [TensorFingerprint.of(source) for source in sources]
             return _linear(DraftLinear, whole[token_ids.to(whole.device)])
         return self.projection
 
     def in_use(self) -> AbstractContextManager[None]:
-        """Inside, the head's layers and the projection read what is laid out."""
+        """Inside, the head's layers and the projection read their laid-out copies."""
         return self._laid_out.in_use()
 
 
@@ -54,12 +58,12 @@ def _linear(kind: type[nn.Linear], weight: torch.Tensor) -> nn.Linear:
     return layer
 
 
-_KEPT: WeakKeyDictionary[JetFlowHead, WeakKeyDictionary[PreTrainedModel, DraftWeights]] = WeakKeyDictionary()
+_STORED: WeakKeyDictionary[JetFlowHead, WeakKeyDictionary[PreTrainedModel, DraftWeights]] = WeakKeyDictionary()
 
 
 @torch.no_grad()
 def draft_weights(head: JetFlowHead, target: Target) -> DraftWeights:
-    """Those of a head and a target as they are now."""
-    weights = _KEPT.setdefault(head, WeakKeyDictionary()).setdefault(target.model, DraftWeights())
+    """The current draft weights of a head and a target."""
+    weights = _STORED.setdefault(head, WeakKeyDictionary()).setdefault(target.model, DraftWeights())
     weights.refresh(head, target)
     return weights

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 from transformers.generation.candidate_generator import CandidateGenerator
+from transformers.utils import logging
 
-from ..head.modeling_jetflow import BranchCorrection, JetFlowHead
+from ..head.branch_correction import BranchCorrection
+from ..head.modeling_jetflow import JetFlowHead
 from ..target.caches import UNSEEN_POSITION, HeadCache, StaticHeadCache
 from ..target.target import Context, Target, TargetStates
 from ..trees.ngrams import MAX_CONTEXT, ContextNgrams, TextNgrams, continue_tree
@@ -18,6 +20,9 @@ from ..trees.tree import BranchScorer, Candidates, DraftTree, build_tree
 from .branch_scores import BranchScores, Correction, LogitChanges, TokenParts
 from .draft_weights import DraftWeights, draft_weights
 from .reuse import HeadContext
+
+
+logger = logging.get_logger(__name__)
 
 
 def _gather_rows(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -85,6 +90,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         self._newest_positions: torch.Tensor | None = None  # (batch,), of the newest tokens that were observed
         self._slots = torch.arange(head.config.num_rows, device=head.device)
         self._texts: list[TextNgrams] = []  # n-grams of each sequence, if they count
+        self._has_checked_scores = False  # done once per generation: off the CPU the host has to wait
 
     @cached_property
     def _weights(self) -> DraftWeights:
@@ -204,7 +210,12 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         num_scored = min(config.branch_candidates if scores_branches else width, logprobs.shape[-1])
         places = order.topk(num_scored).indices
         tokens = places if token_ids is None else token_ids.to(places.device)[places]
-        candidates = Candidates(tokens.to(device), logprobs.gather(-1, places).to(device))
+        scores = logprobs.gather(-1, places).to(device)
+        if not self._has_checked_scores:
+            self._has_checked_scores = True
+            _warn_unless_finite(scores)
+        # A row of the head that overflows scores NaN throughout. No tree follows a candidate at minus infinity.
+        candidates = Candidates(tokens.to(device), scores.nan_to_num(-math.inf, neginf=-math.inf))
         scorer = None
         if scores_branches:
             ngrams = None
@@ -229,14 +240,13 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         return self._texts
 
     def _favoured(self, logprobs: torch.Tensor, context_ids: torch.Tensor, gain: float) -> torch.Tensor:
-        """Log-probabilities (..., depth, draft_vocab) and `gain` for tokens among the newest of a text, with one more
-        column, the least of all."""
+        """Log-probabilities (..., depth, draft_vocab) and `gain` for tokens among the newest of a text."""
         size = self.head.config.vocab_size
         ids = context_ids[..., -MAX_CONTEXT:]
         ids = ids.where((ids >= 0) & (ids < size), size)  # padding; placeholders of images may lie outside too
         places = self._draft_places.to(ids.device)[ids].unsqueeze(-2).expand(*logprobs.shape[:-1], -1)
-        order = pad(logprobs, (0, 1), value=-math.inf)
-        return order.scatter_(-1, places, order.gather(-1, places) + gain)
+        order = pad(logprobs, (0, 1))  # the last column stands for ids outside the draft vocabulary
+        return order.scatter_(-1, places, order.gather(-1, places) + gain)[..., :-1]
 
     def logprobs(self, rows: torch.Tensor) -> torch.Tensor:
         """Draft log-probabilities (..., draft_vocab) of drafted rows (..., hidden), before any branch correction."""
@@ -287,6 +297,14 @@ class JetFlowCandidateGenerator(CandidateGenerator):
 
     def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:
         """Nothing to update: the loop plans every round anew."""
+
+
+def _warn_unless_finite(scores: torch.Tensor) -> None:
+    if scores.isnan().any():
+        logger.warning_once(
+            "The draft head computes NaN scores, and those drafts are dropped: the text stays exact, but decoding is "
+            "slow. Its weights are damaged, or its numbers overflow in its dtype: load it in bfloat16 or float32."
+        )
 
 
 def _path_rows(

@@ -280,7 +280,8 @@ class JetFlowConfig(PreTrainedConfig):
             `JetFlowConfig`: The configuration of a fresh head.
 
         Raises:
-            ValueError: If the target is an encoder-decoder model, or an override is not a field of the configuration.
+            ValueError: If the target is not one stack of decoder layers with attention over a vocabulary, or an
+                override is not a field of the configuration.
         """
         if target_config.is_encoder_decoder:
             raise ValueError(
@@ -290,6 +291,13 @@ class JetFlowConfig(PreTrainedConfig):
         if unknown:
             raise ValueError(f"{unknown} are not fields of `JetFlowConfig`; see its docstring for the names")
         text = target_config.get_text_config(decoder=True)
+        sizes = {name: getattr(text, name, None) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
+        missing = [f"`{name}`" for name, size in sizes.items() if not isinstance(size, int)]
+        if missing:
+            raise ValueError(
+                f"the configuration of `{target_config.model_type}` has no {', '.join(missing)}; draft heads need a "
+                "target that is one stack of decoder layers over a vocabulary"
+            )
         layer = text.per_layer_config[0]  # the layers of some targets have heads of different sizes
         heads = getattr(layer, "num_attention_heads", None)
         if not heads:
@@ -302,15 +310,26 @@ class JetFlowConfig(PreTrainedConfig):
             "intermediate_size": _dense_width(layer),
             "num_attention_heads": heads,
             "num_key_value_heads": getattr(layer, "num_key_value_heads", None) or heads,
-            "head_dim": getattr(layer, "head_dim", None) or text.hidden_size // heads,
-            "max_position_embeddings": getattr(text, "max_position_embeddings", 32768),
-            "rms_norm_eps": float(getattr(text, "rms_norm_eps", 1e-6)),
+            "head_dim": _rotatable(getattr(layer, "head_dim", None) or text.hidden_size // heads),
+            "max_position_embeddings": max(getattr(text, "max_position_embeddings", None) or 0, 0) or 32768,
+            "rms_norm_eps": _norm_eps(text),
             "rope_parameters": _head_rope(text),
             "num_target_layers": text.num_hidden_layers,
             "target_model_type": target_config.model_type,
             "target_name": target_config.name_or_path or None,
         }
         return cls(**{**fields, **overrides})
+
+
+def _norm_eps(text: PreTrainedConfig) -> float:
+    """The epsilon of a target's norms, whatever its configuration calls it."""
+    names = ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "norm_epsilon")
+    return float(next((eps for name in names if (eps := getattr(text, name, None))), 1e-6))
+
+
+def _rotatable(head_dim: int) -> int:
+    """The largest even width of an attention head up to `head_dim`: rotary embeddings turn pairs."""
+    return max(head_dim - head_dim % 2, 2)
 
 
 def _dense_width(layer: PreTrainedConfig) -> int:

@@ -8,7 +8,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from .checkpoint_files import Tensors
+from transformers import PreTrainedConfig
+from transformers.utils import logging
+
+from .checkpoint_files import Source, Tensors
+from .configuration_jetflow import JetFlowConfig
 from .layouts import (
     Config,
     Reading,
@@ -19,6 +23,9 @@ from .layouts import (
     read_speculators,
     read_tensorrt,
 )
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -240,6 +247,34 @@ def read_checkpoint(layout: Layout, config: Config, tensors: Tensors, given: Con
             )
     _check_windows(reading.fields)
     return reading
+
+
+def read_head(
+    source: Source, layout: Layout, settings: Config, tensors: Tensors, kwargs: dict[str, Any]
+) -> tuple[JetFlowConfig, Tensors]:
+    """
+    The configuration and the tensors of a checkpoint. Logs what was made of a third-party layout.
+
+    Args:
+        source ([`Source`]): Where the checkpoint lies.
+        layout ([`Layout`]): What `recognise` made of its config.
+        settings (`dict`), tensors (`dict`): Its config and its tensors.
+        kwargs (`dict`): Arguments of `from_pretrained`; a `config` and fields of `JetFlowConfig` are taken out.
+    """
+    own_fields = JetFlowConfig.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
+    given = {field: kwargs.pop(field) for field in list(kwargs) if field in own_fields}
+    config = kwargs.pop("config", None)
+    reading = read_checkpoint(layout, settings, tensors, given)
+    if not isinstance(config, JetFlowConfig):
+        config = JetFlowConfig.from_dict(reading.fields)
+    if layout.read is not read_jetflow:
+        logger.warning_once(f"`{source.name}` was read as {summary(layout, reading)}.")
+        if source.has(ADAPTER):
+            logger.warning_once(
+                f"`{source.name}` is a JetSpec++ head. Its adapter is not supported and was left out; the head drafts "
+                "without it."
+            )
+    return config, reading.tensors
 
 
 def _check_windows(fields: Config) -> None:

@@ -1,8 +1,8 @@
 """`JetFlowHead`: the causal parallel draft head (arXiv 2606.18394, section 3).
 
 One forward reads a block `[anchor, MASK, ..., MASK]` against the target's context features and yields a hidden row per
-drafted depth. Knows nothing about trees, targets or the decoding loop. Saved with remote code, this file travels
-with `configuration_jetflow.py`, `formats.py`, `layouts.py`, `fetching.py` and `linear.py` only.
+drafted depth. It knows nothing about trees, targets or the decoding loop. Saved as remote code, this file is copied
+together with the files of this folder that it imports, so all imports between them have the form `from .x import y`.
 """
 
 import os
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -22,12 +22,11 @@ from transformers.models.qwen3.modeling_qwen3 import (
     eager_attention_forward,
     rotate_half,
 )
-from transformers.utils import logging
 
+from .branch_correction import BranchCorrection, ZeroLinear
 from .checkpoint_files import (
     SETTINGS,
     WEIGHT_PATTERNS,
-    Source,
     check_loaded_tensors,
     locate,
     read_config,
@@ -35,12 +34,11 @@ from .checkpoint_files import (
     readable_load_errors,
 )
 from .configuration_jetflow import JetFlowConfig
-from .formats import ADAPTER, Layout, read_checkpoint, recognise, summary
-from .layouts import read_jetflow
+from .formats import read_head, recognise
 from .linear import DraftLinear
 
 
-logger = logging.get_logger(__name__)
+FLOAT16_TAP_LIMIT = 64.0  # largest value in float16 taps before the fusion; its sums must stay below 65504
 
 
 class HeadCacheLike(Protocol):
@@ -132,93 +130,6 @@ class JetFlowDecoderLayer(GradientCheckpointingLayer):
         return block + self.mlp(self.post_attention_layernorm(block))
 
 
-class ZeroLinear(DraftLinear):
-    """A projection whose weights start at zero."""
-
-
-class GatedUnit(nn.Module):
-    def forward(self, projected: torch.Tensor) -> torch.Tensor:
-        gate, up = projected.chunk(2, dim=-1)
-        return nn.functional.silu(gate) * up
-
-
-class CandidateLogits(nn.Module):
-    """The output embedding, for some of its tokens only."""
-
-    def forward(self, shifts: torch.Tensor, weight: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """Products (..., branches, width) of shifts (..., branches, hidden) and rows `places` (..., width) of a weight
-        (vocab, hidden)."""
-        rows = nn.functional.embedding(places, weight)
-        if rows.shape[:-2].numel() == 1:  # one sequence: a plain product is faster than a batch of one
-            return nn.functional.linear(shifts, rows.view(rows.shape[-2:]))
-        return shifts @ rows.transpose(-1, -2)
-
-
-class BranchCorrection(nn.Module):
-    """
-    Conditions a node's scores on the tokens of its branch, which the block, all MASK behind the anchor, cannot see.
-
-    A gated layer reads the hidden row of the node's depth and the embedding of its parent's token, for
-    `branch_correction="path"` also a state carried down the branch, and yields a shift of that row: the node's logits
-    change by the shift times the output embedding. The last projection starts at zero, and with it every shift. This
-    is the conditioning of arXiv 2606.18394, Eq. 5-7, which the head published with it does not have.
-    """
-
-    def __init__(self, config: JetFlowConfig):
-        super().__init__()
-        assert config.branch_intermediate_size is not None
-        hidden, width = config.hidden_size, config.branch_intermediate_size
-        self.slot_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
-        self.token_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
-        self.slot_proj = DraftLinear(hidden, 2 * width, bias=False)
-        self.token_proj = DraftLinear(hidden, 2 * width, bias=False)
-        self.gate = GatedUnit()  # inner rows (..., width) of the sum of the parts (..., 2 x width)
-        self.down_proj = ZeroLinear(width, hidden, bias=False)
-        self.candidate_logits = CandidateLogits()  # logit changes of a depth's candidates, of shifts of its row
-        self.has_state = config.branch_correction == "path"
-        if self.has_state:
-            self.state_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
-            self.state_proj = DraftLinear(hidden, 2 * width, bias=False)
-            self.carry_proj = DraftLinear(width, hidden, bias=False)
-
-    def project_slots(self, slots: torch.Tensor) -> torch.Tensor:
-        """The part of the gated layer that all branches of a depth share: (..., hidden) to (..., 2 x width)."""
-        return self.slot_proj(self.slot_norm(slots))
-
-    def project_tokens(self, embeds: torch.Tensor) -> torch.Tensor:
-        """The part that branches with the same last token share: (..., hidden) to (..., 2 x width)."""
-        return self.token_proj(self.token_norm(embeds))
-
-    def project_states(self, states: torch.Tensor) -> torch.Tensor:
-        """The part that branches with the same parent share: (..., hidden) to (..., 2 x width)."""
-        return self.state_proj(self.state_norm(states))
-
-    def carry(self, inner: torch.Tensor, states: torch.Tensor | None) -> torch.Tensor:
-        """States (..., hidden) of branches behind a depth, of its inner rows and their states before it."""
-        carried = self.carry_proj(inner)
-        return carried if states is None else states + carried
-
-    def forward(
-        self, projected_slots: torch.Tensor, parent_embeds: torch.Tensor, state: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """
-        One depth of the branches.
-
-        Args:
-            projected_slots (`torch.Tensor`, (..., 2 x width)): `project_slots` of the depth's row.
-            parent_embeds (`torch.Tensor`, (..., hidden)): The target's embedding of the branches' last tokens.
-            state (`torch.Tensor`, (..., hidden)): State of the branches so far; `None` at their start.
-
-        Returns:
-            Shifts (..., hidden) of the depth's row and the branches' new state (`None` for the parent kind).
-        """
-        projected = projected_slots + self.project_tokens(parent_embeds)
-        if state is not None:
-            projected = projected + self.project_states(state)
-        inner = self.gate(projected)
-        return self.down_proj(inner), self.carry(inner, state) if self.has_state else None
-
-
 class JetFlowHead(PreTrainedModel):
     r"""
     The draft head. It borrows the target's embedding and output embedding, unless it came with its own.
@@ -268,6 +179,7 @@ class JetFlowHead(PreTrainedModel):
         self.generation_config = GenerationConfig(node_budget=64, max_depth=config.block_size - 1)
         self._newest_stats: Any = None
         self._stats_by_thread: dict[int, Any] = {}
+        self._weights_version = 0  # see `weights_changed`
         self.record_trees = False
         self.last_trees: Any = None  # list of TreeRound of the latest generate call, if `record_trees` was on
         self.round_observers: list[Callable[[Any], None]] = []  # each is called with every finished `tree_log.Round`
@@ -288,6 +200,15 @@ class JetFlowHead(PreTrainedModel):
     @last_stats.setter
     def last_stats(self, stats: Any) -> None:
         self._newest_stats = self._stats_by_thread[threading.get_ident()] = stats
+
+    def weights_changed(self) -> None:
+        """
+        Drop all copies of weights, the head's and the target's, that drafting has made.
+
+        Every generate call compares checksums of all weights, so training, loading and writing in place need no call
+        of this. Call it after a change that leaves the checksums equal.
+        """
+        self._weights_version += 1
 
     @property
     def draft_token_ids(self) -> torch.Tensor | None:
@@ -345,7 +266,7 @@ class JetFlowHead(PreTrainedModel):
         if is_mask is not None:
             assert self.mask_embedding is not None
             inputs_embeds = torch.where(is_mask[..., None], self.mask_embedding.to(inputs_embeds.dtype), inputs_embeds)
-        context = self.hidden_norm(self.fc(features))
+        context = self._fuse(features)
         cos_sin = self.rotary_emb(inputs_embeds, torch.cat([context_position_ids, position_ids], dim=1))
         if past_key_values is not None:
             context_position_ids = past_key_values.extend_positions(context_position_ids)
@@ -359,6 +280,17 @@ class JetFlowHead(PreTrainedModel):
             block = layer(block, context, cos_sin, masks[kind], past_key_values)
         rows = self.norm(block)
         return rows if parent_embeds is None else (rows, self._shifts(rows, parent_embeds))
+
+    def _fuse(self, features: torch.Tensor) -> torch.Tensor:
+        """Fused context features (batch, seq, hidden) of concatenated taps."""
+        if features.dtype != torch.float16:
+            return self.hidden_norm(self.fc(features))
+        # A few channels of a target's residual stream are so large that sums of their products exceed float16's range.
+        # Divide each row by a power of two before the product, and multiply by it in float32, where the norm works.
+        largest = features.float().abs().amax(dim=-1, keepdim=True).clamp_min(FLOAT16_TAP_LIMIT)
+        scale = torch.exp2(torch.ceil(torch.log2(largest / FLOAT16_TAP_LIMIT)))
+        fused = self.fc((features / scale).to(features.dtype))
+        return self.hidden_norm(fused.float() * scale).to(features.dtype)
 
     def _shifts(self, rows: torch.Tensor, parent_embeds: torch.Tensor) -> torch.Tensor:
         """Shifts of whole blocks along the true path; depth 1 has but one parent, the anchor, and is not shifted."""
@@ -402,7 +334,7 @@ class JetFlowHead(PreTrainedModel):
             settings = read_config(source)
             layout = recognise(settings)
             folder = source.folder(*WEIGHT_PATTERNS)
-            config, tensors = cls._read(source, layout, settings, read_tensors(folder), kwargs)
+            config, tensors = read_head(source, layout, settings, read_tensors(folder), kwargs)
             # Misshapen tensors are let through here and refused by name below.
             kwargs |= dict(state_dict=tensors, output_loading_info=True, ignore_mismatched_sizes=True)
             head, info = super().from_pretrained(None, *model_args, config=config, **kwargs)
@@ -411,31 +343,6 @@ class JetFlowHead(PreTrainedModel):
             if (folder / SETTINGS).is_file():
                 head._take_settings(GenerationConfig.from_pretrained(folder))
         return (head, info) if wants_info else head  # type: ignore[return-value]  # a pair only when asked for
-
-    @classmethod
-    def _read(
-        cls,
-        source: Source,
-        layout: Layout,
-        settings: dict[str, Any],
-        tensors: dict[str, torch.Tensor],
-        kwargs: dict[str, Any],
-    ) -> tuple[JetFlowConfig, dict[str, torch.Tensor]]:
-        """Configuration and tensors of a checkpoint; takes the fields that the caller gives out of `kwargs`."""
-        own_fields = JetFlowConfig.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
-        given = {field: kwargs.pop(field) for field in list(kwargs) if field in own_fields}
-        config = kwargs.pop("config", None)
-        reading = read_checkpoint(layout, settings, tensors, given)
-        if not isinstance(config, JetFlowConfig):
-            config = JetFlowConfig.from_dict(reading.fields)
-        if layout.read is not read_jetflow:
-            logger.warning_once(f"`{source.name}` was read as {summary(layout, reading)}.")
-            if source.has(ADAPTER):
-                logger.warning_once(
-                    f"`{source.name}` is a JetSpec++ head: its adapter is not supported and was left out, the head "
-                    "drafts without it."
-                )
-        return config, reading.tensors
 
     def _take_settings(self, settings: GenerationConfig) -> None:
         """Saved node budget, depth and width; a file of another layout may not have them."""

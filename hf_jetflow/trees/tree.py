@@ -185,7 +185,8 @@ def _best_nodes(
     max_depth: int,
 ) -> DraftTree:
     """The best `node_budget` of all frontier nodes, as a tree. Frontiers come root first."""
-    scores = torch.cat(logprobs, dim=-1)
+    # NaN would sort before the root, and a node must never come without its parent.
+    scores = torch.cat(logprobs, dim=-1).nan_to_num(-math.inf, neginf=-math.inf)
     # Nodes are listed depth by depth, so a stable sort keeps a parent before a child of equal score.
     kept = scores.sort(descending=True, stable=True).indices[..., :node_budget].sort().values
     new_parents = _renumbered(torch.cat(parents, dim=-1), kept)

@@ -1,0 +1,95 @@
+"""The branch correction: re-scores a draft node given the tokens of its branch."""
+
+import torch
+from torch import nn
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+from .configuration_jetflow import JetFlowConfig
+from .linear import DraftLinear
+
+
+class ZeroLinear(DraftLinear):
+    """A projection whose weights start at zero."""
+
+
+class GatedUnit(nn.Module):
+    def forward(self, projected: torch.Tensor) -> torch.Tensor:
+        gate, up = projected.chunk(2, dim=-1)
+        return nn.functional.silu(gate) * up
+
+
+class CandidateLogits(nn.Module):
+    """The output embedding, for some of its tokens only."""
+
+    def forward(self, shifts: torch.Tensor, weight: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Products (..., branches, width) of shifts (..., branches, hidden) and rows `places` (..., width) of a weight
+        (vocab, hidden)."""
+        rows = nn.functional.embedding(places, weight)
+        if rows.shape[:-2].numel() == 1:  # one sequence: a plain product is faster than a batch of one
+            return nn.functional.linear(shifts, rows.view(rows.shape[-2:]))
+        return shifts @ rows.transpose(-1, -2)
+
+
+class BranchCorrection(nn.Module):
+    """
+    Conditions a node's scores on the tokens of its branch, which the block, all MASK behind the anchor, cannot see.
+
+    A gated layer reads the hidden row of the node's depth and the embedding of its parent's token, for
+    `branch_correction="path"` also a state carried down the branch, and yields a shift of that row: the node's logits
+    change by the shift times the output embedding. The last projection starts at zero, and with it every shift. This
+    is the conditioning of arXiv 2606.18394, Eq. 5-7, which the head published with it does not have.
+    """
+
+    def __init__(self, config: JetFlowConfig):
+        super().__init__()
+        assert config.branch_intermediate_size is not None
+        hidden, width = config.hidden_size, config.branch_intermediate_size
+        self.slot_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
+        self.token_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
+        self.slot_proj = DraftLinear(hidden, 2 * width, bias=False)
+        self.token_proj = DraftLinear(hidden, 2 * width, bias=False)
+        self.gate = GatedUnit()  # inner rows (..., width) of the sum of the parts (..., 2 x width)
+        self.down_proj = ZeroLinear(width, hidden, bias=False)
+        self.candidate_logits = CandidateLogits()  # logit changes of a depth's candidates, of shifts of its row
+        self.has_state = config.branch_correction == "path"
+        if self.has_state:
+            self.state_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
+            self.state_proj = DraftLinear(hidden, 2 * width, bias=False)
+            self.carry_proj = DraftLinear(width, hidden, bias=False)
+
+    def project_slots(self, slots: torch.Tensor) -> torch.Tensor:
+        """The part of the gated layer that all branches of a depth share: (..., hidden) to (..., 2 x width)."""
+        return self.slot_proj(self.slot_norm(slots))
+
+    def project_tokens(self, embeds: torch.Tensor) -> torch.Tensor:
+        """The part that branches with the same last token share: (..., hidden) to (..., 2 x width)."""
+        return self.token_proj(self.token_norm(embeds))
+
+    def project_states(self, states: torch.Tensor) -> torch.Tensor:
+        """The part that branches with the same parent share: (..., hidden) to (..., 2 x width)."""
+        return self.state_proj(self.state_norm(states))
+
+    def carry(self, inner: torch.Tensor, states: torch.Tensor | None) -> torch.Tensor:
+        """States (..., hidden) of branches behind a depth, of its inner rows and their states before it."""
+        carried = self.carry_proj(inner)
+        return carried if states is None else states + carried
+
+    def forward(
+        self, projected_slots: torch.Tensor, parent_embeds: torch.Tensor, state: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        One depth of the branches.
+
+        Args:
+            projected_slots (`torch.Tensor`, (..., 2 x width)): `project_slots` of the depth's row.
+            parent_embeds (`torch.Tensor`, (..., hidden)): The target's embedding of the branches' last tokens.
+            state (`torch.Tensor`, (..., hidden)): State of the branches so far; `None` at their start.
+
+        Returns:
+            Shifts (..., hidden) of the depth's row and the branches' new state (`None` for the parent kind).
+        """
+        projected = projected_slots + self.project_tokens(parent_embeds)
+        if state is not None:
+            projected = projected + self.project_states(state)
+        inner = self.gate(projected)
+        return self.down_proj(inner), self.carry(inner, state) if self.has_state else None
