@@ -141,14 +141,14 @@ def test_the_head_s_static_cache_overwrites_padding():
     assert cache.is_empty
     positions = cache.extend_positions(torch.tensor([[0, 1, 2]]))
     keys, _ = cache.extend(0, torch.cat([rows(0, 3), rows(50, 52)], dim=2), rows(0, 5), num_context=3)
-    cache.keep(3)
+    cache.count_rows(3)
     assert keys[0, 0, [0, 1, 2, 10, 11], 0].tolist() == [0, 1, 2, 50, 51]
     assert positions[0, :3].tolist() == [0, 1, 2]
     assert (positions[0, 3:] > 10**9).all()
     for start in (3, 4):  # one row and one of padding each
         positions = cache.extend_positions(torch.tensor([[start, 99]]))
         keys, values = cache.extend(0, torch.cat([rows(start, start + 2), rows(60, 62)], dim=2), rows(0, 4), 2)
-        cache.keep(1)
+        cache.count_rows(1)
     assert keys[0, 0, [3, 4, 5, 10, 11], 0].tolist() == [3, 4, 5, 60, 61]
     assert positions[0, :6].tolist() == [0, 1, 2, 3, 4, 99]
     assert not cache.is_empty

@@ -126,7 +126,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         self._texts = [self._texts[place] for place in places if self._texts]
         self._pending = [(features[places], position_ids[places]) for features, position_ids in self._pending]
         if isinstance(self._cache, HeadCache):
-            self._cache.keep_rows(index)
+            self._cache.select_sequences(index)
 
     def head_context(self) -> HeadContext:
         """All that the head was shown."""
@@ -187,7 +187,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             anchor_position = inputs["position_ids"][:, :1]  # no row sees a context row that is not before its anchor
             context_position_ids = torch.cat([context_position_ids, anchor_position.expand(-1, num_pad)], dim=1)
         rows = forward(features=features, context_position_ids=context_position_ids, **inputs)
-        self._cache.keep(num_rows)
+        self._cache.count_rows(num_rows)
         return rows
 
     def embed_block(self, block_ids: torch.Tensor, is_anchor: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""What a head has read, kept with the target's cache, so that a call that goes on from that cache drafts as well.
+"""Stores with the target's cache what the head was shown, so that a call that continues from it drafts as well.
 
-Whatever became of the cache in between (cropped, copied, extended, reset, used for another text), only what still
-belongs to its tokens is taken up. Kept states are never changed: a call copies them, copies of the cache share them.
+The cache may be cropped, copied, extended, reset or used for another text in between: only the part that still belongs
+to its tokens is loaded. Stored states are never changed: a call copies them, and copies of the cache share them.
 """
 
 import weakref
@@ -21,7 +21,7 @@ ATTRIBUTE = "_jetflow_memory"  # of the target's cache
 
 @dataclass(frozen=True)
 class HeadContext:
-    """What a head was shown: the rows it has read, and the features that it has not read yet."""
+    """What a head was shown: the context rows it has read, and the features it has not read yet."""
 
     layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]  # keys and values (1, heads, read, dim) of each head layer
     position_ids: torch.Tensor  # (1, read), ascending
@@ -45,7 +45,7 @@ class HeadContext:
         )
 
     def load(self, cache: HeadCache | StaticHeadCache, num_block_rows: int) -> None:
-        """Copies the rows that were read into an empty cache whose forwards have blocks of `num_block_rows`."""
+        """Copy the rows that were read into an empty cache for blocks of `num_block_rows` rows."""
         num_rows = self.position_ids.shape[1]
         if num_rows == 0:
             return
@@ -54,7 +54,7 @@ class HeadContext:
             keys, values = (pad(rows, (0, 0, 0, num_block_rows)) for rows in states)
             cache.extend(index, keys, values, num_rows)
         if isinstance(cache, StaticHeadCache):
-            cache.keep(num_rows)
+            cache.count_rows(num_rows)
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class CacheMarks:
 
 @dataclass(frozen=True)
 class _Memory:
-    """What is kept with a cache."""
+    """What is stored with a cache."""
 
     head: "weakref.ref[JetFlowHead]"
     dtype: torch.dtype
@@ -106,7 +106,7 @@ class _Memory:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()  # stays behind where a cache is pickled
+        return type(None), ()  # is not pickled with its cache
 
 
 class HasHeadContext(Protocol):

@@ -1,5 +1,4 @@
-"""Everything that moves keys and values: the head's context cache, and commits in the target's cache of one sequence
-(those of a batch: `batch_caches`)."""
+"""The head's context cache, and commits in the target's cache of one sequence. For batches, see `batch_caches.py`."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -12,12 +11,12 @@ from .growing_cache import GrowingLayer
 from .recurrent import RECURRENT_LAYERS, drop_rows
 
 
-UNSEEN_POSITION = torch.iinfo(torch.int32).max  # of context rows that pad: no block row sees what is behind its anchor
-# Layers that read what others keep, or nothing; early releases have no such class, nor layers of it.
+UNSEEN_POSITION = torch.iinfo(torch.int32).max  # of padding among context rows: no block row sees past its anchor
+# Layers that read other layers' rows, or none; early releases have no such class.
 EMPTY_LAYERS: tuple[type, ...] = tuple(filter(None, [getattr(cache_utils, "DummyLayer", None)]))
-# moves(device): rows of the tree that a path keeps, and where they go among the tree's rows.
+# moves(device): rows of the tree to move, and their new indices among the tree's rows.
 Moves = Callable[[torch.device], tuple[torch.Tensor, torch.Tensor]]
-STATIC_ROWS = (1, 4, 8, 16, 32, 64, 128, 256)  # rows of a forward with a static cache: one compiled graph for each
+STATIC_ROWS = (1, 4, 8, 16, 32, 64, 128, 256)  # sizes of a forward with a static cache; each compiles one graph
 
 
 class HeadCache:
@@ -31,13 +30,13 @@ class HeadCache:
     def __init__(self, num_layers: int):
         self._keys: list[torch.Tensor | None] = [None] * num_layers
         self._values: list[torch.Tensor | None] = [None] * num_layers
-        self._lengths = [0] * num_layers  # context rows kept, read per layer: layers are extended one after another
+        self._lengths = [0] * num_layers  # context rows by layer: layers are extended one after another
         self._position_ids: torch.Tensor | None = None  # (batch, seq) absolute positions of the context rows
 
     def extend(
         self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor, num_context: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append rows (batch, heads, rows, dim), keep the first `num_context`; returns all up to the last new one."""
+        """Append rows (batch, heads, rows, dim), of which the first `num_context` stay; returns all rows."""
         start = self._lengths[layer_idx]
         end = start + keys.shape[2]
         for store, rows in ((self._keys, keys), (self._values, values)):
@@ -53,13 +52,13 @@ class HeadCache:
         return self._keys[layer_idx][:, :, :end], self._values[layer_idx][:, :, :end]  # type: ignore[index]
 
     def extend_positions(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """Append the positions (batch, rows) of new context rows; returns those of all context rows."""
+        """Append positions (batch, rows) of new context rows; returns the positions of all context rows."""
         known = self._position_ids
         self._position_ids = position_ids if known is None else torch.cat([known, position_ids], dim=1)
         return self._position_ids
 
-    def keep_rows(self, index: torch.Tensor) -> None:
-        """Go on with the sequences (kept,) of the batch only, in that order."""
+    def select_sequences(self, index: torch.Tensor) -> None:
+        """Keep only these sequences of the batch, in this order."""
         if self._position_ids is not None:
             self._position_ids = self._position_ids[index]
             self._keys = [None if keys is None else keys[index] for keys in self._keys]
@@ -75,45 +74,46 @@ class HeadCache:
 
 class StaticHeadCache:
     """
-    The same in buffers of one size, for forwards of one shape: context rows first, the block behind the last slot.
+    Keys and values of the context rows in buffers of fixed size, for forwards of one shape: context rows first, the
+    block behind the last slot.
 
-    Context rows that are padding are written, too, and overwritten by the next forward, as `keep` does not count them.
+    Padding among the context rows is written, too; `count_rows` leaves it out, and the next forward overwrites it.
 
     Args:
         num_layers (`int`): Layers of the head.
-        capacity (`int`): Context rows that fit, padding included.
+        capacity (`int`): Maximum number of context rows, padding included.
     """
 
     def __init__(self, num_layers: int, capacity: int):
         self._capacity = capacity
         self._layers: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_layers
         self._length = torch.zeros((), dtype=torch.long)
-        self._position_ids: torch.Tensor | None = None  # (batch, capacity), beyond every anchor where no row is
+        self._position_ids: torch.Tensor | None = None  # (batch, capacity); beyond every anchor in empty slots
 
     def extend(
         self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor, num_context: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write rows (batch, heads, rows, dim), the first `num_context` of them context; returns whole buffers."""
+        """Write rows (batch, heads, rows, dim), the first `num_context` of them context; returns the full buffers."""
         if self._layers[layer_idx] is None:
             batch, heads, rows, dim = keys.shape
             shape = (batch, heads, self._capacity + rows - num_context, dim)
             self._layers[layer_idx] = (keys.new_zeros(shape), keys.new_zeros(shape))
         buffers = self._layers[layer_idx]
         assert buffers is not None
-        places = torch.arange(num_context, device=keys.device) + self._length
+        slots = torch.arange(num_context, device=keys.device) + self._length
         for buffer, rows_of in zip(buffers, (keys, values), strict=True):
-            buffer.index_copy_(2, places, rows_of[:, :, :num_context])
+            buffer.index_copy_(2, slots, rows_of[:, :, :num_context])
             buffer[:, :, self._capacity :] = rows_of[:, :, num_context:]
         return buffers
 
     def extend_positions(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """Write the positions (batch, rows) of new context rows; returns those of all slots."""
+        """Write positions (batch, rows) of new context rows; returns the positions of all slots."""
         if self._position_ids is None:
             shape, device = (len(position_ids), self._capacity), position_ids.device
             self._position_ids = torch.full(shape, torch.iinfo(torch.long).max, device=device)
             self._length = self._length.to(device)
-        places = torch.arange(position_ids.shape[1], device=position_ids.device) + self._length
-        return self._position_ids.index_copy_(1, places, position_ids)
+        slots = torch.arange(position_ids.shape[1], device=position_ids.device) + self._length
+        return self._position_ids.index_copy_(1, slots, position_ids)
 
     def context_rows(self) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor | None]:
         """Keys and values (batch, heads, rows, dim) of the context in each layer, and positions (batch, rows)."""
@@ -128,17 +128,17 @@ class StaticHeadCache:
         """Whether nothing was written yet."""
         return self._position_ids is None
 
-    def keep(self, num_rows: int) -> None:
-        """Count the first of the newest context rows; the others were padding."""
+    def count_rows(self, num_rows: int) -> None:
+        """Count the first `num_rows` of the newest context rows; the others were padding."""
         self._length.add_(num_rows)
 
 
 def check_target_cache(cache: Cache | None) -> DynamicCache | StaticCache:
     """
-    Refuse caches that cannot hold a tree and roll back; returns the others.
+    Refuse a cache that cannot hold a tree and roll back; returns any other.
 
     Raises:
-        ValueError: Naming the cache and the way round.
+        ValueError: Naming the cache and what to use instead.
     """
     without = "generate without `assistant_model`"
     if cache is None:
@@ -153,15 +153,15 @@ def check_target_cache(cache: Cache | None) -> DynamicCache | StaticCache:
             f"cache, or {without}"
         )
     known = (DynamicLayer, DynamicSlidingWindowLayer, GrowingLayer, StaticLayer, *EMPTY_LAYERS, *RECURRENT_LAYERS)
-    foreign = {type(layer).__name__ for layer in cache.layers if type(layer) not in known}
-    if "StaticSlidingWindowLayer" in foreign:
+    unknown = {type(layer).__name__ for layer in cache.layers if type(layer) not in known}
+    if "StaticSlidingWindowLayer" in unknown:
         raise ValueError(
             "the static cache of a sliding-window target overwrites rows that a draft tree still needs; leave "
             f"`cache_implementation` unset, or {without}"
         )
-    if foreign:
+    if unknown:
         raise ValueError(
-            f"the target's cache has {sorted(foreign)} layers, whose state draft heads cannot take back after a "
+            f"the target's cache has {sorted(unknown)} layers, whose state draft heads cannot roll back after a "
             f"rejected draft; {without}"
         )
     return cache
@@ -186,36 +186,34 @@ def check_padded_rows(cache: Cache, is_padding: torch.Tensor) -> None:
 
 
 def cache_windows(cache: Cache) -> list[int | None]:
-    """Window of each layer of the target's cache in positions, `None` where a layer keeps every token."""
+    """Window of each layer of the target's cache in positions; `None` for layers that hold every token."""
     return [layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None for layer in cache.layers]
 
 
 def static_rows(num_nodes: int) -> int:
-    """Rows of the forward that verifies `num_nodes` with a static cache: the nodes, padded to one of few sizes."""
+    """Rows of a forward that verifies `num_nodes` nodes with a static cache: padded to one of few sizes."""
     return next((rows for rows in STATIC_ROWS if rows >= num_nodes), num_nodes)
 
 
 def max_static_nodes(num_free: int) -> int:
-    """Nodes that a static cache with `num_free` rows left can take, padding included; at least the root."""
+    """Rows, padding included, that fit into a static cache with `num_free` free slots; at least the root."""
     return max(rows for rows in (*STATIC_ROWS, 1) if rows <= max(num_free, 1))
 
 
 def commit_path(cache: Cache, path: list[int], num_rows: int) -> None:
     """
-    Keep the keys and values of the path, compacted behind the prefix, and drop the other nodes.
-
-    Moves only the accepted rows: the prefix stays where it is.
+    Compact the keys and values of the path behind the prefix, and drop the other nodes. The prefix is not moved.
 
     Args:
         cache (`DynamicCache` or `StaticCache`): The target's cache, whose last `num_rows` rows are the tree's nodes
             and, with a static cache, padding.
-        path (`list[int]`): Accepted node ids, root first, ascending; none drops all nodes.
+        path (`list[int]`): Accepted node ids, root first, ascending; an empty path drops all nodes.
         num_rows (`int`): Rows of the verifying forward.
     """
-    # The root is there already, and so are the nodes behind it whose numbers are their places on the path.
-    first = next((place for place, node in enumerate(path) if place != node), len(path))
+    # The root is in place, and so are the nodes behind it whose ids equal their index on the path.
+    first = next((index for index, node in enumerate(path) if index != node), len(path))
 
-    @functools.cache  # alike for most layers
+    @functools.cache  # the same for most layers
     def moves(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.tensor(path[first:], device=device), torch.arange(first, len(path), device=device)
 
@@ -235,7 +233,7 @@ def commit_path(cache: Cache, path: list[int], num_rows: int) -> None:
                 if first < len(path) and id(buffers) not in moved:
                     _move(buffers, start, moves)
                     moved[id(buffers)] = buffers
-                layer.show(start + len(path))
+                layer.truncate(start + len(path))
                 continue
             start = layer.keys.shape[2] - num_rows
             if first < len(path):
@@ -244,15 +242,15 @@ def commit_path(cache: Cache, path: list[int], num_rows: int) -> None:
 
 
 def _move(buffers: Iterable[torch.Tensor], start: int | torch.Tensor, moves: Moves) -> None:
-    """Bring rows of buffers (..., rows, dim) together, in place, behind `start`."""
+    """Compact rows of buffers (..., rows, dim) behind `start`, in place."""
     for states in buffers:
-        rows, places = (numbers + start for numbers in moves(states.device))
-        states.index_copy_(-2, places, states.index_select(-2, rows))
+        rows, slots = (numbers + start for numbers in moves(states.device))
+        states.index_copy_(-2, slots, states.index_select(-2, rows))
 
 
 def _end_at(layer: DynamicLayer, length: int, num_dropped: int) -> None:
     layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length -= num_dropped
-        layer.crop(0)  # forgets the rows that have left the window
-        layer.record_past = False  # so that a later prefill, maybe the caller's own, forgets them by itself
+        layer.crop(0)  # drops the rows that have left the window
+        layer.record_past = False  # so that later forwards, maybe the caller's own, drop them as usual

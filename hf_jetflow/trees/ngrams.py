@@ -1,8 +1,8 @@
-"""Context n-grams: what followed a branch's last tokens earlier in the text, as evidence for its next ones.
+"""Context n-grams: tokens that followed a branch's last tokens earlier in the text, as evidence for its next ones.
 
-The block is drafted in one forward, so its rows cannot look up what came after the tokens of a branch; the text itself
-can be asked, at hardly any cost. Prompt lookup decoding drafts from such matches alone; here they shift the draft
-head's scores, node by node, and go on where the block ends.
+The head drafts all depths in one forward, so it cannot look up what followed the tokens of a branch. The text can be
+searched at almost no cost. Prompt lookup decoding drafts from such matches alone. Here they shift the head's scores
+node by node, and continue the tree below the block's last depth.
 """
 
 import math
@@ -14,27 +14,27 @@ import torch
 from .tree import Candidates, DraftTree, trim_tree
 
 
-MAX_CONTEXT = 2048  # newest tokens that are searched
-MAX_MATCH = 32  # tokens of a match that are counted
+MAX_CONTEXT = 2048  # newest tokens to search
+MAX_MATCH = 32  # longest match to count, in tokens
 
 
 class _Gram:
-    """A sequence of tokens that occurs in a text: how often, and what came next."""
+    """An n-gram of a text: its count, and the n-grams one token longer. The root is the empty n-gram."""
 
     __slots__ = ("count", "followed", "nexts")
 
     def __init__(self) -> None:
         self.count = 0
         self.nexts: dict[int, _Gram] = {}
-        self.followed = 0  # sum of their counts
+        self.followed = 0  # sum of the counts of `nexts`
 
 
 class TextNgrams:
     """
-    Counts of what followed the n-grams of a text, kept up as the text grows. On the host, as the tree is grown there.
+    N-gram counts of a text, updated as the text grows. A trie on the host, where branches are looked up.
 
     Args:
-        longest (`int`): Most tokens of a match.
+        longest (`int`): Tokens of the longest match.
     """
 
     def __init__(self, longest: int):
@@ -44,16 +44,15 @@ class TextNgrams:
     def _clear(self) -> None:
         self._ids: list[int] = []
         self.root = _Gram()
-        self._tail = [self.root]  # the grams at the end of the text, from none to `longest` tokens
+        self._tail = [self.root]  # n-grams at the end of the text, of 0 to `longest` tokens
 
     @property
     def tail(self) -> list[_Gram]:
-        """The grams at the end of the text, of one token, two tokens, ..."""
+        """N-grams at the end of the text, of one token, two tokens, ..."""
         return self._tail[1:]
 
     def follow(self, ids: list[int]) -> None:
-        """Count another text, at little cost where it is the earlier one, maybe without its beginning, and some more
-        tokens."""
+        """Count the n-grams of `ids`. Cheap where the previous text, or its end, is a prefix of `ids`."""
         known = self._ids
         num_gone = next((gone for gone in range(len(known)) if known[gone:] == ids[: len(known) - gone]), len(known))
         if num_gone == len(known):
@@ -92,36 +91,36 @@ class ContextNgrams:
     """
     Logit changes of candidates after each branch of a tree.
 
-    A place of the text matches a branch by `n` tokens when the `n` tokens that end there are the branch's last ones,
-    committed tokens before the anchor included. For each `n` the candidates share `weights[n - 1]`, by how often each
-    of them came next at the places that match by `n` tokens or more.
+    A position of the text matches a branch by `n` tokens when the `n` tokens that end there are the branch's last
+    ones; committed tokens before the anchor count as part of the branch. For each `n`, the candidates share
+    `weights[n - 1]` in proportion to how often each of them followed such a match.
 
     Args:
-        texts (`Sequence[TextNgrams]`): Of each sequence, all committed tokens, the anchor last.
+        texts (`Sequence[TextNgrams]`): N-grams of the committed tokens of each sequence, the anchor last.
         candidates ([`~tree.Candidates`]): Proposals per depth.
-        weights (`Sequence[float]`): One for each length of match, from 1.
+        weights (`Sequence[float]`): One for each length of a match, from 1.
     """
 
     def __init__(self, texts: Sequence[TextNgrams], candidates: Candidates, weights: Sequence[float]):
         self._texts, self._weights = texts, weights
         self._width = candidates.tokens.shape[-1]
         self._tokens = candidates.tokens.view(len(texts), -1, self._width).tolist()
-        self._grams: list[list[list[_Gram]]] = []  # at the end of each branch of the depth before, by sequence
+        self._grams: list[list[list[_Gram]]] = []  # by sequence and branch of the previous depth: n-grams at its end
 
     def __call__(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """
         Logit changes (..., branches, width) of a depth's candidates.
 
         Args:
-            parents (`torch.Tensor`, (..., branches)): Each branch's place among the branches of the depth before.
+            parents (`torch.Tensor`, (..., branches)): Indices of their parents among the previous depth's.
             tokens (`torch.Tensor`, (..., branches)): Their last tokens.
         """
         if depth:
             flat = torch.stack([parents, tokens]).view(2, len(self._texts), -1).tolist()  # one transfer from a GPU
-            self._grams = [self._longer(place, *branches) for place, branches in enumerate(zip(*flat, strict=True))]
+            self._grams = [self._extended(index, *branches) for index, branches in enumerate(zip(*flat, strict=True))]
         else:
             self._grams = [[text.tail] for text in self._texts]
-        rows: dict[_Gram | None, int] = {}  # branches that end alike share one
+        rows: dict[_Gram | None, int] = {}  # branches with the same longest match share a row
         changes, zeros, of_branch = array("f"), bytes(4 * self._width), []
         for of_depth, branches in zip(self._tokens, self._grams, strict=True):
             columns = {token: column for column, token in enumerate(of_depth[depth])}
@@ -139,15 +138,15 @@ class ContextNgrams:
         of_row = torch.frombuffer(changes, dtype=torch.float32).view(-1, self._width)
         return of_row.index_select(0, torch.tensor(of_branch)).view(*tokens.shape, -1).to(tokens.device)
 
-    def _longer(self, place: int, parents: list[int], tokens: list[int]) -> list[list[_Gram]]:
-        """The grams at the end of each branch of a sequence, given those of their parents."""
-        root, before = self._texts[place].root, self._grams[place]
-        most = len(self._weights) - 1
+    def _extended(self, index: int, parents: list[int], tokens: list[int]) -> list[list[_Gram]]:
+        """N-grams at the end of each branch of a sequence, given those of their parents."""
+        root, before = self._texts[index].root, self._grams[index]
+        max_shorter = len(self._weights) - 1
         of_branch = []
         for parent, token in zip(parents, tokens, strict=True):
             grams = []
             gram = root.nexts.get(token)
-            for shorter in before[parent][:most]:
+            for shorter in before[parent][:max_shorter]:
                 if gram is None:
                     break
                 grams.append(gram)
@@ -162,19 +161,19 @@ def continue_tree(
     tree: DraftTree, context_ids: torch.Tensor, node_budget: int, max_continued: int, min_logprob: float = -math.inf
 ) -> DraftTree:
     """
-    The best nodes of a tree and of a continuation below its deepest level, where it has no candidates.
+    Continue a tree below the head's deepest level, and return the best nodes of both parts.
 
-    The best node of that level is followed by what came after the longest match of its branch earlier in the text.
-    Of a match of `n` tokens the next one is taken to follow with probability `n / (n + 2)`: in 600 greedy answers of
-    SmolLM2-135M-Instruct it did in 65, 74, 85 and 98 % of the cases for 3, 5, 10 and 16 tokens or more. Works on the
-    host, as what reads the tree next does.
+    The best node of that level is followed by the tokens that followed the longest match of its branch earlier in the
+    text. After a match of `n` tokens the next token is given probability `n / (n + 2)`: in 600 greedy answers of
+    SmolLM2-135M-Instruct it followed in 65, 74, 85 and 98 % of the cases for 3, 5, 10 and 16 tokens or more. Runs on
+    the host, as does the step that reads the tree next.
 
     Args:
-        tree ([`~tree.DraftTree`]): Of one sequence; others are returned as they are.
+        tree ([`~tree.DraftTree`]): The tree of one sequence; trees of batches are returned unchanged.
         context_ids (`torch.Tensor`, (..., seq)): All committed tokens, the anchor last.
-        node_budget (`int`): Most nodes of the result, the root included.
-        max_continued (`int`): Most levels that are added.
-        min_logprob (`float`): No node below it is added.
+        node_budget (`int`): Maximum number of nodes, root included.
+        max_continued (`int`): Maximum number of levels to add.
+        min_logprob (`float`): Nodes below it are not added.
     """
     if max_continued < 1 or tree.max_depth < 1 or tree.tokens.numel() != tree.num_nodes:
         return tree
@@ -187,24 +186,24 @@ def continue_tree(
     if scores[leaf] <= floor:
         return tree
     text = context_ids.flatten()[-MAX_CONTEXT:].tolist() + [tokens[node] for node in _path_to(leaf, parents)]
-    length, place = _longest_match(text)
+    length, index = _longest_match(text)
     parent, score = leaf, scores[leaf]
     for level in range(1, max_continued + 1):
         if not length or (score := score + math.log(length / (length + 2))) <= floor:
             break
-        text.append(text[place])
-        tokens.append(text[place])
+        text.append(text[index])
+        tokens.append(text[index])
         parents.append(parent)
         depths.append(tree.max_depth + level)
         scores.append(score)
-        parent, place, length = len(tokens) - 1, place + 1, length + 1
+        parent, index, length = len(tokens) - 1, index + 1, length + 1
     if parent == leaf:
         return tree
     return trim_tree(_with_nodes(tree, tokens, parents, depths, scores), node_budget)
 
 
 def _path_to(node: int, parents: list[int]) -> list[int]:
-    """Nodes from the root's child down to `node`."""
+    """The nodes from the root's child down to `node`."""
     path = []
     while node > 0:
         path.append(node)
@@ -213,19 +212,19 @@ def _path_to(node: int, parents: list[int]) -> list[int]:
 
 
 def _longest_match(text: list[int]) -> tuple[int, int]:
-    """How many tokens at the end of a text are the same as somewhere earlier, `MAX_MATCH` at most, and the place
-    behind them there; the latest of equal ones."""
-    best, place, last = 0, 0, len(text) - 1
+    """Length of the longest earlier match of the text's end, `MAX_MATCH` at most, and the index after that match. The
+    latest one wins a tie."""
+    best, index, last = 0, 0, len(text) - 1
     for end in range(last - 1, -1, -1):
         if text[end] == text[last]:
             length = 1
             while length <= min(end, MAX_MATCH - 1) and text[end - length] == text[last - length]:
                 length += 1
             if length > best:
-                best, place = length, end + 1
+                best, index = length, end + 1
                 if best == MAX_MATCH:
                     break
-    return best, place
+    return best, index
 
 
 def _with_nodes(

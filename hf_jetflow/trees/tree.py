@@ -1,10 +1,10 @@
 """Draft trees: the exact best tree within a node budget.
 
-All functions take one sequence or, with a leading dimension `...`, a batch of them, whose trees then have equally many
-nodes.
+The best tree holds the `node_budget` nodes with the highest cumulative log-probability. No log-probability is
+positive, so a node never outranks its parent, and the best nodes always form a tree (arXiv 2606.18394, section 3.4). It is built
+depth by depth: each depth extends a frontier of the best branches so far, and one sort at the end picks the nodes.
 
-A tree is best when its nodes are those with the highest cumulative log-probability. As no log-probability is positive,
-a node never outranks its parent, so the best `node_budget` nodes always form a tree (arXiv 2606.18394, section 3.4).
+All functions take one sequence or, with a leading dimension `...`, a batch. The trees of a batch have one size.
 """
 
 import math
@@ -18,7 +18,7 @@ import torch
 from torch.nn.functional import pad
 
 
-MIN_REST = 1e-6  # least probability of the tokens that are no candidates
+MIN_REST = 1e-6  # minimum total probability of the tokens that are not candidates
 
 
 @dataclass
@@ -51,29 +51,28 @@ class DraftTree:
 
 
 # scorer(depth, parents, tokens) -> (..., branches, width): log-probabilities of the depth's candidates after each
-# branch of the frontier. `tokens` (..., branches) are the branches' last tokens, `parents` (..., branches) their
-# places in the previous frontier, by which a scorer with a state of its own carries it down. Called once per depth,
+# branch of the frontier. `tokens` (..., branches) are the branches' last tokens; `parents` (..., branches) are the
+# indices of their parents in the previous frontier, by which a scorer carries its state down. Called once per depth,
 # with depth 0 for the root.
 BranchScorer = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def with_rest(logprobs: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities (..., width) of candidates, and behind them that of all other tokens together: (..., width +
-    1)."""
+    """Append the log-probability of all other tokens to those of the candidates: (..., width) to (..., width + 1)."""
     rest = (1 - logprobs.exp().sum(-1, keepdim=True)).clamp_min(MIN_REST).log()
     return torch.cat([logprobs, rest], dim=-1)
 
 
 def corrected_logprobs(logprobs: torch.Tensor, adjustments: torch.Tensor) -> torch.Tensor:
     """
-    Log-probabilities of candidates whose logits change by `adjustments`, while all other tokens keep theirs.
+    Log-probabilities of candidates after their logits change by `adjustments`; all other logits stay.
 
     Args:
-        logprobs (`torch.Tensor`, (..., width + 1)): Of the candidates and of the rest (see `with_rest`), float32.
+        logprobs (`torch.Tensor`, (..., width + 1)): Candidates, then all other tokens (see `with_rest`); float32.
         adjustments (`torch.Tensor`, (..., width)): Changes of the candidates' logits.
 
     Returns:
-        `torch.Tensor`, (..., width + 1): Those of the candidates, and that of the rest.
+        `torch.Tensor`, (..., width + 1): Candidates, then all other tokens.
     """
     return torch.log_softmax(logprobs + pad(adjustments, (0, 1)), dim=-1)
 
@@ -87,18 +86,18 @@ def build_tree(
     min_logprob: float = -math.inf,
 ) -> DraftTree:
     """
-    The best tree of at most `node_budget` nodes over the candidates.
+    Build the best tree of at most `node_budget` nodes over the candidates.
 
-    Goes down depth by depth with a frontier of the best `node_budget - 1` branches, which is exact: a node that is not
-    among the best of its own depth is not among the best of all. One global sort then picks the nodes.
+    Each depth keeps a frontier of the best `node_budget - 1` branches. That is exact: a node outside the best of its
+    own depth is outside the best of all.
 
     Args:
         anchor_id (`torch.Tensor`, (..., 1)): Token of the root.
         candidates (`Candidates`): Proposals per depth; the width-1 case is a chain.
-        node_budget (`int`): Most nodes of the tree, root included; at least 1.
-        scorer (*optional*): Re-scores the candidates after each branch; without one every branch of a depth shares
-            the depth's own row.
-        width (`int`, *optional*): Most children of a node, for a scorer; all candidates by default, 1 is a chain.
+        node_budget (`int`): Maximum number of nodes, root included; at least 1.
+        scorer (*optional*): Re-scores the candidates after each branch; without one, all branches of a depth share
+            the depth's own scores.
+        width (`int`, *optional*): Maximum number of children of a node, with a scorer; all candidates by default.
         min_logprob (`float`): Nodes below it are left out, except for the root's best child. In a batch, whose trees
             have one size, the tree with most nodes above it sets the size.
 
@@ -157,7 +156,7 @@ def _root_alone(anchor_id: torch.Tensor) -> DraftTree:
 
 
 def chain_of(tokens: torch.Tensor) -> DraftTree:
-    """The tree of one path whose tokens (..., length) are given."""
+    """A tree of one path with tokens (..., length)."""
     parents = (torch.arange(tokens.shape[-1], device=tokens.device) - 1).expand_as(tokens)
     return DraftTree(tokens, parents, parents + 1, torch.zeros_like(tokens).float(), max_depth=tokens.shape[-1] - 1)
 
@@ -184,10 +183,10 @@ def _best_nodes(
     node_budget: int,
     max_depth: int,
 ) -> DraftTree:
-    """The best `node_budget` of all frontier nodes, as a tree. Frontiers come root first."""
+    """The tree of the best `node_budget` nodes of all frontiers, which come root first."""
     # NaN would sort before the root, and a node must never come without its parent.
     scores = torch.cat(logprobs, dim=-1).nan_to_num(-math.inf, neginf=-math.inf)
-    # Nodes are listed depth by depth, so a stable sort keeps a parent before a child of equal score.
+    # Nodes are listed depth by depth, so a stable sort breaks ties in favor of the parent.
     kept = scores.sort(descending=True, stable=True).indices[..., :node_budget].sort().values
     new_parents = _renumbered(torch.cat(parents, dim=-1), kept)
     return DraftTree(
@@ -200,7 +199,7 @@ def _best_nodes(
 
 
 def _renumbered(parents: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Parents (..., kept) of the kept nodes among themselves; the root, which comes first, has none."""
+    """Parents (..., kept) as indices among the kept nodes; -1 for the root, which comes first."""
     places = torch.arange(kept.shape[-1], device=kept.device).expand_as(kept)
     new_place = torch.empty_like(parents).scatter_(-1, kept, places)
     new_parents = new_place.gather(-1, parents.gather(-1, kept).clamp_min(0))
@@ -209,7 +208,7 @@ def _renumbered(parents: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
 
 
 def trim_tree(tree: DraftTree, node_budget: int) -> DraftTree:
-    """The best `node_budget` nodes of a tree, which is what `build_tree` would have built with that budget."""
+    """The tree that `build_tree` would have built with a smaller budget."""
     kept = tree.logprobs.sort(descending=True, stable=True).indices[..., :node_budget].sort().values
     return DraftTree(
         tokens=tree.tokens.gather(-1, kept),
@@ -223,7 +222,7 @@ def trim_tree(tree: DraftTree, node_budget: int) -> DraftTree:
 def ancestor_mask(parents: torch.Tensor, max_depth: int) -> torch.Tensor:
     """Visibility among nodes, (..., nodes, nodes) bool: each node sees its ancestors and itself."""
     num_nodes = parents.shape[-1]
-    parents = parents.clamp_min(0)  # the root's is the root
+    parents = parents.clamp_min(0)  # the root counts as its own parent
     lineage = torch.arange(num_nodes, device=parents.device).expand_as(parents)
     columns = [lineage]
     for _ in range(max_depth):
@@ -238,8 +237,8 @@ def _promising_pairs(branches: int, width: int, most: int, device: torch.device)
     """
     Pairs (branch, candidate) that can be among the best `most`, when branches and candidates are both sorted.
 
-    Every pair with neither index larger scores at least as well, so pair (r, c) is beaten or equalled by
-    (r + 1)(c + 1) - 1 others and may be left out once that reaches `most`.
+    A pair scores at least as well as every pair with no smaller index, so (r, c) has (r + 1)(c + 1) - 1 pairs ahead
+    of it and is dropped once that reaches `most`.
     """
     rows = torch.arange(branches, device=device)[:, None]
     columns = torch.arange(width, device=device)[None, :]
@@ -249,5 +248,5 @@ def _promising_pairs(branches: int, width: int, most: int, device: torch.device)
 
 @lru_cache(maxsize=256)
 def _level_numbers(sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Depth of each node when level d has `sizes[d]` nodes."""
+    """Depth of each node when depth d has `sizes[d]` nodes."""
     return torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(device)
