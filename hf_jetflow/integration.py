@@ -124,8 +124,9 @@ def _checked_decode(
     check_call(model, generation_config, kwargs.pop("synced_gpus", False))
     check_processes(model, head)
     if len(input_ids) > 1:
-        parts = (kwargs["logits_processor"], kwargs["stopping_criteria"], generation_config)
-        reason = reason_to_step_together(model, *parts, kwargs.get(CACHE_NAME))
+        reason = reason_to_step_together(
+            model, kwargs["logits_processor"], generation_config, kwargs.get(CACHE_NAME)
+        )
         if reason is not None:
             logger.warning_once(f"this batch is decoded plainly, without the draft head: {reason}.")
             head.last_stats = GenerationStats(policy={"plain": reason})

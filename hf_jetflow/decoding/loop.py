@@ -50,7 +50,8 @@ def decode(
     wants = {name: getattr(generation_config, name) for name in OUTPUT_FLAGS}
     policy_of = cache(partial(choose_policy, head, model))
     policy = policy_of(_rounded_up(batch))
-    choosers = _choosers(batch, logits_processor, generation_config.do_sample, wants)
+    noise = BatchNoise(batch)
+    choosers = _choosers(noise, batch, logits_processor, generation_config.do_sample, wants)
     emitter = Emitter(input_ids, stopping_criteria, streamer, **_padding(generation_config, model_kwargs))
     target = Target(model, head.config)
     stats = head.last_stats = GenerationStats()
@@ -71,7 +72,7 @@ def decode(
         policy = policy_of(_rounded_up(len(emitter.rows)))
         plan = policy.plan(emitter.num_remaining, context.most_nodes)
         with _timed(stats, "draft"):
-            context_ids = emitter.newest_ids
+            context_ids = emitter.newest_ids.to(target.device)
             candidates = drafter.propose(context_ids, context.positions, plan.max_depth, plan.width)
         with _timed(stats, "tree"):
             limits = plan.node_budget, plan.width, plan.least_logprob, plan.max_continued
@@ -85,8 +86,9 @@ def decode(
             target.commit(context, tree, paths)
             drafter.observe(states, paths)
         policy.record(tree, sum(len(path) - 1 for path in paths) / len(paths))
-        stats.count_round(tree.num_nodes - 1, tree.max_depth, [len(path) - 1 for path in paths])
+        stats.count_round(tree.num_nodes - 1, tree.max_depth + tree.num_continued, [len(path) - 1 for path in paths])
         trace.record(tree, paths, emitter)
+    noise.rewind(emitter.length - input_ids.shape[1])
     stats.num_new_tokens, stats.policy = emitter.num_new_tokens, policy.report()
     if wants["return_dict_in_generate"] or getattr(context.cache, "_is_user_defined", False):
         _leave_cache(head, emitter, target, context, drafter)
@@ -94,13 +96,12 @@ def decode(
 
 
 def _choosers(
-    batch: int, logits_processor: LogitsProcessorList, do_sample: bool, wants: dict[str, Any]
+    noise: BatchNoise, batch: int, logits_processor: LogitsProcessorList, do_sample: bool, wants: dict[str, Any]
 ) -> list[Chooser]:
     """One for each sequence."""
     if batch == 1:
         keeps = [wants["return_dict_in_generate"] and wants[name] for name in ("output_scores", "output_logits")]
         return [Chooser(logits_processor, do_sample, *keeps)]
-    noise = BatchNoise(batch)
     return [
         Chooser(row_processors(logits_processor, row), do_sample, draw=partial(noise.draw, row))
         for row in range(batch)
@@ -113,6 +114,7 @@ def _leave_cache(
     """Leave the cache as plain decoding does, and with that of one sequence what the head has read."""
     is_batch = len(context.rows.order) > 1
     if is_batch:
+        context.rows.cut([length - 1 for length in emitter.lengths])
         target.read_rest(context, emitter.rest_ids())
     target.settle(context, emitter.length - 1)
     if not is_batch:

@@ -87,7 +87,7 @@ class StaticHeadCache:
     def __init__(self, num_layers: int, capacity: int):
         self._capacity = capacity
         self._layers: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_layers
-        self._length = torch.zeros((), dtype=torch.long)
+        self._length = torch.zeros((), dtype=torch.long, device="cpu")
         self._position_ids: torch.Tensor | None = None  # (batch, capacity), beyond every anchor where no row is
 
     def extend(

@@ -151,7 +151,7 @@ class Target:
         batch, num_rows = features.shape[:2]
         num_cached = int(cache.get_seq_length())
         last_positions, kind_offsets = _text_positions(parts[-1][1], num_cached, batch)
-        position_ids = (last_positions[:, None] + torch.arange(1 - num_rows, 1)).to(features.device)
+        position_ids = (last_positions[:, None] + torch.arange(1 - num_rows, 1, device="cpu")).to(features.device)
         is_padding = None
         if model_kwargs.get("attention_mask") is not None:
             is_padding = model_kwargs["attention_mask"] == 0
@@ -223,7 +223,7 @@ class Target:
 
     def _node_positions(self, context: Context, tree: DraftTree) -> torch.Tensor:
         """Absolute positions of the nodes, (places, nodes)."""
-        return context.positions[:, None].to(self.device) + tree.depths.to(self.device)
+        return context.positions[:, None].to(self.device, non_blocking=True) + tree.depths.to(self.device)
 
     def _read(self, context: Context, tree: DraftTree, position_ids: torch.Tensor) -> ModelOutput:
         """The model's forward over all nodes, and padding with a static cache."""
@@ -406,7 +406,7 @@ class Target:
             assert self.head_config.mask_token_id is not None
             return self.embed(torch.where(is_anchor, input_ids, self.head_config.mask_token_id))
         embeds = self.embed(input_ids)
-        return torch.where(is_anchor[..., None], embeds, mask_embedding.to(embeds.dtype))
+        return torch.where(is_anchor[..., None], embeds, mask_embedding.to(embeds))
 
     def output_rows(self, token_ids: torch.Tensor | None) -> torch.Tensor | None:
         """
@@ -452,7 +452,7 @@ def _text_positions(
         num_cached (`int`): Tokens in the cache.
         batch (`int`): Sequences.
     """
-    places = torch.full((batch,), num_cached - 1)
+    places = torch.full((batch,), num_cached - 1, device="cpu")
     if last is None:
         return places, None
     last = last.cpu()

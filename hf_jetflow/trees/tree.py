@@ -39,6 +39,7 @@ class DraftTree:
     logprobs: torch.Tensor  # (..., nodes) float32, cumulative; 0 for the root
     ancestor_mask: torch.Tensor  # (..., nodes, nodes) bool: row sees column, itself included
     max_depth: int  # deepest level that the head drafted; what n-grams continue goes deeper
+    num_continued: int = 0  # levels below it
 
     @property
     def num_nodes(self) -> int:
@@ -201,13 +202,15 @@ def trim_tree(tree: DraftTree, node_budget: int) -> DraftTree:
     """The best `node_budget` nodes of a tree, which is what `build_tree` would have built with that budget."""
     kept = tree.logprobs.sort(descending=True, stable=True).indices[..., :node_budget].sort().values
     parents, depths = _renumbered(tree.parents, kept), tree.depths.gather(-1, kept)
+    deepest = int(depths.max())
     return DraftTree(
         tokens=tree.tokens.gather(-1, kept),
         parents=parents,
         depths=depths,
         logprobs=tree.logprobs.gather(-1, kept),
-        ancestor_mask=ancestor_mask(parents, int(depths.max())),
+        ancestor_mask=ancestor_mask(parents, deepest),
         max_depth=tree.max_depth,
+        num_continued=max(deepest - tree.max_depth, 0),
     )
 
 
@@ -241,4 +244,4 @@ def _promising_pairs(branches: int, width: int, most: int, device: torch.device)
 @lru_cache(maxsize=256)
 def _level_numbers(sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Depth of each node when level d has `sizes[d]` nodes."""
-    return torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(device)
+    return torch.tensor([level for level, size in enumerate(sizes) for _ in range(size)], device=device)
