@@ -13,13 +13,14 @@ from transformers import (
 )
 from transformers.generation import logits_process, stopping_criteria
 
+from .._compat import class_of
 from ..target.layer_kinds import scaling_step, takes_trees
 
 
 # Processors and criteria that look at one sequence at a time and remember nothing.
 ROW_WISE = {
     *(
-        getattr(logits_process, name)
+        class_of(logits_process, name)
         for name in (
             "MinLengthLogitsProcessor",
             "MinNewTokensLengthLogitsProcessor",
@@ -48,10 +49,7 @@ ROW_WISE = {
             "SynthIDTextWatermarkLogitsProcessor",
         )
     ),
-    stopping_criteria.MaxLengthCriteria,
-    stopping_criteria.MaxTimeCriteria,
-    stopping_criteria.StopStringCriteria,
-    stopping_criteria.EosTokenCriteria,
+    *(class_of(stopping_criteria, name) for name in ("MaxTimeCriteria", "StopStringCriteria")),
 }
 RECORDED = ("output_scores", "output_logits", "output_hidden_states", "output_attentions")
 MOST_NOISE_BYTES = 2**28

@@ -6,7 +6,10 @@ from typing import Any
 
 import torch
 from transformers import Cache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
+
+from .adapters import AdapterNames
+from .caches import DynamicSlidingWindowLayer
 
 
 # moves(heads, capacity, device): where rows lie and where they go in a buffer (batch, heads, capacity, dim).
@@ -20,9 +23,11 @@ class BatchRows:
     Args:
         num_rows (`int`): Sequences of the batch.
         num_cached (`int`): Tokens in the cache, for each of them.
+        adapter_names ([`AdapterNames`], *optional*): Theirs.
     """
 
-    def __init__(self, num_rows: int, num_cached: int):
+    def __init__(self, num_rows: int, num_cached: int, adapter_names: AdapterNames | None = None):
+        self._adapter_names = adapter_names
         self.order = list(range(num_rows))  # the sequence that lies at each place; those decoded come first
         self.lengths = torch.full((num_rows,), num_cached, device="cpu")  # (decoded,) tokens cached of each sequence decoded
         self._finished: dict[int, int] = {}  # tokens cached of the others
@@ -57,6 +62,7 @@ class BatchRows:
         lengths = self.lengths.clone()
         lengths[place] = lengths[last]
         self._set_lengths(lengths[:last])
+        self._select_adapters()
         return last
 
     def cut(self, lengths: list[int]) -> None:
@@ -69,6 +75,11 @@ class BatchRows:
         known = dict(zip(self.order, self.lengths.tolist(), strict=False)) | self._finished
         self._set_lengths(torch.tensor([known[row] for row in self.order], device="cpu"))
         self._finished = {}
+        self._select_adapters()
+
+    def _select_adapters(self) -> None:
+        if self._adapter_names is not None:
+            self._adapter_names.select(self.decoded)
 
 
 def _flat(slots: torch.Tensor, heads: int, capacity: int) -> torch.Tensor:

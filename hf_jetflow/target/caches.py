@@ -6,15 +6,18 @@ from collections.abc import Callable, Iterable
 
 import torch
 from transformers import Cache, DynamicCache, StaticCache, cache_utils
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, StaticLayer
+from transformers.cache_utils import DynamicLayer
 
+from .._compat import class_of
 from .growing_cache import GrowingLayer
-from .recurrent import RECURRENT_LAYERS, drop_rows
+from .recurrent import RECURRENT_LAYERS, LinearAttentionLayer, drop_rows
 
 
 UNSEEN_POSITION = torch.iinfo(torch.int32).max  # of context rows that pad: no block row sees what is behind its anchor
 # Layers that read what others keep, or nothing; early releases have no such class, nor layers of it.
-EMPTY_LAYERS: tuple[type, ...] = tuple(filter(None, [getattr(cache_utils, "DummyLayer", None)]))
+EMPTY_LAYERS = (class_of(cache_utils, "DummyLayer"),)
+DynamicSlidingWindowLayer = class_of(cache_utils, "DynamicSlidingWindowLayer")
+StaticLayer = class_of(cache_utils, "StaticLayer")
 # moves(device): rows of the tree that a path keeps, and where they go among the tree's rows.
 Moves = Callable[[torch.device], tuple[torch.Tensor, torch.Tensor]]
 STATIC_ROWS = (1, 4, 8, 16, 32, 64, 128, 256)  # rows of a forward with a static cache: one compiled graph for each

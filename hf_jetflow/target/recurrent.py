@@ -8,10 +8,14 @@ that keep the rows of a short convolution only (lfm2) drop rows as attention lay
 from dataclasses import dataclass
 
 import torch
-from transformers import Cache
-from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
+from transformers import Cache, cache_utils
+from transformers.cache_utils import DynamicLayer
+
+from .._compat import class_of
 
 
+LinearAttentionLayer = class_of(cache_utils, "LinearAttentionLayer")
+LinearAttentionAndFullAttentionLayer = class_of(cache_utils, "LinearAttentionAndFullAttentionLayer")
 RECURRENT_LAYERS = (LinearAttentionLayer, LinearAttentionAndFullAttentionLayer)  # the second has keys and values, too
 
 

@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 from .._compat import CACHE_NAME
 from ..head.configuration_jetflow import JetFlowConfig
 from ..trees.tree import DraftTree, chain_of, trim_tree
+from .adapters import AdapterNames
 from .attention import grouped_attention
 from .batch_caches import BatchRows, commit_paths, retire_row, settle_batch, spread_layers
 from .caches import (
@@ -159,7 +160,7 @@ class Target:
             is_padding = pad(is_padding, (num_cached - is_padding.shape[1], 0))
             is_pad = is_padding[:, -num_rows:].to(features.device)
             features, position_ids = _without_padding(features, position_ids, is_pad)
-        rows = BatchRows(batch, num_cached)
+        rows = BatchRows(batch, num_cached, AdapterNames(self.model) if batch > 1 else None)
         context = Context(cache, rows, last_positions + 1 - num_cached, is_padding, wants_states, forward_kwargs)
         context.scaling_step, context.kind_offsets = scaling_step(self.model), kind_offsets
         if isinstance(cache, StaticCache):
