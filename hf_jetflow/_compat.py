@@ -68,7 +68,8 @@ def _captures(hook: Any) -> bool:
 
 
 def _reduce_without_capture(module: nn.Module) -> tuple[Any, ...]:
-    rebuild, args, state, *rest = module.__reduce_ex__(2)
+    reduced: Any = module.__reduce_ex__(2)
+    rebuild, args, state, *rest = reduced
     hooks = state["_forward_hooks"]
     state = {name: value for name, value in state.items() if name != _CAPTURING_FLAG}
     state["_forward_hooks"] = type(hooks)((key, hook) for key, hook in hooks.items() if not _captures(hook))

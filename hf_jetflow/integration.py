@@ -149,9 +149,7 @@ def _checked_decode(
     check_call(model, generation_config, kwargs.pop("synced_gpus", False))
     check_processes(model, head)
     if len(input_ids) > 1:
-        reason = reason_to_step_together(
-            model, kwargs["logits_processor"], generation_config, kwargs.get(CACHE_NAME)
-        )
+        reason = reason_to_step_together(model, kwargs["logits_processor"], generation_config, kwargs.get(CACHE_NAME))
         if reason is not None:
             logger.warning_once(f"this batch is decoded plainly, without the draft head: {reason}.")
             head.last_stats = GenerationStats(policy={"plain": reason})
@@ -169,13 +167,14 @@ def check_unwrapped(assistant: Any) -> None:
     Raises:
         ValueError: Naming what to pass instead.
     """
-    if isinstance(assistant, torch.nn.Module) and not isinstance(assistant, PreTrainedModel):
-        if any(isinstance(module, JetFlowHead) for module in assistant.modules()):
-            raise ValueError(
-                f"`assistant_model` is a `{type(assistant).__name__}` around a draft head, but must be the head "
-                "itself; pass `wrapper.merge_and_unload()` for peft, `wrapper.module` for parallel training, "
-                "`wrapper._orig_mod` for `torch.compile`"
-            )
+    if not isinstance(assistant, torch.nn.Module) or isinstance(assistant, PreTrainedModel):
+        return
+    if any(isinstance(module, JetFlowHead) for module in assistant.modules()):
+        raise ValueError(
+            f"`assistant_model` is a `{type(assistant).__name__}` around a draft head, but must be the head itself; "
+            "pass `wrapper.merge_and_unload()` for peft, `wrapper.module` for parallel training, "
+            "`wrapper._orig_mod` for `torch.compile`"
+        )
 
 
 def check_pairing(model: PreTrainedModel, head: JetFlowHead) -> None:
@@ -209,7 +208,11 @@ def check_pairing(model: PreTrainedModel, head: JetFlowHead) -> None:
         if of_head is not None and of_head != of_target:
             remedy = made_for
             if name == "vocabulary size":
-                undo = f"head.config.vocab_size = {of_target}" if borrows else f"target.resize_token_embeddings({of_head})"
+                undo = (
+                    f"head.config.vocab_size = {of_target}"
+                    if borrows
+                    else f"target.resize_token_embeddings({of_head})"
+                )
                 remedy += f" instead; or, if the embeddings of that target were resized, call `{undo}`"
             raise ValueError(
                 f"the head expects a target with {name} {of_head}, but this target has {of_target}{remedy}"

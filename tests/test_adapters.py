@@ -14,7 +14,7 @@ NAMES = ["a", "b", "__base__", "a", "b"]
 
 
 class NamedShift(nn.Module):
-    """Stands for peft's layers: a shift of the rows of each sequence by its adapter; refuses lists of another length."""
+    """Stands for peft's layers: shifts each sequence's rows by its adapter; refuses lists of another length."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Stopping criteria of any kind: they are called as in plain decoding, and what they answer ends what it ends there."""
+"""Stopping criteria of any kind are called as in plain decoding, and their answers end what they end there."""
 
 import pytest
 import torch

@@ -107,9 +107,8 @@ class Emitter:
             self._ids = self._roomier(self._ids, length)
         self._ids[row, length : length + 1] = token  # one element alone would be copied from the host, which waits
         self._lengths[row] = length = length + 1
-        if token in self._eos_ids or (self._max_length is not None and length >= self._max_length):
-            self._finished_rows.add(row)
-        elif self._row_criteria and _stopped(self._row_criteria, self.committed_ids(row), scores):
+        is_finished = token in self._eos_ids or (self._max_length is not None and length >= self._max_length)
+        if is_finished or (self._row_criteria and _stopped(self._row_criteria, self.committed_ids(row), scores)):
             self._finished_rows.add(row)
         if self._batch_criteria:
             self._judge(scores)

@@ -29,7 +29,9 @@ class BatchRows:
     def __init__(self, num_rows: int, num_cached: int, adapter_names: AdapterNames | None = None):
         self._adapter_names = adapter_names
         self.order = list(range(num_rows))  # the sequence that lies at each place; those decoded come first
-        self.lengths = torch.full((num_rows,), num_cached, device="cpu")  # (decoded,) tokens cached of each sequence decoded
+        self.lengths = torch.full(
+            (num_rows,), num_cached, device="cpu"
+        )  # (decoded,) tokens cached of each sequence decoded
         self._finished: dict[int, int] = {}  # tokens cached of the others
         self._new_slots: dict[tuple[Any, ...], torch.Tensor] = {}  # for the lengths of now
 

@@ -6,6 +6,7 @@ that keep the rows of a short convolution only (lfm2) drop rows as attention lay
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import Cache, cache_utils
@@ -14,8 +15,11 @@ from transformers.cache_utils import DynamicLayer
 from .._compat import class_of
 
 
-LinearAttentionLayer = class_of(cache_utils, "LinearAttentionLayer")
-LinearAttentionAndFullAttentionLayer = class_of(cache_utils, "LinearAttentionAndFullAttentionLayer")
+if TYPE_CHECKING:
+    from transformers.cache_utils import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
+else:
+    LinearAttentionLayer = class_of(cache_utils, "LinearAttentionLayer")
+    LinearAttentionAndFullAttentionLayer = class_of(cache_utils, "LinearAttentionAndFullAttentionLayer")
 RECURRENT_LAYERS = (LinearAttentionLayer, LinearAttentionAndFullAttentionLayer)  # the second has keys and values, too
 
 
