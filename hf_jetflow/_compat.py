@@ -1,17 +1,24 @@
-"""The range of transformers that this package works with, checked before anything else is imported."""
+"""What differs between releases of transformers, checked before anything else is imported."""
 
+import copyreg
 from dataclasses import fields
+from types import ModuleType
+from typing import Any
+from weakref import WeakSet
 
 import transformers
+from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging
 
 
-LOWEST = (5, 17)
+logger = logging.get_logger(__name__)
+LOWEST, HIGHEST = (5, 17), (5, 24)  # the tested range
 
 
 def check_transformers(version: str) -> None:
     """
-    Refuse releases that lack what the loop is built on.
+    Refuse releases that lack what the loop is built on; warn of those that are newer than the tested range.
 
     Raises:
         ImportError: Naming the version found and how to install one that works.
@@ -22,9 +29,48 @@ def check_transformers(version: str) -> None:
             f"hf_jetflow needs transformers 5.17 or newer (before 6), but found {version}; "
             "install one with `pip install 'transformers>=5.17,<6'`"
         )
+    if numbers > HIGHEST:
+        logger.warning(
+            f"hf_jetflow is tested with transformers 5.17 to 5.24, but found {version}. If something fails, install "
+            "a tested release: `pip install 'transformers<5.25'`."
+        )
 
 
 check_transformers(transformers.__version__)
 
 # What `generate`, forwards and their outputs call the target's cache: "cache" since 5.24, "past_key_values" before.
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
+
+
+def class_of(module: ModuleType, name: str) -> Any:
+    """A class of transformers; where this release has none of that name, one without instances."""
+    return getattr(module, name, None) or type(name, (), {})
+
+
+# transformers captures hidden states by hooks that it installs at the first request and never removes. They are local
+# functions, which cannot be pickled.
+_CAPTURING_MODULE, _CAPTURING_FLAG = "transformers.utils.output_capturing", "_output_capturing_hooks_installed"
+_PICKLABLE: WeakSet[nn.Module] = WeakSet()
+
+
+def allow_pickling(model: nn.Module) -> None:
+    """Let pickled and copied models go without these hooks: transformers installs them again where they are needed."""
+    if model in _PICKLABLE:
+        return
+    for module in model.modules():
+        if _CAPTURING_FLAG in vars(module) or any(map(_captures, module._forward_hooks.values())):
+            copyreg.pickle(type(module), _reduce_without_capture)
+    _PICKLABLE.add(model)
+
+
+def _captures(hook: Any) -> bool:
+    return getattr(hook, "__module__", None) == _CAPTURING_MODULE
+
+
+def _reduce_without_capture(module: nn.Module) -> tuple[Any, ...]:
+    reduced: Any = module.__reduce_ex__(2)
+    rebuild, args, state, *rest = reduced
+    hooks = state["_forward_hooks"]
+    state = {name: value for name, value in state.items() if name != _CAPTURING_FLAG}
+    state["_forward_hooks"] = type(hooks)((key, hook) for key, hook in hooks.items() if not _captures(hook))
+    return rebuild, args, state, *rest

@@ -11,13 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModel, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.pipelines import base as pipelines
 from transformers.utils import logging
 
-from ._compat import CACHE_NAME
+from ._compat import CACHE_NAME, allow_pickling
 from .decoding.batching import plain_batch_reason
 from .decoding.loop import decode
 from .head.configuration_jetflow import JetFlowConfig
@@ -27,33 +28,52 @@ from .target.position_limits import plain_reason
 
 
 logger = logging.get_logger(__name__)
-_ORIGINALS: dict[tuple[Any, str], Callable] = {}  # what is wrapped, while the dispatch is installed
+_WRAPPERS: dict[tuple[Any, str], tuple[Callable, Callable]] = {}  # originals and our wrappers, by place and name
+_dispatch = {"is_on": False}
 
 
 def enable() -> None:
-    """Let `generate` take a [`JetFlowHead`] as `assistant_model`. Done on import; calling it again changes nothing."""
-    if _ORIGINALS:
-        return
-    for place, name, wrap in (
-        (GenerationMixin, "_assisted_decoding", _dispatching),
-        (GenerationMixin, "_validate_generation_mode", _validating),
-        (pipelines, "load_assistant_model", _loading),
+    """
+    Let `generate` take a [`JetFlowHead`] as `assistant_model`. Done on import; calling it again changes nothing.
+
+    Warns where the installed transformers lacks what is wrapped.
+    """
+    _dispatch["is_on"] = True
+    for place, name, wrap, loss in (
+        (GenerationMixin, "_assisted_decoding", _dispatching, "`generate` takes no draft head as `assistant_model`"),
+        (GenerationMixin, "_validate_generation_mode", _validating, "`assistant_model` takes one prompt at a time"),
+        (pipelines, "load_assistant_model", _loading, "pipelines take no draft head as `assistant_model`"),
     ):
-        original = _ORIGINALS[place, name] = getattr(place, name)
-        setattr(place, name, wrap(original))
+        if (place, name) in _WRAPPERS:  # beneath a later patch, if it was ever taken out
+            continue
+        original = getattr(place, name, None)
+        if original is None:
+            logger.warning(
+                f"transformers {transformers.__version__} has no `{name}`, so {loss}; use "
+                "`custom_generate=head.custom_generate`, or install transformers 5.17 to 5.24."
+            )
+            continue
+        _WRAPPERS[place, name] = original, wrap(original)
+        setattr(place, name, _WRAPPERS[place, name][1])
 
 
 def disable() -> None:
-    """Take the dispatch out again: everything is then as transformers made it."""
-    while _ORIGINALS:
-        (place, name), original = _ORIGINALS.popitem()
-        setattr(place, name, original)
+    """Take the dispatch out again. What others have patched on top of it stays, and reaches transformers' own."""
+    _dispatch["is_on"] = False
+    for (place, name), (original, wrapper) in list(_WRAPPERS.items()):
+        if getattr(place, name) is wrapper:
+            setattr(place, name, original)
+            del _WRAPPERS[place, name]
+
+
+def _is_ours(assistant: Any) -> bool:
+    return _dispatch["is_on"] and isinstance(assistant, JetFlowHead)
 
 
 def _dispatching(original: Callable) -> Callable:
     @functools.wraps(original)  # generate reads the signature
     def _assisted_decoding(self: PreTrainedModel, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(kwargs.get("assistant_model"), JetFlowHead):
+        if not _is_ours(kwargs.get("assistant_model")):
             return original(self, input_ids, *args, **kwargs)
         head = kwargs.pop("assistant_model")
         for unused in ("inputs_tensor", "assistant_tokenizer", "tokenizer"):
@@ -68,13 +88,16 @@ def _validating(original: Callable) -> Callable:
     def _validate_generation_mode(
         self: PreTrainedModel, generation_mode: Any, generation_config: Any, kwargs: Any
     ) -> Any:
-        if isinstance(kwargs.get("assistant_model"), JetFlowHead):
-            check_pairing(self, kwargs["assistant_model"])
+        assistant = kwargs.get("assistant_model")
+        if _is_ours(assistant):
+            check_pairing(self, assistant)
             check_mode(generation_config)
             # As the plain call whose text it gives: stateful targets and several sequences are refused in assisted
             # generation only.
             kwargs = {name: value for name, value in kwargs.items() if name != "assistant_model"}
             generation_mode = generation_config.get_generation_mode()
+        elif _dispatch["is_on"]:
+            check_unwrapped(assistant)
         return original(self, generation_mode, generation_config, kwargs)
 
     return _validate_generation_mode
@@ -85,6 +108,8 @@ def _loading(original: Callable) -> Callable:
     def load_assistant_model(model: PreTrainedModel, assistant_model: Any, assistant_tokenizer: Any) -> Any:
         """A head, loaded or by its name, comes without a tokenizer: it drafts the target's own token ids."""
         head = assistant_model
+        if not _dispatch["is_on"]:
+            return original(model, assistant_model, assistant_tokenizer)
         if isinstance(head, str) and isinstance(AutoConfig.from_pretrained(head), JetFlowConfig):
             head = JetFlowHead.from_pretrained(head).to(device=model.device, dtype=model.dtype)
         if isinstance(head, JetFlowHead):
@@ -126,13 +151,32 @@ def _checked_decode(
     check_processes(model, head)
     reason = plain_reason(model, len(input_ids), _num_prompt(input_ids, kwargs), generation_config.max_length)
     if reason is None and len(input_ids) > 1:
-        parts = (kwargs["logits_processor"], kwargs["stopping_criteria"], generation_config)
-        reason = plain_batch_reason(model, *parts, kwargs.get(CACHE_NAME))
+        reason = plain_batch_reason(model, kwargs["logits_processor"], generation_config, kwargs.get(CACHE_NAME))
     if reason is not None:
         logger.warning_once(f"this call is decoded plainly, without the draft head: {reason}.")
         head.last_stats = GenerationStats(policy={"plain": reason})
         return model._sample(input_ids, **kwargs)
-    return decode(model, head, input_ids, **kwargs)
+    try:
+        return decode(model, head, input_ids, **kwargs)
+    finally:
+        allow_pickling(model)
+
+
+def check_unwrapped(assistant: Any) -> None:
+    """
+    Refuse a wrapper around a head, such as peft's or `torch.compile`'s.
+
+    Raises:
+        ValueError: Naming what to pass instead.
+    """
+    if not isinstance(assistant, torch.nn.Module) or isinstance(assistant, PreTrainedModel):
+        return
+    if any(isinstance(module, JetFlowHead) for module in assistant.modules()):
+        raise ValueError(
+            f"`assistant_model` is a `{type(assistant).__name__}` around a draft head, but must be the head itself; "
+            "pass `wrapper.merge_and_unload()` for peft, `wrapper.module` for parallel training, "
+            "`wrapper._orig_mod` for `torch.compile`"
+        )
 
 
 def _num_prompt(input_ids: torch.Tensor, kwargs: dict[str, Any]) -> int:
@@ -170,8 +214,16 @@ def check_pairing(model: PreTrainedModel, head: JetFlowHead) -> None:
         ("number of layers", config.num_target_layers, text.num_hidden_layers),
     ):
         if of_head is not None and of_head != of_target:
+            remedy = made_for
+            if name == "vocabulary size":
+                undo = (
+                    f"head.config.vocab_size = {of_target}"
+                    if borrows
+                    else f"target.resize_token_embeddings({of_head})"
+                )
+                remedy += f" instead; or, if the embeddings of that target were resized, call `{undo}`"
             raise ValueError(
-                f"the head expects a target with {name} {of_head}, but this target has {of_target}{made_for}"
+                f"the head expects a target with {name} {of_head}, but this target has {of_target}{remedy}"
             )
     assert config.hidden_state_indices is not None
     if max(config.hidden_state_indices) > text.num_hidden_layers:
@@ -185,16 +237,39 @@ def _embedding_width(model: PreTrainedModel) -> int:
     return model.get_input_embeddings().weight.shape[-1]
 
 
+# Settings that ask `generate` for another way of decoding, which heads would ignore.
+OTHER_MODES = (
+    "dola_layers",
+    "penalty_alpha",
+    "constraints",
+    "force_words_ids",
+    "use_mtp",
+    "prompt_lookup_num_tokens",
+    "assistant_early_exit",
+    "assistant_ensemble_weight",
+    "speculation_type",
+)
+
+
 def check_mode(generation_config: GenerationConfig) -> None:
     """
-    Refuse decoding modes other than greedy search and sampling; `generate` would run beams without the head.
+    Refuse decoding modes other than greedy search and sampling, and settings that would be ignored.
 
     Raises:
-        ValueError: Naming the way round.
+        ValueError: Naming the setting and what to do.
     """
-    if generation_config.num_beams > 1:
+    mode, given = generation_config.get_generation_mode(), []
+    if generation_config.num_beams is not None and generation_config.num_beams > 1:
+        given = ["set `num_beams=1`"]
+    for name in OTHER_MODES:
+        # Without `top_k`, or when sampling, `penalty_alpha` means nothing to plain decoding either.
+        if getattr(generation_config, name, None) is not None and (name != "penalty_alpha" or "contrastive" in mode):
+            given.append(f"leave `{name}` unset")
+    if not given and mode not in ("greedy_search", "sample"):
+        given = [f"got {mode.value}"]
+    if given:
         raise ValueError(
-            "draft heads work with greedy search and sampling only; set `num_beams=1`, or generate without "
+            f"draft heads work with greedy search and sampling only; {', '.join(given)}, or generate without "
             "`assistant_model`"
         )
 

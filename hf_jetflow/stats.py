@@ -18,8 +18,9 @@ class GenerationStats:
     num_new_tokens: int = 0  # tokens emitted, the prefill's token included
     num_drafted: int = 0  # nodes drafted, roots excluded
     num_accepted: int = 0  # drafted tokens kept, bonus tokens excluded
-    offered_by_depth: list[int] = field(default_factory=list)  # rounds whose tree reached depth 1, 2, ...
-    accepted_by_depth: list[int] = field(default_factory=list)  # rounds that kept a token at depth 1, 2, ...
+    # Rounds that drafted depth 1, 2, ..., n-gram continuations included, and those that accepted a token there.
+    offered_by_depth: list[int] = field(default_factory=list)
+    accepted_by_depth: list[int] = field(default_factory=list)
     rounds_by_nodes: dict[int, int] = field(default_factory=dict)  # rounds by nodes verified; 1 is a plain step
     policy: dict[str, Any] = field(default_factory=dict)  # what `node_budget="auto"` chose by, see `AutoPolicy.report`
     # Host seconds of "prefill" and of the rounds' "draft", "tree", "verify", "walk" and "commit". On an accelerator

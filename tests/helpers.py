@@ -84,7 +84,7 @@ def as_batch(*trees: DraftTree) -> DraftTree:
     parts = {
         field.name: torch.stack([getattr(tree, field.name) for tree in trees])
         for field in fields(DraftTree)
-        if field.name != "max_depth"
+        if isinstance(getattr(trees[0], field.name), torch.Tensor)
     }
     return DraftTree(**parts, max_depth=max(tree.max_depth for tree in trees))
 

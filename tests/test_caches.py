@@ -7,6 +7,7 @@ from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.cache_utils import LinearAttentionAndSlidingWindowAttentionLayer
 
 from hf_jetflow import JetFlowConfig
+from hf_jetflow.target.batch_caches import BatchRows
 from hf_jetflow.target.caches import HeadCache, check_target_cache, commit_path
 from hf_jetflow.target.strategies import cache_strategy
 from hf_jetflow.target.target import Context, Target
@@ -87,7 +88,7 @@ def prefilled(model, ids: torch.Tensor) -> tuple[Target, Context]:
     with torch.no_grad():
         model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
     forward_kwargs = {"output_hidden_states": True}
-    strategy = cache_strategy(cache, 1, ids.shape[1] - 1, read=lambda chain: None)
+    strategy = cache_strategy(cache, BatchRows(1, ids.shape[1] - 1), read=lambda chain: None)
     return target, Context(strategy, torch.tensor([0]), forward_kwargs=forward_kwargs)
 
 

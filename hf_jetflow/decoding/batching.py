@@ -5,23 +5,22 @@ from collections import OrderedDict
 
 import torch
 from transformers import (
-    EosTokenCriteria,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
     StaticCache,
-    StoppingCriteriaList,
 )
 from transformers.generation import logits_process, stopping_criteria
 
+from .._compat import class_of
 from ..target.layer_kinds import scaling_step, takes_trees
 
 
 # Processors and criteria that look at one sequence at a time and remember nothing.
 ROW_WISE = {
     *(
-        getattr(logits_process, name)
+        class_of(logits_process, name)
         for name in (
             "MinLengthLogitsProcessor",
             "MinNewTokensLengthLogitsProcessor",
@@ -50,19 +49,20 @@ ROW_WISE = {
             "SynthIDTextWatermarkLogitsProcessor",
         )
     ),
-    stopping_criteria.MaxLengthCriteria,
-    stopping_criteria.MaxTimeCriteria,
-    stopping_criteria.StopStringCriteria,
-    stopping_criteria.EosTokenCriteria,
+    *(class_of(stopping_criteria, name) for name in ("MaxTimeCriteria", "StopStringCriteria")),
 }
 RECORDED = ("output_scores", "output_logits", "output_hidden_states", "output_attentions")
 MOST_NOISE_BYTES = 2**28
 
 
+def is_row_wise(part: object) -> bool:
+    """Whether a processor or criterion looks at one sequence at a time and remembers nothing."""
+    return type(part) in ROW_WISE or bool(getattr(part, "is_row_wise", False))
+
+
 def plain_batch_reason(
     model: PreTrainedModel,
     logits_processor: LogitsProcessorList,
-    criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     cache: object,
 ) -> str | None:
@@ -70,14 +70,10 @@ def plain_batch_reason(
     they can."""
     if not takes_trees(model) or scaling_step(model) is not None:
         return f"`{model.config.model_type}` goes by the order of its cache, which drafts for a batch do not keep"
-    foreign = [
-        type(part).__name__
-        for part in (*logits_processor, *criteria)
-        if type(part) not in ROW_WISE and not getattr(part, "is_row_wise", False)
-    ]
+    foreign = sorted({type(part).__name__ for part in logits_processor if not is_row_wise(part)})
     if foreign:
         return (
-            f"{', '.join(sorted(set(foreign)))} may look at the whole batch, or remember earlier calls; give it an "
+            f"{', '.join(foreign)} may look at the whole batch, or remember earlier calls; give it an "
             "attribute `is_row_wise = True` if it does neither"
         )
     recorded = [name for name in RECORDED if getattr(generation_config, name)]
@@ -85,9 +81,6 @@ def plain_batch_reason(
         return f"`{recorded[0]}` returns something for every step of the whole batch"
     if isinstance(cache, StaticCache):
         return "the sequences of a static cache have one length"
-    stops_early = any(type(part) is not stopping_criteria.MaxLengthCriteria for part in criteria)
-    if stops_early and not any(type(part) is EosTokenCriteria for part in criteria):
-        return "without an EOS token, plain decoding goes on with a sequence that has stopped until all have"
     return None
 
 
@@ -127,6 +120,7 @@ class BatchNoise:
         self._states: list[torch.Tensor] = []  # of the device's default generator, before each step
         self._noise: OrderedDict[int, torch.Tensor] = OrderedDict()
         self._steps = [0] * num_rows
+        self._device = torch.device("cpu")  # of the probabilities
 
     def draw(self, row: int, probs: torch.Tensor) -> int:
         """The next token of a sequence, whose probabilities are (1, vocab)."""
@@ -136,12 +130,18 @@ class BatchNoise:
         self._steps[row] += 1
         return int((probs[0] / noise[row]).argmax())
 
+    def rewind(self, num_steps: int) -> None:
+        """Leave the generator as plain decoding does after `num_steps`, where some sequence was decoded beyond."""
+        if num_steps < len(self._states):
+            _set_random_state(self._device, self._states[num_steps])
+
     def _noise_of(self, step: int, probs: torch.Tensor) -> torch.Tensor:
         """The step's noise (batch, vocab)."""
         if step in self._noise:
             return self._noise[step]
         noise = probs.new_empty(self._num_rows, probs.shape[1])
         if step == len(self._states):
+            self._device = probs.device
             self._states.append(_random_state(probs.device))
             noise.exponential_(1)
         else:
@@ -158,3 +158,10 @@ def _random_state(device: torch.device) -> torch.Tensor:
     if device.type == "cpu":
         return torch.get_rng_state()
     return torch.get_device_module(device).get_rng_state(device)
+
+
+def _set_random_state(device: torch.device, state: torch.Tensor) -> None:
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.get_device_module(device).set_rng_state(state, device)

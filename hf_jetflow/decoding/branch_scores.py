@@ -75,13 +75,14 @@ class TokenParts:
         if len(unknown) > MAX_KEPT_TOKENS:
             return self._project(tokens)
         if unknown:
-            parts, num_kept = self._project(torch.tensor(unknown)), len(self._places)
+            parts, num_kept = self._project(torch.tensor(unknown, device="cpu")), len(self._places)
             if self._kept is None:
                 self._kept = parts.new_empty(MAX_KEPT_TOKENS, parts.shape[-1])
             self._kept[num_kept : num_kept + len(unknown)] = parts
             self._places.update(zip(unknown, range(num_kept, num_kept + len(unknown)), strict=True))
         assert self._kept is not None
-        return self._kept.index_select(0, torch.tensor([self._places[token] for token in token_ids]))
+        places = torch.tensor([self._places[token] for token in token_ids], device=self._kept.device)
+        return self._kept.index_select(0, places)
 
     def _project(self, tokens: torch.Tensor) -> torch.Tensor:
         weight = self._correction.token_proj.weight
@@ -134,8 +135,8 @@ class Correction:
         if self._inner is not None:
             places = parents.flatten()
             if len(places) > shape[-1]:  # several sequences
-                first = torch.arange(0, len(places) // shape[-1] * self._num_before, self._num_before)
-                places = places + first.repeat_interleave(shape[-1]).to(places.device)
+                stop, step = len(places) // shape[-1] * self._num_before, self._num_before
+                places = places + torch.arange(0, stop, step, device=places.device).repeat_interleave(shape[-1])
             places, of_branch = _distinct(places.to(slots.device))
             before = None if self._states is None else self._states.index_select(0, places)
             states = correction.carry(self._inner.index_select(0, places), before)
@@ -152,5 +153,6 @@ def _distinct(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if numbers.device.type == "cpu":
         known = numbers.tolist()
         places = {number: place for place, number in enumerate(dict.fromkeys(known))}
-        return torch.tensor(list(places)), torch.tensor([places[number] for number in known])
+        of_number = [places[number] for number in known]
+        return torch.tensor(list(places), device="cpu"), torch.tensor(of_number, device="cpu")
     return numbers, torch.arange(len(numbers), device=numbers.device)  # the host would have to wait for their count

@@ -167,7 +167,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             rows = read(
                 inputs_embeds=embeds.to(head.device, head.dtype),
                 features=features.to(head.device, head.dtype),
-                position_ids=positions.to(head.device)[:, None] + slots,
+                position_ids=positions.to(head.device, non_blocking=True)[:, None] + slots,
                 context_position_ids=context_position_ids.to(head.device),
                 past_key_values=self._cache,
             )[:, first : first + max_depth]
@@ -318,8 +318,8 @@ def _path_rows(
         return tuple(states.index_select(1, rows.to(states.device)) for states in taps), position_ids[:, rows]
     length = max(len(path) for path in paths)
     rows = torch.tensor([path + [0] * (length - len(path)) for path in paths], device=device)
-    lengths = torch.tensor([len(path) for path in paths])
-    is_pad = (torch.arange(length) >= lengths[:, None]).to(device)
+    lengths = torch.tensor([len(path) for path in paths], device="cpu")
+    is_pad = (torch.arange(length, device="cpu") >= lengths[:, None]).to(device)
     return (
         tuple(_gather_rows(states, rows.to(states.device)) for states in taps),
         position_ids.gather(1, rows).masked_fill_(is_pad, UNSEEN_POSITION),

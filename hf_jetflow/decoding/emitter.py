@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from transformers import Cache, EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
@@ -12,15 +13,20 @@ from ..target.caches import cache_windows
 from ..target.target import TargetStates
 from ..trees.ngrams import MAX_CONTEXT
 from ..trees.walk import Chooser
+from .batching import is_row_wise
 
 
 class Emitter:
     """
     Commits tokens one by one, exactly as plain decoding would see them.
 
+    A stopping criterion may look at the whole batch, and may remember earlier calls. So it is called as in plain
+    decoding: once for each step that every sequence has reached, with all sequences up to that step. Sequences that
+    are ahead lose what lies behind the step at which they end. Row-wise criteria need not wait for the others.
+
     Args:
         input_ids (`torch.Tensor`, (batch, seq)): The prompts; seq may be 0 when they were given as embeddings.
-        stopping_criteria (`StoppingCriteriaList`): Asked after every token, for one sequence at a time.
+        stopping_criteria (`StoppingCriteriaList`): Called after every token.
         streamer (*optional*): Gets every token; of a batch, the tokens of all sequences as soon as each has one.
         pad_token_id (`int`, *optional*): Follows the end of a sequence while others go on.
         attention_mask (`torch.Tensor`, (batch, at least seq), *optional*): 0 for the padding in front of prompts.
@@ -40,16 +46,24 @@ class Emitter:
             is_padding = attention_mask[:, attention_mask.shape[1] - self._prompt_length :].cumsum(1) == 0
             self._num_padding = is_padding.sum(1).tolist()
         self._lengths = [self._prompt_length] * batch
-        self._ids = torch.cat([input_ids, input_ids.new_empty(batch, 64)], dim=1)
+        self._pad_token_id = pad_token_id or 0  # `generate` sees to one where sequences can end before others
+        self._ids = self._roomier(input_ids.long(), 64)  # padding behind each sequence; new tokens are int64
         self._streamer = streamer
         self._num_streamed = 0
-        self._pad_token_id = pad_token_id
         # Length and EOS are decided on the host; every other criterion sees the ids as in plain decoding.
         self._max_length = min([c.max_length for c in stopping_criteria if type(c) is MaxLengthCriteria], default=None)
         self._eos_ids = {
             int(i) for c in stopping_criteria if type(c) is EosTokenCriteria for i in c.eos_token_id.flatten()
         }
-        self._criteria = [c for c in stopping_criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)]
+        # Without an EOS token plain decoding goes on with all sequences until each of them has been stopped once.
+        self._stops_each = batch == 1 or any(hasattr(c, "eos_token_id") for c in stopping_criteria)
+        self._row_criteria, self._batch_criteria = StoppingCriteriaList(), StoppingCriteriaList()
+        for criterion in stopping_criteria:
+            if type(criterion) not in (MaxLengthCriteria, EosTokenCriteria):
+                is_alone = batch > 1 and self._stops_each and is_row_wise(criterion)
+                (self._row_criteria if is_alone else self._batch_criteria).append(criterion)
+        self._num_judged = self._prompt_length  # tokens of each sequence that the criteria of the batch have seen
+        self._stopped_rows: set[int] = set()  # by the criteria of the batch
         self._hidden_states: list[tuple[torch.Tensor, ...]] = []
         self._attentions: list[tuple[torch.Tensor, ...]] = []
         self.rows = list(range(batch))  # the sequence decoded at each place of the batch
@@ -65,9 +79,11 @@ class Emitter:
         if len(self._lengths) == 1:
             return self.committed_ids()[:, -MAX_CONTEXT:]
         lengths, starts = (
-            torch.tensor([counts[row] for row in self.rows])[:, None] for counts in (self._lengths, self._num_padding)
+            torch.tensor([counts[row] for row in self.rows], device="cpu")[:, None]
+            for counts in (self._lengths, self._num_padding)
         )
-        columns = (lengths + torch.arange(-min(int((lengths - starts).max()), MAX_CONTEXT), 0)).to(self._ids.device)
+        newest = torch.arange(-min(int((lengths - starts).max()), MAX_CONTEXT), 0, device="cpu")
+        columns = (lengths + newest).to(self._ids.device)
         ids = self._ids[self.rows].gather(1, columns.clamp_min(0))
         return ids.masked_fill_(columns < starts.to(columns.device), -1)
 
@@ -82,19 +98,43 @@ class Emitter:
         return sum(self._lengths) - len(self._lengths) * self._prompt_length
 
     def push(self, row: int, token: int, scores: tuple[torch.Tensor, ...] | None = None) -> bool:
-        """Commit one token of a sequence; returns whether it ends with it. `scores` are for the criteria."""
+        """Commit one token of a sequence, unless it has ended; returns whether it has. `scores` are for the
+        criteria."""
+        if row in self._finished_rows:  # by a criterion of the batch, since the round began
+            return True
         length = self._lengths[row]
         if length == self._ids.shape[1]:
-            self._ids = torch.cat([self._ids, torch.empty_like(self._ids)], dim=1)
-        self._ids[row, length] = token
+            self._ids = self._roomier(self._ids, length)
+        self._ids[row, length : length + 1] = token  # one element alone would be copied from the host, which waits
         self._lengths[row] = length = length + 1
         is_finished = token in self._eos_ids or (self._max_length is not None and length >= self._max_length)
-        for criterion in self._criteria:
-            is_finished |= bool(criterion(self.committed_ids(row), scores).all())
-        if is_finished:
+        if is_finished or (self._row_criteria and _stopped(self._row_criteria, self.committed_ids(row), scores)):
             self._finished_rows.add(row)
+        if self._batch_criteria:
+            self._judge(scores)
         self._stream()
-        return is_finished
+        return row in self._finished_rows
+
+    def _judge(self, scores: tuple[torch.Tensor, ...] | None) -> None:
+        """Ask the criteria of the batch about every step that all sequences have reached, in order."""
+        while self._num_judged < self._num_reached:
+            self._num_judged = end = self._num_judged + 1
+            self._stopped_rows |= _stopped(self._batch_criteria, self._ids[:, :end].contiguous(), scores)
+            if not self._stops_each and len(self._stopped_rows) < len(self._lengths):
+                continue
+            for row in self._stopped_rows:
+                if self._lengths[row] >= end:
+                    self._ids[row, end:] = self._pad_token_id
+                    self._lengths[row] = end
+                    self._finished_rows.add(row)
+
+    @property
+    def _num_reached(self) -> int:
+        """Tokens that every sequence has, padding behind its end included."""
+        return min((n for row, n in enumerate(self._lengths) if row not in self._finished_rows), default=self.length)
+
+    def _roomier(self, ids: torch.Tensor, num_more: int) -> torch.Tensor:
+        return pad(ids, (0, num_more), value=self._pad_token_id)
 
     @property
     def is_finished(self) -> bool:
@@ -114,21 +154,14 @@ class Emitter:
     def _stream(self) -> None:
         if self._streamer is None:
             return
-        open_lengths = [length for row, length in enumerate(self._lengths) if row not in self._finished_rows]
-        end = min(open_lengths, default=max(self._lengths))
-        while self._prompt_length + self._num_streamed < end:
-            place = self._prompt_length + self._num_streamed
-            self._streamer.put(self._padded_ids(place, place + 1)[:, 0].cpu())
+        while self._prompt_length + self._num_streamed < self._num_reached:
+            self._streamer.put(self._ids[:, self._prompt_length + self._num_streamed].cpu())
             self._num_streamed += 1
 
-    def _padded_ids(self, start: int, end: int) -> torch.Tensor:
-        """Ids (batch, end - start) at these places, behind the end of a sequence the padding token."""
-        ids = self._ids[:, start:end].clone()
-        for row, known in enumerate(self._lengths):
-            if known < end:
-                assert self._pad_token_id is not None  # `generate` sees to it where there is an EOS token
-                ids[row, max(known - start, 0) :] = self._pad_token_id
-        return ids
+    @property
+    def lengths(self) -> list[int]:
+        """Of each sequence, prompt included."""
+        return list(self._lengths)
 
     @property
     def length(self) -> int:
@@ -138,7 +171,8 @@ class Emitter:
     def rest_ids(self) -> torch.Tensor:
         """What plain decoding goes on to read where a sequence has ended: its last token, then padding. (batch, rest),
         as long as the one that ended first needs."""
-        rest = torch.full((len(self._lengths), self.length - min(self._lengths)), self._pad_token_id or 0)
+        shape = (len(self._lengths), self.length - min(self._lengths))
+        rest = torch.full(shape, self._pad_token_id, device="cpu")
         rest[:, :1] = torch.cat([self.committed_ids(row)[:, -1:] for row in range(len(rest))])[:, : rest.shape[1]]
         return rest
 
@@ -171,7 +205,7 @@ class Emitter:
         """End the stream and assemble what `generate` returns."""
         if self._streamer is not None:
             self._streamer.end()
-        sequences = self._padded_ids(0, self.length)
+        sequences = self._ids[:, : self.length].clone()
         if not wants["return_dict_in_generate"]:
             return sequences
         return GenerateDecoderOnlyOutput(
@@ -182,3 +216,12 @@ class Emitter:
             hidden_states=tuple(self._hidden_states) if wants["output_hidden_states"] else None,
             **{CACHE_NAME: cache},
         )
+
+
+def _stopped(
+    criteria: StoppingCriteriaList, input_ids: torch.Tensor, scores: tuple[torch.Tensor, ...] | None
+) -> set[int]:
+    """Indices of the sequences (batch, seq) that the criteria stop, whatever they return: one answer for each
+    sequence, or one for all."""
+    is_open = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device) & ~criteria(input_ids, scores)
+    return {row for row, flag in enumerate(is_open.flatten().tolist()) if not flag}

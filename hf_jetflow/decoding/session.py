@@ -87,7 +87,9 @@ class DecodingSession:
         self._wants = {name: getattr(call.generation_config, name) for name in OUTPUT_FLAGS}
         self._policies: dict[int, AutoPolicy | FixedPolicy] = {}
         self._policy_for(len(call.input_ids))  # wrong settings are refused before the prompt is read
-        self._choosers = make_choosers(call, self._wants)
+        self._noise = BatchNoise(len(call.input_ids))
+        self._choosers = make_choosers(call, self._wants, self._noise)
+        self._num_prompt = call.input_ids.shape[1]
         self._emitter = Emitter(
             call.input_ids,
             call.stopping_criteria,
@@ -107,7 +109,7 @@ class DecodingSession:
         past = recall(call.model_kwargs.get(CACHE_NAME), self._head)
         self._context, states = self._target.prefill(call.input_ids, call.generation_config, call.model_kwargs)
         # Prompts given as embeddings, and an adapter's virtual tokens, are cached without an id.
-        self._num_without_id = int(self._context.rows.lengths[0]) - call.input_ids.shape[1]
+        self._num_without_id = int(self._context.rows.lengths[0]) - self._num_prompt
         self._emitter.record_prompt(states)
         self._drafter = JetFlowCandidateGenerator(self._head, self._target, self._context, past)
         self._drafter.observe(states)
@@ -154,7 +156,8 @@ class DecodingSession:
     @_step("draft")
     def draft(self, plan: RoundPlan) -> Draft:
         """The head's candidates behind the anchors, with what scores them along a branch."""
-        return self._drafter.propose(self._emitter.newest_ids, self._context.positions, plan.max_depth, plan.width)
+        context_ids = self._emitter.newest_ids.to(self._target.device)
+        return self._drafter.propose(context_ids, self._context.positions, plan.max_depth, plan.width)
 
     @_step("tree")
     def best_tree(self, draft: Draft, plan: RoundPlan) -> DraftTree:
@@ -202,6 +205,7 @@ class DecodingSession:
 
     def finish(self) -> torch.Tensor | GenerateDecoderOnlyOutput:
         """What `generate` returns."""
+        self._noise.rewind(self._emitter.length - self._num_prompt)
         self.stats.num_new_tokens, self.stats.policy = self._emitter.num_new_tokens, self.policy.report()
         cache = self._context.cache
         if self._wants["return_dict_in_generate"] or getattr(cache, "_is_user_defined", False):
@@ -213,6 +217,7 @@ class DecodingSession:
     def _read_rest(self) -> None:
         """Feed the tokens that plain decoding would still feed for finished sequences."""
         strategy, rest_ids = self._context.strategy, self._emitter.rest_ids()
+        strategy.rows.cut([length - 1 + self._num_without_id for length in self._emitter.lengths])
         strategy.rows.recall()
         for start in range(0, rest_ids.shape[1], REST_ROWS):
             chain = chain_of(rest_ids[strategy.rows.order, start : start + REST_ROWS])
@@ -220,13 +225,12 @@ class DecodingSession:
             strategy.commit(chain, [list(range(chain.num_nodes))] * len(rest_ids))
 
 
-def make_choosers(call: Call, wants: dict[str, Any]) -> list[Chooser]:
-    """What chooses the tokens of each sequence."""
+def make_choosers(call: Call, wants: dict[str, Any], noise: BatchNoise) -> list[Chooser]:
+    """One chooser for each sequence; those of a batch share the noise."""
     do_sample, batch = call.generation_config.do_sample, len(call.input_ids)
     if batch == 1:
         recorded = [wants["return_dict_in_generate"] and wants[name] for name in ("output_scores", "output_logits")]
         return [Chooser(call.logits_processor, do_sample, *recorded)]
-    noise = BatchNoise(batch)
     return [
         Chooser(row_processors(call.logits_processor, row), do_sample, draw=functools.partial(noise.draw, row))
         for row in range(batch)

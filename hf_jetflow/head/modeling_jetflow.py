@@ -130,6 +130,13 @@ class JetFlowDecoderLayer(GradientCheckpointingLayer):
         return block + self.mlp(self.post_attention_layernorm(block))
 
 
+class _ThreadResults(threading.local):
+    """What a thread's latest `generate` call left behind; gone with the thread. Copies of a head start without."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _ThreadResults, ()
+
+
 class JetFlowHead(PreTrainedModel):
     r"""
     The draft head. It borrows the target's embedding and output embedding, unless it came with its own.
@@ -178,10 +185,10 @@ class JetFlowHead(PreTrainedModel):
             self.register_buffer("d2t", torch.arange(config.draft_vocab_size))
         self.generation_config = GenerationConfig(node_budget=64, max_depth=config.block_size - 1)
         self._newest_stats: Any = None
-        self._stats_by_thread: dict[int, Any] = {}
+        self._newest_trees: Any = None
+        self._thread_results = _ThreadResults()
         self._weights_version = 0  # see `weights_changed`
         self.record_trees = False
-        self.last_trees: Any = None  # list of TreeRound of the latest generate call, if `record_trees` was on
         self.round_observers: list[Callable[[Any], None]] = []  # each is called with every finished `tree_log.Round`
         self.post_init()
 
@@ -195,11 +202,20 @@ class JetFlowHead(PreTrainedModel):
     @property
     def last_stats(self) -> Any:
         """[`GenerationStats`] of this thread's latest `generate` call; of any thread's where this one made none."""
-        return self._stats_by_thread.get(threading.get_ident(), self._newest_stats)
+        return getattr(self._thread_results, "stats", self._newest_stats)
 
     @last_stats.setter
     def last_stats(self, stats: Any) -> None:
-        self._newest_stats = self._stats_by_thread[threading.get_ident()] = stats
+        self._newest_stats = self._thread_results.stats = stats
+
+    @property
+    def last_trees(self) -> Any:
+        """List of [`~trace.TreeRound`] of the same call; `None` unless `record_trees` was on."""
+        return getattr(self._thread_results, "trees", self._newest_trees)
+
+    @last_trees.setter
+    def last_trees(self, rounds: Any) -> None:
+        self._newest_trees = self._thread_results.trees = rounds
 
     def weights_changed(self) -> None:
         """

@@ -6,7 +6,10 @@ from typing import Any
 
 import torch
 from transformers import Cache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
+
+from .adapters import AdapterNames
+from .caches import DynamicSlidingWindowLayer
 
 
 # moves(heads, capacity, device): where rows lie and where they go in a buffer (batch, heads, capacity, dim).
@@ -20,11 +23,15 @@ class BatchRows:
     Args:
         num_rows (`int`): Sequences of the batch.
         num_cached (`int`): Tokens in the cache, for each of them.
+        adapter_names ([`AdapterNames`], *optional*): Theirs.
     """
 
-    def __init__(self, num_rows: int, num_cached: int):
+    def __init__(self, num_rows: int, num_cached: int, adapter_names: AdapterNames | None = None):
+        self._adapter_names = adapter_names
         self.order = list(range(num_rows))  # the sequence that lies at each place; those decoded come first
-        self.lengths = torch.full((num_rows,), num_cached)  # (decoded,) tokens cached of each sequence decoded
+        self.lengths = torch.full(
+            (num_rows,), num_cached, device="cpu"
+        )  # (decoded,) tokens cached of each sequence decoded
         self._finished: dict[int, int] = {}  # tokens cached of the others
         self._new_slots: dict[tuple[Any, ...], torch.Tensor] = {}  # for the lengths of now
 
@@ -35,7 +42,7 @@ class BatchRows:
 
     def advance(self, paths: list[list[int]]) -> None:
         """Count the tokens of each sequence's path as cached."""
-        self._set_lengths(self.lengths + torch.tensor([len(path) for path in paths]))
+        self._set_lengths(self.lengths + torch.tensor([len(path) for path in paths], device="cpu"))
 
     def _set_lengths(self, lengths: torch.Tensor) -> None:
         self.lengths = lengths
@@ -45,7 +52,7 @@ class BatchRows:
         """Where new rows go in a buffer (batch, heads, capacity, dim), seen as rows of one list; every layer asks."""
         key = (num_new, heads, capacity, device)
         if key not in self._new_slots:
-            slots = self.lengths[:, None] + torch.arange(num_new)
+            slots = self.lengths[:, None] + torch.arange(num_new, device="cpu")
             self._new_slots[key] = _flat(slots, heads, capacity).to(device)
         return self._new_slots[key]
 
@@ -57,13 +64,24 @@ class BatchRows:
         lengths = self.lengths.clone()
         lengths[place] = lengths[last]
         self._set_lengths(lengths[:last])
+        self._select_adapters()
         return last
+
+    def cut(self, lengths: list[int]) -> None:
+        """Count no more than `lengths` tokens of each sequence as cached: the others were decoded in vain."""
+        self._finished = {row: min(known, lengths[row]) for row, known in self._finished.items()}
+        self._set_lengths(self.lengths.minimum(torch.tensor(lengths, device="cpu")[self.decoded]))
 
     def recall(self) -> None:
         """Take all sequences in again, wherever they lie."""
         known = dict(zip(self.order, self.lengths.tolist(), strict=False)) | self._finished
-        self._set_lengths(torch.tensor([known[row] for row in self.order]))
+        self._set_lengths(torch.tensor([known[row] for row in self.order], device="cpu"))
         self._finished = {}
+        self._select_adapters()
+
+    def _select_adapters(self) -> None:
+        if self._adapter_names is not None:
+            self._adapter_names.select(self.decoded)
 
 
 def _flat(slots: torch.Tensor, heads: int, capacity: int) -> torch.Tensor:
@@ -168,8 +186,8 @@ def commit_paths(cache: Cache, rows: BatchRows, paths: list[list[int]]) -> None:
     longest = max(len(path) for path in paths)
     if any(path != list(range(len(path))) for path in paths):
         # The root is there already; a shorter path is padded with slots that stay where they are.
-        sources = torch.tensor([[*path[1:], *range(len(path), longest)] for path in paths])
-        both = [slots + rows.lengths[:, None] for slots in (sources, torch.arange(1, longest))]
+        sources = torch.tensor([[*path[1:], *range(len(path), longest)] for path in paths], device="cpu")
+        both = [slots + rows.lengths[:, None] for slots in (sources, torch.arange(1, longest, device="cpu"))]
 
         @functools.cache  # alike for most layers
         def moves(heads: int, capacity: int, device: torch.device) -> tuple[torch.Tensor, ...]:
@@ -190,7 +208,7 @@ def retire_row(cache: Cache, rows: BatchRows, place: int) -> None:
 
 def settle_batch(cache: Cache, rows: BatchRows, length: int) -> None:
     """The cache's own layers again, with `length` rows of every sequence in the caller's order."""
-    index = torch.tensor(sorted(range(len(rows.order)), key=rows.order.__getitem__))
+    index = torch.tensor(sorted(range(len(rows.order)), key=rows.order.__getitem__), device="cpu")
     for place, layer in enumerate(cache.layers):
         if isinstance(layer, BatchLayer):
             cache.layers[place] = layer.settle(index, length)

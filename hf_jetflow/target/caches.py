@@ -5,15 +5,18 @@ from collections.abc import Callable, Iterable
 
 import torch
 from transformers import Cache, DynamicCache, StaticCache, cache_utils
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, StaticLayer
+from transformers.cache_utils import DynamicLayer
 
+from .._compat import class_of
 from .growing_cache import GrowingLayer
-from .recurrent import RECURRENT_LAYERS, drop_rows
+from .recurrent import RECURRENT_LAYERS, LinearAttentionLayer, drop_rows
 
 
 UNSEEN_POSITION = torch.iinfo(torch.int32).max  # of padding among context rows: no block row sees past its anchor
 # Layers that read other layers' rows, or none; early releases have no such class.
-EMPTY_LAYERS: tuple[type, ...] = tuple(filter(None, [getattr(cache_utils, "DummyLayer", None)]))
+EMPTY_LAYERS = (class_of(cache_utils, "DummyLayer"),)
+DynamicSlidingWindowLayer = class_of(cache_utils, "DynamicSlidingWindowLayer")
+StaticLayer = class_of(cache_utils, "StaticLayer")
 # moves(device): rows of the tree to move, and their new indices among the tree's rows.
 Moves = Callable[[torch.device], tuple[torch.Tensor, torch.Tensor]]
 STATIC_ROWS = (1, 4, 8, 16, 32, 64, 128, 256)  # sizes of a forward with a static cache; each compiles one graph
@@ -87,7 +90,7 @@ class StaticHeadCache:
     def __init__(self, num_layers: int, capacity: int):
         self._capacity = capacity
         self._layers: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_layers
-        self._length = torch.zeros((), dtype=torch.long)
+        self._length = torch.zeros((), dtype=torch.long, device="cpu")
         self._position_ids: torch.Tensor | None = None  # (batch, capacity); beyond every anchor in empty slots
 
     def extend(

@@ -18,7 +18,7 @@ def text_positions(last: torch.Tensor | None, num_cached: int, batch: int) -> tu
         num_cached (`int`): Tokens in the cache.
         batch (`int`): Sequences.
     """
-    places = torch.full((batch,), num_cached - 1)
+    places = torch.full((batch,), num_cached - 1, device="cpu")
     if last is None:
         return places, None
     last = last.cpu()

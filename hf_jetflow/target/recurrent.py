@@ -6,12 +6,21 @@ that keep the rows of a short convolution only (lfm2) drop rows as attention lay
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import Cache
-from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
+from transformers import Cache, cache_utils
+from transformers.cache_utils import DynamicLayer
+
+from .._compat import class_of
 
 
+if TYPE_CHECKING:
+    from transformers.cache_utils import LinearAttentionAndFullAttentionLayer
+    from transformers.cache_utils import LinearAttentionLayer as LinearAttentionLayer
+else:
+    LinearAttentionLayer = class_of(cache_utils, "LinearAttentionLayer")
+    LinearAttentionAndFullAttentionLayer = class_of(cache_utils, "LinearAttentionAndFullAttentionLayer")
 RECURRENT_LAYERS = (LinearAttentionLayer, LinearAttentionAndFullAttentionLayer)  # the second has keys and values, too
 
 

@@ -148,17 +148,16 @@ class BatchStrategy(CacheStrategy):
 
 
 def cache_strategy(
-    cache: DynamicCache | StaticCache, num_sequences: int, num_cached: int, read: Callable[[DraftTree], Any]
+    cache: DynamicCache | StaticCache, rows: BatchRows, read: Callable[[DraftTree], Any]
 ) -> CacheStrategy:
     """
     The strategy for a cache that holds the prompts.
 
     Args:
-        num_sequences (`int`), num_cached (`int`): Sequences, and tokens in the cache of each.
+        rows ([`BatchRows`]): How many tokens of each sequence it holds.
         read: Runs the target over the nodes of a chain behind the cache.
     """
-    rows = BatchRows(num_sequences, num_cached)
-    if num_sequences > 1:
+    if len(rows.order) > 1:
         return BatchStrategy(cache, rows)
     if isinstance(cache, StaticCache):
         return StaticStrategy(cache, rows)

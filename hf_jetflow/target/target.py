@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 from .._compat import CACHE_NAME
 from ..head.configuration_jetflow import JetFlowConfig
 from ..trees.tree import DraftTree
+from .adapters import AdapterNames
 from .attention import grouped_attention
 from .batch_caches import BatchRows
 from .caches import check_padded_rows, check_target_cache
@@ -150,7 +151,7 @@ class Target:
         batch, num_rows = features.shape[:2]
         num_cached = int(cache.get_seq_length())
         last_positions, kind_offsets = text_positions(parts[-1][1], num_cached, batch)
-        position_ids = (last_positions[:, None] + torch.arange(1 - num_rows, 1)).to(features.device)
+        position_ids = (last_positions[:, None] + torch.arange(1 - num_rows, 1, device="cpu")).to(features.device)
         is_padding = None
         if model_kwargs.get("attention_mask") is not None:
             is_padding = model_kwargs["attention_mask"] == 0
@@ -159,7 +160,8 @@ class Target:
             is_padding = pad(is_padding, (num_cached - is_padding.shape[1], 0))
             is_pad = is_padding[:, -num_rows:].to(features.device)
             features, position_ids = without_padding(features, position_ids, is_pad)
-        strategy = cache_strategy(cache, batch, num_cached, lambda chain: self._read(context, chain))
+        names = AdapterNames(self.model) if batch > 1 else None
+        strategy = cache_strategy(cache, BatchRows(batch, num_cached, names), lambda chain: self._read(context, chain))
         context = Context(strategy, last_positions + 1 - num_cached, is_padding, wants_states, forward_kwargs)
         context.scaling_step, context.kind_offsets = scaling_step(self.model), kind_offsets
         context.position_limits = position_limits(self.model)
@@ -215,7 +217,7 @@ class Target:
 
     def _node_positions(self, context: Context, tree: DraftTree) -> torch.Tensor:
         """Absolute positions of the nodes, (places, nodes)."""
-        return context.positions[:, None].to(self.device) + tree.depths.to(self.device)
+        return context.positions[:, None].to(self.device, non_blocking=True) + tree.depths.to(self.device)
 
     def _read(self, context: Context, tree: DraftTree) -> ModelOutput:
         """The model's forward over all nodes, and padding with a static cache."""
@@ -275,7 +277,7 @@ class Target:
             assert self.head_config.mask_token_id is not None
             return self.embed(torch.where(is_anchor, input_ids, self.head_config.mask_token_id))
         embeds = self.embed(input_ids)
-        return torch.where(is_anchor[..., None], embeds, mask_embedding.to(embeds.dtype))
+        return torch.where(is_anchor[..., None], embeds, mask_embedding.to(embeds))
 
     def output_rows(self, token_ids: torch.Tensor | None) -> torch.Tensor | None:
         """

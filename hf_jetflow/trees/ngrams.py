@@ -136,7 +136,7 @@ class ContextNgrams:
                                 changes[row * self._width + columns[token]] += weight * longer.count / gram.followed
                 of_branch.append(row)
         of_row = torch.frombuffer(changes, dtype=torch.float32).view(-1, self._width)
-        return of_row.index_select(0, torch.tensor(of_branch)).view(*tokens.shape, -1).to(tokens.device)
+        return of_row.index_select(0, torch.tensor(of_branch, device="cpu")).view(*tokens.shape, -1).to(tokens.device)
 
     def _extended(self, index: int, parents: list[int], tokens: list[int]) -> list[list[_Gram]]:
         """N-grams at the end of each branch of a sequence, given those of their parents."""

@@ -1,8 +1,8 @@
 """Draft trees: the exact best tree within a node budget.
 
 The best tree holds the `node_budget` nodes with the highest cumulative log-probability. No log-probability is
-positive, so a node never outranks its parent, and the best nodes always form a tree (arXiv 2606.18394, section 3.4). It is built
-depth by depth: each depth extends a frontier of the best branches so far, and one sort at the end picks the nodes.
+positive, so a node never outranks its parent, and the best nodes always form a tree (arXiv 2606.18394, section 3.4).
+It is built depth by depth: each depth extends a frontier of the best branches so far, and one sort picks the nodes.
 
 All functions take one sequence or, with a leading dimension `...`, a batch. The trees of a batch have one size.
 """
@@ -249,4 +249,4 @@ def _promising_pairs(branches: int, width: int, most: int, device: torch.device)
 @lru_cache(maxsize=256)
 def _level_numbers(sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Depth of each node when depth d has `sizes[d]` nodes."""
-    return torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(device)
+    return torch.tensor([depth for depth, size in enumerate(sizes) for _ in range(size)], device=device)

@@ -1,0 +1,27 @@
+"""peft's mixed batches: an adapter's name for each sequence, which goes where its sequence goes."""
+
+from functools import partial
+
+from torch import nn
+
+
+class AdapterNames:
+    """
+    The `adapter_names` of a call of peft's `generate`, or nothing.
+
+    peft hands them to its layers by forward hooks that last as long as the call. A batch whose sequences leave one by
+    one needs the names of those that are left, in their order.
+
+    Args:
+        model (`nn.Module`): The target, inside that call.
+    """
+
+    def __init__(self, model: nn.Module):
+        hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+        self._keywords = [h.keywords for h in hooks if isinstance(h, partial) and h.keywords.get("adapter_names")]
+        self._names = [list(keywords["adapter_names"]) for keywords in self._keywords]
+
+    def select(self, rows: list[int]) -> None:
+        """Let the layers know the names of these sequences of the batch, in this order."""
+        for keywords, names in zip(self._keywords, self._names, strict=True):
+            keywords["adapter_names"] = [names[row] for row in rows]
