@@ -1,4 +1,4 @@
-"""The error that a user can mend. Nothing else of ours is imported here."""
+"""`JetFlowError`: the one exception that the command line turns into a message."""
 
 
 class JetFlowError(ValueError):
