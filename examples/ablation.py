@@ -1,17 +1,16 @@
-"""What each part of a head and of its training is worth: every row trained on equal data and updates, then measured.
+"""Ablation of a head and its training: every row gets the same data and updates, then is measured.
 
     hf-jetflow train ... (or any run) gives answers.jsonl
     python examples/ablation.py --target model.gguf --answers answers.jsonl \
         --prompts dev_math.jsonl dev_code.jsonl dev_chat.jsonl --output runs/ablation
 
-Rows that are in the results file already are left out, so a killed run continues; `--rows NAME ...` measures the named
-rows anew. Tokens per round are those of greedy decoding, replayed over the target's own answers to the prompts;
+Rows that are in the results file are skipped, so a killed run continues; `--rows NAME ...` measures the named rows
+again. Tokens per round are those of greedy decoding, replayed over the target's own answers to the prompts;
 the speedup is tokens per round times the ratio of a plain step's time to a round's, both medians of interleaved runs.
 """
 
 import argparse
 import json
-import os
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,11 +26,13 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_jetflow import JetFlowConfig, JetFlowHead
+from hf_jetflow.files import atomic_write
 from hf_jetflow.head.configuration_jetflow import NGRAM_WEIGHTS, spaced_layer_ids
+from hf_jetflow.prompts import read_prompts
 from hf_jetflow.target.loading import fast_dtype, load_target
 from hf_jetflow.target.target import Target
 from hf_jetflow.training.answers import greedy_texts, regenerate_answers
-from hf_jetflow.training.data import frequent_tokens, read_answers, read_prompts
+from hf_jetflow.training.data import frequent_tokens, read_answers
 from hf_jetflow.training.replay import replay
 from hf_jetflow.training.starting import initialize_from_target
 from hf_jetflow.training.trainer import JetFlowTrainer, JetFlowTrainingConfig
@@ -44,7 +45,7 @@ NUM_TAPS = 5
 
 @dataclass
 class Training:
-    """How a head is made, where it differs from the kept recipe: 3 causal layers, block 8, path correction."""
+    """How a head differs from the default recipe: 3 causal layers, block 8, path correction."""
 
     config: dict[str, Any] = field(default_factory=dict)
     draft_vocab: int | None = 12288
@@ -52,7 +53,7 @@ class Training:
     anchors: int = 16
     gamma: float | None = None
     is_random_start: bool = False
-    temperature: float | None = None  # of answers made for this row; None trains on the given ones
+    temperature: float | None = None  # of answers generated for this row; None trains on the given ones
 
 
 NO_CORRECTION = {"branch_correction": None}
@@ -74,7 +75,7 @@ TRAININGS = {
     "sampled answers": Training(temperature=1.0),
 }
 
-# Name of a row: the head it measures, and how its drafts are made.
+# Name of a row: the training of its head, and how it drafts.
 ROWS = {
     "bidirectional, gamma 7, chain (DFlash)": ("bidirectional", "chain"),
     "bidirectional, gamma 7, exact tree (DDTree)": ("bidirectional", "exact"),
@@ -93,7 +94,7 @@ MAIN_ROWS = list(ROWS)[:9]
 def algorithm_1_tree(
     anchor_id: torch.Tensor, candidates: Candidates, node_budget: int, scorer: Any = None, width: int | None = None
 ) -> DraftTree:
-    """Algorithm 1 of arXiv 2606.18394: the likeliest leaf gets all its children at once, until the budget is spent."""
+    """Algorithm 1 of arXiv 2606.18394: expand the likeliest leaf with all its children, until the budget is spent."""
     assert scorer is None
     tokens, parents, depths, scores = [int(anchor_id)], [-1], [0], [0.0]
     max_depth, children = len(candidates.tokens), min(8, candidates.tokens.shape[1])  # W = 8
@@ -123,7 +124,7 @@ def algorithm_1_tree(
 def train_row(
     name: str, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace
 ) -> JetFlowHead:
-    """The head of a training, taken from its folder if it was made already."""
+    """The head of a training; loaded from its folder if it is there."""
     folder = args.output / "heads" / name.replace(" ", "-")
     if (folder / "model.safetensors").exists():
         return JetFlowHead.from_pretrained(folder)
@@ -169,7 +170,7 @@ def train_row(
     )
     JetFlowTrainer(head, target, training, answers).train()
     head.save_pretrained(folder)
-    return JetFlowHead.from_pretrained(folder)  # without what the trainer wrapped around it
+    return JetFlowHead.from_pretrained(folder)  # without the trainer's wrappers
 
 
 def time_ratios(
@@ -210,8 +211,8 @@ def measure_row(
     texts = {}
     for path in args.prompts:
         prompts = read_prompts([path])[: args.num_prompts]
-        kept = args.output / "texts" / path.name
-        texts[path.stem] = greedy_texts(target, tokenizer, prompts, kept, args.max_new_tokens)
+        stored = args.output / "texts" / path.name
+        texts[path.stem] = greedy_texts(target, tokenizer, prompts, stored, args.max_new_tokens)
     ratios = time_ratios(target, head, [group[0] for group in texts.values()], budgets, is_chain)
     results = []
     for set_name, group in texts.items():
@@ -242,7 +243,7 @@ def measure_row(
 
 
 def write_table(results: list[dict[str, Any]], path: Path) -> None:
-    """Tokens per round / speedup, a row of the ablation by node budget, means over the prompt sets."""
+    """Tokens per round / speedup by row and node budget, means over the prompt sets."""
     sets = list(dict.fromkeys(result["prompts"] for result in results))
     lines = [
         f"Tokens per round / speedup, mean over {', '.join(sets)}, greedy, {results[0]['updates']} updates each.",
@@ -270,7 +271,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
             found = [result for result in results if (result["name"], result["node_budget"]) == (name, budget)]
             if found:
                 mean[name, budget] = statistics.mean(result["tokens_per_round"] for result in found)
-    kept = "causal, path correction"
+    default = "causal, path correction"
     names = [name for name in ROWS if name not in MAIN_ROWS and (name, 32) in mean]
     figure, axes = plt.subplots(
         1, 1 + bool(names), figsize=(13 if names else 7.5, 6.5), layout="constrained", squeeze=False
@@ -285,7 +286,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     left.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncol=2)
     left.grid(alpha=0.3)
     if names:
-        names = ([kept] if (kept, 32) in mean else []) + names
+        names = ([default] if (default, 32) in mean else []) + names
         right.barh([name.removeprefix("path correction, ") for name in names], [mean[name, 32] for name in names])
         right.invert_yaxis()
         right.set(xlabel="tokens per round at 32 nodes, mean over prompt sets", xlim=(1, None))
@@ -298,11 +299,11 @@ def main() -> None:
     parser.add_argument("--target", required=True)
     parser.add_argument("--target-name")
     parser.add_argument("--answers", type=Path, nargs="+", required=True)
-    parser.add_argument("--train-prompts", type=Path, nargs="*", default=[], help="for rows that make their answers")
+    parser.add_argument("--train-prompts", type=Path, nargs="*", default=[], help="for rows with answers of their own")
     parser.add_argument("--prompts", type=Path, nargs="+", required=True, help="development prompts")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--results", type=Path, default=Path("examples/results/ablation.json"))
-    parser.add_argument("--features", type=Path, help="folder of kept target features; OUTPUT/features by default")
+    parser.add_argument("--features", type=Path, help="folder of stored target features; OUTPUT/features by default")
     parser.add_argument("--rows", nargs="*", choices=list(ROWS), metavar="NAME", help=f"of {', '.join(ROWS)}")
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--num-prompts", type=int, default=30)
@@ -315,17 +316,15 @@ def main() -> None:
     results = json.loads(args.results.read_text(encoding="utf-8")) if args.results.exists() else []
     known = {result["name"] for result in results} - set(args.rows or ())
     results = [result for result in results if result["name"] in known]
-    target, tokenizer = load_target(args.target, fast_dtype())
+    target, tokenizer = load_target(args.target, "auto")
     args.target_name = args.target_name or args.target
     for name in args.rows or ROWS:
         if name in known or (TRAININGS[ROWS[name][0]].temperature is not None and not args.train_prompts):
             continue
         console.print(f"{name} ...")
         results += measure_row(name, target, tokenizer, args)
-        args.results.parent.mkdir(parents=True, exist_ok=True)
-        partial = args.results.with_suffix(".partial")
-        partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, args.results)
+        with atomic_write(args.results) as partial:
+            partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         write_table(results, args.results.with_suffix(".md"))
         plot(results, args.results.with_suffix(".png"))
     console.print(args.results.with_suffix(".md").read_text(encoding="utf-8"), markup=False)

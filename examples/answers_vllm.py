@@ -1,9 +1,9 @@
-"""Let vLLM answer prompts for training a head: many times faster than `hf-jetflow train` does it by itself on GPUs.
+"""Let vLLM answer prompts for training a head: many times faster on GPUs than `hf-jetflow train`.
 
     python examples/answers_vllm.py --target Qwen/Qwen3-8B --prompts prompts.jsonl --output answers.jsonl
     hf-jetflow train --target Qwen/Qwen3-8B --answers answers.jsonl --output runs/qwen3-8b
 
-Prompts are JSON lines as `hf-jetflow train --prompts` reads them. A killed run goes on where it stopped.
+Prompts are JSON lines as `hf-jetflow train --prompts` reads them. A killed run continues where it stopped.
 """
 
 import argparse
@@ -12,8 +12,9 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from hf_jetflow.training.answers import append_lines, drop_partial_line
-from hf_jetflow.training.data import encode_chat, read_jsonl, read_prompts
+from hf_jetflow.jsonl import append_jsonl
+from hf_jetflow.prompts import encode_chat, read_prompts
+from hf_jetflow.training.answers import answered_ids
 
 
 PROMPTS_AT_A_TIME = 1024  # answered before they are written
@@ -32,11 +33,8 @@ def main() -> None:
     if find_spec("vllm") is None:
         raise SystemExit("error: vLLM is not installed here; run `pip install vllm` in an environment of its own")
 
-    done = set()
-    if args.output.exists():
-        drop_partial_line(args.output)
-        done = {record["id"] for record in read_jsonl(args.output)}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    settings = {name: getattr(args, name) for name in ("target", "max_new_tokens", "max_length", "temperature")}
+    done = answered_ids(args.output, settings)
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     waiting = []
     for prompt in read_prompts(args.prompts):
@@ -55,7 +53,7 @@ def main() -> None:
         batch = waiting[start : start + PROMPTS_AT_A_TIME]
         outputs = engine.generate([TokensPrompt(prompt_token_ids=record["prompt_ids"]) for record in batch], sampling)
         answers = [list(output.outputs[0].token_ids) for output in outputs]
-        append_lines(args.output, [{**record, "answer_ids": ids} for record, ids in zip(batch, answers, strict=True)])
+        append_jsonl(args.output, [{**record, "answer_ids": ids} for record, ids in zip(batch, answers, strict=True)])
     print(f"written: {args.output}")
 
 

@@ -15,8 +15,8 @@ from smollm2 import HEAD, gguf_path
 from transformers import TextStreamer
 
 from hf_jetflow import JetFlowHead
+from hf_jetflow.prompts import encode_chat
 from hf_jetflow.target.loading import fast_dtype, load_target
-from hf_jetflow.training.data import encode_chat
 
 
 class KeepingStreamer(TextStreamer):

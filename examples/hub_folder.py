@@ -17,7 +17,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 
 from hf_jetflow import JetFlowHead
-from hf_jetflow.training.recipe import HEAD_FILES
+from hf_jetflow.training.checkpoints import HEAD_FILES
 
 
 RECIPE = Path(__file__).resolve().parent / "custom_generate"

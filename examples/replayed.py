@@ -7,9 +7,9 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_jetflow import JetFlowHead
+from hf_jetflow.prompts import read_prompts
 from hf_jetflow.target.loading import fast_dtype, load_target
 from hf_jetflow.training.answers import greedy_texts
-from hf_jetflow.training.data import read_prompts
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:

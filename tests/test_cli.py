@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from hf_jetflow import JetFlowHead
 from hf_jetflow.cli.main import app
 from hf_jetflow.cli.main import train as train_command
-from hf_jetflow.training.recipe import TrainRecipe
+from hf_jetflow.training.settings import TrainRecipe
 
 
 runner = CliRunner()
@@ -89,14 +89,14 @@ def test_answers_made_elsewhere_are_trained_on_with_weights_and_a_warning(target
     )
     assert result.exit_code == 0, result.output
     output = " ".join(result.output.split())
-    assert "made.jsonl: these answers surprise the target by" in output
-    assert "of 13 answers: 1 left out, fewer than two answer tokens (see --max-length)" in output
+    assert "made.jsonl: another model or a person seems to have written these answers" in output
+    assert "of 13 answers: 1 skipped, fewer than two answer tokens (see --max-length)" in output
 
 
 def test_the_command_and_the_recipe_have_the_same_options_and_defaults():
     fields = {field.name: field for field in dataclasses.fields(TrainRecipe)}
     options = dict(inspect.signature(train_command).parameters)
-    assert options.keys() - {"weight", "quiet"} == fields.keys() - {"weights", "eval_node_budgets"}
+    assert options.keys() - {"weight", "quiet"} == fields.keys() - {"weights", "eval_node_budgets", "report_to"}
     for name, option in options.items():
         if name in fields and option.default not in (inspect.Parameter.empty, []):
             assert option.default == fields[name].default, name
@@ -217,15 +217,15 @@ def test_a_bench_that_cannot_be_run_says_why(target_folder, prompts, tmp_path, o
         (["train", "--target", "TARGET", "--prompts", "PROMPTS", "--output", "OUT", "--dtype", "int3"], "'int3'"),
         (
             ["train", "--target", "TARGET", "--prompts", "PROMPTS", "--output", "OUT", "--weight", "code=2"],
-            "given for 'code', but the sources are ['prompts']",
+            "`--weights` names 'code', but the sources are ['prompts']",
         ),
         (
             ["train", "--target", "TARGET", "--prompts", "PROMPTS", "--output", "OUT", "--weight", "prompts"],
-            "the weight is 'prompts', but NAME=WEIGHT is needed",
+            "expected NAME=WEIGHT such as `code=2.0`, got 'prompts'",
         ),
         (
             ["train", "--target", "TARGET", "--answers", "PROMPTS", "--output", "OUT"],
-            "record 1: needs `prompt_ids` and `answer_ids`",
+            "line 1: expected `prompt_ids` and `answer_ids`",
         ),
         (
             ["bench", "--target", "TARGET", "--head", "TARGET", "--prompts", "PROMPTS"],
@@ -236,7 +236,7 @@ def test_a_bench_that_cannot_be_run_says_why(target_folder, prompts, tmp_path, o
         (["plot", "nowhere.json", "x.png"], "nowhere.json does not exist; check the path"),
         (
             ["train", "--target", "TARGET", "--prompts", "PROMPTS", "--output", "OUT", "--depth-gamma", "0"],
-            "`--depth-gamma` is 0.0, but more than 0 is needed",
+            "`--depth-gamma` is 0.0, expected more than 0",
         ),
         (
             ["bench", "--target", "HEAD", "--head", "HEAD", "--prompts", "PROMPTS"],

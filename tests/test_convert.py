@@ -1,4 +1,4 @@
-"""Writing heads in other layouts: tensors keep every bit, drafts stay the same, what is left out is said."""
+"""Writing heads in other layouts: tensors keep every bit, drafts stay the same, dropped parts are reported."""
 
 import json
 from pathlib import Path
@@ -55,8 +55,8 @@ def saved_head(folder: Path, **settings: Any) -> JetFlowHead:
 
 
 def converted(tmp_path: Path, to: str, target: Path | None = None, **settings: Any) -> tuple[JetFlowHead, list[str]]:
-    left_out = convert_head(str(tmp_path / "head"), to, tmp_path / to, None if target is None else str(target))
-    return JetFlowHead.from_pretrained(tmp_path / to, dtype="auto", **settings).eval(), left_out
+    dropped = convert_head(str(tmp_path / "head"), to, tmp_path / to, None if target is None else str(target))
+    return JetFlowHead.from_pretrained(tmp_path / to, dtype="auto", **settings).eval(), dropped
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -65,8 +65,8 @@ def test_a_head_goes_to_another_layout_and_back_bit_for_bit(tmp_path, target_fol
     if (to, kind) == ("jetspec", "sliding"):
         pytest.skip("refused, see below")
     head = saved_head(tmp_path / "head", **HEADS[kind])
-    back, left_out = converted(tmp_path, to, target_folder)
-    assert left_out == []
+    back, dropped = converted(tmp_path, to, target_folder)
+    assert dropped == []
     ours, theirs = head.state_dict(), back.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours)
@@ -92,44 +92,44 @@ def test_a_converted_head_drafts_the_same_tokens(tmp_path, target, target_folder
 
 
 @pytest.mark.parametrize("to", [name for name in LAYOUT_NAMES if name != "jetflow"])
-def test_a_branch_correction_is_left_out_and_said_to_be(tmp_path, target, target_folder, to):
+def test_a_branch_correction_is_dropped_and_said_to_be(tmp_path, target, target_folder, to):
     head = saved_head(tmp_path / "head", branch_correction="path").float()
-    back, left_out = converted(tmp_path, to, target_folder)
-    assert left_out == ["the branch correction (path): all branches of a depth share one distribution there"]
+    back, dropped = converted(tmp_path, to, target_folder)
+    assert dropped == ["the branch correction (path): all branches of a depth share one distribution there"]
     assert not any("branch" in name for name in load_file(tmp_path / to / "model.safetensors"))
     with_it = chains(head, target)
     head.branch_correction = None
     assert chains(back.float(), target) == chains(head, target) != with_it
 
 
-def test_our_own_layout_keeps_a_branch_correction(tmp_path):
+def test_our_own_layout_holds_a_branch_correction(tmp_path):
     head = saved_head(tmp_path / "head", branch_correction="parent")
-    back, left_out = converted(tmp_path, "jetflow")
-    assert left_out == []
+    back, dropped = converted(tmp_path, "jetflow")
+    assert dropped == []
     assert all(torch.equal(tensor, back.state_dict()[name]) for name, tensor in head.state_dict().items())
 
 
 @pytest.mark.parametrize("to", ["jetspec", "dflash"])
-def test_a_draft_vocabulary_is_left_out_where_there_is_no_place_for_it(tmp_path, to):
+def test_a_draft_vocabulary_is_dropped_where_there_is_no_place_for_it(tmp_path, to):
     saved_head(tmp_path / "head", draft_vocab_size=40)
     back, (what,) = converted(tmp_path, to)
     assert what.startswith("the draft vocabulary of 40 tokens")
     assert back.config.draft_vocab_size is None
 
 
-def test_speculators_takes_the_target_s_rows_of_a_draft_vocabulary_along(tmp_path, target, target_folder):
+def test_speculators_stores_the_target_s_rows_of_a_draft_vocabulary(tmp_path, target, target_folder):
     head = saved_head(tmp_path / "head", draft_vocab_size=40)
-    back, left_out = converted(tmp_path, "speculators", target_folder)
-    assert left_out == []
+    back, dropped = converted(tmp_path, "speculators", target_folder)
+    assert dropped == []
     assert torch.equal(back.d2t, head.d2t)
     rows = target.get_output_embeddings().weight[head.d2t].to(torch.bfloat16)
     assert torch.equal(back.lm_head.weight, rows)
     written = load_file(tmp_path / "speculators" / "model.safetensors")
-    assert written["d2t"].tolist() == list(range(40))  # id 2 i at place i
+    assert written["d2t"].tolist() == list(range(40))  # id 2 i at index i
     assert written["t2d"].nonzero()[:, 0].tolist() == head.d2t.tolist()
 
 
-def test_a_foreign_head_is_converted_to_ours(tmp_path, target):
+def test_a_third_party_head_is_converted_to_ours(tmp_path, target):
     tensors = {**make.body_tensors(), **make.own_tensors()}
     theirs = make.load(tmp_path / "head", make.deepspec(), tensors)
     ours, _ = converted(tmp_path, "jetflow")
@@ -137,10 +137,10 @@ def test_a_foreign_head_is_converted_to_ours(tmp_path, target):
     assert chains(ours, target) == chains(theirs, target)
 
 
-def test_deepspec_s_heads_go_to_speculators_with_all_they_have(tmp_path, target, target_folder):
+def test_deepspec_s_heads_convert_to_speculators_completely(tmp_path, target, target_folder):
     theirs = make.load(tmp_path / "head", make.deepspec(), {**make.body_tensors(), **make.own_tensors()})
-    back, left_out = converted(tmp_path, "speculators", target_folder)
-    assert left_out == []
+    back, dropped = converted(tmp_path, "speculators", target_folder)
+    assert dropped == []
     assert chains(back, target) == chains(theirs, target)
 
 
@@ -153,24 +153,24 @@ def test_scales_and_soft_cap_go_to_dflash(tmp_path):
 @pytest.mark.parametrize(
     ("to", "settings", "cause"),
     [
-        ("jetspec", dict(mask_token_id=None), "no place for a learned mask embedding; train with --mask-token"),
-        ("jetspec", HEADS["sliding"], "no place for layers of both kinds"),
-        ("jetspec", dict(logit_softcap=3.0), "no place for a logit scale or soft cap"),
-        ("jetspec", dict(embedding_scale=2.0), "no place for an `embedding_scale` of 2.0"),
-        ("dflash", dict(own_lm_head=True), "no place for an embedding or LM head of the head's own"),
-        ("dflash", dict(anchor_predicts=True), "an anchor's row that predicts"),
-        ("dflash", dict(is_causal=[True, False]), "no place for `is_causal` [True, False] with layers"),
-        ("dflash", dict(num_target_layers=None), "does not know; give --target"),
-        ("speculators", dict(logit_scale=2.0, target_name="a/b"), "no place for a logit scale or soft cap"),
-        ("speculators", dict(embedding_scale=2.0, target_name="a/b"), "no place for an `embedding_scale` of 2.0"),
-        ("speculators", dict(target_name=None), "speculators names the target of a head"),
-        ("speculators", dict(target_name="a/b", draft_vocab_size=40), "give --target to copy it from"),
-        ("speculators", dict(target_name="a/b", is_causal=[True, True], **SLIDING), "no place for `is_causal`"),
-        ("eagle", {}, "the layout is 'eagle', but one of jetflow, jetspec, dflash, speculators is needed"),
+        ("jetspec", dict(mask_token_id=None), "cannot hold a learned mask embedding; train with --mask-token"),
+        ("jetspec", HEADS["sliding"], "cannot hold layers of both kinds"),
+        ("jetspec", dict(logit_softcap=3.0), "cannot hold a logit scale or soft cap"),
+        ("jetspec", dict(embedding_scale=2.0), "cannot hold an `embedding_scale` of 2.0"),
+        ("dflash", dict(own_lm_head=True), "cannot hold the head's own embedding or LM head"),
+        ("dflash", dict(anchor_predicts=True), "an anchor row that predicts"),
+        ("dflash", dict(is_causal=[True, False]), "cannot hold `is_causal` [True, False] with layers"),
+        ("dflash", dict(num_target_layers=None), "lacks; give --target"),
+        ("speculators", dict(logit_scale=2.0, target_name="a/b"), "cannot hold a logit scale or soft cap"),
+        ("speculators", dict(embedding_scale=2.0, target_name="a/b"), "cannot hold an `embedding_scale` of 2.0"),
+        ("speculators", dict(target_name=None), "speculators stores the target's name"),
+        ("speculators", dict(target_name="a/b", draft_vocab_size=40), "give --target to copy its rows from"),
+        ("speculators", dict(target_name="a/b", is_causal=[True, True], **SLIDING), "cannot hold `is_causal`"),
+        ("eagle", {}, "the layout is 'eagle', expected one of jetflow, jetspec, dflash, speculators"),
     ],
     ids=lambda value: next(iter(value), "") if isinstance(value, dict) else "",
 )
-def test_what_a_layout_cannot_say_is_refused_and_nothing_is_written(tmp_path, to, settings, cause):
+def test_what_a_layout_cannot_hold_is_refused_and_nothing_is_written(tmp_path, to, settings, cause):
     saved_head(tmp_path / "head", **settings)
     with pytest.raises(ValueError) as caught:  # noqa: PT011  # the parameters match the message
         convert_head(str(tmp_path / "head"), to, tmp_path / "out")
@@ -195,16 +195,16 @@ def test_a_target_that_does_not_fit_is_refused(tmp_path, tiny_target):
         convert_head(str(tmp_path / "head"), "dflash", tmp_path / "out", str(tmp_path / "other"))
 
 
-def test_a_folder_that_holds_something_is_left_alone(tmp_path):
+def test_a_folder_that_is_not_empty_stays_as_it_is(tmp_path):
     saved_head(tmp_path / "head")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    with pytest.raises(OSError, match="exists already; give a new folder"):
+    with pytest.raises(ValueError, match="exists already; give a new folder"):
         convert_head(str(tmp_path / "head"), "dflash", tmp_path / "out")
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
 
 
-def test_the_command_writes_a_head_and_says_what_is_left_out(tmp_path, target_folder):
+def test_the_command_writes_a_head_and_says_what_is_dropped(tmp_path, target_folder):
     saved_head(tmp_path / "head", branch_correction="path")
     arguments = ["convert", tmp_path / "head", "--to", "speculators", "--target", target_folder]
     result = CliRunner().invoke(app, [str(each) for each in [*arguments, "--output", tmp_path / "new" / "out"]])

@@ -1,4 +1,4 @@
-"""Prompts and answers on disk, their order, anchors and stored features."""
+"""Answers on disk, their order, anchors and stored features."""
 
 import json
 from collections import Counter
@@ -6,86 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import answer, tiny_tokenizer, write_lines
+from helpers import answer, write_lines
 
 from hf_jetflow.training.data import (
     AnchorCollator,
     AnswerDataset,
     EpochSampler,
     FeatureStore,
-    encode_chat,
     frequent_tokens,
     read_answers,
-    read_jsonl,
-    read_prompts,
 )
 
 
-def test_json_lines_are_read_in_order_and_blank_lines_skipped(tmp_path):
-    path = write_lines(tmp_path / "a.jsonl", {"x": 1}, "", {"x": 2})
-    assert list(read_jsonl(path)) == [{"x": 1}, {"x": 2}]
-
-
-def test_a_cut_off_last_line_is_left_out(tmp_path):
-    path = write_lines(tmp_path / "a.jsonl", {"x": 1}, '{"x": ', end="")
-    assert list(read_jsonl(path)) == [{"x": 1}]
-
-
-def test_a_complete_last_line_without_newline_is_read(tmp_path):
-    path = write_lines(tmp_path / "a.jsonl", {"x": 1}, {"x": 2}, end="")
-    assert list(read_jsonl(path)) == [{"x": 1}, {"x": 2}]
-
-
-def test_a_line_cut_off_within_a_character_is_left_out_at_the_end_and_named_elsewhere(tmp_path):
-    cut = '{"x": "é'.encode()[:-1]
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"x": 1}\n' + cut)
-    assert list(read_jsonl(path)) == [{"x": 1}]
-    path.write_bytes(cut + b'\n{"x": 1}\n')
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: not valid JSON"):
-        list(read_jsonl(path))
-
-
-def test_a_bad_line_is_named_with_file_and_number(tmp_path):
-    path = write_lines(tmp_path / "a.jsonl", {"x": 1}, "{'x': 2}", {"x": 3})
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: not valid JSON .*; repair or remove the line"):
-        list(read_jsonl(path))
-
-
-def test_a_line_that_holds_no_object_is_named(tmp_path):
-    path = write_lines(tmp_path / "a.jsonl", {"x": 1}, [1, 2])
-    with pytest.raises(ValueError, match=r"line 2: holds a list, but an object is needed"):
-        list(read_jsonl(path))
-
-
-def test_prompts_are_read_from_messages_turns_and_prompt(tmp_path):
-    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
-    path = write_lines(
-        tmp_path / "a.jsonl",
-        {"id": 7, "messages": messages},
-        {"turns": ["first", "second"]},
-        {"prompt": "text", "source": "web"},
-    )
-    assert read_prompts([path]) == [
-        {"id": "7", "source": "a", "messages": messages},
-        {"id": "a-2", "source": "a", "messages": [{"role": "user", "content": "first"}]},
-        {"id": "a-3", "source": "web", "messages": [{"role": "user", "content": "text"}]},
-    ]
-
-
-def test_a_prompt_without_text_is_named(tmp_path):
-    path = write_lines(tmp_path / "a.jsonl", {"prompt": "x"}, {"text": "y"})
-    with pytest.raises(ValueError, match=r"record 2: needs `messages`, `turns` or `prompt`, has \['text'\]"):
-        read_prompts([path])
-
-
-def test_a_prompt_id_that_occurs_twice_is_named(tmp_path):
-    paths = [write_lines(tmp_path / name, {"id": "one", "prompt": name}) for name in ("a.jsonl", "b.jsonl")]
-    with pytest.raises(ValueError, match=r"b\.jsonl, record 1: the id 'one' occurs twice"):
-        read_prompts(paths)
-
-
-def test_answers_are_read_from_their_files_when_asked_for(tmp_path):
+def test_answers_are_read_from_their_files_when_indexed(tmp_path):
     first, second, third = answer("é", 2, 3), {**answer("two", 4, 4), "source": "web"}, answer("three", 1, 2)
     (tmp_path / "a.jsonl").write_text(f"\n{json.dumps(first, ensure_ascii=False)}\n\n{json.dumps(second)}\n")
     answers = read_answers([tmp_path / "a.jsonl", write_lines(tmp_path / "b.jsonl", third, end="")])
@@ -105,11 +38,11 @@ def test_answers_hold_no_token_ids_in_memory(tmp_path):
 
 def test_an_answer_id_that_occurs_twice_is_named(tmp_path):
     paths = [write_lines(tmp_path / f"{name}.jsonl", answer("one", 2, 3)) for name in "ab"]
-    with pytest.raises(ValueError, match=r"b\.jsonl, record 1: the id 'one' occurs twice; remove or rename"):
+    with pytest.raises(ValueError, match=r"b\.jsonl, line 1: the id 'one' occurs twice; remove or rename"):
         read_answers(paths)
 
 
-def test_answers_without_ids_do_not_displace_those_of_another_file(tmp_path):
+def test_answers_without_ids_in_two_files_do_not_collide(tmp_path):
     records = [{key: answer("", size, 3)[key] for key in ("prompt_ids", "answer_ids")} for size in (2, 4)]
     paths = [write_lines(tmp_path / f"{name}.jsonl", record) for name, record in zip("ab", records, strict=True)]
     assert [len(record["prompt_ids"]) for record in read_answers(paths)] == [2, 4]
@@ -118,68 +51,65 @@ def test_answers_without_ids_do_not_displace_those_of_another_file(tmp_path):
 @pytest.mark.parametrize(
     ("change", "cause"),
     [
-        ({"answer_ids": "text"}, "`answer_ids` is no list of whole numbers; give token ids, or the conversation"),
-        ({"answer_ids": [1, 2.5]}, "`answer_ids` is no list of whole numbers"),
-        ({"answer_ids": [1, True]}, "`answer_ids` is no list of whole numbers"),
-        ({"prompt_ids": [1, [2]]}, "`prompt_ids` is no list of whole numbers"),
-        ({"prompt_ids": None}, "`prompt_ids` is no list of whole numbers"),
-        ({"prompt_ids": []}, "`prompt_ids` is empty, but at least one token is needed; remove the record"),
-        ({"answer_ids": []}, "`answer_ids` is empty"),
-        ({"answer_ids": [3, 20]}, "`answer_ids` holds the token id 20, but the target has the ids 0 to 19"),
-        ({"prompt_ids": [-1, 3]}, "`prompt_ids` holds the token id -1"),
+        ({"answer_ids": "text"}, '`answer_ids`: expected a list of integers, got "text"; give token ids, or the conv'),
+        ({"answer_ids": [1, 2.5]}, "`answer_ids`: expected a list of integers"),
+        ({"answer_ids": [1, True]}, "`answer_ids`: expected a list of integers"),
+        ({"prompt_ids": [1, [2]]}, "`prompt_ids`: expected a list of integers"),
+        ({"prompt_ids": None}, "`prompt_ids`: expected a list of integers"),
+        ({"prompt_ids": []}, "`prompt_ids`: expected at least one token, got none; remove the record"),
+        ({"answer_ids": []}, "`answer_ids`: expected at least one token"),
+        ({"answer_ids": [3, 20]}, "`answer_ids`: expected token ids from 0 to 19, as the target has, got 20"),
+        ({"prompt_ids": [-1, 3]}, "`prompt_ids`: expected token ids from 0 to 19, as the target has, got -1"),
     ],
 )
-def test_a_bad_answer_is_named_with_file_and_record(tmp_path, change, cause):
+def test_a_bad_answer_is_named_with_file_and_line(tmp_path, change, cause):
     path = write_lines(tmp_path / "a.jsonl", answer("one", 2, 3), {**answer("two", 2, 3), **change})
-    with pytest.raises(ValueError, match=r"a\.jsonl, record 2: ") as error:
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: ") as error:
         read_answers([path], vocab_size=20)
     assert cause in str(error.value)
 
 
 def test_an_answer_without_token_ids_is_named(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", {"id": "one", "answer": "text"})
-    with pytest.raises(ValueError, match=r"a\.jsonl, record 1: needs `prompt_ids` and `answer_ids`"):
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: expected `prompt_ids` and `answer_ids`"):
         read_answers([path])
-
-
-def test_a_conversation_is_encoded_by_the_chat_template():
-    messages = [{"role": "user", "content": "t009 t008"}]
-    assert encode_chat(tiny_tokenizer(20), messages) == [3, 9, 8, 4, 5]
 
 
 ANSWERS = [{"answer_ids": [7, 7, 7, 2, 2]}, {"answer_ids": [9, 2, 4]}]
 
 
-def test_frequent_tokens_are_the_commonest_in_ascending_order():
+def test_frequent_tokens_are_in_ascending_order():
     assert frequent_tokens(ANSWERS, 2).tolist() == [2, 7]
 
 
-def test_frequent_tokens_hold_those_that_must_be_there():
+def test_frequent_tokens_include_the_required_ones():
     assert frequent_tokens(ANSWERS, 3, always=[50, 4]).tolist() in ([2, 4, 50], [4, 7, 50])
 
 
-def test_fewer_tokens_than_asked_for_are_an_error():
-    with pytest.raises(ValueError, match=r"hold 4 different tokens, fewer than .* vocabulary of 5; choose a smaller"):
+def test_a_draft_vocabulary_larger_than_the_answers_is_refused():
+    with pytest.raises(
+        ValueError, match="`--draft-vocab` is 5, but the answers hold only 4 different tokens; choose a smaller"
+    ):
         frequent_tokens(ANSWERS, 5)
 
 
-def test_the_dataset_leaves_out_what_holds_no_anchor_and_says_so():
+def test_the_dataset_skips_what_holds_no_anchor_and_reports_it():
     answers = [answer("good", 3, 2), answer("short", 3, 1), answer("long prompt", 9, 5), answer("cut", 8, 5)]
     dataset = AnswerDataset(answers, max_length=10)
     assert [len(item["ids"]) for item in dataset] == list(dataset.lengths) == [5, 10]
-    assert dataset[1] == {"ids": list(range(1, 11)), "num_prompt": 8, "place": (1, 0, 0)}
-    assert dataset.left_out == (
-        "1 left out, fewer than two answer tokens; 1 left out, a prompt that fills the 10 tokens of a sequence; "
+    assert dataset[1] == {"ids": list(range(1, 11)), "num_prompt": 8, "index": (1, 0, 0)}
+    assert dataset.skipped == (
+        "1 skipped, fewer than two answer tokens; 1 skipped, the prompt fills the 10 tokens of a sequence; "
         "1 cut at 10 tokens"
     )
-    assert AnswerDataset(answers[:1], max_length=10).left_out == ""
+    assert AnswerDataset(answers[:1], max_length=10).skipped == ""
 
 
 def test_the_dataset_is_the_same_from_files_and_from_a_list(tmp_path):
     records = [answer("a", 3, 4), answer("b", 3, 1), {**answer("c", 2, 9), "source": "web"}]
     ours = AnswerDataset(read_answers([write_lines(tmp_path / "answers.jsonl", *records)]), 10)
     theirs = AnswerDataset(records, 10)
-    assert (list(ours), ours.sources, ours.left_out) == (list(theirs), theirs.sources, theirs.left_out)
+    assert (list(ours), ours.sources, ours.skipped) == (list(theirs), theirs.sources, theirs.skipped)
     assert list(ours.lengths) == list(theirs.lengths)
 
 
@@ -197,7 +127,7 @@ def epoch_of(sampler: EpochSampler, epoch: int) -> list[tuple[int, int, int]]:
     return places
 
 
-def test_an_epoch_holds_every_record_once_in_an_order_of_its_own():
+def test_every_epoch_holds_every_record_once_in_a_new_order():
     dataset = make_dataset(*["a"] * 23)
     orders = [epoch_of(EpochSampler(dataset, 4, seed, {}), epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0))]
     assert all(sorted(number for number, *_ in order) == list(range(23)) for order in orders)
@@ -212,7 +142,7 @@ def test_an_epoch_does_not_depend_on_those_before_it():
     assert epoch_of(EpochSampler(make_dataset(*["a"] * 23), 4, 0, {"a": 1.5}), 2) == later
 
 
-def test_batches_hold_like_lengths_in_random_order():
+def test_batches_hold_similar_lengths_in_random_order():
     dataset = make_dataset(*["a"] * 402)
     lengths = [int(dataset.lengths[number]) for number, *_ in epoch_of(EpochSampler(dataset, 4, 0, {}), 0)]
     batches = [lengths[start : start + 4] for start in range(0, 402, 4)]
@@ -242,8 +172,8 @@ def test_a_source_with_a_small_weight_occurs_at_all():
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({"c": 2.0}, r"given for 'c', but the sources are \['a', 'b'\]; use one of these names"),
-        ({"a": 0.0}, "the weight of 'a' is 0.0, but must be above 0; leave out"),
+        ({"c": 2.0}, r"names 'c', but the sources are \['a', 'b'\]; use one of these names"),
+        ({"a": 0.0}, "the weight of 'a' is 0.0, expected more than 0; remove what"),
         ({"a": float("nan")}, "the weight of 'a' is nan"),
     ],
 )
@@ -277,7 +207,7 @@ def test_missing_anchors_are_marked_behind_the_others():
     assert collate(4, (3, 3), (2, 2), (1, 6))["anchors"][:2].tolist() == [[3, 4, -1, -1], [2, -1, -1, -1]]
 
 
-def test_anchors_depend_on_the_seed_and_the_place_alone():
+def test_anchors_depend_only_on_the_seed_and_the_index():
     dataset = AnswerDataset([answer("one", 4, 60), answer("two", 4, 60)], max_length=100)
 
     def anchors(seed: int, *place: int) -> tuple[int, ...]:
@@ -341,7 +271,7 @@ def test_only_missing_features_are_computed_after_a_killed_run(tmp_path):
     assert_same_features(batch, got, Compute()(batch["input_ids"]))
 
 
-def test_a_killed_write_leaves_no_file_that_looks_whole(tmp_path, monkeypatch):
+def test_a_killed_write_leaves_no_file_that_looks_complete(tmp_path, monkeypatch):
     def killed_save(tensors: dict, path: Path) -> None:
         path.write_bytes(b"half a file")
         raise Killed
@@ -352,7 +282,7 @@ def test_a_killed_write_leaves_no_file_that_looks_whole(tmp_path, monkeypatch):
     assert list(tmp_path.glob("*.safetensors")) == []
 
 
-def test_features_of_a_record_that_was_cut_shorter_are_computed_anew(tmp_path):
+def test_features_of_a_record_that_was_cut_shorter_are_recomputed(tmp_path):
     records = [answer("one", 3, 9)]
     compute = Compute()
     for max_length in (6, 12, 6):
@@ -362,7 +292,7 @@ def test_features_of_a_record_that_was_cut_shorter_are_computed_anew(tmp_path):
     assert compute.num_sequences == 2
 
 
-def test_features_of_other_tokens_under_the_same_record_id_are_not_mixed_up(tmp_path):
+def test_features_of_other_tokens_under_the_same_id_are_not_mixed_up(tmp_path):
     for answer_ids in ([5, 6, 7], [8, 9, 7]):
         records = [{"id": "same", "prompt_ids": [1, 2], "answer_ids": answer_ids}]
         batch = AnchorCollator(1)(list(AnswerDataset(records, 16)))

@@ -18,11 +18,11 @@ from hf_jetflow.decoding.drafter import JetFlowCandidateGenerator
 from hf_jetflow.doctor import doctor
 from hf_jetflow.doctor.doctor import examine
 from hf_jetflow.doctor.mistakes import encode, with_fields
+from hf_jetflow.prompts import encode_chat
 from hf_jetflow.target.target import Target, TargetStates
 from hf_jetflow.training.blocks import draft_blocks
-from hf_jetflow.training.data import encode_chat
+from hf_jetflow.training.optimizer import MuonAdamW
 from hf_jetflow.training.replay import answer_logprobs, replay
-from hf_jetflow.training.trainer import MuonAdamW
 
 
 NUM_NEW, WINDOW = 20, 8

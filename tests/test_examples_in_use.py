@@ -179,7 +179,6 @@ def test_the_recipe_for_several_gpus_says_its_commands_and_starts_nothing(tmp_pa
         "mkdir",
         "pip",
         "prepare_prompts.py",
-        "mv",
         "answers_vllm.py",
         "accelerate",
     ]
@@ -224,9 +223,9 @@ def test_the_recipe_s_memory_and_time_are_those_of_the_cost_model(example, tmp_p
     example("training_cost", "--target", tmp_path, *shape)
     printed = capsys.readouterr().out
     memory, update, hours = re.search(
-        r"([\d.]+) GB at the peak and ([\d.]+) s an update, ([\d.]+) h", printed
+        r"([\d.]+) GB at the peak and ([\d.]+) s per update, ([\d.]+) h", printed
     ).groups()
-    assert f"{memory} GB at the peak and {update} s an update, {hours} h for the 20,000 updates" in recipe
+    assert f"{memory} GB at the peak and {update} s per update, {hours} h for the 20,000 updates" in recipe
     assert "1.32 B parameters" in printed
 
 

@@ -628,7 +628,7 @@ def test_a_head_with_modules_of_its_own_is_not_trained_further(tmp_path, target)
     from hf_jetflow.training.starting import start_from_head
 
     make.write(tmp_path, make.deepspec(), {**make.body_tensors(), **make.own_tensors()})
-    with pytest.raises(ValueError, match="cannot be trained further yet"):
+    with pytest.raises(ValueError, match="cannot be trained; remove `--head`"):
         start_from_head(str(tmp_path), target, None, seed=0)
 
 

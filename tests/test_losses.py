@@ -38,7 +38,7 @@ def test_the_chunked_loss_and_its_gradient_equal_autograd_s(chunk_size, temperat
     torch.testing.assert_close(gradient, expected)
 
 
-def test_the_gradient_is_scaled_by_what_comes_after_the_loss():
+def test_the_gradient_scales_with_the_incoming_gradient():
     rows, teacher, projection, weights = make_rows()
     gradients = []
     for factor in (1.0, -3.0):
@@ -132,7 +132,7 @@ def test_the_feature_loss_pulls_rows_towards_the_teacher():
     assert bool(((rows - teacher) * rows.grad >= 0).all())
 
 
-def test_the_teacher_s_logits_are_shaped_as_the_target_shapes_them():
+def test_the_teacher_s_logits_get_the_target_s_scale_and_cap():
     rows, teacher, projection, weights = make_rows()
     shape = LogitShape(scale=0.4, cap=3.0)
     log_q = torch.log_softmax(rows @ projection.T, dim=-1)

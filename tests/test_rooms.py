@@ -18,6 +18,7 @@ PACKAGE = "hf_jetflow"
 # A folder imports from itself, from those of an earlier line, and from the top-level modules named there.
 ORDER = (
     {"_compat", "errors", "stats"},
+    {"extras", "files", "jsonl", "prompts"},
     {"head"},
     {"trees"},
     {"target"},

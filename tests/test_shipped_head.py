@@ -8,8 +8,8 @@ import torch
 
 from hf_jetflow import JetFlowHead
 from hf_jetflow.doctor.doctor import examine
+from hf_jetflow.prompts import encode_chat
 from hf_jetflow.target.loading import load_target
-from hf_jetflow.training.data import encode_chat
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"

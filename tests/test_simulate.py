@@ -447,7 +447,7 @@ def test_the_command_draws_lines_or_says_what_it_needs_to(folders, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = run_command(*arguments, "--plot", folders / "none.svg")
     assert result.exit_code == 1
-    assert "drawing needs matplotlib: `pip install matplotlib`" in " ".join(result.output.split())
+    assert "plots need matplotlib, which is not installed; run `pip install" in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,10 @@ from hf_jetflow import JetFlowConfig, JetFlowHead
 from hf_jetflow.target.target import Target
 from hf_jetflow.training.blocks import make_blocks
 from hf_jetflow.training.data import AnchorCollator, AnswerDataset
+from hf_jetflow.training.losses import logit_shape
+from hf_jetflow.training.optimizer import MuonAdamW
 from hf_jetflow.training.starting import initialize_from_target
-from hf_jetflow.training.teacher import logit_shape
-from hf_jetflow.training.trainer import JetFlowTrainer, JetFlowTrainingConfig, MuonAdamW, features_fingerprint
+from hf_jetflow.training.trainer import JetFlowTrainer, JetFlowTrainingConfig, features_fingerprint
 
 
 BLOCK_SIZE = 4
@@ -138,7 +139,7 @@ def test_the_loss_goes_down_on_answers_seen_often(target, tmp_path):
     assert sum(history[-5:]) < 0.3 * sum(history[:5])
 
 
-def test_the_log_tells_agreement_and_divergence_by_depth(target, tmp_path):
+def test_the_log_shows_agreement_and_divergence_by_depth(target, tmp_path):
     trainer = make_trainer(target, tmp_path, max_steps=1)
     trainer.train()
     entry = trainer.state.log_history[0]
@@ -178,7 +179,7 @@ def dense_loss(trainer: JetFlowTrainer, batch: dict[str, Any], weigh=lambda dept
 
 
 @pytest.mark.parametrize("gamma", [None, 2.0])
-def test_the_loss_is_the_divergence_that_decoding_would_meet(target, tmp_path, gamma):
+def test_the_loss_is_the_divergence_in_decoding(target, tmp_path, gamma):
     trainer = make_trainer(target, tmp_path, answers=make_answers(4, None), feature_loss_weight=0.0, depth_gamma=gamma)
     batch = one_batch(trainer)
     loss = trainer.compute_loss(trainer.model, batch).item()
@@ -187,7 +188,7 @@ def test_the_loss_is_the_divergence_that_decoding_would_meet(target, tmp_path, g
     )
 
 
-def test_padding_behind_a_short_answer_changes_nothing(target, tmp_path):
+def test_padding_after_a_short_answer_changes_nothing(target, tmp_path):
     trainer = make_trainer(target, tmp_path, answers=make_answers(1, 8), anchors_per_sequence=9)
     batch = one_batch(trainer)
     padded = {**batch, "input_ids": torch.nn.functional.pad(batch["input_ids"], (0, 6))}
@@ -195,7 +196,7 @@ def test_padding_behind_a_short_answer_changes_nothing(target, tmp_path):
     torch.testing.assert_close(trainer.compute_loss(head, padded), trainer.compute_loss(head, batch))
 
 
-def test_absent_anchors_change_nothing(target, tmp_path):
+def test_missing_anchors_change_nothing(target, tmp_path):
     trainer = make_trainer(target, tmp_path, answers=make_answers(2, 8), anchors_per_sequence=7)
     batch = one_batch(trainer)
     more = {**batch, "anchors": torch.nn.functional.pad(batch["anchors"], (0, 3), value=-1)}
@@ -322,7 +323,7 @@ def test_the_optimizer_saves_the_moments_of_both_parts():
     assert moments == [{"momentum_buffer"}, {"step", "exp_avg", "exp_avg_sq"}]
 
 
-def test_a_restored_optimizer_continues_as_if_nothing_had_happened(tmp_path):
+def test_a_restored_optimizer_takes_the_same_steps(tmp_path):
     whole = JetFlowHead(tiny_config())
     optimizer = MuonAdamW(whole, muon_lr=1e-2, adamw_lr=1e-2)
     take_steps(optimizer, 2)
@@ -371,7 +372,7 @@ def test_blocks_equal_their_definition():
                 assert drafted == (slot > 0 and anchor + slot < int(batch["lengths"][row]))
 
 
-def test_absent_blocks_do_not_see_one_another():
+def test_missing_blocks_do_not_see_one_another():
     batch = {"anchors": torch.tensor([[4, -1, -1]]), "lengths": torch.tensor([9])}
     starts = make_blocks(batch, BLOCK_SIZE).anchor_position_ids[0, ::BLOCK_SIZE].tolist()
     assert len(set(starts)) == 3
@@ -382,7 +383,7 @@ def test_a_head_starts_from_the_target_s_late_layers_and_norms(target):
         for parameter in target.parameters():
             parameter.uniform_()  # norms too: by themselves they are all ones
     head = make_head(target, num_hidden_layers=2)
-    assert initialize_from_target(head, target) == 2 * 9 + 3
+    initialize_from_target(head, target)
     states = target.state_dict()
     for layer, source in enumerate((0, 4)):  # of five, the last and the one four before it
         for name, tensor in head.layers[layer].state_dict().items():
@@ -397,7 +398,7 @@ def test_a_head_takes_the_query_and_key_norms_of_a_target_that_has_them(tiny_tar
     with torch.no_grad():
         target.model.layers[4].self_attn.q_norm.weight.uniform_()
     head = make_head(target)
-    assert initialize_from_target(head, target) == 2 * 11 + 3
+    initialize_from_target(head, target)
     assert torch.equal(head.layers[1].self_attn.q_norm.weight, target.model.layers[4].self_attn.q_norm.weight)
 
 
@@ -408,15 +409,15 @@ def test_a_head_starts_with_the_mean_of_the_tapped_states(target):
     torch.testing.assert_close(head.fc(taps.flatten()), taps.mean(dim=0))
 
 
-def test_tensors_of_other_shapes_keep_their_random_start(target):
+def test_tensors_of_other_shapes_stay_random(target):
     head = make_head(target, intermediate_size=40)
     before = copied_state(head)
-    assert initialize_from_target(head, target) == 2 * 6 + 3
+    initialize_from_target(head, target)
     for name in ("gate_proj", "up_proj", "down_proj"):
         assert torch.equal(head.layers[0].mlp.get_submodule(name).weight, before[f"layers.0.mlp.{name}.weight"])
 
 
-def test_a_head_of_another_width_keeps_its_random_fusion(target):
+def test_the_fusion_of_a_head_of_another_width_stays_random(target):
     head = make_head(target, target_hidden_size=HIDDEN)
     before = head.fc.weight.clone()
     initialize_from_target(head, target)
@@ -425,9 +426,7 @@ def test_a_head_of_another_width_keeps_its_random_fusion(target):
 
 @pytest.mark.parametrize("answers", [[], [{"id": "a", "prompt_ids": [1], "answer_ids": [2]}]], ids=["none", "short"])
 def test_answers_that_cannot_be_trained_on_are_refused(target, tmp_path, answers):
-    with pytest.raises(
-        ValueError, match=f"none of the {len(answers)} answers can be trained on: each needs two answer"
-    ):
+    with pytest.raises(ValueError, match=f"none of the {len(answers)} answers can be trained on; give answers of at"):
         JetFlowTrainer(make_head(target), target, JetFlowTrainingConfig(output_dir=str(tmp_path)), answers)
 
 
@@ -465,7 +464,7 @@ def test_the_teacher_is_the_target_s_own_distribution(family, scale, cap):
         torch.testing.assert_close(shape(raw), target(ids).logits[0], atol=1e-3, rtol=1e-3)
 
 
-def test_a_target_whose_logits_are_made_otherwise_is_refused():
+def test_a_target_with_another_kind_of_logits_is_refused():
     target = copy.deepcopy(build_target("llama"))
     target.lm_head.register_forward_hook(lambda _module, _args, logits: logits.square())
     view = Target(target, JetFlowConfig.for_target(target.config, num_hidden_layers=1, block_size=4))

@@ -1,6 +1,7 @@
 """The recipe around the updates: where a head starts, what is trained, evaluation, checkpoints, the Hub."""
 
 import copy
+import dataclasses
 import errno
 import json
 import logging
@@ -12,15 +13,20 @@ import torch
 from helpers import alter
 from huggingface_hub import HfApi, ModelCard
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from test_training import copied_state, make_answers, make_head, make_trainer
-from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback
+from transformers import EarlyStoppingCallback, HfArgumentParser, PreTrainedModel, TrainerCallback
+from transformers.integrations import integration_utils
 
 from hf_jetflow import JetFlowHead
+from hf_jetflow.errors import JetFlowError
 from hf_jetflow.training import recipe
-from hf_jetflow.training.checkpoints import checkpoint_fault, find_checkpoints
+from hf_jetflow.training.checkpoints import HEAD_FILES, checkpoint_fault, find_checkpoints
 from hf_jetflow.training.evaluation import tokens_per_round
-from hf_jetflow.training.recipe import TrainRecipe, train_head
+from hf_jetflow.training.recipe import train_head
+from hf_jetflow.training.settings import FIXED_OPTIONS, LAYOUT_OPTIONS, TrainRecipe
 from hf_jetflow.training.starting import initialize_from_target, start_from_head, train_correction_only
+from hf_jetflow.training.trainer import JetFlowTrainer
 
 
 @pytest.fixture
@@ -56,7 +62,7 @@ def test_the_correction_learns_with_the_head_and_the_target_stays(target, tmp_pa
     assert all(torch.equal(tensor, frozen[name]) for name, tensor in target.state_dict().items())
 
 
-def test_training_the_correction_only_leaves_every_other_bit_as_it_was(target, tmp_path):
+def test_training_only_the_correction_changes_no_other_bit(target, tmp_path):
     head = make_head(target, branch_correction="path")
     train_correction_only(head)
     before = copied_state(head)
@@ -70,7 +76,7 @@ def test_training_the_correction_only_leaves_every_other_bit_as_it_was(target, t
 
 
 def test_a_head_without_a_correction_cannot_train_it_only(target):
-    with pytest.raises(ValueError, match=r"only the branch correction .* the head has none; give `--branch"):
+    with pytest.raises(ValueError, match=r"the head has no branch correction; give `--branch-correction path`"):
         train_correction_only(make_head(target))
 
 
@@ -89,7 +95,7 @@ def test_a_correction_is_added_to_a_head_and_everything_else_is_loaded(target, t
     assert all(torch.equal(again[name], tensor) for name, tensor in fresh.items())
 
 
-def test_a_head_is_continued_as_it_is_where_its_correction_is_the_one_asked_for(target, tmp_path):
+def test_a_head_with_the_requested_correction_is_continued_unchanged(target, tmp_path):
     old = make_head(target, branch_correction="parent")
     alter(old)
     old.to(torch.bfloat16).save_pretrained(tmp_path / "old")
@@ -102,7 +108,7 @@ def test_a_head_is_continued_as_it_is_where_its_correction_is_the_one_asked_for(
 def test_a_correction_of_another_kind_is_not_exchanged(target, tmp_path, asked):
     make_head(target, branch_correction="parent").save_pretrained(tmp_path / "old")
     with pytest.raises(
-        ValueError, match=r"of kind 'parent', but .* is asked for; .* give `--branch-correction parent`"
+        ValueError, match=r"of kind 'parent', which cannot become .*; give `--branch-correction parent`"
     ):
         start_from_head(str(tmp_path / "old"), target, asked, seed=1)
 
@@ -114,7 +120,7 @@ def test_a_head_of_another_target_is_not_continued(target, tmp_path, tiny_target
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "llama"])
-def test_norms_of_a_new_head_compute_what_the_target_s_do(tiny_target, name):
+def test_norms_of_a_new_head_compute_the_same_as_the_target_s(tiny_target, name):
     target = copy.deepcopy(tiny_target(name))
     with torch.no_grad():
         for parameter in target.parameters():
@@ -136,7 +142,7 @@ def test_norms_of_a_new_head_compute_what_the_target_s_do(tiny_target, name):
         torch.testing.assert_close(head.layers[-1].self_attn.q_norm(x), last.self_attn.q_norm(x))
 
 
-def test_a_norm_behind_the_attention_is_not_taken_for_one_before_the_mlp(tiny_target):
+def test_a_norm_after_the_attention_is_not_copied_to_the_norm_before_the_mlp(tiny_target):
     target = copy.deepcopy(tiny_target("olmo2"))
     with torch.no_grad():
         target.model.layers[-1].post_attention_layernorm.weight.fill_(3.0)
@@ -194,7 +200,7 @@ def test_evaluation_changes_nothing_of_the_training(target, tmp_path):
     assert all(torch.equal(tensor, heads[1].state_dict()[name]) for name, tensor in heads[0].state_dict().items())
 
 
-def test_evaluation_leaves_mode_settings_and_statistics_of_the_head(target, tmp_path, monkeypatch):
+def test_evaluation_restores_mode_settings_and_statistics_of_the_head(target, tmp_path, monkeypatch):
     trainer = evaluating_trainer(target, tmp_path, eval_node_budget=8, eval_max_new_tokens=4)
     head = trainer.model.train()
     head.generation_config.node_budget, head.last_stats = 17, "earlier"
@@ -242,7 +248,7 @@ def test_training_stops_early_and_a_resumed_run_goes_on_counting(target, tmp_pat
 @pytest.mark.parametrize("prompts", [None, {"chat": []}])
 def test_evaluation_without_prompts_is_refused(target, tmp_path, prompts):
     trainer = make_trainer(target, tmp_path, eval_dataset=prompts)
-    with pytest.raises(ValueError, match="evaluation decodes held-out prompts, but there are none"):
+    with pytest.raises(ValueError, match="evaluation needs held-out prompts in every set, but there are none"):
         trainer.evaluate()
 
 
@@ -269,21 +275,19 @@ def cut(path: Path) -> None:
         (lambda folder: cut(folder / "rng_state.pth"), "rng_state.pth cut off"),
     ],
 )
-def test_a_half_written_checkpoint_is_left_out_and_the_one_before_is_continued_from(
-    target, tmp_path, caplog, harm, fault
-):
+def test_an_incomplete_checkpoint_is_removed_and_the_one_before_is_continued(target, tmp_path, caplog, harm, fault):
     whole = make_trainer(target, tmp_path, **EVERY_TWO)
     whole.train()
     last = tmp_path / "checkpoint-4"
     harm(last)
     assert checkpoint_fault(last) == fault
-    with pytest.raises(ValueError, match=f"checkpoint-4 cannot be continued from: {fault}; give another checkpoint"):
+    with pytest.raises(ValueError, match=f"checkpoint-4: {fault}; give another checkpoint"):
         make_trainer(target, tmp_path, **EVERY_TWO).train(resume_from_checkpoint=str(last))
     trainer = make_trainer(target, tmp_path, **EVERY_TWO)
     with caplog.at_level(logging.WARNING, "hf_jetflow"):
         trainer.train(resume_from_checkpoint=True)
     (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("hf_jetflow")]
-    assert f"{last} is left out and removed: {fault}" in message
+    assert f"{last} is incomplete and removed: {fault}" in message
     assert message.endswith(f"continuing from {tmp_path / 'checkpoint-2'}")
     assert all(
         torch.equal(tensor, whole.model.state_dict()[name]) for name, tensor in trainer.model.state_dict().items()
@@ -291,12 +295,12 @@ def test_a_half_written_checkpoint_is_left_out_and_the_one_before_is_continued_f
     assert checkpoint_fault(last) == ""
 
 
-def test_training_begins_anew_where_the_only_checkpoint_is_broken(target, tmp_path, caplog):
+def test_training_starts_again_when_the_only_checkpoint_is_incomplete(target, tmp_path, caplog):
     (tmp_path / "checkpoint-2").mkdir()
     trainer = make_trainer(target, tmp_path, max_steps=1)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 1
-    assert "continuing from the beginning" in caplog.text
+    assert "continuing from the start" in caplog.text
     assert not (tmp_path / "checkpoint-2").exists()
 
 
@@ -309,7 +313,7 @@ FULL_DISK = [
 
 @pytest.mark.parametrize(("writer", "error"), FULL_DISK, ids=["tensors", "optimizer", "state"])
 @pytest.mark.parametrize("step", [2, 4])
-def test_a_full_disk_is_told_and_leaves_no_part_of_a_checkpoint(target, tmp_path, monkeypatch, writer, error, step):
+def test_a_full_disk_is_reported_and_leaves_no_partial_checkpoint(target, tmp_path, monkeypatch, writer, error, step):
     if writer.startswith("safetensors"):
         writer = "transformers.modeling_utils.safe_save_file"
     trainer = make_trainer(target, tmp_path, **EVERY_TWO)
@@ -323,15 +327,15 @@ def test_a_full_disk_is_told_and_leaves_no_part_of_a_checkpoint(target, tmp_path
         raise error
 
     trainer.add_callback(FillDisk())
-    kept = "is kept" if step == 4 else "there is no earlier one"
+    earlier = "the last complete one is" if step == 4 else "there is no earlier one"
     with pytest.raises(
-        OSError, match=f"checkpoint-{step} could not be written .* and is removed; .*{kept}.* free disk"
+        JetFlowError, match=f"checkpoint-{step} cannot be written .* and is removed; {earlier}.* free disk"
     ):
         trainer.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == (["checkpoint-2"] if step == 4 else [])
 
 
-def test_an_error_that_is_no_full_disk_keeps_its_own_words(target, tmp_path, monkeypatch):
+def test_an_error_that_is_no_full_disk_keeps_its_own_message(target, tmp_path, monkeypatch):
     trainer = make_trainer(target, tmp_path, **EVERY_TWO)
 
     def fail(*_):
@@ -372,9 +376,9 @@ def run(target, tmp_path, monkeypatch):
 
     def run(output="run", **options):
         settings = dict(max_steps=2, save_steps=1, batch_size=2, anchors=3, num_layers=1, num_taps=2, block_size=4)
-        settings |= dict(eval_prompts=[held_out], eval_max_new_tokens=4, eval_node_budgets=(4, 8))
+        settings |= dict(eval_prompts=[held_out], eval_max_new_tokens=4, eval_node_budgets=[4, 8])
         if "head" in options:
-            settings = {key: value for key, value in settings.items() if key not in recipe.LAYOUT_OPTIONS}
+            settings = {key: value for key, value in settings.items() if key not in LAYOUT_OPTIONS}
         report = Report()
         options = {**settings, "answers": [answers], "target_name": "org/target", **options}
         run.report = report
@@ -389,11 +393,104 @@ def test_a_head_with_a_path_correction_is_the_default(run, tmp_path):
     assert list(summary) == [f"tokens per round on held_out, {budget} nodes" for budget in (4, 8)]
     assert any(text.startswith("update 2: tokens per round: mean ") for text in said)
     assert run.report.bars == {
-        "updates": [(1, 2), (2, 2)],
-        "held-out prompts, 32 nodes": [(1, 2), (2, 2)] * 2,  # after each update
-        "held-out prompts, 4 nodes": [(1, 2), (2, 2)],
-        "held-out prompts, 8 nodes": [(1, 2), (2, 2)],
+        "updates": [(0, 2), (1, 2), (2, 2)],
+        "held-out prompts, 32 nodes": [(0, 2), (1, 2), (2, 2)] * 2,  # after each update
+        "held-out prompts, 4 nodes": [(0, 2), (1, 2), (2, 2)],
+        "held-out prompts, 8 nodes": [(0, 2), (1, 2), (2, 2)],
     }
+
+
+def test_the_settings_are_parsed_by_transformers_argument_parser(tmp_path):
+    parser = HfArgumentParser(TrainRecipe)
+    (parsed,) = parser.parse_args_into_dataclasses(["--target", "org/model", "--output", str(tmp_path)])
+    assert parsed == TrainRecipe("org/model", tmp_path)
+    command = "--target a --output b --prompts c --prompts d --weight code=2 math=0.5"
+    command += " --train-only correction --depth-gamma 5 --eval-node-budgets 8 16"
+    command += " --cache-features --report-to wandb trackio"
+    (parsed,) = parser.parse_args_into_dataclasses(command.split())
+    assert (parsed.prompts, parsed.source_weights) == ([Path("c"), Path("d")], {"code": 2.0, "math": 0.5})
+    assert (parsed.train_only, parsed.depth_gamma, parsed.cache_features) == ("correction", 5.0, True)
+    assert (parsed.eval_node_budgets, parsed.report_to) == ([8, 16], ["wandb", "trackio"])
+    assert all(field.metadata["help"] for field in dataclasses.fields(TrainRecipe))
+    assert "--weights NAME=WEIGHT" in parser.format_help()
+    assert parser.parse_args_into_dataclasses(["--target", "a", "--output", "b"])[0].prompts == []
+
+
+def test_the_end_of_training_says_what_remains(run, tmp_path):
+    _, said = run()
+    (line,) = [text for text in said if text.startswith("all 2 updates are done")]
+    assert f"{tmp_path / 'run'} holds the head of update " in line
+    assert "2 held-out prompts are decoded with node budgets 4, 8, for the card: at most about" in line
+    assert run(max_steps=2)[1][-1].endswith("for the card")  # a finished run timed no evaluation
+    assert (
+        run("other", eval_prompts=[])[1][-1]
+        == f"all 2 updates are done; {tmp_path / 'other'} holds the head of update 2"
+    )
+
+
+def kill_at_update(monkeypatch, number: int) -> None:
+    """Kill the run when it reports this update."""
+
+    def report(self, done: int, total: int, what: str) -> None:
+        if (done, what) == (number, "updates"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Report, "__call__", report)
+
+
+@pytest.mark.parametrize("figures", [[2.0, 1.0, 1.5], [1.0, 2.0, 1.5], None])
+def test_the_best_head_so_far_lies_in_the_output_folder_during_training(run, tmp_path, monkeypatch, figures):
+    monkeypatch.setattr(JetFlowTrainer, "_tokens_per_round", lambda *_: next(found))
+    found = iter(figures or [])
+    options = {} if figures else {"eval_prompts": []}
+    kill_at_update(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        run(max_steps=4, **options)
+    best = 2 if figures is None else 1 + figures.index(2.0)
+    saved = JetFlowHead.from_pretrained(tmp_path / "run")
+    assert (saved.dtype, saved.generation_config.node_budget) == (torch.bfloat16, "auto")
+    trained = load_file(tmp_path / "run" / f"checkpoint-{best}" / "model.safetensors")
+    assert all(torch.equal(tensor, trained[name].to(tensor.dtype)) for name, tensor in saved.state_dict().items())
+    assert f"{best} updates of 2 sequences" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_a_resumed_run_says_from_what_and_counts_on(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        kill_at_update(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            run(eval_prompts=[])
+    _, said = run(eval_prompts=[])
+    assert f"continuing from checkpoint-1 of {tmp_path / 'run'}" in said
+    assert run.report.bars["updates"] == [(1, 2), (2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(learning_rate=1e-3), "`learning_rate` was 0.01 and is 0.001"),
+        (dict(num_layers=2), "`num_layers` was 1 and is 2"),
+        (dict(weights=["answers=2"]), r"`weights` was \[\] and is \[\"answers=2\"\]"),
+    ],
+)
+def test_a_run_is_not_continued_with_other_settings(run, monkeypatch, change, message):
+    run(eval_prompts=[])
+    monkeypatch.setattr(recipe, "load_target", lambda *_: 1 / 0)
+    with pytest.raises(JetFlowError, match=f"{message}; use the same settings to finish it, or give another folder"):
+        run(**change)
+    assert change.keys() <= set(FIXED_OPTIONS)
+
+
+def test_losses_and_figures_reach_the_trackers(run, monkeypatch):
+    logged = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **_):
+            logged.extend(logs)
+
+    monkeypatch.setattr("hf_jetflow.training.settings.require_package", lambda *_: None)
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "wandb", Tracker)
+    run(report_to=["wandb"], max_steps=1)
+    assert "eval_held_out_tokens_per_round" in logged
 
 
 def test_a_correction_is_trained_onto_a_finished_head(run, tmp_path):
@@ -410,16 +507,25 @@ def test_a_correction_is_trained_onto_a_finished_head(run, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(branch_correction="tree"), r"`--branch-correction` is 'tree', but one of \['parent', 'path', 'none'\]"),
-        (dict(train_only="norms"), "`--train-only` is 'norms', but only 'correction'"),
-        (dict(train_only="correction"), "a trained one is needed: give it with `--head`"),
-        (dict(patience=3, eval_prompts=[]), "`--patience` 3 .* but there are none: give them with `--eval-prompts`"),
-        (dict(save_steps=10, eval_steps=3), "`--save-steps` 10 is no multiple of `--eval-steps` 3"),
+        (dict(answers=[]), "nothing to train on: give `--prompts`"),
+        (
+            dict(branch_correction="tree"),
+            r"`--branch-correction` is 'tree', expected one of \['path', 'parent', 'none'\]",
+        ),
+        (dict(train_only="norms"), "`--train-only` is 'norms', expected 'correction'"),
+        (dict(train_only="correction"), "needs a trained head; give it with `--head`"),
+        (dict(depth_gamma=0.0), "`--depth-gamma` is 0.0, expected more than 0"),
+        (dict(patience=3, eval_prompts=[]), "`--patience` 3 needs held-out prompts; give them with `--eval-prompts`"),
+        (dict(save_steps=10, eval_steps=3), "`--save-steps` 10 must be a multiple of `--eval-steps` 3"),
+        (dict(block_size=1), "`--block-size` is 1, expected at least 2"),
+        (dict(temperature=float("nan")), "`--temperature` is nan, expected at least 0"),
+        (dict(weights=["answers"]), "`--weights`: expected NAME=WEIGHT such as `code=2.0`, got 'answers'"),
+        (dict(report_to=["nowhere"]), "reports to nowhere need nowhere, which is not installed; run `pip install"),
         (dict(push_to_hub="org/head"), "`--push-to-hub` org/head needs a token .* but there is none; run `hf auth"),
     ],
 )
 def test_options_that_cannot_work_are_refused_before_the_target_is_loaded(run, monkeypatch, options, message):
-    monkeypatch.setattr(recipe, "get_token", lambda: None)
+    monkeypatch.setattr("hf_jetflow.training.settings.get_token", lambda: None)
     monkeypatch.setattr(recipe, "load_target", lambda *_: 1 / 0)
     with pytest.raises(ValueError, match=message):
         run(**options)
@@ -439,14 +545,15 @@ def test_a_save_that_fails_leaves_the_head_that_was_there(run, monkeypatch, head
 
     def fail(self, *args, **kwargs):
         write(self, *args, **kwargs)
-        if ".partial" in f"{self} {args}":
+        if ".head.partial" in f"{self} {args}":
             raise OSError("disk full")
 
     monkeypatch.setattr(owner, failing, fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(JetFlowError, match=r"the head cannot be written to .*disk full.* free disk space"):
         run()
     folder = tmp_path / "run"
-    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == head_before
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert {name: content for name, content in files.items() if name != "train_settings.json"} == head_before
     assert not list(folder.glob(".head*"))
 
 
@@ -468,12 +575,13 @@ def test_a_save_that_is_killed_between_two_files_leaves_no_head(run, monkeypatch
     monkeypatch.setattr(os, "replace", replace)
     run()
     assert JetFlowHead.from_pretrained(tmp_path / "run").config.branch_correction == "path"
-    assert {path.name for path in (tmp_path / "run").iterdir() if path.is_file()} == set(recipe.HEAD_FILES)
+    files = {path.name for path in (tmp_path / "run").iterdir() if path.is_file()}
+    assert files == {*HEAD_FILES, "train_settings.json"}
 
 
 def test_layout_options_that_differ_from_a_given_head_are_named(run, target, tmp_path):
     make_head(target).save_pretrained(tmp_path / "old")
-    with pytest.raises(ValueError, match=r"`--block-size` is 16, but the head .*old has 4; leave the option out"):
+    with pytest.raises(ValueError, match=r"`--block-size` is 16, but the head .*old has 4; remove the option to"):
         run(head=str(tmp_path / "old"), block_size=16)
 
 
@@ -488,14 +596,14 @@ def uploads(monkeypatch) -> dict[str, dict[str, bytes]]:
 
     monkeypatch.setattr(HfApi, "create_repo", lambda _, repo_id, **__: repositories.setdefault(repo_id, {}))
     monkeypatch.setattr(HfApi, "create_commit", create_commit)
-    monkeypatch.setattr(recipe, "get_token", lambda: "token")
+    monkeypatch.setattr("hf_jetflow.training.settings.get_token", lambda: "token")
     return repositories
 
 
 def test_the_head_and_its_card_are_uploaded(run, uploads, tmp_path):
     summary, _ = run(push_to_hub="org/head", license="mit")
     files = uploads["org/head"]
-    assert sorted(files) == sorted(recipe.HEAD_FILES)
+    assert sorted(files) == sorted(HEAD_FILES)
     assert files["model.safetensors"] == (tmp_path / "run" / "model.safetensors").read_bytes()
     card = ModelCard(files["README.md"].decode())
     assert (card.data.library_name, card.data.base_model, card.data.license) == (
@@ -515,5 +623,5 @@ def test_a_repository_that_the_hub_refuses_is_known_before_training(run, uploads
 
     monkeypatch.setattr(HfApi, "create_repo", refuse)
     monkeypatch.setattr(recipe, "load_target", lambda *_: 1 / 0)
-    with pytest.raises(OSError, match="403 Forbidden"):
+    with pytest.raises(JetFlowError, match=r"the Hub refuses the repository \(403 Forbidden\); check the name"):
         run(push_to_hub="org/head")

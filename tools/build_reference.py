@@ -51,7 +51,7 @@ PYTHON_PAGES = {
         "What `hf-jetflow train` is made of. See [training](../training.md) for how it is used, and the "
         "[command line](command-line.md#hf-jetflow-train) for the options of a recipe.",
         [
-            "training/recipe:TrainRecipe",
+            "training/settings:TrainRecipe",
             "training/recipe:train_head",
             "training/trainer:JetFlowTrainer",
             "training/trainer:JetFlowTrainer.train",

@@ -20,6 +20,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import __version__
+from ..files import atomic_write
 from ..head.modeling_jetflow import JetFlowHead
 from ..target.target import Target
 from ..training.blocks import measure_agreement
@@ -364,8 +365,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(result: dict[str, Any], path: Path) -> None:
-    """Write the result in one step, so that a killed run leaves no half file."""
-    partial = path.with_name(f"{path.name}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    """Write the result atomically."""
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

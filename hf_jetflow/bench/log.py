@@ -1,11 +1,9 @@
 """Finished measurements of a bench, kept on disk so that a killed one continues where it stopped."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from ..training.answers import append_lines, drop_partial_line
-from ..training.data import read_jsonl
+from ..jsonl import append_jsonl, check_same_settings, drop_partial_line, read_jsonl
 
 
 Place = tuple[Any, ...]  # prompt set, context length, temperature, and what was measured there
@@ -20,8 +18,8 @@ class BenchLog:
         settings: What the measurements depend on; values that JSON can hold.
 
     Raises:
-        ValueError: If the file holds measurements of other settings; the message names what differs.
-        OSError: If the file cannot be read or written.
+        JetFlowError: If the file holds measurements of other settings; the message names what differs.
+            The same if the file cannot be written.
     """
 
     def __init__(self, path: Path | None, settings: dict[str, Any]):
@@ -29,16 +27,15 @@ class BenchLog:
         self._records: dict[Place, Any] = {}
         if path is None:
             return
-        settings = json.loads(json.dumps(settings))
         if path.exists():
             drop_partial_line(path)
         earlier = list(read_jsonl(path)) if path.exists() else []
         if len(earlier) < 2:  # nothing was measured yet
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)
-            append_lines(path, [{"settings": settings}])
+            append_jsonl(path, [{"settings": settings}])
             return
-        _check_settings(path, earlier[0].get("settings", {}), settings)
+        check_same_settings(path, earlier[0].get("settings", {}), settings)
         self._records = {tuple(line["place"]): line["record"] for line in earlier[1:]}
 
     def __len__(self) -> int:
@@ -52,22 +49,4 @@ class BenchLog:
         """Keep a record; it is on disk when this returns."""
         self._records[place] = record
         if self._path is not None:
-            append_lines(self._path, [{"place": place, "record": record}])
-
-
-def _check_settings(path: Path, earlier: dict[str, Any], settings: dict[str, Any]) -> None:
-    differing = [
-        f"`{name}` was {_shown(earlier.get(name))} and is {_shown(settings.get(name))}"
-        for name in sorted(earlier.keys() | settings.keys())
-        if earlier.get(name) != settings.get(name)
-    ]
-    if differing:
-        raise ValueError(
-            f"{path} holds the measurements of a bench that was not finished and had other settings: "
-            f"{'; '.join(differing)}; run that bench again to finish it, or delete the file to start a new one"
-        )
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+            append_jsonl(self._path, [{"place": place, "record": record}])

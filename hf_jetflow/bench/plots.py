@@ -1,12 +1,12 @@
 """The figure of a bench: speedup and tokens per round by node budget, acceptance by depth, where a round's time goes,
 and growth with the context. Needs matplotlib, which is imported only when something is drawn."""
 
-import os
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..extras import require_package
+from ..files import atomic_write
 from .report import Row, machine, row_name, temperature_words
 
 
@@ -40,10 +40,7 @@ def plot_path(path: Path) -> Path:
         path = path / "bench.png"
     if path.suffix not in ENDINGS:
         raise ValueError(f"the plot {path} ends in {path.suffix!r}, but {' or '.join(ENDINGS)} or a folder is needed")
-    if find_spec("matplotlib") is None:
-        raise ValueError(
-            "plots need matplotlib, which is not installed; run `pip install matplotlib`, or leave --plot out"
-        )
+    require_package("matplotlib", "plots")
     return path
 
 
@@ -63,10 +60,8 @@ def draw_bench(result: dict[str, Any], path: Path) -> Path:
     """
     path = plot_path(path)
     figure = make_figure(result)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.tmp")
-    figure.savefig(partial, format=path.suffix[1:], dpi=130)
-    os.replace(partial, path)
+    with atomic_write(path) as partial:
+        figure.savefig(partial, dpi=130)
     return path
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..training.data import encode_chat, read_prompts
+from ..prompts import encode_chat, read_prompts
 
 
 @dataclass
@@ -74,8 +74,6 @@ def make_prompt_sets(
     sets = []
     for name, path in zip(names, paths, strict=True):
         conversations = [prompt["messages"] for prompt in read_prompts([path])]
-        if not conversations:
-            raise ValueError(f"{path} holds no prompts; give a JSON lines file with at least one")
         for length in context_lengths or (None,):
             encoded = [
                 encode_chat(tokenizer, messages)

@@ -107,27 +107,16 @@ def train(
 
     hf-jetflow train --target Qwen/Qwen3-0.6B --prompts prompts.jsonl --output runs/qwen3-0.6b
     """
-    from ..training.recipe import TrainRecipe, train_head
+    from ..training.recipe import train_head
+    from ..training.settings import TrainRecipe
     from ..training.trainer import leave_together
 
     options = {name: value for name, value in locals().items() if name in TrainRecipe.__dataclass_fields__}
     _hush(quiet)
     with _readable_errors(), _progress(quiet) as bars:
-        summary = train_head(TrainRecipe(**options, weights=_weights(weight)), _Reporter(bars, quiet))
+        summary = train_head(TrainRecipe(**options, weights=weight), _Reporter(bars, quiet))
     console.print(f"head saved in {output}" + "".join(f"\n  {name}: {value}" for name, value in summary.items()))
     leave_together()
-
-
-def _weights(texts: list[str]) -> dict[str, float]:
-    """Weights by source from `NAME=WEIGHT`."""
-    weights = {}
-    for text in texts:
-        name, _, weight = text.rpartition("=")
-        try:
-            weights[name] = float(weight)
-        except ValueError:
-            raise ValueError(f"the weight is {text!r}, but NAME=WEIGHT is needed, such as `code=2.0`") from None
-    return weights
 
 
 @app.command()
@@ -173,8 +162,8 @@ def bench(
     from ..bench.plots import draw_bench, plot_path
     from ..bench.report import closing_sentences, print_tables
     from ..head.modeling_jetflow import JetFlowHead
+    from ..prompts import read_prompts
     from ..target.loading import fast_dtype, load_target
-    from ..training.data import read_prompts
 
     _hush(quiet)
     with _readable_errors():
@@ -238,8 +227,8 @@ def doctor(
     from ..doctor.doctor import NODE_BUDGET, examine, layout_facts
     from ..doctor.report import print_findings, verdict_lines
     from ..head.modeling_jetflow import JetFlowHead
+    from ..prompts import read_prompts
     from ..target.loading import fast_dtype, load_target
-    from ..training.data import read_prompts
 
     _hush(quiet)
     with _readable_errors(status=2):

@@ -1,19 +1,19 @@
-"""Converting heads between layouts: read any, write one beside its place, move it there and read it back."""
+"""Converting heads between layouts: any layout is read, one is written atomically and read back."""
 
 import json
-import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
+from ..errors import JetFlowError
+from ..files import atomic_write
 from ..head.checkpoint_files import CONFIG, WEIGHTS
 from ..head.modeling_jetflow import JetFlowHead
-from ..target.loading import load_model, model_source
+from ..target.loading import load_model, load_target_config
 from .writers import EXPORTS, TargetFacts
 
 
@@ -28,35 +28,31 @@ def convert_head(source: str, to: str, output: Path, target: str | None = None) 
         source (`str`): Hub id or folder of the head, in any layout that loads.
         to (`str`): One of `LAYOUT_NAMES`.
         output (`Path`): New folder.
-        target (`str`, *optional*): The head's target, for what the layout says about it.
+        target (`str`, *optional*): The head's target, for the fields of the layout that describe it.
 
     Returns:
-        `list[str]`: What the layout has no place for and was left out.
+        `list[str]`: Parts of the head that the layout cannot hold, which were dropped.
 
     Raises:
-        ValueError: If the layout is not known, cannot hold the head, or the target is another one.
-        OSError: If a file is missing or damaged, or `output` is not empty.
+        JetFlowError: If the layout is not known or cannot hold the head, the target is another one, or `output` is not
+            empty.
+        OSError: If a file of the head is missing or damaged.
     """
     if to not in LAYOUT_NAMES:
-        raise ValueError(f"the layout is {to!r}, but one of {', '.join(LAYOUT_NAMES)} is needed")
+        raise JetFlowError(f"the layout is {to!r}, expected one of {', '.join(LAYOUT_NAMES)}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OSError(f"`{output}` exists already; give a new folder")
+        raise JetFlowError(f"`{output}` exists already; give a new folder")
     head = JetFlowHead.from_pretrained(source, dtype="auto")
     facts = _target_facts(head, to, target)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
-        left_out = _write(head, to, folder, facts)
-        folder.chmod(0o755)
-        os.replace(folder, output)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with atomic_write(output) as folder:
+        folder.mkdir()
+        dropped = _write(head, to, folder, facts)
     try:
         JetFlowHead.from_pretrained(output)
     except (OSError, ValueError):
         shutil.rmtree(output)
         raise
-    return left_out
+    return dropped
 
 
 def _write(head: JetFlowHead, to: str, folder: Path, facts: TargetFacts) -> list[str]:
@@ -68,14 +64,13 @@ def _write(head: JetFlowHead, to: str, folder: Path, facts: TargetFacts) -> list
     (folder / CONFIG).write_text(json.dumps(export.config, indent=2) + "\n", encoding="utf-8")
     contiguous = {name: tensor.contiguous() for name, tensor in export.tensors.items()}
     save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
-    return export.left_out
+    return export.dropped
 
 
 def _target_facts(head: JetFlowHead, to: str, target: str | None) -> TargetFacts:
     if target is None:
         return TargetFacts()
-    name, kwargs = model_source(target)
-    config = AutoConfig.from_pretrained(name, **kwargs)
+    config = load_target_config(target)
     text = config.get_text_config(decoder=True)
     for what, of_head, of_target in (
         ("hidden size", head.config.target_hidden_size, text.hidden_size),
@@ -83,7 +78,7 @@ def _target_facts(head: JetFlowHead, to: str, target: str | None) -> TargetFacts
         ("number of layers", head.config.num_target_layers, text.num_hidden_layers),
     ):
         if of_head is not None and of_head != of_target:
-            raise ValueError(
+            raise JetFlowError(
                 f"the head expects a target with {what} {of_head}, but `{target}` has {of_target}; give the target "
                 "that the head was made for"
             )
@@ -106,6 +101,6 @@ def _output_rows(target: str, token_ids: torch.Tensor) -> torch.Tensor:
 
 
 def _scales_embeddings(text: PreTrainedConfig) -> bool:
-    """Gemma models scale by the root of the width, some others by a factor of their configuration."""
+    """Whether the embedding module scales: Gemma by the root of the width, others by a factor of their config."""
     factors: list[Any] = [getattr(text, name, None) for name in ("embedding_multiplier", "scale_emb")]
     return text.model_type.startswith("gemma") or any(factor not in (None, 1) for factor in factors)

@@ -1,6 +1,6 @@
 """Writing public layouts: a head's configuration and tensors in, another project's `config.json` and tensors out.
 
-Pure functions, the reverse of `layouts`. What a layout has no place for is refused, or left out and said so.
+Pure functions, the reverse of `head/layouts.py`. What a layout cannot hold is refused, or dropped and reported.
 """
 
 from collections.abc import Callable
@@ -8,23 +8,24 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..errors import JetFlowError
 from ..head.checkpoint_files import Tensors
 from ..head.configuration_jetflow import JetFlowConfig
 from ..head.layouts import BODY_KEYS, Config
 
 
-SPECULATORS_VERSION = "0.9.0"  # whose format is written
+SPECULATORS_VERSION = "0.9.0"  # of the format that is written
 
 
 @dataclass(frozen=True)
 class TargetFacts:
-    """What an export says about the target."""
+    """Facts about the target that a layout names."""
 
     name: str | None = None
     architectures: list[str] = field(default_factory=list)
     num_layers: int | None = None
-    scales_embeddings: bool = False  # whether its embedding module does more than look rows up
-    output_rows: torch.Tensor | None = None  # (draft_vocab, hidden), rows of its output embedding
+    scales_embeddings: bool = False  # whether its embedding module scales the rows
+    output_rows: torch.Tensor | None = None  # (draft_vocab, hidden), of its output embedding
 
 
 @dataclass
@@ -33,22 +34,22 @@ class Export:
 
     config: Config
     tensors: Tensors
-    left_out: list[str]  # what the layout has no place for, in words
+    dropped: list[str]  # parts of the head that the layout cannot hold, in words
 
 
 def write_jetspec(config: JetFlowConfig, tensors: Tensors, target: TargetFacts) -> Export:
     """
-    JetSpec's layout.
+    Write JetSpec's layout.
 
     Raises:
-        ValueError: If the head has something the layout cannot say; the message names it.
+        JetFlowError: If the layout cannot hold a part of the head; the message names it.
     """
     if len(set(config.causal_layers)) > 1:
-        raise _no_place("JetSpec", f"layers of both kinds (`is_causal` {config.is_causal})")
+        raise _unsupported("JetSpec", f"layers of both kinds (`is_causal` {config.is_causal})")
     if config.logit_scale != 1 or config.logit_softcap is not None:
-        raise _no_place("JetSpec", "a logit scale or soft cap")
+        raise _unsupported("JetSpec", "a logit scale or soft cap")
     if config.embedding_scale is not None and (config.embedding_scale != 1 or target.scales_embeddings):
-        raise _no_place("JetSpec", f"an `embedding_scale` of {config.embedding_scale}")
+        raise _unsupported("JetSpec", f"an `embedding_scale` of {config.embedding_scale}")
     export = _dflash_body(config, tensors, target, "JetSpec")
     export.config["block_size"] = config.block_size
     export.config["dflash_config"]["causal_head"] = config.causal_layers[0]
@@ -57,10 +58,10 @@ def write_jetspec(config: JetFlowConfig, tensors: Tensors, target: TargetFacts) 
 
 def write_dflash(config: JetFlowConfig, tensors: Tensors, target: TargetFacts) -> Export:
     """
-    DFlash's layout, `block_size` at both places where readers look.
+    Write DFlash's layout, with `block_size` in both fields that readers use.
 
     Raises:
-        ValueError: If the head has something the layout cannot say; the message names it.
+        JetFlowError: If the layout cannot hold a part of the head; the message names it.
     """
     export = _dflash_body(config, tensors, target, "DFlash")
     settings = export.config["dflash_config"]
@@ -68,7 +69,7 @@ def write_dflash(config: JetFlowConfig, tensors: Tensors, target: TargetFacts) -
     flags = config.causal_layers
     if flags != [window is not None for window in config.layer_windows]:
         if len(set(flags)) > 1:
-            raise _no_place("DFlash", f"`is_causal` {flags} with layers {config.layer_types}")
+            raise _unsupported("DFlash", f"`is_causal` {flags} with layers {config.layer_types}")
         export.config["is_causal"] = flags[0]
     scale = _raw_embedding_scale(config, target, "DFlash")
     settings |= {"input_embedding_scale": scale} if scale != 1 else {}
@@ -79,15 +80,17 @@ def write_dflash(config: JetFlowConfig, tensors: Tensors, target: TargetFacts) -
 
 def _dflash_body(config: JetFlowConfig, tensors: Tensors, target: TargetFacts, layout: str) -> Export:
     if config.own_embedding or config.own_lm_head or config.anchor_predicts:
-        raise _no_place(layout, "an embedding or LM head of the head's own, or an anchor's row that predicts")
+        raise _unsupported(layout, "the head's own embedding or LM head, or an anchor row that predicts")
     num_target_layers = config.num_target_layers or target.num_layers
     if num_target_layers is None:
-        raise ValueError(f"{layout} names the target's number of layers, which this head does not know; give --target")
+        raise JetFlowError(
+            f"{layout} stores the target's number of layers, which the head's config lacks; give --target"
+        )
     assert config.hidden_state_indices is not None
-    kept, left_out = _portable(config, tensors, layout)
-    if "d2t" in kept:
-        left_out.append(
-            f"the draft vocabulary of {len(kept.pop('d2t'))} tokens: in {layout} a head scores all {config.vocab_size}"
+    portable, dropped = _portable_tensors(config, tensors, layout)
+    if "d2t" in portable:
+        dropped.append(
+            f"the draft vocabulary of {len(portable.pop('d2t'))} tokens: {layout} heads score all {config.vocab_size}"
         )
     settings = {
         "mask_token_id": config.mask_token_id,
@@ -98,37 +101,37 @@ def _dflash_body(config: JetFlowConfig, tensors: Tensors, target: TargetFacts, l
         **_body(config, config.layer_types or [], config.sliding_window),
         "num_target_layers": num_target_layers,
         "dflash_config": settings,
-        "dtype": _dtype_name(kept),
+        "dtype": _dtype_name(portable),
     }
-    return Export(described, kept, left_out)
+    return Export(described, portable, dropped)
 
 
 def write_speculators(config: JetFlowConfig, tensors: Tensors, target: TargetFacts) -> Export:
     """
-    speculators' dflash layout. Its full-attention layers are never causal, so a causal layer is written as a sliding
-    one whose window is the longest sequence; a reduced vocabulary takes the target's rows along.
+    Write speculators' dflash layout. Its full-attention layers are never causal, so a causal layer becomes a sliding
+    one with the longest sequence as window. A draft vocabulary comes with the target's rows as LM head.
 
     Raises:
-        ValueError: If the head has something the layout cannot say, or the target is not named.
+        JetFlowError: If the layout cannot hold a part of the head, or the target is not named.
     """
     name = target.name or config.target_name
     if name is None:
-        raise ValueError("speculators names the target of a head, which this head does not know; give --target")
+        raise JetFlowError("speculators stores the target's name, which the head's config lacks; give --target")
     if config.logit_scale != 1 or config.logit_softcap is not None:
-        raise _no_place("speculators", "a logit scale or soft cap")
+        raise _unsupported("speculators", "a logit scale or soft cap")
     if not config.own_embedding and _raw_embedding_scale(config, target, "speculators") != 1:
-        raise _no_place("speculators", f"an `embedding_scale` of {config.embedding_scale}")
+        raise _unsupported("speculators", f"an `embedding_scale` of {config.embedding_scale}")
     layer_types, window, is_causal = _speculators_windows(config)
-    kept, left_out = _portable(config, tensors, "speculators")
+    portable, dropped = _portable_tensors(config, tensors, "speculators")
     num_drafted = config.draft_vocab_size or config.vocab_size
-    if "d2t" in kept:
-        kept |= _vocabulary_maps(kept["d2t"], config.vocab_size)
+    if "d2t" in portable:
+        portable |= _vocabulary_maps(portable["d2t"], config.vocab_size)
         if not config.own_lm_head:
             if target.output_rows is None:
-                raise ValueError(
-                    "speculators keeps the LM head of a reduced vocabulary; give --target to copy it from"
+                raise JetFlowError(
+                    "speculators stores the LM head of a draft vocabulary; give --target to copy its rows from"
                 )
-            kept["lm_head.weight"] = target.output_rows.to(kept["fc.weight"].dtype)
+            portable["lm_head.weight"] = target.output_rows.to(portable["fc.weight"].dtype)
     proposal = {"proposal_type": "greedy", "speculative_tokens": config.block_size - 1}
     described = {
         "architectures": ["DFlashSpeculator"],
@@ -147,9 +150,9 @@ def write_speculators(config: JetFlowConfig, tensors: Tensors, target: TargetFac
         "mask_token_id": config.mask_token_id,
         "sliding_window_non_causal": not is_causal,
         "sample_from_anchor": config.anchor_predicts,
-        "dtype": _dtype_name(kept),
+        "dtype": _dtype_name(portable),
     }
-    return Export(described, kept, left_out)
+    return Export(described, portable, dropped)
 
 
 def _speculators_windows(config: JetFlowConfig) -> tuple[list[str], int | None, bool]:
@@ -158,7 +161,7 @@ def _speculators_windows(config: JetFlowConfig) -> tuple[list[str], int | None, 
     longest = config.max_position_embeddings
     sliding = {(flag, window or longest) for flag, window in kinds if flag or window is not None}
     if len(sliding) > 1:
-        raise _no_place("speculators", f"`is_causal` {config.is_causal} with layers {config.layer_types}")
+        raise _unsupported("speculators", f"`is_causal` {config.is_causal} with layers {config.layer_types}")
     layer_types = ["sliding_attention" if flag or window else "full_attention" for flag, window in kinds]
     is_causal, window = sliding.pop() if sliding else (True, None)
     return layer_types, window, is_causal
@@ -171,23 +174,23 @@ def _vocabulary_maps(token_ids: torch.Tensor, vocab_size: int) -> Tensors:
     return {"d2t": token_ids - torch.arange(len(token_ids)), "t2d": is_drafted}
 
 
-def _portable(config: JetFlowConfig, tensors: Tensors, layout: str) -> tuple[Tensors, list[str]]:
-    """The tensors that other layouts know, and what is left out."""
+def _portable_tensors(config: JetFlowConfig, tensors: Tensors, layout: str) -> tuple[Tensors, list[str]]:
+    """The tensors that other layouts know, and the parts that are dropped."""
     if config.mask_token_id is None:
-        raise _no_place(layout, "a learned mask embedding; train with --mask-token")
+        raise _unsupported(layout, "a learned mask embedding; train with --mask-token")
     if config.target_hidden_size != config.hidden_size:
-        raise _no_place(layout, f"a target of another width ({config.target_hidden_size})")
-    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("branch_correction.")}
-    left_out = []
+        raise _unsupported(layout, f"a target of another width ({config.target_hidden_size})")
+    portable = {name: tensor for name, tensor in tensors.items() if not name.startswith("branch_correction.")}
+    dropped = []
     if config.branch_correction is not None:
-        left_out.append(
+        dropped.append(
             f"the branch correction ({config.branch_correction}): all branches of a depth share one distribution there"
         )
-    return kept, left_out
+    return portable, dropped
 
 
 def _body(config: JetFlowConfig, layer_types: list[str], window: int | None) -> Config:
-    """The layers as a Qwen3 configuration; rotary parameters in the older spelling, which old and new readers take."""
+    """The layers as a Qwen3 configuration, with rotary parameters in the older format, which all readers accept."""
     assert config.rope_parameters is not None
     rope = {key: value for key, value in config.rope_parameters.items() if key != "rope_theta"}
     return {
@@ -206,7 +209,7 @@ def _body(config: JetFlowConfig, layer_types: list[str], window: int | None) -> 
 def _raw_embedding_scale(config: JetFlowConfig, target: TargetFacts, layout: str) -> float:
     """The head's factor on the rows of the target's embedding matrix."""
     if config.embedding_scale is None and target.scales_embeddings:
-        raise _no_place(layout, "the scale that this target's embedding module applies")
+        raise _unsupported(layout, "the scale that this target's embedding module applies")
     return 1.0 if config.embedding_scale is None else config.embedding_scale
 
 
@@ -214,8 +217,8 @@ def _dtype_name(tensors: Tensors) -> str:
     return str(tensors["fc.weight"].dtype).removeprefix("torch.")
 
 
-def _no_place(layout: str, what: str) -> ValueError:
-    return ValueError(f"the layout of {layout} has no place for {what}; choose another one with --to")
+def _unsupported(layout: str, what: str) -> JetFlowError:
+    return JetFlowError(f"the layout {layout} cannot hold {what}; choose another one with --to")
 
 
 EXPORTS: dict[str, Callable[[JetFlowConfig, Tensors, TargetFacts], Export]] = {

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..head.configuration_jetflow import JetFlowConfig
 from ..head.modeling_jetflow import JetFlowHead
-from ..training.data import encode_chat
+from ..prompts import encode_chat
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """What `hf-jetflow show` does: one answer with its draft trees recorded, written as a page or a picture."""
 
 import copy
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +8,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..decoding.tree_log import TreeRound
+from ..extras import require_package
+from ..files import atomic_write
 from ..head.modeling_jetflow import JetFlowHead
-from ..training.data import encode_chat, read_prompts
+from ..prompts import encode_chat, read_prompts
 from .tree_page import tree_page
-from .tree_plot import DPI, check_rounds, draw_trees, need_matplotlib
+from .tree_plot import DPI, check_rounds, draw_trees
 
 
 ENDINGS = (".html", ".svg", ".png")
@@ -30,7 +31,7 @@ def check_output(path: Path) -> None:
     if path.suffix not in ENDINGS:
         raise ValueError(f"the output {path} ends in {path.suffix!r}, but {', '.join(ENDINGS[:-1])} or .png is needed")
     if path.suffix != ".html":
-        need_matplotlib()
+        require_package("matplotlib", "pictures")
 
 
 def choose_prompt(text: str | None, file: Path | None, index: int) -> list[dict[str, Any]]:
@@ -102,10 +103,10 @@ def write_trees(
     """
     check_output(path)
     check_rounds(rounds, None if only is None else [only])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.tmp")
     if path.suffix == ".html":
-        partial.write_text(tree_page(rounds, tokenizer, prompt=prompt, about=about, first=only or 1), encoding="utf-8")
+        page = tree_page(rounds, tokenizer, prompt=prompt, about=about, first=only or 1)
+        with atomic_write(path) as partial:
+            partial.write_text(page, encoding="utf-8")
     else:
         figure = draw_trees(rounds, tokenizer, None if only is None else [only])
         sides = [round(inches * DPI * SHARPNESS) for inches in figure.get_size_inches()]
@@ -114,5 +115,5 @@ def write_trees(
                 f"the picture of {len(rounds)} rounds is {sides[0]} x {sides[1]} pixels, but a PNG's side has at most "
                 f"{MOST_PIXELS}; choose one round (--round), or write .svg or .html"
             )
-        figure.savefig(partial, format=path.suffix[1:], dpi=DPI * SHARPNESS)
-    os.replace(partial, path)
+        with atomic_write(path) as partial:
+            figure.savefig(partial, dpi=DPI * SHARPNESS)

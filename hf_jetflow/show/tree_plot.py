@@ -1,12 +1,12 @@
 """The draft trees of a generation as a figure, PNG or SVG. Needs matplotlib, which is imported only to draw."""
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
 from ..decoding.tree_log import TreeRound
+from ..extras import require_package
 from .token_text import TokenLabels, display_width
 from .tree_layout import DrawnNode, lay_out
 
@@ -52,7 +52,7 @@ def draw_trees(
         ValueError: If there is no such round, or matplotlib is missing.
     """
     numbers = check_rounds(rounds, only)
-    need_matplotlib()
+    require_package("matplotlib", "pictures")
     from matplotlib.figure import Figure
 
     labels = TokenLabels(tokenizer)
@@ -69,17 +69,6 @@ def draw_trees(
         drawing.draw(axes, top)
         top += drawing.height
     return figure
-
-
-def need_matplotlib() -> None:
-    """
-    Raises:
-        ValueError: If matplotlib is missing.
-    """
-    if find_spec("matplotlib") is None:
-        raise ValueError(
-            "pictures need matplotlib, which is not installed; run `pip install matplotlib`, or write .html"
-        )
 
 
 def check_rounds(rounds: Sequence[TreeRound] | None, only: Sequence[int] | None = None) -> list[int]:

@@ -1,10 +1,12 @@
 """What `hf-jetflow simulate` found, as a table and as lines."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+
+from ..extras import require_package
+from ..files import atomic_write
 
 
 def speedup_table(result: dict[str, Any]) -> Table:
@@ -30,10 +32,9 @@ def plot_speedup(result: dict[str, Any], path: Path) -> None:
     Raises:
         ValueError: If matplotlib is not installed, or does not know the ending of `path`.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError("drawing needs matplotlib: `pip install matplotlib`, or leave `--plot` out") from error
+    require_package("matplotlib", "plots")
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -54,8 +55,6 @@ def plot_speedup(result: dict[str, Any], path: Path) -> None:
         axis.grid(alpha=0.3)
     panels[0][0].set_ylabel(f"predicted speedup, {result['hardware']['name']}")
     panels[0][0].legend()
-    partial = path.with_name(f".{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(partial, dpi=110, format=path.suffix.removeprefix(".") or "png")
+    with atomic_write(path) as partial:
+        figure.savefig(partial, dpi=110, format=path.suffix.removeprefix(".") or "png")
     plt.close(figure)
-    os.replace(partial, path)

@@ -1,6 +1,8 @@
-"""Loading a target, its tokenizer or its configuration alone, from a Hub id, a folder, or a `.gguf` file."""
+"""Loading a target, its tokenizer, or its configuration alone, from a Hub id, a folder or a `.gguf` file."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..errors import JetFlowError
+from ..extras import require_package
+
 
 try:
     from transformers import GgufConfig
-except ImportError:  # releases before it always unpack the weights
+except ImportError:  # earlier releases always dequantize the weights
     GgufConfig = None
 
 
@@ -25,7 +30,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def fast_dtype() -> str:
-    """bfloat16 where the device computes in it, float32 elsewhere."""
+    """The dtype `"auto"`: bfloat16 where the device computes in it, float32 elsewhere."""
     if torch.cuda.is_available():
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
     return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
@@ -37,34 +42,30 @@ def load_target(source: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTok
 
     Args:
         source (`str`): Hub id, local folder, or path of a `.gguf` file (needs the `gguf` package).
-        dtype (`str`): `"float32"`, `"bfloat16"` or `"float16"`.
+        dtype (`str`): `"auto"`, `"float32"`, `"bfloat16"` or `"float16"`.
 
     Raises:
-        ValueError: If `dtype` is unknown, or `source` is no causal language model.
-        OSError: If a file is missing.
+        JetFlowError: If `dtype` is unknown, `source` cannot be loaded or is no causal language model, or a package is
+            missing.
     """
     model = load_model(source, dtype)
-    name, kwargs = model_source(source)
-    return model, AutoTokenizer.from_pretrained(name, **kwargs)
+    with _readable_errors(source):
+        name, kwargs = model_source(source)
+        return model, AutoTokenizer.from_pretrained(name, **kwargs)
 
 
 def load_model(source: str, dtype: str) -> PreTrainedModel:
     """`load_target` without the tokenizer."""
-    if dtype not in DTYPES:
-        raise ValueError(f"the dtype is {dtype!r}, but one of {sorted(DTYPES)} is needed")
+    if dtype != "auto" and dtype not in DTYPES:
+        raise JetFlowError(f"the dtype is {dtype!r}, expected auto or one of {sorted(DTYPES)}")
     name, kwargs = model_source(source)
     if "gguf_file" in kwargs and GgufConfig is not None:
-        # A head borrows rows of the output embedding, which must not be packed.
+        # A head reads rows of the output embedding, which must not be quantized.
         kwargs["quantization_config"] = GgufConfig(dequantize=True)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], **kwargs)
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise
-        raise ValueError(
-            f"`{source}` holds no model that generates text; give the target itself, not a head or another kind of "
-            "model"
-        ) from error
+    with _readable_errors(source):
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=DTYPES[fast_dtype() if dtype == "auto" else dtype], **kwargs
+        )
     if torch.cuda.is_available():
         model = model.to("cuda")
     return model.eval()
@@ -78,19 +79,38 @@ def load_target_config(source: str) -> PreTrainedConfig:
         source (`str`): Hub id, local folder, path of its `config.json`, or of a `.gguf` file.
 
     Raises:
-        OSError: If a file is missing.
+        JetFlowError: If it cannot be loaded, or a package is missing.
     """
     name, kwargs = model_source(source)
-    return AutoConfig.from_pretrained(name, **kwargs)
+    with _readable_errors(source):
+        return AutoConfig.from_pretrained(name, **kwargs)
+
+
+@contextmanager
+def _readable_errors(source: str) -> Iterator[None]:
+    """Say which target cannot be loaded, in one line."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        if reason.startswith("Unrecognized configuration class"):
+            raise JetFlowError(
+                f"`{source}` holds no model that generates text; give the target itself, not a head or another kind "
+                "of model"
+            ) from error
+        if isinstance(error, OSError) or reason.startswith("Unrecognized model in"):
+            raise JetFlowError(f"cannot load `{source}`: {reason}; give a Hub id, a folder or a .gguf file") from error
+        raise
 
 
 def model_source(source: str) -> tuple[str, dict[str, Any]]:
-    """What the Auto classes take for a Hub id, a folder or a `.gguf` file."""
+    """Name and keywords of a Hub id, a folder or a `.gguf` file for `from_pretrained` of the Auto classes."""
     path = Path(source)
     if source.endswith(".gguf"):
         if not path.is_file():
-            raise OSError(f"`{source}` does not exist; give the path of a .gguf file, a folder or a Hub id")
+            raise JetFlowError(f"`{source}` does not exist; give the path of a .gguf file, a folder or a Hub id")
+        require_package("gguf", "GGUF files")
         return str(path.parent), {"gguf_file": path.name}
     if (os.sep in source and source.count("/") != 1) and not path.exists():
-        raise OSError(f"`{source}` does not exist; give the path of a folder, a .gguf file or a Hub id")
+        raise JetFlowError(f"`{source}` does not exist; give the path of a folder, a .gguf file or a Hub id")
     return source, {}

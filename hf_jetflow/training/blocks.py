@@ -1,6 +1,6 @@
 """Teacher-forced blocks: many anchors of whole sequences in one head forward.
 
-What training learns from, and what agreement between head and target is counted on, depth by depth.
+Training learns from them, and the agreement of head and target is counted on them, depth by depth.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import JetFlowError
 from ..head.modeling_jetflow import JetFlowHead
 from ..target.target import Target
-from .losses import AS_IT_IS, KLResult, LogitShape, chunked_forward_kl, correction_kl
+from .losses import IDENTITY, KLResult, LogitShape, chunked_forward_kl, correction_kl
 
 
 @dataclass
@@ -20,15 +21,15 @@ class Blocks:
     """Block rows of a batch, (batch, anchors x block_size) each."""
 
     position_ids: torch.Tensor  # absolute position of each row
-    anchor_position_ids: torch.Tensor  # position of its anchor; negative where there is no block
+    anchor_position_ids: torch.Tensor  # position of its anchor; negative for a missing block
     depths: torch.Tensor  # slot in the block, 0 = anchor
-    is_drafted: torch.Tensor  # bool: has a target to learn (not an anchor, not past the end)
+    is_drafted: torch.Tensor  # bool: has a target (not an anchor, not past the end)
 
 
 def make_blocks(inputs: dict[str, Any], block_size: int) -> Blocks:
-    """The blocks that start at `inputs["anchors"]` (batch, anchors), -1 where none is; `lengths` (batch,)."""
+    """The blocks that start at `inputs["anchors"]` (batch, anchors), -1 for a missing one; `lengths` is (batch,)."""
     anchors = inputs["anchors"]
-    # Absent anchors get distinct negative positions, so that their rows see one another's blocks as little as any.
+    # Missing anchors get distinct negative positions, so that their rows see no other block either.
     filler = -(1 + torch.arange(anchors.shape[1], device=anchors.device)) * block_size
     anchors = torch.where(anchors < 0, filler, anchors)
     slots = torch.arange(block_size, device=anchors.device)
@@ -49,16 +50,15 @@ def forward_blocks(
     parent_embeds: torch.Tensor | None = None,
 ) -> Any:
     """
-    One forward of `model` (the head, or what wraps it) over all blocks; returns what `JetFlowHead.forward` does.
+    One forward of `model` (the head, or its wrapper) over all blocks; returns the output of `JetFlowHead.forward`.
 
     Raises:
-        ValueError: If the head has embeddings of its own, scaled logits, or an anchor's row that predicts.
+        JetFlowError: If the head has its own embedding or LM head, scaled logits, or an anchor row that predicts.
     """
     if not head.config.is_plain:
-        raise ValueError(
-            "the head has an embedding or an LM head of its own, scaled logits, or an anchor's row that predicts; "
-            "heads like it draft in `generate`, but cannot be trained yet: leave these fields of its config "
-            "at their defaults"
+        raise JetFlowError(
+            "the head has its own embedding or LM head, scaled logits, or an anchor row that predicts; such heads "
+            "draft in `generate`, but cannot be trained: leave these fields of the config at their defaults"
         )
     anchors = input_ids.gather(1, blocks.anchor_position_ids.clamp_min(0))
     is_anchor, has_mask_token = blocks.depths == 0, head.config.mask_token_id is not None
@@ -96,11 +96,11 @@ def draft_blocks(
     """
     One head forward over all blocks of a batch.
 
-    Every drafted slot is returned, those without a target too: with shapes that change from batch to batch, the CPU's
-    matrix kernels would be compiled anew each time.
+    Slots without a target are returned too: with shapes that change from batch to batch, the CPU's matrix kernels
+    would be compiled again for each batch.
 
     Args:
-        model (`nn.Module`): The head, or what wraps it for training on several devices.
+        model (`nn.Module`): The head, or its wrapper for training on several devices.
         head ([`JetFlowHead`]): The head itself.
         inputs: `input_ids` (batch, seq), `lengths` (batch,) and `anchors` (batch, anchors).
         features (`torch.Tensor`, (batch, seq, taps x target_hidden)), last_states (`torch.Tensor`, (batch, seq,
@@ -126,8 +126,10 @@ def draft_blocks(
 @dataclass
 class Agreement:
     """
-    How often the head ranks the target's token first, by depth: on the greedy spine, where every token before was the
-    head's first, and after an accepted sibling, where the parent was another candidate; before and after correction.
+    How often the head ranks the target's token first, by depth, before and after the branch correction.
+
+    Counted for all rows, on the greedy spine (every earlier token was the head's first choice), and after an accepted
+    sibling (the parent was another candidate).
     """
 
     sums: dict[str, torch.Tensor] = field(default_factory=dict)  # (depths,) each
@@ -158,7 +160,7 @@ class Agreement:
         self.sums[name] = self.sums.get(name, 0) + values.detach().sum(0)
 
     def rates(self) -> dict[str, list[float]]:
-        """Means by depth: `top1`, `kl`, and with `spine_` and `sibling_` in front `top1`; `corrected_top1` of each."""
+        """Means by depth: `kl`, `top1`, `corrected_top1`, and the latter two with prefix `spine_` or `sibling_`."""
         rates = {}
         for name, sums in self.sums.items():
             if not name.endswith("count"):
@@ -173,9 +175,9 @@ def score_candidates(
     weights: torch.Tensor,
     temperature: float,
     num_candidates: int,
-    teacher_shape: LogitShape = AS_IT_IS,
+    teacher_shape: LogitShape = IDENTITY,
 ) -> tuple[KLResult, torch.Tensor | None, torch.Tensor | None]:
-    """KL of the rows, and the corrected rows' divergence (rows,) and top-1 agreement (rows,), if there are shifts."""
+    """KL of the rows and, if there are shifts, divergence (rows,) and top-1 agreement (rows,) after the correction."""
     num_candidates = min(num_candidates, len(projection))
     kl = chunked_forward_kl(
         drafted.rows,
@@ -194,13 +196,13 @@ def score_candidates(
 @torch.no_grad()
 def measure_agreement(target: Target, head: JetFlowHead, sequences: Iterable[tuple[Sequence[int], int]]) -> Agreement:
     """
-    Agreement on texts of the target, every token of the answers an anchor.
+    Agreement on texts of the target, with every answer token as anchor.
 
     Args:
-        sequences: Token ids of each text, and how many of them are the prompt.
+        sequences: Token ids of each text, and the length of its prompt.
 
     Raises:
-        ValueError: If the target's output embedding is not a plain matrix.
+        JetFlowError: If the target's output embedding is not a plain matrix.
     """
     agreement = Agreement()
     projection = target.plain_output_rows(head.draft_token_ids)

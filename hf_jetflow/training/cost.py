@@ -1,8 +1,8 @@
-"""What one update of `JetFlowTrainer` costs: bytes and floating-point operations by part, from the configurations.
+"""Memory and floating-point operations of one update of `JetFlowTrainer`, by part, from the configurations.
 
 Counted for bf16 autocast: fp32 weights of the head, a dense SwiGLU target in bf16, SDPA attention, one micro-batch per
-update. The bytes are those of the tensors that autograd keeps in `modeling_jetflow` and of the temporaries that
-`losses` holds at one time; what an allocator adds is not counted.
+update. The bytes are those of the tensors that autograd stores in `modeling_jetflow` and of the temporaries that
+`losses` holds at a time; overhead of the allocator is not counted.
 """
 
 from dataclasses import dataclass
@@ -70,9 +70,9 @@ class _Rows:
 
     context: int  # positions of the sequences
     block: int  # block rows, anchors included
-    source: int  # both: what keys and values are made of
-    drafted: int  # block rows without the anchors: what the loss scores
-    corrected: int  # those from depth 2 on
+    source: int  # both: the inputs of keys and values
+    drafted: int  # block rows without the anchors, which the loss scores
+    corrected: int  # drafted rows from depth 2 on
     pairs: int  # entries of the attention mask
 
     @classmethod
@@ -109,11 +109,11 @@ def training_memory(
         batch_size (`int`): Sequences of a micro-batch on one device.
         seq (`int`): Their length in tokens.
         anchors (`int`): Anchors per sequence.
-        chunk_size (`int`): Rows whose logits exist at a time in the KL.
-        target_bytes (`int`, *optional*): Bytes of the target's weights, where it is not a dense model in bf16.
+        chunk_size (`int`): Rows whose logits are in memory at a time in the KL.
+        target_bytes (`int`, *optional*): Bytes of the target's weights, if it is not a dense model in bf16.
 
     Returns:
-        `dict`: Parts, which are not all there at one time; totals under `"during ..."`; the largest under `"peak"`.
+        `dict`: Parts, which do not all exist at once; totals under `"during ..."`; the largest under `"peak"`.
     """
     text = target_config.get_text_config(decoder=True)
     rows = _Rows.of(head_config, batch_size, seq, anchors)
@@ -123,10 +123,10 @@ def training_memory(
     embeddings = text.vocab_size * text.hidden_size * (1 if text.tie_word_embeddings else 2)
     weights = 2 * (text.num_hidden_layers * _elements(_layer_matrices(text)) + embeddings)
     draft_rows = 0 if head_config.draft_vocab_size is None else 2 * head_config.draft_vocab_size * hidden
-    layer, mlp, correction = _kept_by_layer(head_config, rows), _kept_by_mlp(head_config, rows), 0
+    layer, mlp, correction = _stored_by_layer(head_config, rows), _stored_by_mlp(head_config, rows), 0
     if head_config.branch_correction is not None:
-        correction = _kept_by_correction(head_config, rows)
-    # The fc layer keeps its input, which is the target's states; its norm keeps fp32 input and bf16 output.
+        correction = _stored_by_correction(head_config, rows)
+    # The fc layer stores its input, which is the target's states; its norm stores fp32 input and bf16 output.
     activations = 6 * hidden * rows.context + head_config.num_hidden_layers * layer + 6 * hidden * rows.block
     parts = {
         "target weights": (weights if target_bytes is None else target_bytes) + draft_rows,
@@ -142,44 +142,44 @@ def training_memory(
         "Muon's working memory": max(8 * a * b + 4 * min(a, b) ** 2 for a, b in matrices),
     }
     resident = parts["target weights"] + parts["head weights"] + parts["optimizer state"]
-    kept = parts["bf16 copies of the head"] + parts["target states"] + parts["head activations"]
+    stored = parts["bf16 copies of the head"] + parts["target states"] + parts["head activations"]
     attention = _attention_transient(head_config, rows)
-    # Backward, at the attention of the last layer: its MLP is done. Of the first: all but its own part is gone, and
-    # all gradients are there but those of fc and of the projections to queries, keys and values.
-    at_last = kept - mlp - 6 * hidden * rows.block - correction + attention
+    # Backward at the attention of the last layer: its MLP is done. At the first layer: the other layers are freed, and
+    # all gradients exist except those of fc and of the projections to queries, keys and values.
+    at_last = stored - mlp - 6 * hidden * rows.block - correction + attention
     first = parts["target states"] + 6 * hidden * rows.context + layer - mlp
     pending = 2 * _elements(matrices[1:4]) - 4 * _elements(matrices[:4])
     at_first = first + parts["gradients"] + pending + attention
     totals = {
         "during target forward": resident + parts["target's working memory"],
         "during head forward": resident + at_last,
-        "during loss": resident + kept + parts["rows of the loss"] + parts["KL chunk"],
-        "during backward": resident + max(kept + 8 * hidden * rows.drafted, at_last, at_first),
+        "during loss": resident + stored + parts["rows of the loss"] + parts["KL chunk"],
+        "during backward": resident + max(stored + 8 * hidden * rows.drafted, at_last, at_first),
         "during optimizer step": resident + parts["gradients"] + parts["Muon's working memory"],
     }
     return {**parts, **totals, "peak": max(totals.values())}
 
 
-def _kept_by_layer(config: JetFlowConfig, rows: _Rows) -> int:
-    """What autograd keeps of one layer for its backward."""
+def _stored_by_layer(config: JetFlowConfig, rows: _Rows) -> int:
+    """Bytes that autograd stores of one layer for its backward."""
     hidden, (queries, keys) = config.hidden_size, _attention_widths(config)
     attention = (
         (4 + 2 + 2) * hidden * rows.block  # norm: fp32 input, bf16 output before its weight; the cast for q_proj
-        + (2 + 2) * hidden * rows.source  # k_proj and v_proj each cast the fp32 rows for themselves
+        + (2 + 2) * hidden * rows.source  # k_proj and v_proj each cast the fp32 rows
         + (4 + 2) * (queries * rows.block + keys * rows.source)  # norms of queries and keys, as above
         + 2 * (3 * rows.block + 2 * rows.source) * queries  # SDPA: query, output, its copy; key, value of all heads
         + 4 * config.num_attention_heads * rows.block  # its log-sum-exp
         + 2 * rows.pairs  # its mask, as bf16 and by layer
     )
-    return attention + _kept_by_mlp(config, rows)
+    return attention + _stored_by_mlp(config, rows)
 
 
-def _kept_by_mlp(config: JetFlowConfig, rows: _Rows) -> int:
+def _stored_by_mlp(config: JetFlowConfig, rows: _Rows) -> int:
     """Norm as above with casts for gate and up; their outputs, the activation and the product."""
     return ((4 + 2 + 2 + 2) * config.hidden_size + 8 * config.intermediate_size) * rows.block
 
 
-def _kept_by_correction(config: JetFlowConfig, rows: _Rows) -> int:
+def _stored_by_correction(config: JetFlowConfig, rows: _Rows) -> int:
     assert config.branch_intermediate_size is not None
     hidden, width = config.hidden_size, config.branch_intermediate_size
     by_row = (4 + 4 + 2) * hidden + 2 * 2 * width  # slots: fp32 row, fp32 before the norm's weight, cast; projection
@@ -198,10 +198,10 @@ def _attention_transient(config: JetFlowConfig, rows: _Rows) -> int:
 
 
 def _target_transient(text: Any, context: int, taps: list[int]) -> int:
-    """The kept states and one layer at work: residual, its input, and three rows of the MLP; or all states fused."""
+    """The stored states and one running layer: residual, its input, three rows of the MLP; or all states fused."""
     hidden, inner = text.hidden_size, text.intermediate_size
-    kept = len({index + shift for index in taps for shift in (-1, 0)})  # as `Target` asks for them
-    return 2 * context * max((kept + 2) * hidden + 3 * inner, (kept + len(taps) + 1) * hidden)
+    stored = len({index + shift for index in taps for shift in (-1, 0)})  # as `Target` asks for them
+    return 2 * context * max((stored + 2) * hidden + 3 * inner, (stored + len(taps) + 1) * hidden)
 
 
 def _loss_rows(config: JetFlowConfig, rows: _Rows) -> int:
@@ -215,10 +215,11 @@ def _loss_rows(config: JetFlowConfig, rows: _Rows) -> int:
 
 def _kl_chunk(config: JetFlowConfig, drafted: int, chunk_size: int) -> int:
     """
-    fp32 logits that exist at one time.
+    fp32 logits that exist at a time.
 
-    In the first chunk seven: both sides' logits and log-probabilities, the target's probabilities, and two terms of
-    the divergence or the slope. In a later one up to eight: the chunk before leaves values until they are replaced.
+    In the first chunk there are seven: both sides' logits and log-probabilities, the target's probabilities, and two
+    terms of the divergence or the slope. In a later one there are up to eight: values of the chunk before stay until
+    they are replaced.
     """
     first = min(drafted, chunk_size)
     second = min(drafted - first, chunk_size)
@@ -231,10 +232,10 @@ def training_flops(
     """
     Floating-point operations of the matrix products of one update by part, and their sum under `"total"`.
 
-    A product of (a, b) and (b, c) counts 2abc; attention counts in full, whatever its mask leaves out.
+    A product of (a, b) and (b, c) counts 2abc; attention counts in full, masked pairs included.
 
     Args:
-        target_config (`PreTrainedConfig`): The target's, taken as a dense SwiGLU model.
+        target_config (`PreTrainedConfig`): The target's, as of a dense SwiGLU model.
         head_config ([`JetFlowConfig`]): The head's.
         batch_size (`int`), seq (`int`), anchors (`int`): As in `training_memory`.
     """

@@ -1,8 +1,7 @@
-"""Training data: prompts, the target's answers, their order, target features, and random anchors.
+"""Training data: the target's answers, their order, random anchors and target features.
 
-Answers lie on disk as JSON lines of token ids, features as one safetensors file per answer. Both are written
-atomically per record, so that a killed run continues where it stopped. Order and anchors depend on the seed, the epoch
-and the record only, never on a generator that was used before.
+Answers are stored as JSON lines of token ids, features as one safetensors file per answer. A killed run continues with
+both. Order and anchors depend only on the seed, the epoch and the record, never on the state of a random generator.
 """
 
 import hashlib
@@ -21,81 +20,25 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset, Sampler
-from transformers import PreTrainedTokenizerBase
 
-
-def read_jsonl(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
-    """Records of a JSON lines file. A cut-off last line (a killed writer) is left out, any other bad one an error."""
-    return (record for _, record in _records(path))
-
-
-def _records(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Byte offset and content of each record."""
-    end = 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            start, end = end, end + len(line)
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                if not line.endswith(b"\n"):
-                    return
-                raise ValueError(
-                    f"{path}, line {number}: not valid JSON ({error}); repair or remove the line"
-                ) from error
-            if not isinstance(record, dict):
-                raise ValueError(
-                    f"{path}, line {number}: holds a {type(record).__name__}, but an object is needed; write one in "
-                    'braces on each line, such as {"prompt": "..."}'
-                )
-            yield start, record
-
-
-def read_prompts(paths: Sequence[str | os.PathLike]) -> list[dict[str, Any]]:
-    """
-    Prompts of JSON lines files, as `{"id": str, "source": str, "messages": [...]}`.
-
-    A record holds `messages` (chat format), or `turns` (the user's turns; the first one is used), or `prompt` (text).
-    Its source is its field `source`, or else the name of the file without the ending.
-
-    Raises:
-        ValueError: If a record holds none of them, or an id occurs twice.
-    """
-    prompts: dict[str, dict[str, Any]] = {}
-    for path in paths:
-        for number, record in enumerate(read_jsonl(path), 1):
-            if "messages" in record:
-                messages = record["messages"]
-            elif record.get("turns") or record.get("prompt"):
-                messages = [{"role": "user", "content": record.get("prompt") or record["turns"][0]}]
-            else:
-                raise ValueError(
-                    f"{path}, record {number}: needs `messages`, `turns` or `prompt`, has {sorted(record)}; rename "
-                    "the field that holds the prompt"
-                )
-            prompt_id = str(record.get("id", f"{Path(path).stem}-{number}"))
-            if prompt_id in prompts:
-                raise ValueError(f"{path}, record {number}: the id {prompt_id!r} occurs twice; ids must be unique")
-            source = str(record.get("source", Path(path).stem))
-            prompts[prompt_id] = {"id": prompt_id, "source": source, "messages": messages}
-    return list(prompts.values())
+from ..errors import JetFlowError
+from ..files import atomic_write
+from ..jsonl import numbered_records, shown
 
 
 class Answers:
     """
-    Answers in JSON lines files. Only their places and lengths are kept in memory; a record is read when asked for.
+    Answers in JSON lines files. Only their offsets and lengths are in memory; a record is read when it is indexed.
 
-    Items are `{"id", "prompt_ids", "answer_ids", ...}`, as they stand in the file.
+    Items are `{"id", "prompt_ids", "answer_ids", ...}`, as in the file.
 
     Args:
-        vocab_size (`int`, *optional*): Number of tokens of the target; ids beyond are refused.
+        vocab_size (`int`, *optional*): Vocabulary size of the target; larger ids are refused.
 
     Attributes:
         files (`list[Path]`), starts (`list[int]`): The files, and the index of the first answer of each.
         num_prompt, num_answer (`array`): Tokens of each prompt and each answer.
-        sources (`list[str]`): The field `source` of each, or else the name of its file without the ending.
+        sources (`list[str]`): The field `source` of each, or else the name of its file without the suffix.
     """
 
     def __init__(self, vocab_size: int | None = None):
@@ -109,26 +52,26 @@ class Answers:
 
     def add(self, path: str | os.PathLike) -> None:
         """
-        Take in the records of a file.
+        Add the records of a file.
 
         Raises:
-            ValueError: If a record has no token ids, none at all, or some outside the vocabulary, or its id is taken.
+            JetFlowError: If a record has no token ids, or some outside the vocabulary, or an id occurs twice.
         """
         path = Path(path)
         self.files.append(path)
         self.starts.append(len(self))
-        for number, (offset, record) in enumerate(_records(path), 1):
-            where = f"{path}, record {number}"
+        for number, (line, offset, record) in enumerate(numbered_records(path), 1):
+            where = f"{path}, line {line}"
             if not {"prompt_ids", "answer_ids"} <= record.keys():
-                raise ValueError(
-                    f"{where}: needs `prompt_ids` and `answer_ids`, has {sorted(record)}; give token ids in all "
+                raise JetFlowError(
+                    f"{where}: expected `prompt_ids` and `answer_ids`, got {sorted(record)}; give token ids in all "
                     "records or `messages` in all, and prompts without answers with `--prompts`"
                 )
             for key in ("prompt_ids", "answer_ids"):
                 _check_token_ids(record[key], f"{where}: `{key}`", self._vocab_size)
             answer_id = str(record.get("id", f"{path.stem}-{number}"))
             if answer_id in self._ids:
-                raise ValueError(f"{where}: the id {answer_id!r} occurs twice; remove or rename one of the records")
+                raise JetFlowError(f"{where}: the id {answer_id!r} occurs twice; remove or rename one of the records")
             self._ids.add(answer_id)
             self._offsets.append(offset)
             self.num_prompt.append(len(record["prompt_ids"]))
@@ -150,14 +93,16 @@ class Answers:
 
 def _check_token_ids(ids: Any, what: str, vocab_size: int | None) -> None:
     if not isinstance(ids, list) or set(map(type, ids)) - {int}:
-        raise ValueError(f"{what} is no list of whole numbers; give token ids, or the conversation as `messages`")
+        raise JetFlowError(
+            f"{what}: expected a list of integers, got {shown(ids)}; give token ids, or the conversation as `messages`"
+        )
     if not ids:
-        raise ValueError(f"{what} is empty, but at least one token is needed; remove the record")
+        raise JetFlowError(f"{what}: expected at least one token, got none; remove the record")
     if min(ids) < 0 or (vocab_size is not None and max(ids) >= vocab_size):
         wrong = min(ids) if min(ids) < 0 else max(ids)
-        raise ValueError(
-            f"{what} holds the token id {wrong}, but the target has the ids 0 to {(vocab_size or 0) - 1}; "
-            "answers must be tokenized for this target: regenerate them, or give them as `messages`"
+        raise JetFlowError(
+            f"{what}: expected token ids from 0 to {(vocab_size or 0) - 1}, as the target has, got {wrong}; tokenize "
+            "the answers for this target: regenerate them, or give them as `messages`"
         )
 
 
@@ -169,20 +114,13 @@ def read_answers(paths: Sequence[str | os.PathLike], vocab_size: int | None = No
     return answers
 
 
-def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: bool) -> list[int]:
-    """Token ids of a conversation under the tokenizer's chat template, ready for the answer; options are the
-    template's."""
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
 def derived_seed(*facts: int | str) -> int:
     """A seed that depends on all the facts."""
     return int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:4], "big")
 
 
 def frequent_tokens(answers: Iterable[dict[str, Any]], size: int, always: Sequence[int] = ()) -> torch.Tensor:
-    """The `size` commonest answer tokens and those of `always`, ascending: the `d2t` of a draft vocabulary."""
+    """The `size` most frequent answer tokens, those of `always` first, ascending: the `d2t` of a draft vocabulary."""
     counts: Counter[int] = Counter()
     for answer in answers:
         counts.update(answer["answer_ids"])
@@ -190,9 +128,9 @@ def frequent_tokens(answers: Iterable[dict[str, Any]], size: int, always: Sequen
         counts[token] += sum(counts.values())
     chosen = [token for token, _ in counts.most_common(size)]
     if len(chosen) < size:
-        raise ValueError(
-            f"the answers hold {len(chosen)} different tokens, fewer than the draft vocabulary of {size}; choose a "
-            "smaller one, or give more answers"
+        raise JetFlowError(
+            f"`--draft-vocab` is {size}, but the answers hold only {len(chosen)} different tokens; choose a smaller "
+            "size, or give more answers"
         )
     return torch.tensor(sorted(chosen))
 
@@ -201,11 +139,11 @@ class AnswerDataset(Dataset):
     """
     Answers long enough to hold one anchor and one drafted token, cut at `max_length` tokens.
 
-    Indexed by a record's number or, for other anchors at each of its occurrences, by (number, epoch, copy).
+    Indexed by a record's number, or by (number, epoch, copy), so that each occurrence gets its own anchors.
 
     Attributes:
         lengths (`np.ndarray`), sources (`list[str]`): Tokens and source of each.
-        left_out (`str`): What was left out or cut and why, empty if nothing was.
+        skipped (`str`): How many answers were skipped or cut, and why; empty if none.
     """
 
     def __init__(self, answers: Answers | Sequence[dict[str, Any]], max_length: int):
@@ -219,52 +157,52 @@ class AnswerDataset(Dataset):
             sources = [record.get("source", "answers") for record in answers]
         is_short, is_long = num_answer < 2, num_prompt + 2 > max_length
         self._answers, self._max_length = answers, max_length
-        self._kept = np.flatnonzero(~is_short & ~is_long)
-        lengths = (num_prompt + num_answer)[self._kept]
+        self._used = np.flatnonzero(~is_short & ~is_long)
+        lengths = (num_prompt + num_answer)[self._used]
         self.lengths = lengths.clip(max=max_length)
-        self.sources = [sources[index] for index in self._kept]
+        self.sources = [sources[index] for index in self._used]
         counts = {
-            "left out, fewer than two answer tokens": int(is_short.sum()),
-            f"left out, a prompt that fills the {max_length} tokens of a sequence": int((is_long & ~is_short).sum()),
+            "skipped, fewer than two answer tokens": int(is_short.sum()),
+            f"skipped, the prompt fills the {max_length} tokens of a sequence": int((is_long & ~is_short).sum()),
             f"cut at {max_length} tokens": int((lengths > max_length).sum()),
         }
-        self.left_out = "; ".join(f"{count} {what}" for what, count in counts.items() if count)
+        self.skipped = "; ".join(f"{count} {what}" for what, count in counts.items() if count)
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._used)
 
-    def __getitem__(self, place: int | tuple[int, int, int]) -> dict[str, Any]:
-        place = (place, 0, 0) if isinstance(place, int) else place
-        record = self._answers[int(self._kept[place[0]])]
+    def __getitem__(self, index: int | tuple[int, int, int]) -> dict[str, Any]:
+        index = (index, 0, 0) if isinstance(index, int) else index
+        record = self._answers[int(self._used[index[0]])]
         ids = (record["prompt_ids"] + record["answer_ids"])[: self._max_length]
-        return {"ids": ids, "num_prompt": len(record["prompt_ids"]), "place": place}
+        return {"ids": ids, "num_prompt": len(record["prompt_ids"]), "index": index}
 
 
 def check_weights(weights: Mapping[str, float], sources: Iterable[str]) -> None:
     """
     Raises:
-        ValueError: If a weight is not above 0, or its name is none of the sources.
+        JetFlowError: If a weight is not above 0, or its name is none of the sources.
     """
     for name, weight in weights.items():
         if name not in (known := sorted(set(sources))):
-            raise ValueError(f"a weight is given for {name!r}, but the sources are {known}; use one of these names")
+            raise JetFlowError(f"`--weights` names {name!r}, but the sources are {known}; use one of these names")
         if not 0 < weight < float("inf"):
-            raise ValueError(f"the weight of {name!r} is {weight}, but must be above 0; leave out what is not wanted")
+            raise JetFlowError(f"the weight of {name!r} is {weight}, expected more than 0; remove what is not wanted")
 
 
 class EpochSampler(Sampler):
     """
-    The places (number, epoch, copy) of one epoch in random order, batches of like lengths together.
+    The indices (number, epoch, copy) of one epoch in random order, with similar lengths in a batch.
 
-    They depend on the seed and `epoch` alone, which the owner sets before each epoch.
+    They depend only on the seed and on `epoch`, which the owner sets before each epoch.
 
     Args:
-        batch_size (`int`): Sequences that are computed at one time, by all processes together.
-        weights (`dict[str, float]`): How often a record of each source occurs per epoch, 1 for sources not named. Of a
-            fraction, records take turns: with 0.5, each occurs every second epoch.
+        batch_size (`int`): Sequences per micro-batch, over all processes.
+        weights (`dict[str, float]`): How often the records of a source occur per epoch; 1 for sources not named. With
+            a fraction the records take turns: with 0.5, each occurs every second epoch.
     """
 
-    POOL = 50  # batches that are drawn at random and then sorted by length
+    POOL = 50  # random batches that are sorted by length together
 
     def __init__(self, dataset: AnswerDataset, batch_size: int, seed: int, weights: Mapping[str, float]):
         check_weights(weights, dataset.sources)
@@ -296,10 +234,10 @@ class EpochSampler(Sampler):
         for pool in torch.randperm(len(numbers), generator=generator).split(self.POOL * self._batch_size):
             by_length = self._lengths[numbers[pool]].argsort(descending=True, stable=True)
             batches += pool[by_length].split(self._batch_size)
-        num_full = len(numbers) // self._batch_size  # a smaller batch stays the last
+        num_full = len(numbers) // self._batch_size  # a smaller batch comes last
         shuffled = [batches[index] for index in torch.randperm(num_full, generator=generator)]
-        for place in torch.cat([*shuffled, *batches[num_full:]]):
-            yield int(numbers[place]), epoch, int(copy_of[place])
+        for drawn_index in torch.cat([*shuffled, *batches[num_full:]]):
+            yield int(numbers[drawn_index]), epoch, int(copy_of[drawn_index])
 
 
 @dataclass
@@ -307,16 +245,16 @@ class AnchorCollator:
     """
     Pads sequences on the right and draws random anchors among the answer tokens (arXiv 2606.18394, section 3.3).
 
-    They depend on the seed and the item's place alone.
+    They depend only on the seed and the item's index.
     """
 
     num_anchors: int
     seed: int = 0
     pad_token_id: int = 0
-    pad_to_multiple_of: int = 64  # few different shapes, so that kernels are compiled once
+    pad_to_multiple_of: int = 64  # few different shapes: kernels are compiled once
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        """`input_ids` (batch, seq), `lengths` (batch,), `anchors` (batch, num_anchors), -1 where none is."""
+        """`input_ids` (batch, seq), `lengths` (batch,), `anchors` (batch, num_anchors), -1 for a missing one."""
         longest = max(len(item["ids"]) for item in items)
         longest = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
         input_ids = torch.full((len(items), longest), self.pad_token_id)
@@ -325,7 +263,7 @@ class AnchorCollator:
             length = len(item["ids"])
             input_ids[row, :length] = torch.tensor(item["ids"])
             # An anchor is an answer token with a successor; drawn without replacement.
-            generator = torch.Generator().manual_seed(derived_seed(self.seed, *item["place"]))
+            generator = torch.Generator().manual_seed(derived_seed(self.seed, *item["index"]))
             order = torch.randperm(length - 1 - item["num_prompt"], generator=generator)
             anchors[row, : len(order)] = (item["num_prompt"] + order[: self.num_anchors]).sort().values
         lengths = torch.tensor([len(item["ids"]) for item in items])
@@ -333,7 +271,7 @@ class AnchorCollator:
 
 
 class FeatureStore:
-    """Tapped target states of the training sequences: computed when first needed and, with a folder, kept on disk."""
+    """Tapped target states of the training sequences: computed on first use and, with a folder, stored on disk."""
 
     def __init__(self, compute: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]], folder: Path | None):
         self._compute = compute
@@ -352,29 +290,26 @@ class FeatureStore:
         missing = [row for row, record in enumerate(stored) if not record]
         if missing:
             computed = self._compute(batch["input_ids"][missing])
-            for place, row in enumerate(missing):
-                kept = [part[place, : lengths[row]].contiguous().cpu() for part in computed]
-                stored[row] = {"features": kept[0], "last_hidden_state": kept[1]}
-                _save_atomically(stored[row], paths[row])
+            for index, row in enumerate(missing):
+                features, last = (part[index, : lengths[row]].contiguous().cpu() for part in computed)
+                stored[row] = {"features": features, "last_hidden_state": last}
+                with atomic_write(paths[row]) as partial:
+                    save_file(stored[row], partial)
         device = batch["input_ids"].device
         longest = batch["input_ids"].shape[1]
-        features, last = ([record[key] for record in stored] for key in ("features", "last_hidden_state"))
-        return _pad_rows(features, longest).to(device), _pad_rows(last, longest).to(device)
+        return (
+            _pad_rows([record["features"] for record in stored], longest).to(device),
+            _pad_rows([record["last_hidden_state"] for record in stored], longest).to(device),
+        )
 
 
 def _content_hash(token_ids: torch.Tensor) -> str:
-    """Name of a sequence's features: the same tokens have the same ones, whatever the record is called."""
+    """File name of a sequence's features, which depend on its tokens only, not on the record's id."""
     return hashlib.sha256(token_ids.numpy().tobytes()).hexdigest()[:32]
 
 
-def _save_atomically(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    save_file(tensors, partial)
-    os.replace(partial, path)
-
-
 def _pad_rows(parts: list[torch.Tensor], longest: int) -> torch.Tensor:
-    """(seq, width) tensors stacked to (batch, longest, width), zeros behind; longer ones are cut."""
+    """(seq, width) tensors stacked to (batch, longest, width), padded with zeros; longer ones are cut."""
     out = parts[0].new_zeros(len(parts), longest, parts[0].shape[-1])
     for row, part in enumerate(parts):
         out[row, : min(len(part), longest)] = part[:longest]

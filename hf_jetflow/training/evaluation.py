@@ -1,4 +1,4 @@
-"""What training is for, measured by decoding: tokens per round."""
+"""Tokens per round of a head, measured by decoding."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -20,11 +20,17 @@ def tokens_per_round(
     progress: Callable[[int, int, str], None] | None = None,
 ) -> float:
     """
-    Tokens per round of greedy decoding over prompts given as token ids; the mean is over all rounds of all prompts.
+    Tokens per round of greedy decoding over prompts given as token ids: the mean over all rounds of all prompts.
 
-    The head is left as it was: its mode, its generation config and the random generators do not change.
+    The head's mode and generation config and the random generators do not change.
+
+    Args:
+        progress: Called with prompts done, prompts in all, and what they are; first before the first prompt.
     """
     rounds = accepted = 0
+    what = f"held-out prompts, {node_budget} nodes"
+    if progress is not None:
+        progress(0, len(prompts), what)
     with decoding_with(head, node_budget):
         for number, ids in enumerate(prompts, 1):
             input_ids = torch.tensor([list(ids)], device=target.device)
@@ -38,15 +44,15 @@ def tokens_per_round(
             rounds += head.last_stats.num_rounds
             accepted += head.last_stats.num_accepted
             if progress is not None:
-                progress(number, len(prompts), f"held-out prompts, {node_budget} nodes")
+                progress(number, len(prompts), what)
     return (accepted + rounds) / rounds if rounds else 0.0
 
 
 @contextmanager
 def decoding_with(head: JetFlowHead, node_budget: int) -> Iterator[None]:
-    """Decode with a node budget; the head is left as it was."""
+    """Decode with a node budget; the head's mode and settings are restored."""
     was_training = head.training
-    kept = {name: getattr(head, name) for name in ("generation_config", "last_stats", "record_trees", "last_trees")}
+    earlier = {name: getattr(head, name) for name in ("generation_config", "last_stats", "record_trees", "last_trees")}
     head.generation_config = copy.deepcopy(head.generation_config)
     head.generation_config.node_budget = node_budget
     head.record_trees = False
@@ -55,6 +61,6 @@ def decoding_with(head: JetFlowHead, node_budget: int) -> Iterator[None]:
         with torch.no_grad():
             yield
     finally:
-        for name, value in kept.items():
+        for name, value in earlier.items():
             setattr(head, name, value)
         head.train(was_training)

@@ -1,13 +1,16 @@
 """The training loss: forward KL to the target's distribution, chunked over rows (arXiv 2606.18394, section 3.3).
 
-The output projection is frozen, so the gradient with respect to the head's rows is formed chunk by chunk in the
-forward pass and no logits survive it: the logits are the memory peak of training.
+The output projection is frozen, so the forward pass computes the gradient of the head's rows chunk by chunk and
+stores no logits: the logits are the memory peak of training.
 """
 
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedModel
 
+from ..errors import JetFlowError
+from ..target.target import Target
 from ..trees.tree import corrected_logprobs, with_rest
 
 
@@ -23,17 +26,19 @@ class LogitShape:
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
 
-AS_IT_IS = LogitShape()
+IDENTITY = LogitShape()
+CLOSE = 0.02  # largest root mean square error, relative to the logits' spread: rounding in bfloat16
+STEEP = 0.9  # share of a soft cap above which the logit before the cap cannot be recovered
 
 
 @dataclass
 class KLResult:
-    """What one call of `chunked_forward_kl` yields, per row. Tokens are places in the projection."""
+    """Results of `chunked_forward_kl`, per row. Tokens are row indices of the projection."""
 
     loss: torch.Tensor  # scalar, weighted sum over rows, differentiable
     divergence: torch.Tensor  # (rows,), unweighted KL in nats
-    teacher_tokens: torch.Tensor  # (rows,), the token that the target ranks first
-    candidates: torch.Tensor  # (rows, num_candidates), the tokens that the head ranks first, best first
+    teacher_tokens: torch.Tensor  # (rows,), the target's first choice
+    candidates: torch.Tensor  # (rows, num_candidates), the head's first choices, best first
     logprobs: torch.Tensor  # (rows, num_candidates), the head's log-probabilities of them
     teacher_logprobs: torch.Tensor  # (rows, num_candidates), the target's
 
@@ -90,7 +95,7 @@ def chunked_forward_kl(
     temperature: float = 1.0,
     chunk_size: int = 1024,
     num_candidates: int = 1,
-    teacher_shape: LogitShape = AS_IT_IS,
+    teacher_shape: LogitShape = IDENTITY,
 ) -> KLResult:
     """
     Weighted sum over rows of T^2 KL(target || head), both seen through the same frozen output projection.
@@ -101,9 +106,9 @@ def chunked_forward_kl(
         projection (`torch.Tensor`, (draft_vocab, hidden)): Rows of the target's output embedding that are scored.
         row_weights (`torch.Tensor`, (rows,)): Weight of each row; they should sum to one for a mean.
         temperature (`float`): Distillation temperature T.
-        chunk_size (`int`): Rows whose logits exist at a time.
-        num_candidates (`int`): Tokens of each row whose log-probabilities are returned, at most the draft vocabulary.
-        teacher_shape ([`LogitShape`]): What the target makes of the projection's logits.
+        chunk_size (`int`): Rows whose logits are in memory at a time.
+        num_candidates (`int`): Candidates per row whose log-probabilities are returned, at most the draft vocabulary.
+        teacher_shape ([`LogitShape`]): Scale and soft cap that the target applies to the projection's logits.
 
     Returns:
         `KLResult`: The loss and per-row figures.
@@ -113,7 +118,7 @@ def chunked_forward_kl(
 
 
 class _CandidateLogits(torch.autograd.Function):
-    """Logits of chosen tokens only, by way of all of them, chunk by chunk: faster than gathering their embeddings."""
+    """Logits of chosen tokens. All logits are computed, chunk by chunk: faster than gathering embeddings."""
 
     @staticmethod
     def forward(ctx, rows, tokens, projection, chunk_size):  # type: ignore[no-untyped-def]
@@ -136,19 +141,19 @@ def correction_kl(
     kl: KLResult, shifts: torch.Tensor, projection: torch.Tensor, chunk_size: int = 1024
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Forward KL of the scores that a branch correction gives to a row's candidates.
+    Forward KL of the corrected scores of each row's candidates.
 
-    The distributions have `num_candidates + 1` outcomes, as in drafting: the candidates, and any other token.
+    As in drafting, the distributions have `num_candidates + 1` outcomes: the candidates, and any other token.
 
     Args:
         kl ([`KLResult`]): The rows' candidates and both sides' log-probabilities of them.
         shifts (`torch.Tensor`, (rows, hidden)): The correction's shift of each row, differentiable.
         projection (`torch.Tensor`, (draft_vocab, hidden)): Rows of the target's output embedding that are scored.
-        chunk_size (`int`): Rows whose logits exist at a time.
+        chunk_size (`int`): Rows whose logits are in memory at a time.
 
     Returns:
-        Divergences (rows,) in nats, differentiable, and whether the corrected scores and the target rank the same
-        token first (rows,).
+        Divergences (rows,) in nats, differentiable, and whether the corrected scores rank the target's first choice
+        first (rows,).
     """
     adjustments = _CandidateLogits.apply(shifts, kl.candidates, projection, chunk_size)
     log_q, log_p = corrected_logprobs(with_rest(kl.logprobs), adjustments), with_rest(kl.teacher_logprobs)
@@ -161,7 +166,7 @@ def feature_loss(rows: torch.Tensor, teacher_rows: torch.Tensor, row_weights: to
     """
     Weighted sum over rows of the mean squared error to the target's normed states, in units of their variance.
 
-    Each row has its own unit, so that its gradient does not depend on which rows share its micro-batch.
+    The variance is per row, so that a row's gradient does not depend on the other rows of its micro-batch.
     """
     teacher = teacher_rows.float()
     errors = (rows.float() - teacher).square().mean(-1) / teacher.var(-1).clamp_min(1e-12)
@@ -172,3 +177,38 @@ def depth_weights(num_depths: int, gamma: float | None, device: torch.device | N
     """exp(-(depth - 1) / gamma) for depths 1 .. `num_depths`; all ones without gamma. Shape (num_depths,)."""
     steps = torch.arange(num_depths, dtype=torch.float32, device=device)
     return torch.ones_like(steps) if gamma is None else torch.exp(-steps / gamma)
+
+
+@torch.no_grad()
+def logit_shape(target: Target) -> LogitShape:
+    """
+    Infer the target's logit scale and soft cap, so that the head learns the distribution the target samples from.
+
+    The logits of a short text are compared with those of the output embedding.
+
+    Raises:
+        JetFlowError: If the logits are computed in another way, so that hidden states cannot teach a head.
+    """
+    model, projection, cap = target.model, target.plain_output_rows(None), _soft_cap(target.model)
+    input_ids = torch.arange(3, 19, device=target.device)[None]
+    raw = (target.states(input_ids)[1][0].to(projection.dtype) @ projection.T).float()
+    logits = model(input_ids=input_ids, use_cache=False).logits[0].float()
+    before = logits
+    if cap is not None:
+        before = cap * torch.atanh((logits / cap).clamp(-STEEP, STEEP))
+        raw_fitted, before = (part[logits.abs() < STEEP * cap] for part in (raw, before))
+    else:
+        raw_fitted = raw
+    shape = LogitShape(scale=float((before * raw_fitted).sum() / raw_fitted.square().sum()), cap=cap)
+    off = float((shape(raw) - logits).square().mean().sqrt() / logits.std())
+    if not off <= CLOSE:
+        raise JetFlowError(
+            f"the logits of `{model.config.model_type}` are not those of its output embedding, scaled or soft-capped "
+            f"(they differ by {off:.0%} of their spread), so its hidden states cannot teach a head; give a target "
+            "whose language model head is one linear layer"
+        )
+    return shape
+
+
+def _soft_cap(model: PreTrainedModel) -> float | None:
+    return getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)  # few have the field

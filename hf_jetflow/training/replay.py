@@ -1,7 +1,7 @@
-"""Replay: the rounds that decoding would take over a text of the target, without decoding it again.
+"""Replay: the rounds of greedy decoding over a text of the target, computed without decoding it again.
 
-The text is known, so one target forward and one head forward per text are enough for every round of every node budget.
-In exact arithmetic the figures are those of greedy decoding.
+The text is known, so one target forward and one head forward per text cover every round of every node budget. In exact
+arithmetic the figures equal those of greedy decoding.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,10 +32,10 @@ def replay(
     Statistics of greedy decoding over known texts.
 
     Args:
-        texts: Token ids of each text, prompt and greedy answer of the target, and how many of them are the prompt.
+        texts: Token ids of each text (prompt and greedy answer of the target), and the length of its prompt.
         node_budgets: Node budgets to replay, each from 2.
         width (`int`, *optional*): Children considered per node; 1 is a chain.
-        tree_builder (*optional*): What builds the trees in place of the drafter, for comparisons.
+        tree_builder (*optional*): Builds the trees in place of the drafter, for comparisons.
         progress: Called with the number of texts done.
 
     Returns:
@@ -65,14 +65,14 @@ def acceptance_by_rank(
     progress: Callable[[int], None] | None = None,
 ) -> list[list[float]]:
     """
-    How often the target's token is the head's first, second, ... choice, by depth, every answer token an anchor.
+    How often the target's token is the head's first, second, ... choice, by depth, with every answer token as anchor.
 
-    Scores are the corrected ones after the text itself; a depth counts where all tokens before it were among the first
-    `num_ranks` choices.
+    Scores are corrected along the text itself. A depth counts if all tokens before it were among the first `num_ranks`
+    choices.
 
     Args:
         texts: As in `replay`.
-        num_ranks (`int`): Choices looked at per depth.
+        num_ranks (`int`): Choices counted per depth.
         progress: Called with the number of texts done.
 
     Returns:
@@ -82,10 +82,10 @@ def acceptance_by_rank(
     hits, reached = torch.zeros(num_depths, num_ranks), torch.zeros(num_depths)
     for number, (ids, num_prompt) in enumerate(texts, 1):
         drafter = JetFlowCandidateGenerator(head, target)
-        for place, rows in enumerate(_rows_of_all_anchors(drafter, ids, num_prompt), num_prompt):
-            following = ids[place + 1 : place + 1 + num_depths]
-            candidates = drafter.rank(rows[: len(following)], torch.tensor(ids[: place + 1]), num_ranks)
-            for depth, rank in enumerate(_ranks(drafter, candidates, ids[place], following, num_ranks)):
+        for position, rows in enumerate(_rows_of_all_anchors(drafter, ids, num_prompt), num_prompt):
+            following = ids[position + 1 : position + 1 + num_depths]
+            candidates = drafter.rank(rows[: len(following)], torch.tensor(ids[: position + 1]), num_ranks)
+            for depth, rank in enumerate(_ranks(drafter, candidates, ids[position], following, num_ranks)):
                 reached[depth] += 1
                 if rank is not None:
                     hits[depth, rank] += 1
@@ -97,14 +97,14 @@ def acceptance_by_rank(
 @torch.no_grad()
 def answer_logprobs(target: Target, head: JetFlowHead, ids: Sequence[int], num_prompt: int) -> torch.Tensor:
     """
-    Log-probabilities that the head gives to a text of the target, every answer token but the last an anchor.
+    Log-probabilities of the head for a text of the target, with every answer token but the last as anchor.
 
     Args:
-        ids: Token ids of prompt and answer, and `num_prompt` how many of them are the prompt.
+        ids: Token ids of prompt and answer; the first `num_prompt` are the prompt.
 
     Returns:
-        `torch.Tensor`, (tokens,): One of each token of each depth behind each anchor; tokens outside the draft
-        vocabulary are left out. Before any branch correction.
+        `torch.Tensor`, (tokens,): One per depth and anchor, before the branch correction. Tokens outside the draft
+        vocabulary are skipped.
     """
     drafter = JetFlowCandidateGenerator(head, target)
     rows = _rows_of_all_anchors(drafter, ids, num_prompt)
@@ -121,7 +121,7 @@ def answer_logprobs(target: Target, head: JetFlowHead, ids: Sequence[int], num_p
 def _ranks(
     drafter: JetFlowCandidateGenerator, candidates: Candidates, token: int, following: Sequence[int], num_ranks: int
 ) -> Iterator[int | None]:
-    """Rank of each following token among the candidates after the tokens before it, up to the first that has none."""
+    """Rank of each following token among the candidates, given the tokens before it; `None` ends the iteration."""
     device = candidates.tokens.device
     parents = torch.zeros(1, dtype=torch.long, device=device)
     for depth, next_token in enumerate(following):
@@ -165,11 +165,11 @@ def _replay_text(
     tree_builder: Callable[..., DraftTree] | None,
     stats: GenerationStats,
 ) -> None:
-    place = num_prompt  # of the anchor
-    while place < len(ids) - 1:
-        plan = plan_round(limits, len(ids) - 1 - place)
-        context_ids = torch.tensor(ids[: place + 1], device=blocks.device)
-        candidates = drafter.rank(blocks[place - num_prompt, : plan.max_depth], context_ids, plan.width)
+    position = num_prompt  # of the anchor
+    while position < len(ids) - 1:
+        plan = plan_round(limits, len(ids) - 1 - position)
+        context_ids = torch.tensor(ids[: position + 1], device=blocks.device)
+        candidates = drafter.rank(blocks[position - num_prompt, : plan.max_depth], context_ids, plan.width)
         if tree_builder is not None:
             tree = tree_builder(context_ids[-1:], candidates, plan.node_budget, drafter.branch_scorer, plan.width)
         else:
@@ -179,10 +179,10 @@ def _replay_text(
         parents, tokens = tree.parents.tolist(), tree.tokens.tolist()
         children = {pair: node for node, pair in enumerate(zip(parents, tokens, strict=True))}
         node, num_accepted = 0, 0
-        while (child := children.get((node, ids[place + num_accepted + 1]))) is not None:
+        while (child := children.get((node, ids[position + num_accepted + 1]))) is not None:
             node, num_accepted = child, num_accepted + 1
-            if place + num_accepted + 1 == len(ids):
+            if position + num_accepted + 1 == len(ids):
                 break
         stats.count_round(len(tokens) - 1, tree.max_depth, [num_accepted])
-        place += num_accepted + 1
+        position += num_accepted + 1
     stats.num_new_tokens += len(ids) - num_prompt

@@ -1,29 +1,112 @@
-"""Where a head's training starts: at late layers of its target, or at another head; and what of it is trained."""
+"""The head that training starts with: copied from late layers of its target, or a given head."""
+
+from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..head.configuration_jetflow import JetFlowConfig
+from ..errors import JetFlowError
+from ..head.configuration_jetflow import JetFlowConfig, spaced_layer_ids
 from ..head.modeling_jetflow import JetFlowHead
 from ..integration import check_pairing
+from .data import Answers, frequent_tokens
+from .settings import LAYOUT_OPTIONS, TrainRecipe, flag
 
 
-# Start of the query and key norms where the target has none to copy: the root mean square of the queries and keys in
-# SmolLM2's late layers. With 1.0 the attention starts too flat over the context to learn from: top-1 at depth 1 was
-# 0.09 after 100 updates of 16 sequences, with this scale 0.15 after 100 updates of 8.
+# Initial weight of the query and key norms, where the target has none to copy: the root mean square of the queries and
+# keys in SmolLM2's late layers. With 1.0 the attention over the context starts too flat to learn from: top-1 at depth
+# 1 was 0.09 after 100 updates of 16 sequences, against 0.15 after 100 updates of 8 with this scale.
 QUERY_KEY_SCALE = 2.2
 
 
-def initialize_from_target(head: JetFlowHead, target: PreTrainedModel) -> int:
+def starting_head(
+    recipe: TrainRecipe, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, answers: Answers
+) -> JetFlowHead:
     """
-    Start the head from the target: its layers from late target layers, its norms from the target's, the fusion from
+    The head that training starts with: a new one, or a given one, frozen where it is not trained.
+
+    Raises:
+        JetFlowError: If a setting does not fit the target or the given head.
+    """
+    if recipe.head is None:
+        return new_head(recipe, target, tokenizer, answers)
+    kind = None if recipe.branch_correction == "none" else recipe.branch_correction
+    head = start_from_head(recipe.head, target, kind, recipe.seed)
+    config = head.config
+    assert config.hidden_state_indices is not None
+    defaults = {field.name: field.default for field in fields(TrainRecipe)}
+    given: dict[str, Any] = {name: getattr(recipe, name) for name in LAYOUT_OPTIONS}
+    own: dict[str, Any] = {
+        "num_layers": config.num_hidden_layers,
+        "num_taps": len(config.hidden_state_indices),
+        "block_size": config.block_size,
+        "draft_vocab": config.draft_vocab_size or 0,
+    }
+    for name in LAYOUT_OPTIONS:
+        if given[name] not in (defaults[name], own[name]):
+            raise JetFlowError(
+                f"`{flag(name)}` is {given[name]}, but the head {recipe.head} has {own[name]}; remove the option to "
+                "continue from the head, or remove `--head` to train a new one"
+            )
+    if recipe.mask_token is not None and _mask_token_id(tokenizer, recipe.mask_token) != config.mask_token_id:
+        raise JetFlowError(
+            f"`--mask-token` is {recipe.mask_token!r}, but the head {recipe.head} was trained with another one (its "
+            f"`mask_token_id` is {config.mask_token_id}); remove the option"
+        )
+    if recipe.target_name is not None:
+        config.target_name = recipe.target_name
+    if recipe.train_only:
+        train_correction_only(head)
+    return head
+
+
+def head_config(recipe: TrainRecipe, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> JetFlowConfig:
+    """The configuration of a new head for the target."""
+    num_target_layers = target.config.get_text_config(decoder=True).num_hidden_layers
+    return JetFlowConfig.for_target(
+        target.config,
+        num_hidden_layers=recipe.num_layers,
+        block_size=recipe.block_size,
+        hidden_state_indices=[layer + 1 for layer in spaced_layer_ids(num_target_layers, recipe.num_taps)],
+        mask_token_id=None if recipe.mask_token is None else _mask_token_id(tokenizer, recipe.mask_token),
+        draft_vocab_size=recipe.draft_vocab or None,
+        branch_correction=None if recipe.branch_correction == "none" else recipe.branch_correction,
+        target_name=recipe.target_name or recipe.target,
+    )
+
+
+def new_head(
+    recipe: TrainRecipe, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, answers: Answers
+) -> JetFlowHead:
+    """A head for the target, initialized from the target's own layers."""
+    config = head_config(recipe, target, tokenizer)
+    torch.manual_seed(recipe.seed)
+    head = JetFlowHead(config).to(target.device)
+    initialize_from_target(head, target)
+    if recipe.draft_vocab:
+        eos = target.generation_config.eos_token_id
+        always = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        head.d2t.copy_(frequent_tokens(answers, recipe.draft_vocab, always))
+    return head
+
+
+def _mask_token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    ids = tokenizer.get_vocab()
+    if token not in ids:
+        raise JetFlowError(
+            f"`--mask-token`: the token {token!r} is not in the tokenizer's vocabulary; name an unused special token"
+        )
+    return ids[token]
+
+
+def initialize_from_target(head: JetFlowHead, target: PreTrainedModel) -> None:
+    """
+    Initialize a head from its target: layers from late target layers, norms from the target's norms, and the fusion as
     the mean of the tapped states.
 
-    Tensors whose names or shapes the target does not share keep their random start.
-
-    Returns:
-        `int`: Number of tensors copied.
+    Tensors whose name or shape the target does not have stay random.
     """
     for name, parameter in head.named_parameters():
         if name.endswith(("q_norm.weight", "k_norm.weight")):
@@ -38,23 +121,22 @@ def initialize_from_target(head: JetFlowHead, target: PreTrainedModel) -> int:
         for name, parameter in layer.named_parameters()
     ]
     pairs.append((head.norm.weight, _tensor(base, "norm.weight")))
-    # The context takes the place of the normed input of the copied key and value projections.
+    # The copied key and value projections read the context in place of the layer's normed input.
     pairs.append((head.hidden_norm.weight, _tensor(base, f"{sources[0]}.input_layernorm.weight")))
-    copied = 0
     with torch.no_grad():
         for parameter, tensor in pairs:
             if tensor is not None and tensor.shape == parameter.shape:
                 parameter.copy_(tensor)
-                copied += 1
         if head.config.target_hidden_size == head.config.hidden_size:
             num_taps = head.fc.in_features // head.config.hidden_size
             head.fc.weight.copy_(torch.eye(head.config.hidden_size).repeat(1, num_taps) / num_taps)
-            copied += 1
-    return copied
 
 
 def _name_in_target(base: nn.Module, source: str, name: str) -> str:
-    """The norm before the MLP is called otherwise where `post_attention_layernorm` norms the attention's output."""
+    """
+    The target's name of a head's tensor. Some targets use `post_attention_layernorm` for the attention's output and
+    have another norm before the MLP.
+    """
     if name == "post_attention_layernorm.weight" and _module(base, f"{source}.post_feedforward_layernorm") is not None:
         return "pre_feedforward_layernorm.weight"
     return name
@@ -69,43 +151,40 @@ def _module(base: nn.Module, path: str) -> nn.Module | None:
 
 @torch.no_grad()
 def _tensor(base: nn.Module, name: str) -> torch.Tensor | None:
-    """A tensor of the target; a norm's weights as plain factors, which Gemma-like ones keep as offsets from one."""
+    """A tensor of the target. Norm weights are plain factors; Gemma-like targets store them as offsets from one."""
     path, _, leaf = name.rpartition(".")
     module = _module(base, path)
     tensor = getattr(module, leaf, None)
     if module is None or not isinstance(tensor, torch.Tensor) or tensor.ndim != 1 or leaf != "weight":
         return tensor
-    factors = module(torch.ones_like(tensor)).float()  # what the norm makes of ones, whose norm is one
+    factors = module(torch.ones_like(tensor)).float()  # of a row of ones, whose RMS is one: the weights it applies
     offset = tensor.float() + 1
     return offset if torch.allclose(factors, offset, rtol=5e-3, atol=5e-3) else tensor
 
 
 def start_from_head(source: str, target: PreTrainedModel, branch_correction: str | None, seed: int) -> JetFlowHead:
     """
-    A float32 head to continue from. One without a branch correction is given a fresh one where it is asked for.
+    A float32 head to continue from. A missing branch correction is added, zero-initialized.
 
     Args:
         source (`str`): Hub id or folder of the head.
-        branch_correction (`str`, *optional*): Kind of correction that the trained head is to have.
+        branch_correction (`str`, *optional*): Kind of correction of the trained head.
 
     Raises:
-        ValueError: If the head does not fit the target, is of a kind that cannot be trained, or has another correction
-            than the one asked for.
-        OSError: If a file is missing or damaged.
+        JetFlowError: If the head cannot be loaded or trained, does not fit the target, or has another correction.
     """
     head = JetFlowHead.from_pretrained(source, dtype=torch.float32)
     check_pairing(target, head)
     if not head.config.is_plain:
-        raise ValueError(
-            f"the head {source} has an embedding or an LM head of its own, scaled logits, or an anchor's row that "
-            "predicts; heads like it draft in `generate`, but cannot be trained further yet: train a new one, without "
-            "`--head`"
+        raise JetFlowError(
+            f"the head {source} has its own embedding or LM head, scaled logits, or an anchor row that predicts; such "
+            "heads draft in `generate`, but cannot be trained; remove `--head` to train a new one"
         )
     own = head.config.branch_correction
     if own is not None and own != branch_correction:
-        raise ValueError(
-            f"the head {source} has a branch correction of kind {own!r}, but {branch_correction!r} is asked for; a "
-            f"correction can be added, not exchanged or removed: give `--branch-correction {own}`"
+        raise JetFlowError(
+            f"the head {source} has a branch correction of kind {own!r}, which cannot become {branch_correction!r}; "
+            f"give `--branch-correction {own}`"
         )
     if own != branch_correction:
         torch.manual_seed(seed)
@@ -120,15 +199,15 @@ def start_from_head(source: str, target: PreTrainedModel, branch_correction: str
 
 def train_correction_only(head: JetFlowHead) -> None:
     """
-    Freeze all of the head but its branch correction.
+    Freeze the head except its branch correction.
 
     Raises:
-        ValueError: If it has none.
+        JetFlowError: If it has none.
     """
     if head.branch_correction is None:
-        raise ValueError(
-            "only the branch correction is to be trained, but the head has none; give `--branch-correction path` or "
-            "`parent`, or leave out `--train-only`"
+        raise JetFlowError(
+            "`--train-only correction`, but the head has no branch correction; give `--branch-correction path` or "
+            "`parent`, or remove `--train-only`"
         )
     head.requires_grad_(False)
     head.branch_correction.requires_grad_(True)

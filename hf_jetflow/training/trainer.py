@@ -1,7 +1,7 @@
-"""Training a head: `JetFlowTrainer`, a transformers `Trainer` whose model is the head and whose teacher is the target.
+"""`JetFlowTrainer`: a transformers `Trainer` whose model is the head and whose teacher is the target.
 
-Per update: many sequences, few random anchors each; block rows see the context strictly before their anchor; the loss
-is forward KL to the target's distribution plus an optional feature loss (arXiv 2606.18394, section 3.3).
+An update takes many sequences with few random anchors each. Block rows see the context strictly before their anchor.
+The loss is forward KL to the target's distribution plus an optional feature loss (arXiv 2606.18394, section 3.3).
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
+from ..errors import JetFlowError
 from ..head.configuration_jetflow import JetFlowConfig
 from ..head.modeling_jetflow import JetFlowHead
 from ..target.target import Target
@@ -32,8 +34,8 @@ from .blocks import Agreement, draft_blocks, make_blocks, score_candidates
 from .checkpoints import STATE_NAME, checkpoint_fault, find_checkpoints, is_write_failure
 from .data import AnchorCollator, AnswerDataset, Answers, EpochSampler, FeatureStore
 from .evaluation import tokens_per_round
-from .losses import depth_weights, feature_loss
-from .teacher import logit_shape
+from .losses import depth_weights, feature_loss, logit_shape
+from .optimizer import MuonAdamW
 
 
 logger = logging.getLogger(__name__)
@@ -45,7 +47,7 @@ class JetFlowTrainingConfig(TrainingArguments):
     Options of `JetFlowTrainer`, on top of transformers' `TrainingArguments`.
 
     Defaults that differ from the parent: `learning_rate` 1e-2 (Muon's), 8 sequences per device, no removal of columns,
-    logging every 20 updates, two checkpoints kept.
+    logging every 20 updates, at most two checkpoints.
     """
 
     learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate of Muon, which trains the matrices."})
@@ -54,17 +56,17 @@ class JetFlowTrainingConfig(TrainingArguments):
     anchors_per_sequence: int = field(default=16, metadata={"help": "Random anchors per sequence and update."})
     max_length: int = field(default=512, metadata={"help": "Longest training sequence in tokens."})
     source_weights: dict[str, float] = field(
-        default_factory=dict, metadata={"help": "How often per epoch answers of a source occur, 1 if not given."}
+        default_factory=dict, metadata={"help": "How often per epoch answers of a source occur; 1 by default."}
     )
     distillation_temperature: float = field(default=1.0, metadata={"help": "Temperature T_KD of the KL."})
-    feature_loss_weight: float = field(default=0.5, metadata={"help": "Weight of the feature loss, 0 for none."})
+    feature_loss_weight: float = field(default=0.5, metadata={"help": "Weight of the feature loss; 0 for none."})
     depth_gamma: float | None = field(default=None, metadata={"help": "Depth weight exp(-(depth - 1) / gamma)."})
     features_dir: str | None = field(
         default=None,
-        metadata={"help": "Folder that keeps target features between epochs; computed online if not set."},
+        metadata={"help": "Folder that stores target features between epochs. By default they are recomputed."},
     )
-    eval_node_budget: int = field(default=32, metadata={"help": "Nodes of a tree where held-out prompts are decoded."})
-    eval_max_new_tokens: int = field(default=64, metadata={"help": "Tokens decoded of each held-out prompt."})
+    eval_node_budget: int = field(default=32, metadata={"help": "Node budget for decoding held-out prompts."})
+    eval_max_new_tokens: int = field(default=64, metadata={"help": "Tokens decoded per held-out prompt."})
     remove_unused_columns: bool | None = False
     logging_steps: float = 20
     save_total_limit: int | None = 2
@@ -73,47 +75,12 @@ class JetFlowTrainingConfig(TrainingArguments):
     @property
     def device(self) -> torch.device:
         device = super().device
-        # Among CPU processes accelerate numbers it, and transformers 5.17 asks torch to restore tensors to "cpu:0".
+        # With several CPU processes accelerate calls it "cpu:0", to which transformers 5.17 cannot restore tensors.
         return torch.device("cpu") if device.type == "cpu" else device
 
 
-class MuonAdamW(torch.optim.Optimizer):
-    """
-    Muon for the matrices and AdamW for everything else, as one optimizer with one state dict.
-
-    Args:
-        head (`nn.Module`): Its trainable parameters are taken: 2-D ones by Muon, the others by AdamW.
-        muon_lr (`float`), adamw_lr (`float`): Their learning rates.
-    """
-
-    def __init__(self, head: nn.Module, muon_lr: float, adamw_lr: float):
-        parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
-        matrices = [parameter for parameter in parameters if parameter.ndim == 2]
-        others = [parameter for parameter in parameters if parameter.ndim != 2]
-        self._parts = [
-            torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.0),
-            torch.optim.AdamW(others, lr=adamw_lr, betas=(0.9, 0.95), weight_decay=0.0),
-        ]
-        super().__init__([group for part in self._parts for group in part.param_groups], {})
-        self._share()
-
-    def _share(self) -> None:
-        """Let the parts act on this optimizer's groups and state, which schedulers and checkpoints see."""
-        for part, group in zip(self._parts, self.param_groups, strict=True):
-            part.param_groups, part.state = [group], self.state
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for part in self._parts:
-            part.step()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self._share()
-
-
 class _SamplerCallback(TrainerCallback):
-    """Tells the sampler the epoch: accelerate does so in some cases only, not after a resume on several devices."""
+    """Tells the sampler the epoch. accelerate does not do so after a resume on several devices."""
 
     def __init__(self, sampler: EpochSampler):
         self._sampler = sampler
@@ -134,11 +101,11 @@ class JetFlowTrainer(Trainer):
         eval_dataset (`dict[str, list[list[int]]]`, *optional*): Held-out prompts as token ids, by name of the set.
             Evaluation decodes them; its metric is `tokens_per_round`, the mean over the sets.
 
-    Every drafted row of an update counts alike, on whatever process and in whatever micro-batch it is.
+    All drafted rows of an update have the same weight, whatever their process and micro-batch.
 
     Raises:
-        ValueError: If no answer can be trained on, a source weight does not fit the answers, the target's output
-            embedding is not a plain matrix, or the FSDP configuration does not suit Muon or the head's layout.
+        JetFlowError: If no answer can be trained on, a source weight does not fit the answers, the target's output
+            embedding is not a plain matrix, or the FSDP configuration does not fit Muon or the head's layout.
     """
 
     optimizer: torch.optim.Optimizer | None
@@ -154,9 +121,9 @@ class JetFlowTrainer(Trainer):
     ):
         dataset = AnswerDataset(answers, args.max_length)
         if not len(dataset):
-            raise ValueError(
-                f"none of the {len(answers)} answers can be trained on: each needs two answer tokens and a prompt "
-                f"shorter than `max_length` = {args.max_length}"
+            raise JetFlowError(
+                f"none of the {len(answers)} answers can be trained on; give answers of at least two tokens, to "
+                f"prompts shorter than `max_length` = {args.max_length}"
             )
         seed = args.seed if args.data_seed is None else args.data_seed
         self.sampler = EpochSampler(dataset, args.train_batch_size * args.world_size, seed, args.source_weights)
@@ -172,7 +139,8 @@ class JetFlowTrainer(Trainer):
         self.teacher_shape = logit_shape(self.target)
         self.block_size = head.config.block_size
         self._agreement = Agreement()
-        self.progress: Callable[[int, int, str], None] | None = None  # called while held-out prompts are decoded
+        self.progress: Callable[[int, int, str], None] | None = None  # called while decoding held-out prompts
+        self.evaluation_seconds: float | None = None  # of the latest evaluation
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches in the sampler's order."""
@@ -208,7 +176,7 @@ class JetFlowTrainer(Trainer):
         weights = self._row_weights(drafted.depths, drafted.has_target)
         if num_items_in_batch is None:
             weights = weights / weights.sum()
-        else:  # the trainer takes the mean over micro-batches and processes
+        else:  # the trainer averages over micro-batches and processes
             weights = weights * (self.current_gradient_accumulation_steps * args.world_size / num_items_in_batch)
         kl, corrected, is_top1_corrected = score_candidates(
             drafted,
@@ -227,12 +195,12 @@ class JetFlowTrainer(Trainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _row_weights(self, depths: torch.Tensor, has_target: torch.Tensor) -> torch.Tensor:
-        """Weights by depth of rows that have a target, 0 for the others; of the shape of both."""
+        """Depth weights of rows with a target, 0 for the others; same shape as the arguments."""
         by_depth = depth_weights(self.block_size - 1, self.args.depth_gamma, depths.device)
         return by_depth[(depths - 1).clamp_min(0)] * has_target
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
-        """Called before each update: the weight of all its rows, over micro-batches and processes."""
+        """Total weight of an update's rows, over micro-batches and processes; called before each update."""
         total = torch.zeros((), device=device)
         for batch in batch_samples:
             blocks = make_blocks(batch, self.block_size)
@@ -241,9 +209,9 @@ class JetFlowTrainer(Trainer):
 
     def whole_head(self) -> JetFlowHead | None:
         """
-        The head with all its tensors, `None` where another process has it. All processes must call this together.
+        The head with all its tensors. All processes must call this together.
 
-        It is the trained head itself, except under FSDP, where it is gathered on the main process.
+        It is the trained head itself, except under FSDP: there the main process gathers it, and others get `None`.
         """
         head = self.accelerator.unwrap_model(self.model)
         if not self.is_fsdp_enabled:
@@ -269,18 +237,20 @@ class JetFlowTrainer(Trainer):
             `dict`: `eval_tokens_per_round`, the mean over the sets, and `eval_<set>_tokens_per_round` of each.
 
         Raises:
-            ValueError: If there are no prompts.
+            JetFlowError: If there are no prompts.
         """
         sets = eval_dataset or self.eval_dataset
         if not sets or not all(sets.values()):
-            raise ValueError(
-                "evaluation decodes held-out prompts, but there are none, or none in one of the sets; give them as "
+            raise JetFlowError(
+                "evaluation needs held-out prompts in every set, but there are none; give them as "
                 "`eval_dataset={name: [token ids, ...]}`"
             )
         head = self.whole_head()
         figures: dict[str, float] = {}
         if head is not None and self.accelerator.is_main_process:
+            start = time.monotonic()
             figures = {name: self._tokens_per_round(head, prompts) for name, prompts in sets.items()}
+            self.evaluation_seconds = time.monotonic() - start
         (figures,) = broadcast_object_list([figures])
         metrics = {f"{metric_key_prefix}_tokens_per_round": sum(figures.values()) / len(figures)}
         metrics.update({f"{metric_key_prefix}_{name}_tokens_per_round": value for name, value in figures.items()})
@@ -300,31 +270,30 @@ class JetFlowTrainer(Trainer):
         )
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Save at once what is the best so far: between two checkpoints it would be lost."""
+        """Save the best head so far at once: between two checkpoints it would be lost."""
         is_best = super()._determine_best_metric(metrics, trial)
         self.control.should_save |= is_best and self.args.load_best_model_at_end
         return is_best
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
-        As the parent's, but an incomplete checkpoint is never continued from, and a finished run makes no further
-        update (with FSDP it makes one, as the parent does).
+        Train as the parent does, but never continue from an incomplete checkpoint, and make no further update in a
+        finished run (with FSDP one is made, as the parent does).
 
         Args:
             resume_from_checkpoint: A checkpoint's folder, or `True` for the last complete one of the output folder;
-                incomplete ones are then removed, and without a complete one training starts from the beginning.
+                incomplete ones are removed, and without a complete one training starts from scratch.
 
         Raises:
-            ValueError: If the given checkpoint is incomplete.
-            OSError: If a checkpoint cannot be written.
+            JetFlowError: If the given checkpoint is incomplete, or a checkpoint cannot be written.
         """
         if resume_from_checkpoint is True:
             with self.accelerator.main_process_first():
                 resume_from_checkpoint = self._last_complete_checkpoint()
         elif resume_from_checkpoint and (fault := checkpoint_fault(Path(resume_from_checkpoint))):
-            raise ValueError(
-                f"{resume_from_checkpoint} cannot be continued from: {fault}; give another checkpoint, or `True` for "
-                "the last complete one"
+            raise JetFlowError(
+                f"cannot continue from {resume_from_checkpoint}: {fault}; give another checkpoint, or `True` for the "
+                "last complete one"
             )
         if resume_from_checkpoint and not self.is_fsdp_enabled and self._is_finished(resume_from_checkpoint):
             self._load_from_checkpoint(resume_from_checkpoint)
@@ -350,14 +319,14 @@ class JetFlowTrainer(Trainer):
         if self.accelerator.is_main_process:
             for folder, fault in faults.items():
                 logger.warning(
-                    "%s is left out and removed: %s, so its save was cut short; continuing from %s",
-                    *(folder, fault, last or "the beginning"),
+                    "%s is incomplete and removed: %s; continuing from %s",
+                    *(folder, fault, last or "the start"),
                 )
                 shutil.rmtree(folder)
         return None if last is None else str(last)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """The last that other processes write: after it the main process completes the checkpoint."""
+        """Other processes write this last; after it the main process completes the checkpoint."""
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
 
@@ -370,10 +339,10 @@ class JetFlowTrainer(Trainer):
             if not is_write_failure(error):
                 raise
             complete, _ = find_checkpoints(folder.parent)
-            kept = f"the last complete one, {complete[-1]}, is kept" if complete else "there is no earlier one"
-            raise OSError(
-                f"{folder} could not be written ({error}) and is removed; {kept}: see to free disk space and write "
-                "permission, then start the same command again"
+            earlier = f"the last complete one is {complete[-1]}" if complete else "there is no earlier one"
+            raise JetFlowError(
+                f"{folder} cannot be written ({error}) and is removed; {earlier}: free disk space, check the "
+                "permissions and start the same command again"
             ) from error
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -387,36 +356,36 @@ class JetFlowTrainer(Trainer):
 
 
 def features_fingerprint(config: JetFlowConfig) -> str:
-    """Folder name for the features of one target and one choice of tapped layers."""
+    """Folder name of the features of a target and its tapped layers."""
     facts = [config.target_name, config.target_model_type, config.num_target_layers, config.target_hidden_size]
     return hashlib.sha256(json.dumps([*facts, config.hidden_state_indices]).encode()).hexdigest()[:16]
 
 
 def _check_fsdp(plugin: Any) -> None:
     if plugin.fsdp_version != 2:
-        raise ValueError(
-            f"`fsdp_version` is {plugin.fsdp_version}, which flattens the matrices that Muon must see whole; set it "
+        raise JetFlowError(
+            f"`fsdp_version` is {plugin.fsdp_version}, which flattens the matrices; Muon needs their shape: set it "
             "to 2 (see examples/accelerate/fsdp.yaml)"
         )
     if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
-        raise ValueError(
+        raise JetFlowError(
             f"`fsdp_state_dict_type` is {plugin.state_dict_type}, which saves the head in pieces; set it "
             "to FULL_STATE_DICT (see examples/accelerate/fsdp.yaml)"
         )
 
 
 def _gathered(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor that may be spread over the processes, which must call this together."""
+    """A tensor that may be sharded, gathered. All processes must call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def leave_together() -> None:
     """
-    Among several processes: wait for the others and end this one; alone: nothing. All that matters must be written.
+    End this process together with the others, if there are several. Everything must be written before.
 
-    An ordinary exit can abort, and the launcher then calls the whole run failed: a thread of gloo drops the tensors of
-    the last collective after its result is known, and dies where the interpreter is gone by then (pytorch issue
-    190489). `destroy_process_group` does not end these threads while DTensor's caches refer to the connection.
+    After an ordinary exit the launcher can report a failed run: a thread of gloo drops the tensors of the last
+    collective late, and crashes if the interpreter is gone by then (pytorch issue 190489). `destroy_process_group`
+    does not end these threads while DTensor's caches refer to the connection.
     """
     state = PartialState()
     if state.num_processes == 1:

@@ -1,0 +1,235 @@
+"""`TrainRecipe`: the settings of `hf-jetflow train`, described once; the command line is made from them."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+from huggingface_hub import get_token
+
+from ..errors import JetFlowError
+from ..extras import require_package
+
+
+Correction = Literal["path", "parent", "none"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+LAYOUT_OPTIONS = ("num_layers", "num_taps", "block_size", "draft_vocab")  # set by the head, where one is given
+# Changed in the middle of a run, these would leave a head that no single command trains.
+FIXED_OPTIONS = (
+    *LAYOUT_OPTIONS,
+    *("head", "train_only", "branch_correction", "mask_token", "batch_size", "accumulation", "anchors"),
+    *("learning_rate", "feature_loss", "depth_gamma", "max_length", "weights", "seed"),
+)
+MINIMUMS = {
+    **dict.fromkeys(("num_layers", "num_taps", "eval_num_prompts", "eval_max_new_tokens", "max_new_tokens"), 1),
+    **dict.fromkeys(("generation_batch_size", "max_steps", "batch_size", "accumulation", "anchors", "save_steps"), 1),
+    **dict.fromkeys(("eval_steps", "patience", "draft_vocab", "temperature", "feature_loss"), 0),
+    **{"block_size": 2, "max_length": 3},
+}
+REPEATABLE = {"action": "extend"}  # `--prompts a b` and `--prompts a --prompts b`
+
+
+class Reporter(Protocol):
+    """Where progress goes."""
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        """`done` of `total` of `what`. A stage starts with a call before its first item; it can start again."""
+
+    def say(self, text: str) -> None:
+        """A line of the log; warnings start with `warning: `."""
+
+
+@dataclass
+class TrainRecipe:
+    """Settings of `hf-jetflow train`."""
+
+    target: str = field(metadata={"help": "Target model: a Hub id, a folder, or a .gguf file."})
+    output: Path = field(
+        metadata={"help": "Folder of the run. The head is saved in it; a killed run continues with the same command."}
+    )
+    prompts: list[Path] = field(
+        default_factory=list,
+        metadata={
+            **REPEATABLE,
+            "help": "Prompts for the target to answer: JSON lines files with `messages`, `turns` or `prompt`.",
+        },
+    )
+    answers: list[Path] = field(
+        default_factory=list,
+        metadata={
+            **REPEATABLE,
+            "help": "Answers of the target: JSON lines files with `prompt_ids` and `answer_ids`, or with `messages` "
+            "that end in the answer.",
+        },
+    )
+    weights: list[str] = field(
+        default_factory=list,
+        metadata={
+            **REPEATABLE,
+            "help": "How often per epoch the answers of a source occur: 1 by default; 0.5 is every second epoch. The "
+            "source is a record's field `source`, or the name of its file without the suffix.",
+            "metavar": "NAME=WEIGHT",
+            "aliases": "--weight",
+        },
+    )
+    eval_prompts: list[Path] = field(
+        default_factory=list,
+        metadata={
+            **REPEATABLE,
+            "help": "Held-out prompts: decoded during training, to keep the best head, and at the end.",
+        },
+    )
+    eval_steps: int = field(
+        default=0, metadata={"help": "Updates between two evaluations; 0 for the value of --save-steps."}
+    )
+    eval_num_prompts: int = field(
+        default=8, metadata={"help": "Held-out prompts of each file that are decoded during training."}
+    )
+    eval_max_new_tokens: int = field(
+        default=64, metadata={"help": "Tokens decoded per held-out prompt during training."}
+    )
+    eval_node_budgets: list[int] = field(
+        default_factory=lambda: [16, 32, 64], metadata={"help": "Node budgets of the evaluation at the end."}
+    )
+    patience: int = field(
+        default=0, metadata={"help": "Evaluations without improvement after which training stops; 0 for never."}
+    )
+    head: str | None = field(
+        default=None, metadata={"help": "Trained head to continue from: a Hub id or a folder. By default a new one."}
+    )
+    train_only: Literal["correction"] | None = field(
+        default=None, metadata={"help": "`correction` trains the branch correction and freezes the rest of the head."}
+    )
+    target_name: str | None = field(
+        default=None, metadata={"help": "Name of the target for the head's config and card."}
+    )
+    num_layers: int = field(default=3, metadata={"help": "Layers of the head."})
+    num_taps: int = field(default=5, metadata={"help": "Target layers whose hidden states the head reads."})
+    block_size: int = field(default=8, metadata={"help": "Rows of a block: the anchor and one row per drafted depth."})
+    draft_vocab: int = field(
+        default=0,
+        metadata={"help": "Size of the draft vocabulary, the most frequent answer tokens; 0 for all tokens."},
+    )
+    mask_token: str | None = field(
+        default=None,
+        metadata={"help": "Unused special token whose embedding fills the MASK rows. By default a learned embedding."},
+    )
+    branch_correction: Correction = field(
+        default="path",
+        metadata={
+            "help": "What the branch correction reads: `path` (all tokens of the branch), `parent` (the last one) or "
+            "`none` (there is no correction)."
+        },
+    )
+    max_new_tokens: int = field(default=256, metadata={"help": "Longest answer of the target, in tokens."})
+    temperature: float = field(default=0.0, metadata={"help": "Temperature of the target's answers; 0 for greedy."})
+    generation_batch_size: int = field(default=32, metadata={"help": "Prompts that the target answers in one batch."})
+    max_steps: int = field(default=4000, metadata={"help": "Updates of the head."})
+    batch_size: int = field(default=8, metadata={"help": "Sequences per device and micro-batch."})
+    accumulation: int = field(default=1, metadata={"help": "Micro-batches per update."})
+    anchors: int = field(default=16, metadata={"help": "Random anchors per sequence and update."})
+    learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate of Muon."})
+    feature_loss: float = field(default=0.5, metadata={"help": "Weight of the feature loss; 0 for none."})
+    depth_gamma: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of a depth in the loss: exp(-(depth - 1) / gamma). By default all depths weigh the same."
+        },
+    )
+    max_length: int = field(
+        default=512, metadata={"help": "Longest training sequence, prompt and answer together, in tokens."}
+    )
+    cache_features: bool = field(
+        default=False, metadata={"help": "Store the target's hidden states on disk, for later epochs."}
+    )
+    save_steps: int = field(default=200, metadata={"help": "Updates between two checkpoints."})
+    seed: int = field(default=0, metadata={"help": "Seed of sampled answers, initialization, order and anchors."})
+    dtype: DType = field(
+        default="auto", metadata={"help": "Dtype of the target; `auto` is bfloat16 where the device computes in it."}
+    )
+    report_to: list[str] = field(
+        default_factory=list,
+        metadata={
+            **REPEATABLE,
+            "help": "Where transformers reports losses and figures, such as wandb, tensorboard or trackio.",
+        },
+    )
+    push_to_hub: str | None = field(
+        default=None, metadata={"help": "Repository on the Hub that the head is uploaded to.", "metavar": "ORG/NAME"}
+    )
+    license: str | None = field(
+        default=None, metadata={"help": "License of the head for its card, as the Hub spells it, such as apache-2.0."}
+    )
+
+    @property
+    def source_weights(self) -> dict[str, float]:
+        """Weights by source."""
+        weights = {}
+        for text in self.weights:
+            name, _, weight = text.rpartition("=")
+            try:
+                weights[name] = float(weight)
+            except ValueError:
+                raise JetFlowError(f"`--weights`: expected NAME=WEIGHT such as `code=2.0`, got {text!r}") from None
+        return weights
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """The settings that a run keeps when it is continued."""
+        return {name: value for name, value in asdict(self).items() if name in FIXED_OPTIONS}
+
+    def check(self) -> None:
+        """
+        Refuse settings that would fail later, before anything is computed.
+
+        Raises:
+            JetFlowError: Naming the option, its value and what is expected.
+        """
+        if not self.prompts and not self.answers:
+            raise JetFlowError("nothing to train on: give `--prompts`, or the target's answers with `--answers`")
+        for name, least in MINIMUMS.items():
+            if not getattr(self, name) >= least:
+                raise JetFlowError(f"`{flag(name)}` is {getattr(self, name)}, expected at least {least}")
+        kinds = list(get_args(Correction))
+        for is_refused, message in (
+            (
+                self.branch_correction not in kinds,
+                f"`--branch-correction` is {self.branch_correction!r}, expected one of {kinds}",
+            ),
+            (
+                self.train_only not in (None, "correction"),
+                f"`--train-only` is {self.train_only!r}, expected 'correction'; remove the option to train all of it",
+            ),
+            (
+                self.train_only is not None and self.head is None,
+                "`--train-only correction` needs a trained head; give it with `--head`",
+            ),
+            (
+                self.depth_gamma is not None and self.depth_gamma <= 0,
+                f"`--depth-gamma` is {self.depth_gamma}, expected more than 0; remove it to weigh all depths alike",
+            ),
+            (
+                self.patience > 0 and not self.eval_prompts,
+                f"`--patience` {self.patience} needs held-out prompts; give them with `--eval-prompts`",
+            ),
+            (
+                self.eval_steps > 0 and self.save_steps % self.eval_steps > 0,
+                f"`--save-steps` {self.save_steps} must be a multiple of `--eval-steps` {self.eval_steps}; change one",
+            ),
+            (
+                self.push_to_hub is not None and get_token() is None,
+                f"`--push-to-hub` {self.push_to_hub} needs a token of the Hub, but there is none; run `hf auth "
+                "login`, or remove the option and upload the head later",
+            ),
+        ):
+            if is_refused:
+                raise JetFlowError(message)
+        for package in self.report_to:
+            if package not in ("none", "all"):
+                require_package(package, f"reports to {package}")
+        _ = self.source_weights  # raises where one is no number
+
+
+def flag(name: str) -> str:
+    """The command-line option of a field."""
+    return "--" + name.replace("_", "-")

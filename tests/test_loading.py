@@ -1,0 +1,33 @@
+"""Loading targets: errors that name the source and the remedy."""
+
+import sys
+
+import pytest
+
+from hf_jetflow.errors import JetFlowError
+from hf_jetflow.target.loading import load_model, load_target, load_target_config
+
+
+@pytest.mark.parametrize("load", [load_target_config, lambda source: load_model(source, "auto")])
+def test_what_cannot_be_loaded_is_named_in_one_line(tmp_path, load):
+    with pytest.raises(JetFlowError, match=r"cannot load `.*`: .*; give a Hub id, a folder or a \.gguf file") as error:
+        load(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("source", ["missing.gguf", "/no/such/folder"])
+def test_a_path_that_does_not_exist_is_named(source):
+    with pytest.raises(JetFlowError, match=f"`{source}` does not exist; give the path of a"):
+        load_target_config(source)
+
+
+def test_a_gguf_file_without_the_package_names_the_extra(tmp_path, monkeypatch):
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(JetFlowError, match=r"GGUF files need gguf, .* `pip install 'hf-jetflow\[train\]'`"):
+        load_target_config(str(tmp_path / "a.gguf"))
+
+
+def test_an_unknown_dtype_is_refused_before_anything_is_loaded():
+    with pytest.raises(JetFlowError, match="the dtype is 'int4', expected auto or one of"):
+        load_target("nowhere", "int4")
