@@ -1,10 +1,14 @@
-"""Atomic writes: a killed run leaves the old file or the new one, never half of one."""
+"""Atomic writes: a killed run leaves the old file or the new one, never half of one. JSON files of one object."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from .errors import JetFlowError
 
 
 @contextmanager
@@ -26,3 +30,28 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
             shutil.rmtree(partial)
         else:
             partial.unlink(missing_ok=True)
+
+
+def write_json(content: dict[str, Any], path: str | os.PathLike) -> None:
+    """Write a JSON object; the write is atomic."""
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """
+    Read a JSON object.
+
+    Raises:
+        JetFlowError: If the file does not exist or holds anything else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise JetFlowError(f"{path} does not exist; give the path of a JSON file")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise JetFlowError(f"{path} is not valid JSON ({error}); write it again") from error
+    if not isinstance(content, dict):
+        raise JetFlowError(f"{path}: expected a JSON object, got a {type(content).__name__}; write it again")
+    return content

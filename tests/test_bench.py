@@ -1,17 +1,23 @@
 """The bench: its rows, its figures, how it continues after a kill, and what it refuses."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import SIZES
 from helpers import tiny_tokenizer, write_lines
 
-from hf_jetflow.bench.bench import make_variants, read_json, run_bench, write_json
+from hf_jetflow.bench.bench import read_result, run_bench
+from hf_jetflow.bench.environment import weights_hash
 from hf_jetflow.bench.log import BenchLog
 from hf_jetflow.bench.prompts import padded_prompt
 from hf_jetflow.bench.rows import make_row
 from hf_jetflow.bench.runs import Run, Variant
+from hf_jetflow.bench.settings import BenchSettings
+from hf_jetflow.errors import JetFlowError
+from hf_jetflow.files import write_json
 from hf_jetflow.prompts import encode_chat, read_prompts
 
 
@@ -34,8 +40,14 @@ def assistant(pair, tmp_path):
     return f"assistant:{folder}"
 
 
+def bench(pair, prompts, *, log_path=None, progress=None, **settings):
+    """The result of a bench over prompt files."""
+    settings = BenchSettings(prompts, **settings)
+    return run_bench(*pair, settings, log_path=log_path, progress=progress)
+
+
 def test_every_method_and_budget_has_one_row_with_the_documented_fields(pair, prompts):
-    result = run_bench(*pair, [prompts], node_budgets=(2, 8), temperatures=(0.0, 0.7), max_new_tokens=6, repeats=2)
+    result = bench(pair, [prompts], node_budgets=(2, 8), temperatures=(0.0, 0.7), max_new_tokens=6, repeats=2)
     rows = result["rows"]
     assert [(row["method"], row["node_budget"]) for row in rows[:4]] == [
         ("plain", None),
@@ -57,11 +69,13 @@ def test_every_method_and_budget_has_one_row_with_the_documented_fields(pair, pr
     assert all(row["num_new_tokens"] == 3 * 2 * 6 for row in rows)
     assert (rows[0]["speedup"], rows[0]["decode_speedup"], rows[0]["tokens_per_round"]) == (1.0, 1.0, 1.0)
     assert set(rows[2]["round_seconds"]) >= {"draft", "tree", "verify", "walk", "commit"}
-    assert result["environment"]["torch"] == torch.__version__
+    found = result["environment"]
+    assert (found["torch"], found["head_hash"]) == (torch.__version__, weights_hash(pair[2]))
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", found["date"])
 
 
-def test_a_static_cache_is_measured_likewise(pair, prompts):
-    result = run_bench(*pair, [prompts], node_budgets=(4,), max_new_tokens=12, cache="static")
+def test_a_static_cache_can_be_measured(pair, prompts):
+    result = bench(pair, [prompts], node_budgets=(4,), max_new_tokens=12, cache="static")
     assert all(row["identical_to_plain"] == 1.0 for row in result["rows"])
     assert result["settings"]["cache"] == "static"
     assert result["rows"][-1]["loop_efficiency"] is None
@@ -70,29 +84,29 @@ def test_a_static_cache_is_measured_likewise(pair, prompts):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"cache": "quantized"}, "the cache is 'quantized'; choose from dynamic, static, compiled"),
+        ({"cache": "quantized"}, "unknown cache 'quantized'; choose from dynamic, static, compiled"),
         ({"cache": "compiled", "methods": ["prompt-lookup"]}, "prompt-lookup cannot use a compiled cache"),
     ],
 )
 def test_caches_that_cannot_be_measured_are_refused(settings, message, pair, prompts):
     with pytest.raises(ValueError, match=message):
-        run_bench(*pair, [prompts], **settings)
+        bench(pair, [prompts], **settings)
 
 
 def test_rivals_have_rows_of_their_own_between_chain_and_trees(pair, prompts, assistant):
     methods = ["jetflow", "native-dflash", "prompt-lookup", assistant, "chain"]
-    rows = run_bench(*pair, [prompts], methods=methods, node_budgets=(4,), max_new_tokens=20, num_prompts=2)["rows"]
+    rows = bench(pair, [prompts], methods=methods, node_budgets=(4,), max_new_tokens=20, num_prompts=2)["rows"]
     assert [row["method"] for row in rows] == [
         "plain", "chain", "native-dflash", "prompt-lookup", assistant, "jetflow"
     ]  # fmt: skip
     assert all(row["identical_to_plain"] == 1.0 for row in rows)
     assert all(row["tokens_per_round"] >= 1 and row["decode_speedup"] > 0 for row in rows)
-    assert rows[4]["tokens_per_round"] > 1.5, "the assistant is the target itself, so its drafts are kept"
+    assert rows[4]["tokens_per_round"] > 1.5, "the assistant is the target itself, so its drafts are accepted"
     assert rows[2]["round_seconds"] == rows[2]["rounds_by_nodes"] == {}
 
 
-def test_loop_efficiency_is_told_for_our_own_loop_by_the_nodes_it_verified(pair, prompts):
-    rows = run_bench(*pair, [prompts], node_budgets=(4, "auto"), max_new_tokens=24, num_prompts=1)["rows"]
+def test_loop_efficiency_is_reported_for_our_loop(pair, prompts):
+    rows = bench(pair, [prompts], node_budgets=(4, "auto"), max_new_tokens=24, num_prompts=1)["rows"]
     plain, *ours = rows
     assert plain["loop_efficiency"] is plain["forward_seconds"] is None
     for row in ours:
@@ -105,10 +119,10 @@ def test_loop_efficiency_is_told_for_our_own_loop_by_the_nodes_it_verified(pair,
     assert max(ours[1]["rounds_by_nodes"], key=ours[1]["rounds_by_nodes"].get) == "4"
 
 
-def test_the_head_keeps_its_own_settings(pair, prompts):
+def test_a_bench_leaves_the_settings_of_the_head_unchanged(pair, prompts):
     head = pair[2]
     head.generation_config.node_budget = 5
-    run_bench(*pair, [prompts], node_budgets=(4,), max_new_tokens=3, num_prompts=1)
+    bench(pair, [prompts], node_budgets=(4,), max_new_tokens=3, num_prompts=1)
     assert head.generation_config.node_budget == 5
     head.generation_config.node_budget = 64
 
@@ -117,7 +131,7 @@ def fake_run(seconds, prefill_seconds, new_ids, num_first=1, num_forwards=None, 
     return Run("x", None, seconds, prefill_seconds, new_ids, num_first, num_forwards or len(new_ids), stats)
 
 
-def test_prefill_and_decoding_are_reckoned_apart():
+def test_prefill_and_decoding_are_measured_separately():
     plain = [fake_run(11.0, 1.0, [1] * 11), fake_run(12.0, 2.0, [1] * 11)]
     runs = [fake_run(6.0, 1.0, [1] * 11, num_forwards=6), fake_run(4.0, 2.0, [1] * 10 + [2], 3, 3)]
     row = make_row(Variant("prompt-lookup"), runs, plain, forwards=[[]] * len(runs))
@@ -148,25 +162,25 @@ def killed(pair, prompts, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_bench(*pair, [prompts], **settings, progress=kill)
+        bench(pair, [prompts], **settings, progress=kill)
     return settings, log_path
 
 
-def test_a_killed_bench_continues_behind_the_last_finished_prompt(pair, prompts, killed):
+def test_a_killed_bench_continues_after_the_last_finished_prompt(pair, prompts, killed):
     settings, log_path = killed
-    kept = [json.loads(line) for line in log_path.read_text().splitlines()]
-    assert [line["place"][-1] for line in kept[1:]] == ["run 0 0", "forwards 0"]
+    stored = [json.loads(line) for line in log_path.read_text().splitlines()]
+    assert [line["key"][-1] for line in stored[1:]] == ["run 0 0", "forwards 0"]
     with open(log_path, "a") as file:
-        file.write('{"place": ["few", null, 0.0, "run 0 1"], "rec')  # the kill fell into a line
+        file.write('{"key": ["few", null, 0.0, "run 0 1"], "rec')  # the kill fell into a line
     calls = []
-    result = run_bench(*pair, [prompts], **settings, progress=lambda *call: calls.append(call))
+    result = bench(pair, [prompts], **settings, progress=lambda *call: calls.append(call))
     assert calls[0][0] == 3, "the first prompt was answered again"
     lines = [json.loads(line) for line in log_path.read_text().splitlines()]
-    assert lines[: len(kept)] == kept
-    assert [line["place"][-1] for line in lines[1:]] == [
+    assert lines[: len(stored)] == stored
+    assert [line["key"][-1] for line in lines[1:]] == [
         f"{what} {number}" for number in range(3) for what in ("run 0", "forwards")
     ]
-    whole = run_bench(*pair, [prompts], **{**settings, "log_path": None})
+    whole = bench(pair, [prompts], **{**settings, "log_path": None})
     steady = ("prompts", "method", "num_prompts", "num_new_tokens", "tokens_per_round", "identical_to_plain")
     assert [[row[key] for key in steady] for row in result["rows"]] == [
         [row[key] for key in steady] for row in whole["rows"]
@@ -177,10 +191,10 @@ def test_a_killed_bench_continues_behind_the_last_finished_prompt(pair, prompts,
     )
 
 
-def test_a_finished_log_is_told_again_without_measuring(pair, prompts, killed):
+def test_a_finished_log_gives_the_result_without_measuring(pair, prompts, killed):
     settings, _ = killed
-    first = run_bench(*pair, [prompts], **settings)
-    assert run_bench(*pair, [prompts], **settings) == first
+    first = bench(pair, [prompts], **settings)
+    assert bench(pair, [prompts], **settings) == first
 
 
 @pytest.mark.parametrize(
@@ -191,25 +205,25 @@ def test_a_finished_log_is_told_again_without_measuring(pair, prompts, killed):
         ({"methods": ["chain"]}, "`methods` was"),
     ],
 )
-def test_a_bench_with_other_settings_does_not_go_on_with_a_log(pair, prompts, killed, change, message):
+def test_a_bench_with_other_settings_does_not_continue_a_log(pair, prompts, killed, change, message):
     settings, log_path = killed
     before = log_path.read_bytes()
     with pytest.raises(ValueError, match=f"{message}.*finish it, or delete the file"):
-        run_bench(*pair, [prompts], **{**settings, **change})
+        bench(pair, [prompts], **{**settings, **change})
     assert log_path.read_bytes() == before
 
 
-def test_other_weights_and_other_prompts_do_not_go_on_with_a_log(pair, prompts, killed, random_head):
+def test_a_bench_with_other_weights_or_prompts_does_not_continue_a_log(pair, prompts, killed, random_head):
     settings, _ = killed
-    target, tokenizer, head = pair
-    with pytest.raises(ValueError, match="`head` was"):
-        run_bench(target, tokenizer, random_head(target, num_hidden_layers=1), [prompts], **settings)
+    target, tokenizer, _ = pair
+    with pytest.raises(ValueError, match="`head_hash` was"):
+        bench((target, tokenizer, random_head(target, num_hidden_layers=1)), [prompts], **settings)
     write_lines(prompts, {"prompt": "t099"})
     with pytest.raises(ValueError, match="`prompts` was"):
-        run_bench(target, tokenizer, head, [prompts], **settings)
+        bench(pair, [prompts], **settings)
 
 
-def test_a_log_in_which_nothing_was_measured_takes_new_settings(tmp_path):
+def test_a_log_without_measurements_accepts_new_settings(tmp_path):
     path = tmp_path / "bench.json.partial"
     BenchLog(path, {"dtype": "float32"})
     BenchLog(path, {"dtype": "bfloat16"}).add([1], "a", 0.0)
@@ -218,17 +232,15 @@ def test_a_log_in_which_nothing_was_measured_takes_new_settings(tmp_path):
         BenchLog(path, {"dtype": "float32"})
 
 
-def test_a_log_without_a_file_keeps_its_records_in_memory():
+def test_a_log_without_a_file_stores_its_records_in_memory():
     log = BenchLog(None, {})
     log.add([1], "a", None, 0.0)
-    assert (log.get("a", None, 0.0), log.get("b"), len(log)) == ([1], None, 1)
+    assert (log.get("a", None, 0.0), log.get("b")) == ([1], None)
 
 
 def test_prompts_are_padded_to_each_context_length_with_the_other_texts(pair, tmp_path):
     path = write_lines(tmp_path / "few.jsonl", *({"prompt": f"t0{i} t0{i} t0{i}"} for i in range(10, 13)))
-    result = run_bench(
-        *pair, [path], methods=["jetflow"], node_budgets=(4,), context_lengths=(16, 30), max_new_tokens=4
-    )
+    result = bench(pair, [path], methods=["jetflow"], node_budgets=(4,), context_lengths=(16, 30), max_new_tokens=4)
     rows = result["rows"]
     assert [(row["method"], row["context_length"], row["prompt_tokens"]) for row in rows] == [
         ("plain", 16, 16), ("jetflow", 16, 16), ("plain", 30, 30), ("jetflow", 30, 30)
@@ -241,7 +253,7 @@ def test_prompts_are_answered_in_batches_of_each_size(pair, tmp_path):
     lengths = (1, 4, 2, 3, 6)
     path = write_lines(tmp_path / "few.jsonl", *({"prompt": "t011 " * length} for length in lengths))
     settings = dict(methods=["jetflow"], node_budgets=(4,), batch_sizes=(1, 2), max_new_tokens=5)
-    rows = run_bench(*pair, [path], **settings)["rows"]
+    rows = bench(pair, [path], **settings)["rows"]
     assert [(row["method"], row["batch_size"], row["num_prompts"]) for row in rows] == [
         ("plain", 1, 5), ("jetflow", 1, 5), ("plain", 2, 4), ("jetflow", 2, 4)
     ]  # fmt: skip
@@ -249,12 +261,12 @@ def test_prompts_are_answered_in_batches_of_each_size(pair, tmp_path):
     assert [row["num_new_tokens"] for row in rows] == [25, 25, 20, 20]
     assert rows[2]["tokens_per_round"] == 1.0
     with pytest.raises(ValueError, match="gives 5 prompts, too few for batches of 6"):
-        run_bench(*pair, [path], **{**settings, "batch_sizes": (6,)})
+        bench(pair, [path], **{**settings, "batch_sizes": (6,)})
     with pytest.raises(ValueError, match="prompt-lookup cannot answer batches"):
-        run_bench(*pair, [path], **{**settings, "methods": ["prompt-lookup"]})
+        bench(pair, [path], **{**settings, "methods": ["prompt-lookup"]})
 
 
-def test_a_padded_prompt_holds_its_own_text_last(pair, tmp_path):
+def test_a_padded_prompt_ends_with_its_own_text(pair, tmp_path):
     path = write_lines(tmp_path / "few.jsonl", {"prompt": "t050 t051"}, {"prompt": "t060 t061"}, {"prompt": "t070"})
     conversations = [prompt["messages"] for prompt in read_prompts([path])]
     ids = padded_prompt(pair[1], conversations, 1, 12)
@@ -264,72 +276,81 @@ def test_a_padded_prompt_holds_its_own_text_last(pair, tmp_path):
     assert padded_prompt(pair[1], conversations, 1, 4) == encode_chat(pair[1], conversations[1])
 
 
-def test_a_context_beyond_the_targets_positions_is_refused(pair, prompts):
+def test_a_context_longer_than_the_target_allows_is_refused(pair, prompts):
     most = SIZES["max_position_embeddings"]
-    with pytest.raises(ValueError, match=rf"contexts of \[{most}\] tokens.*has {most} positions.*at most {most - 4}"):
-        run_bench(*pair, [prompts], context_lengths=(64, most), max_new_tokens=4)
+    with pytest.raises(ValueError, match=rf"contexts of \[{most}\] tokens.*{most} positions.*at most {most - 4}"):
+        bench(pair, [prompts], context_lengths=(64, most), max_new_tokens=4)
 
 
 def test_the_json_file_holds_the_result_and_no_partial_file_is_left(pair, prompts, tmp_path):
-    result = run_bench(*pair, [prompts], methods=["jetflow"], node_budgets=(4,), max_new_tokens=4, num_prompts=1)
+    result = bench(pair, [prompts], methods=["jetflow"], node_budgets=(4,), max_new_tokens=4, num_prompts=1)
     write_json(result, tmp_path / "out" / "bench.json")
-    assert read_json(tmp_path / "out" / "bench.json") == json.loads(json.dumps(result))
+    assert read_result(tmp_path / "out" / "bench.json") == json.loads(json.dumps(result))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["bench.json"]
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "not valid JSON"), ("[1]", "not the result of a bench")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "not valid JSON"), ("[1]", "expected a JSON object"), ("{}", "not the result of a bench; give the file")],
+)
 def test_a_file_that_is_no_result_is_refused(tmp_path, text, message):
     path = tmp_path / "bench.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=f"{message}.*hf-jetflow bench --json"):
-        read_json(path)
+    with pytest.raises(ValueError, match=message):
+        read_result(path)
 
 
 @pytest.mark.parametrize("method", ["warp", "assistant", "assistant:"])
 def test_an_unknown_method_is_refused_by_name(method):
-    with pytest.raises(ValueError, match=rf"\['{method}'\].*choose from plain, jetflow, chain"):
-        make_variants(["plain", method], [8])
+    with pytest.raises(JetFlowError, match=rf"\['{method}'\].*choose from plain, jetflow, chain"):
+        BenchSettings([Path("few.jsonl")], ["plain", method])
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"node_budgets": (0,)}, r"node budgets \[0\]"),
-        ({"temperatures": (-1.0,)}, "temperatures"),
-        ({"num_prompts": 0}, "`num_prompts` is 0"),
-        ({"context_lengths": (0,)}, "`context_lengths` is 0"),
-        ({"batch_sizes": (1, 0)}, "`batch_sizes` is 0"),
+        ({"node_budgets": [0]}, "node budget of at least 1, or 'auto', got '0'"),
+        ({"node_budgets": ["many"]}, "node budget of at least 1, or 'auto', got 'many'"),
+        ({"temperatures": [-1.0]}, r"temperatures must be 0 \(greedy\) or more, got \[-1.0\]"),
+        ({"num_prompts": 0}, "`num_prompts` must be at least 1, got 0"),
+        ({"context_lengths": [0]}, r"`context_lengths` must be at least 1, got \[0\]"),
+        ({"batch_sizes": [1, 0]}, r"`batch_sizes` must be at least 1, got \[1, 0\]"),
     ],
 )
-def test_a_setting_out_of_range_is_refused(pair, prompts, settings, message):
-    with pytest.raises(ValueError, match=message):
-        run_bench(*pair, [prompts], **settings)
+def test_a_setting_out_of_range_is_refused(settings, message):
+    with pytest.raises(JetFlowError, match=message):
+        BenchSettings([Path("few.jsonl")], **settings)
 
 
 def test_prompt_files_of_one_name_and_empty_ones_are_refused(pair, prompts, tmp_path):
     (tmp_path / "other").mkdir()
     twin = write_lines(tmp_path / "other" / "few.jsonl", {"prompt": "t010"})
     with pytest.raises(ValueError, match=r"called \['few'\].*rename"):
-        run_bench(*pair, [prompts, twin])
+        bench(pair, [prompts, twin])
     twin.write_text("")
     with pytest.raises(ValueError, match="holds no prompts"):
-        run_bench(*pair, [twin])
+        bench(pair, [twin])
 
 
 def test_progress_reaches_the_number_of_runs(pair, prompts):
     calls = []
-    run_bench(*pair, [prompts], node_budgets=(4,), max_new_tokens=3, progress=lambda *call: calls.append(call))
+    bench(pair, [prompts], node_budgets=(4,), max_new_tokens=3, progress=lambda *call: calls.append(call))
     assert calls[-1][:2] == (9, 9)
     assert [call[0] for call in calls] == sorted(call[0] for call in calls)
 
 
 @pytest.mark.parametrize("kind", [None, "path"])
-def test_agreement_by_depth_is_told_for_greedy_texts(kind, tiny_target, random_head, prompts):
+def test_agreement_by_depth_is_reported_for_greedy_texts(kind, tiny_target, random_head, prompts):
     target = tiny_target("llama")
     head = random_head(target, branch_correction=kind)
     tokenizer = tiny_tokenizer(target.config.vocab_size)
-    result = run_bench(
-        target, tokenizer, head, [prompts], methods=["chain"], temperatures=(0.0, 1.0), max_new_tokens=9, num_prompts=2
+    result = bench(
+        (target, tokenizer, head),
+        [prompts],
+        methods=["chain"],
+        temperatures=(0.0, 1.0),
+        max_new_tokens=9,
+        num_prompts=2,
     )
     rates = result["agreement"][prompts.stem]
     names = {f"{group}{measure}" for group in ("", "spine_", "sibling_") for measure in ("top1", "corrected_top1")}
@@ -340,6 +361,6 @@ def test_agreement_by_depth_is_told_for_greedy_texts(kind, tiny_target, random_h
         assert rates["corrected_top1"] == rates["top1"]
 
 
-def test_no_agreement_is_told_where_nothing_was_greedy(pair, prompts):
-    result = run_bench(*pair, [prompts], methods=["chain"], temperatures=(1.0,), max_new_tokens=4, num_prompts=1)
+def test_no_agreement_is_reported_without_greedy_texts(pair, prompts):
+    result = bench(pair, [prompts], methods=["chain"], temperatures=(1.0,), max_new_tokens=4, num_prompts=1)
     assert result["agreement"] == {}

@@ -1,4 +1,4 @@
-"""What a bench says and draws: tables, closing sentences, one figure."""
+"""Output of a bench: tables, closing sentences, one figure."""
 
 import copy
 import io
@@ -21,7 +21,7 @@ STEPS = {"draft": 0.002, "tree": 0.001, "verify": 0.02, "walk": 0.0001, "commit"
 def row(method="jetflow", node_budget=16, speedup=1.5, spread=(1.2, 1.8), **more):
     is_ours = method in ("jetflow", "chain")
     return {
-        "prompts": "maths", "context_length": None, "dtype": "bfloat16", "temperature": 0.0, "num_prompts": 4,
+        "prompts": "math", "context_length": None, "dtype": "bfloat16", "temperature": 0.0, "num_prompts": 4,
         "prompt_tokens": 60, "method": method, "node_budget": node_budget, "num_new_tokens": 400,
         "tokens_per_round": 2.5, "tokens_per_round_spread": [2.0, 3.0], "tokens_per_second": 40.0,
         "speedup": speedup, "speedup_spread": list(spread), "prefill_seconds": 0.05, "decode_tokens_per_second": 45.0,
@@ -42,7 +42,7 @@ def plain(**more):
 def result():
     rows = [
         method_row
-        for prompts in ("maths", "chat")
+        for prompts in ("math", "chat")
         for method_row in (
             plain(prompts=prompts),
             row("chain", None, prompts=prompts),
@@ -52,33 +52,33 @@ def result():
         )
     ]
     environment = {"processor": "Some CPU", "num_threads": 2, "torch": "2.13.0", "transformers": "5.23.0"}
-    return {"environment": environment, "rows": rows, "agreement": {"maths": {"spine_top1": [0.7, 0.5]}}}
+    return {"environment": environment, "rows": rows, "agreement": {"math": {"spine_top1": [0.7, 0.5]}}}
 
 
 def test_each_prompt_set_has_a_table_with_all_methods(result):
     file = io.StringIO()
     print_tables(result, Console(file=file, width=120))
     text = file.getvalue()
-    assert text.index("maths, greedy (4 prompts of 60 tokens, bfloat16)") < text.index("chat, greedy")
+    assert text.index("math, greedy (4 prompts of 60 tokens, bfloat16)") < text.index("chat, greedy")
     for words in ("native-dflash", "jetflow, 16 nodes", "jetflow, auto", "1.20 - 1.80", "50 ms", "70 %", "100 %"):
         assert text.count(words) >= 2, words
-    assert "rounds of auto: 75 % 16 nodes, 25 % 1 node" in text
+    assert "auto chose 16 nodes in 75 %, 1 node in 25 %" in text
     assert "on the greedy spine" in text
 
 
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ([row(), row(node_budget=8, speedup=1.7)], "jetflow, 8 nodes is best, 1.70 times as fast as plain decoding"),
-        ([row("prompt-lookup", None, 1.9), row()], "prompt-lookup is best, 1.90 times"),
+        ([row(), row(node_budget=8, speedup=1.7)], "jetflow, 8 nodes is best: 1.70 times plain decoding"),
+        ([row("prompt-lookup", None, 1.9), row()], "prompt-lookup is best: 1.90 times"),
         ([row(speedup=1.1, spread=(0.9, 1.3))], "but a quarter of the answers gained nothing"),
-        ([row(speedup=0.8), row(speedup=0.6)], "nothing helps; the best, jetflow, 16 nodes, runs at 0.80"),
+        ([row(speedup=0.8), row(speedup=0.6)], "no method helps; the best, jetflow, 16 nodes, runs at 0.80"),
         ([row("assistant:/a/long/path/to/some/small/model.gguf", None)], "assistant:model.gguf is best"),
     ],
 )  # fmt: skip
-def test_the_closing_sentence_names_the_best_method_and_where_nothing_helps(rows, words):
+def test_the_closing_sentence_names_the_best_method_or_that_none_helps(rows, words):
     (sentence,) = closing_sentences([plain(), *rows])
-    assert sentence.startswith("maths, greedy: ")
+    assert sentence.startswith("math, greedy: ")
     assert words in sentence
 
 
@@ -86,13 +86,13 @@ def test_closing_sentences_go_by_prompt_set_context_and_temperature():
     groups = [{}, {"context_length": 512}, {"temperature": 0.7}, {"prompts": "chat"}]
     sentences = closing_sentences([each for group in groups for each in (plain(**group), row(**group))])
     assert [sentence.split(":")[0] for sentence in sentences] == [
-        "maths, greedy", "maths, 512 tokens, greedy", "maths, temperature 0.7", "chat, greedy"
+        "math, greedy", "math, 512 tokens, greedy", "math, temperature 0.7", "chat, greedy"
     ]  # fmt: skip
     assert closing_sentences([plain()]) == []
 
 
 @pytest.mark.parametrize(
-    ("changes", "is_told"),
+    ("changes", "is_reported"),
     [
         ({"dtype": "float32"}, True),
         ({"dtype": "bfloat16"}, False),
@@ -100,14 +100,14 @@ def test_closing_sentences_go_by_prompt_set_context_and_temperature():
         ({"dtype": "float32", "temperature": 1.0, "method": "native-dflash"}, False),
     ],
 )
-def test_other_text_in_float32_is_told(changes, is_told):
+def test_wrong_text_in_float32_is_reported(changes, is_reported):
     other = {**row(), **changes, "identical_to_plain": 0.75}
-    assert any("must not happen" in sentence for sentence in closing_sentences([other])) == is_told
+    assert any("must not happen" in sentence for sentence in closing_sentences([other])) == is_reported
 
 
 @needs_matplotlib
 @pytest.mark.parametrize(("name", "start"), [("x.png", b"\x89PNG"), ("x.svg", b"<?xml")])
-def test_a_figure_is_written_in_one_step(result, tmp_path, name, start):
+def test_a_figure_is_written_atomically(result, tmp_path, name, start):
     path = draw_bench(json.loads(json.dumps(result)), tmp_path / "new" / name)
     assert path.read_bytes().startswith(start)
     assert path.stat().st_size > 10_000
@@ -115,7 +115,7 @@ def test_a_figure_is_written_in_one_step(result, tmp_path, name, start):
 
 
 @needs_matplotlib
-def test_a_kept_figure_survives_a_drawing_that_fails(result, tmp_path, monkeypatch):
+def test_an_existing_figure_survives_a_failing_drawing(result, tmp_path, monkeypatch):
     path = draw_bench(result, tmp_path / "x.png")
     before = path.read_bytes()
 
@@ -130,9 +130,9 @@ def test_a_kept_figure_survives_a_drawing_that_fails(result, tmp_path, monkeypat
 
 
 @needs_matplotlib
-def test_panels_show_each_prompt_set_and_what_was_measured(result):
+def test_panels_show_each_prompt_set_and_measurement(result):
     figure = make_figure(result)
-    assert [ax.get_title() for ax in figure.axes[:2]] == ["maths, greedy", "chat, greedy"]
+    assert [ax.get_title() for ax in figure.axes[:2]] == ["math, greedy", "chat, greedy"]
     assert len(figure.axes) == 4 * 2
     speedups, acceptance, times = figure.axes[0], figure.axes[4], figure.axes[6]
     assert [label.get_text() for label in speedups.get_xticklabels()] == ["16", "auto"]
@@ -169,11 +169,11 @@ def test_batch_sizes_add_panels_of_speedup_and_throughput(result):
     assert len(figure.axes) == 6 * 2
     throughput = {line.get_label(): list(line.get_xdata()) for line in figure.axes[10].lines}
     assert throughput["plain"] == [1, 8]
-    assert [ax.get_xlabel() for ax in figure.axes[8:]] == ["prompts at a time"] * 4
+    assert [ax.get_xlabel() for ax in figure.axes[8:]] == ["batch size"] * 4
 
 
 @needs_matplotlib
-def test_results_without_trees_or_of_earlier_releases_are_drawn_too(result, tmp_path):
+def test_results_without_trees_or_with_fewer_fields_are_drawn(result, tmp_path):
     keys = ("context_length", "seconds_per_round", "tokens_per_round_spread", "decode_speedup")
     earlier = [{key: each[key] for key in each.keys() - set(keys)} for each in result["rows"]]
     draw_bench({**result, "rows": earlier}, tmp_path / "earlier.png")
@@ -184,10 +184,10 @@ def test_results_without_trees_or_of_earlier_releases_are_drawn_too(result, tmp_
 
 
 @needs_matplotlib
-def test_the_place_of_a_figure_is_checked_before_anything_runs(tmp_path, monkeypatch):
+def test_the_path_of_a_figure_is_checked(tmp_path, monkeypatch):
     assert plot_path(tmp_path) == tmp_path / "bench.png"
     assert plot_path(tmp_path / "new") == tmp_path / "new" / "bench.png"
-    with pytest.raises(ValueError, match=r"'\.pdf'.*\.png or \.svg"):
+    with pytest.raises(ValueError, match=r"\.png or \.svg or a folder for a plot, got '\.pdf'"):
         plot_path(tmp_path / "x.pdf")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match=r"need matplotlib.*pip install matplotlib"):

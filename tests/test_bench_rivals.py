@@ -1,4 +1,4 @@
-"""The rivals of a bench: transformers' own ways to draft, and what is refused."""
+"""The rivals of a bench: transformers' own ways to draft, and refusals."""
 
 import pytest
 import torch
@@ -82,7 +82,7 @@ def test_prompt_lookup_gives_the_plain_text_in_fewer_target_forwards(random_head
     assert lookup.num_rounds < 30
 
 
-def test_an_assistant_that_is_the_target_itself_is_believed(tiny_target, random_head, prompt, save_model):
+def test_the_drafts_of_an_assistant_equal_to_the_target_are_accepted(tiny_target, random_head, prompt, save_model):
     target = tiny_target("llama")
     folder = save_model(target)
     plain, assisted = (run(target, random_head(target), prompt, m, 20) for m in ("plain", f"assistant:{folder}"))
@@ -97,10 +97,10 @@ def test_an_assistant_of_another_vocabulary_brings_its_tokenizer(tiny_target, ra
     assert assisted.new_ids == plain.new_ids
 
 
-def test_an_assistant_with_other_tokens_but_as_many_is_refused(tiny_target, random_head, save_model):
+def test_an_assistant_with_another_vocabulary_of_the_same_size_is_refused(tiny_target, random_head, save_model):
     target = tiny_target("llama")
     folder = save_model(target, words=200)
-    with pytest.raises(ValueError, match=r"other tokens than the target but as many.*choose an assistant"):
+    with pytest.raises(ValueError, match=r"another vocabulary than the target.*of the same size.*use an assistant"):
         rival_kwargs(f"assistant:{folder}", target, tiny_tokenizer(target.config.vocab_size), random_head(target))
 
 
@@ -110,7 +110,7 @@ def test_a_missing_assistant_is_refused_by_name(tiny_target, random_head):
         rival_kwargs("assistant:/nowhere/at/all", target, tiny_tokenizer(257), random_head(target))
 
 
-def test_a_sampled_run_is_repeated_by_its_seed(tiny_target, random_head, prompt):
+def test_a_sampled_run_is_reproduced_by_its_seed(tiny_target, random_head, prompt):
     target = tiny_target("llama")
     head = random_head(target)
     for method in ("native-dflash", "prompt-lookup"):

@@ -1,4 +1,4 @@
-"""The doctor: a good head gets a clean bill, and every mistake made in reading it is named with a fix that works."""
+"""The doctor: a good head has no fault, and every mistake in reading it is named with a fix that works."""
 
 import copy
 import functools
@@ -35,10 +35,12 @@ FULL, SLIDING = ["full_attention"] * 2, ["sliding_attention"] * 2
 @functools.cache
 def good_head(**config: Any) -> JetFlowHead:
     """
-    A head that learned the target's answers to `CONVERSATIONS` by heart, and drafts them only if it is read as it was
-    trained: attention that is causal the wrong way round is taught to yield other tokens.
+    A head that memorized the target's answers to `CONVERSATIONS`, and drafts them only if it is read correctly: with
+    flipped causality it is trained to give other tokens.
     """
-    target = copy.deepcopy(build_target("llama")).requires_grad_(False)  # others use it, too, and want no gradients
+    target = copy.deepcopy(build_target("llama")).requires_grad_(
+        False
+    )  # shared with other tests, which need no gradients
     prompts = [torch.tensor([encode_chat(TOKENIZER, messages)]) for messages in CONVERSATIONS]
     ids = torch.cat([target.generate(prompt, max_new_tokens=NUM_NEW, do_sample=False) for prompt in prompts])
     num_prompt = prompts[0].shape[1]
@@ -73,7 +75,7 @@ def with_own_lm_head(head: JetFlowHead, weight: torch.Tensor) -> JetFlowHead:
 
 
 def saved(head: JetFlowHead, folder, **fields: Any):
-    """The folder of the head, with fields of its config.json changed behind its back."""
+    """The folder of the head, with other fields in its config.json."""
     head.save_pretrained(folder)
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
@@ -94,7 +96,7 @@ def tokens_per_round(head: JetFlowHead) -> float:
     return replay(Target(target, head.config), head, texts, [32])[32].tokens_per_round
 
 
-def test_a_good_head_gets_a_clean_bill(tmp_path):
+def test_a_good_head_has_no_fault(tmp_path):
     findings = diagnose(saved(good_head(), tmp_path))
     assert findings["faults"] == []
     assert findings["advice"] == []
@@ -126,11 +128,11 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_mistake_in_the_config_is_named_and_its_fix_mends_it(fault, tmp_path, monkeypatch):
+def test_a_mistake_in_the_config_is_named_and_its_fix_works(fault, tmp_path, monkeypatch):
     name, trained, changed, undone = FAULTS[fault]
     findings = diagnose(saved(good_head(**trained), tmp_path / "head", **changed))
     (found,) = findings["faults"]
-    assert found["mistake"] == name, found["words"]
+    assert found["mistake"] == name, found["message"]
     best = max(findings["mistakes"], key=lambda each: each["logprob"])
     assert best["fields"] == undone
     monkeypatch.chdir(tmp_path)
@@ -138,7 +140,7 @@ def test_a_mistake_in_the_config_is_named_and_its_fix_mends_it(fault, tmp_path, 
     assert tokens_per_round(JetFlowHead.from_pretrained("fixed-head")) == tokens_per_round(good_head(**trained))
 
 
-def test_an_lm_head_of_another_model_is_named_and_the_fix_takes_it_out(tmp_path, monkeypatch):
+def test_an_lm_head_of_another_model_is_named_and_the_fix_removes_it(tmp_path, monkeypatch):
     weight = build_target("llama").get_output_embeddings().weight.detach().roll(1, dims=0)
     findings = diagnose(saved(with_own_lm_head(good_head(), weight), tmp_path / "head"))
     (found,) = findings["faults"]
@@ -152,14 +154,14 @@ def test_an_untrained_head_does_not_fit(tmp_path, tiny_target, random_head):
     findings = diagnose(saved(random_head(tiny_target("llama")), tmp_path))
     (found,) = findings["faults"]
     assert found["mistake"] == "no fit"
-    assert "does not fit this target" in found["words"]
+    assert "does not fit this target" in found["message"]
 
 
 def test_a_head_for_another_target_is_refused_by_name_before_anything_is_decoded(tmp_path, tiny_target):
     findings = diagnose(saved(good_head(), tmp_path), tiny_target("llama", num_hidden_layers=4))
     (found,) = findings["faults"]
     assert found["mistake"] == "pairing"
-    assert "number of layers 5, but this target has 4" in found["words"]
+    assert "number of layers 5, but this target has 4" in found["message"]
     assert "as_loaded" not in findings
 
 
@@ -169,21 +171,21 @@ def template(text: str) -> Any:
     return tokenizer
 
 
-def test_prompts_that_want_the_thinking_switch_are_told_so(tmp_path):
+def test_prompts_that_need_the_thinking_switch_are_detected(tmp_path):
     switched = template(TOKENIZER.chat_template + "{% if enable_thinking is not false %} t006{% endif %}")
     (found,) = diagnose(saved(good_head(), tmp_path), tokenizer=switched)["faults"]
     assert found["mistake"] == "chat template"
-    assert "enable_thinking=False" in found["words"]
+    assert "enable_thinking=False" in found["message"]
 
 
-def test_prompts_that_want_no_template_are_told_so(tmp_path):
+def test_prompts_that_need_no_template_are_detected(tmp_path):
     plain = [[{"role": "user", "content": f"t003 {' '.join(map(word, words))} t004 t005"}] for words in WORDS]
     (found,) = diagnose(saved(good_head(), tmp_path), conversations=plain)["faults"]
     assert found["mistake"] == "chat template"
-    assert "no chat template" in found["words"]
+    assert "no chat template" in found["message"]
 
 
-def test_a_tokenizer_without_template_is_no_obstacle(tmp_path):
+def test_a_tokenizer_without_template_works(tmp_path):
     plain = [[{"role": "user", "content": f"t003 {' '.join(map(word, words))} t004 t005"}] for words in WORDS]
     findings = diagnose(saved(good_head(), tmp_path), tokenizer=template(""), conversations=plain)
     assert findings["faults"] == []
@@ -191,14 +193,14 @@ def test_a_tokenizer_without_template_is_no_obstacle(tmp_path):
 
 
 def test_too_few_answers_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="at least 3 are needed"):
+    with pytest.raises(ValueError, match="expected at least 3 prompts"):
         diagnose(saved(good_head(), tmp_path), conversations=CONVERSATIONS[:2])
 
 
-def test_windows_that_no_text_leaves_are_said_to_be_untested(tmp_path):
+def test_windows_longer_than_all_texts_are_reported_as_untested(tmp_path):
     findings = diagnose(saved(good_head(), tmp_path, sliding_window=64))
     assert findings["untested"] == [
-        "sliding windows: no text leaves a window of 64 tokens; give longer prompts to tell"
+        "sliding windows: no text is longer than the window of 64 tokens; give longer prompts"
     ]
     assert diagnose(saved(good_head(), tmp_path, sliding_window=16))["untested"] == []
 
@@ -206,13 +208,13 @@ def test_windows_that_no_text_leaves_are_said_to_be_untested(tmp_path):
 @pytest.mark.parametrize(
     ("dtype", "near_tie", "is_fault"), [("float32", 1e9, True), ("bfloat16", 1e9, False), ("bfloat16", 0.0, True)]
 )
-def test_another_text_is_a_fault_unless_rounding_decided_a_near_tie(dtype, near_tie, is_fault, tmp_path, monkeypatch):
+def test_different_text_is_a_fault_unless_a_near_tie_explains_it(dtype, near_tie, is_fault, tmp_path, monkeypatch):
     def generate(*args: Any, assistant_model: Any = None) -> list[int]:
         ids = plain_generate(*args)
         return ids if assistant_model is None else [*ids[:3], (ids[3] + 1) % 257, *ids[4:]]
 
-    plain_generate = doctor._generate
-    monkeypatch.setattr(doctor, "_generate", generate)
+    plain_generate = doctor.greedy_ids
+    monkeypatch.setattr(doctor, "greedy_ids", generate)
     monkeypatch.setattr(doctor, "NEAR_TIE", near_tie)
     target = copy.deepcopy(build_target("llama")).to(getattr(torch, dtype))
     head = copy.deepcopy(good_head()).to(target.dtype)
@@ -228,7 +230,7 @@ OWN = {"own_embedding": True, "own_lm_head": True, "anchor_predicts": True, "log
 @pytest.mark.parametrize(
     "config", [{}, {"draft_vocab_size": 200}, OWN], ids=["plain", "draft vocabulary", "all its own"]
 )
-def test_answers_are_scored_as_decoding_would_draft_them(config, tiny_target, random_head, prompt):
+def test_answers_are_scored_like_drafts(config, tiny_target, random_head, prompt):
     target, head = tiny_target("llama"), random_head(tiny_target("llama"), ngram_weights=[], **config)
     if "draft_vocab_size" in config:
         head.d2t.copy_(torch.arange(20, 220))
@@ -269,12 +271,18 @@ def run(files, *more: Any):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def test_the_command_prints_facts_figures_and_a_verdict_and_leaves_with_zero(files):
+def test_the_command_prints_facts_figures_and_a_verdict_and_exits_with_zero(files):
     saved(good_head(), files / "head")
     result = run(files, "--json", files / "out" / "doctor.json")
     assert result.exit_code == 0, result.output
-    for words in ("causal (from `is_causal`)", "[2, 4]", "taps +1: [3, 5]", "No fault found", "plain decoding's"):
-        assert words in result.output
+    for expected in (
+        "causal (from `is_causal`)",
+        "[2, 4]",
+        "taps +1: [3, 5]",
+        "No fault found",
+        "tokens equal plain decoding",
+    ):
+        assert expected in result.output
     findings = json.loads((files / "out" / "doctor.json").read_text())
     assert findings["faults"] == []
     assert findings["facts"]["layout"]["layout"] == "JetFlow"
@@ -286,16 +294,16 @@ def test_the_command_prints_facts_figures_and_a_verdict_and_leaves_with_zero(fil
     assert [path.name for path in (files / "out").iterdir()] == ["doctor.json"]
 
 
-def test_the_command_names_a_fault_with_its_fix_and_leaves_with_one(files):
+def test_the_command_names_a_fault_with_its_fix_and_exits_with_one(files):
     saved(good_head(), files / "head", hidden_state_indices=[3, 5])
     result = run(files, "--quiet")
     assert result.exit_code == 1
-    assert "FAULT (taps): the tapped layers are counted off by one" in result.output
+    assert "FAULT (taps): the tapped layers are off by one" in result.output
     assert f"head = JetFlowHead.from_pretrained('{files / 'head'}', hidden_state_indices=[2, 4])" in result.output
-    assert "as loaded, kept by depth" not in result.output
+    assert "as loaded, accepted by depth" not in result.output
 
 
-def test_a_broken_pairing_has_its_facts_in_the_json_and_status_one(files, tiny_target):
+def test_a_pair_that_does_not_fit_has_its_facts_in_the_json_and_status_one(files, tiny_target):
     saved(good_head(), files / "head")
     tiny_target("llama", num_hidden_layers=4).save_pretrained(files / "target")
     result = run(files, "--json", files / "doctor.json")
@@ -307,7 +315,7 @@ def test_a_broken_pairing_has_its_facts_in_the_json_and_status_one(files, tiny_t
 @pytest.mark.parametrize(
     ("options", "cause"), [([], "holds no config.json"), (["--dtype", "int3"], "'int3'"), (["--warp"], "--warp")]
 )
-def test_an_examination_that_cannot_be_made_leaves_with_two(files, options, cause):
+def test_an_impossible_examination_exits_with_two(files, options, cause):
     (files / "head").mkdir()
     result = run(files, *options)
     assert result.exit_code == 2

@@ -1,28 +1,30 @@
-"""Rounds and the forwards in them are timed where the loop makes them, and nothing changes by that."""
+"""Rounds and their forwards are timed, and timing changes no text."""
 
 import pytest
 import torch
 from helpers import alter
 
 from hf_jetflow.bench.forward_times import _RoundTimer, forward_seconds, time_forwards, usual_node_counts
-from hf_jetflow.bench.runs import Run, Variant, configure
+from hf_jetflow.bench.runs import Run
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_a_generation_whose_rounds_are_timed_gives_the_plain_text(family, tiny_target, noisy_head, prompt):
+def test_a_timed_generation_gives_the_plain_text(family, tiny_target, noisy_head, prompt):
     target = tiny_target(family)
     plain = target.generate(prompt, do_sample=False, max_new_tokens=60)
     head = noisy_head(target, plain)
-    configure(head, Variant("jetflow", 8))
+    head.generation_config.node_budget = 8
     with _RoundTimer(target, head, times_scores=True) as timer:
         text = target.generate(prompt, do_sample=False, max_new_tokens=60, assistant_model=head)
     assert torch.equal(text, plain)
     stats = head.last_stats
-    of_eight = stats.rounds_by_nodes[8]
-    assert [nodes for nodes, _ in timer.rounds].count(8) in (of_eight - 1, of_eight), "a round ends with the next one"
-    for _, (of_target, of_block, of_scores, of_round) in timer.rounds:
-        assert min(of_target, of_block, of_scores) > 0
-        assert of_target + of_block + of_scores < of_round
+    num_rounds = stats.rounds_by_nodes[8]
+    assert [nodes for nodes, _ in timer.rounds].count(8) in (num_rounds - 1, num_rounds), (
+        "a round ends with the next one"
+    )
+    for _, (target_seconds, block_seconds, score_seconds, round_seconds) in timer.rounds:
+        assert min(target_seconds, block_seconds, score_seconds) > 0
+        assert target_seconds + block_seconds + score_seconds < round_seconds
     hooks = (target._forward_hooks, target._forward_pre_hooks, head._forward_hooks, head._forward_pre_hooks)
     assert not any(hooks)
 
@@ -31,10 +33,10 @@ def test_each_number_of_nodes_is_timed_and_plain_rounds_draft_nothing(tiny_targe
     target = tiny_target("llama")
     table = time_forwards(target, random_head(target), prompt[0].tolist(), [1, 4, 12])
     assert [nodes for nodes, *_ in table if nodes in (1, 4, 12)] == [1, 4, 12]
-    for nodes, of_target, of_block, of_scores, of_round in table:
-        assert of_target > 0
-        assert (of_block > 0) == (of_scores > 0) == (nodes > 1)
-        assert of_target + of_block + of_scores < of_round
+    for nodes, target_seconds, block_seconds, score_seconds, round_seconds in table:
+        assert target_seconds > 0
+        assert (block_seconds > 0) == (score_seconds > 0) == (nodes > 1)
+        assert target_seconds + block_seconds + score_seconds < round_seconds
 
 
 def test_the_branch_correction_counts_as_scoring(tiny_target, random_head, prompt):
@@ -51,7 +53,7 @@ def test_the_branch_correction_counts_as_scoring(tiny_target, random_head, promp
     assert all(seconds > 0 for _, seconds in counted)
 
 
-def test_forwards_of_a_row_are_weighed_by_its_numbers_of_nodes():
+def test_forward_times_of_a_row_are_weighted_by_rounds_and_interpolated_by_nodes():
     def run(counts):
         return Run("jetflow", "auto", 1.0, 0.1, [1], 1, 1, {"rounds_by_nodes": counts})
 
@@ -60,7 +62,7 @@ def test_forwards_of_a_row_are_weighed_by_its_numbers_of_nodes():
         [[12, 7.0, 3.0, 1.0, 13.0]],
         [],
     ]
-    # In the first 12 nodes lie between 8 and 16. Nothing is known of plain rounds in the second.
+    # The first table is interpolated between 8 and 16 nodes. The second has no plain rounds.
     parts = forward_seconds([run({"1": 1, "12": 3}), run({"1": 2, "20": 4}), run({"8": 5})], tables)
     assert parts == {
         "target": (2 + 3 * 5 + 4 * 7) / 8,

@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from hf_jetflow import JetFlowConfig
-from hf_jetflow.bench.bench import read_json
+from hf_jetflow.bench.bench import read_result
 from hf_jetflow.head.card import card_text, depth_table, measured_table, template_text
 
 
@@ -133,5 +133,5 @@ def test_a_card_is_written_for_a_head_of_one_s_own(tmp_path, monkeypatch, tiny_t
     assert (written.data.license, written.data.base_model, written.data.datasets) == ("mit", "org/target", None)
     assert "Three answers." in written.text
     assert 'JetFlowHead.from_pretrained("me/head"' in written.text
-    facts = read_json(write_card.SHIPPED["results"])["environment"]
+    facts = read_result(write_card.SHIPPED["results"])["environment"]
     assert f"AMD EPYC with 2 threads, torch 2.13.0+cpu, transformers {facts['transformers']}." in written.text

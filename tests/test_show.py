@@ -1,4 +1,4 @@
-"""Recorded draft trees, where they are drawn, and the page and pictures made of them."""
+"""Recorded draft trees, their layout, and the pages and pictures of them."""
 
 import json
 import random
@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 
 from hf_jetflow.cli.main import app
 from hf_jetflow.decoding.tree_log import TreeRound
+from hf_jetflow.errors import JetFlowError
 from hf_jetflow.show import show
-from hf_jetflow.show.show import choose_prompt, record_trees, write_trees
+from hf_jetflow.show.show import ShowSettings, record_rounds, write_trees
 from hf_jetflow.show.token_text import TokenLabels, display_width, text_pieces
 from hf_jetflow.show.tree_layout import lay_out
 from hf_jetflow.show.tree_page import tree_page
@@ -82,7 +83,7 @@ def random_round(num_nodes, seed):
 # Recording
 
 
-def test_nothing_is_recorded_unless_asked_for(head, generate):
+def test_nothing_is_recorded_by_default(head, generate):
     generate()
     assert head.last_trees is None
     head.record_trees = True
@@ -93,7 +94,7 @@ def test_nothing_is_recorded_unless_asked_for(head, generate):
     assert head.last_trees is None, "trees of an earlier call stand beside the figures of a later one"
 
 
-def test_recording_leaves_the_text_as_it_is(head, generate):
+def test_recording_does_not_change_the_text(head, generate):
     plain = generate()
     head.record_trees = True
     assert generate() == plain
@@ -117,7 +118,7 @@ def test_recorded_rounds_add_up_to_the_text_and_to_the_statistics(head, generate
     assert all(each.seconds == sum(each.seconds_by_step.values()) > 0 for each in rounds)
 
 
-def test_a_recorded_tree_is_a_tree_whose_path_the_target_took(rounds):
+def test_a_recorded_round_is_a_tree_with_the_accepted_path(rounds):
     assert max(each.num_accepted for each in rounds) > 1
     for each in rounds:
         assert each.parents[0] == -1
@@ -131,7 +132,7 @@ def test_a_recorded_tree_is_a_tree_whose_path_the_target_took(rounds):
         assert all(type(token) is int for token in each.tokens), "plain data was promised"
 
 
-def test_an_evaluation_leaves_recorded_trees_alone(target, head, rounds):
+def test_an_evaluation_leaves_recorded_trees_unchanged(target, head, rounds):
     before = list(rounds)
     tokens_per_round(target, head, [[5, 6, 7]], 4, max_new_tokens=6)
     assert head.record_trees
@@ -144,7 +145,7 @@ def test_an_evaluation_leaves_recorded_trees_alone(target, head, rounds):
 @pytest.mark.parametrize("path_first", [False, True])
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("num_nodes", [1, 2, 16, 256])
-def test_no_two_nodes_and_no_two_edges_are_drawn_on_each_other(num_nodes, seed, path_first):
+def test_no_two_nodes_and_no_two_edges_overlap(num_nodes, seed, path_first):
     nodes = lay_out(random_round(num_nodes, seed), path_first)
     assert len({(node.depth, node.row) for node in nodes}) == len(nodes) == num_nodes + 1
     children = {index: [node for node in nodes if node.parent == index] for index in range(len(nodes))}
@@ -168,9 +169,9 @@ def test_siblings_stand_in_order_of_probability_and_the_bonus_above_them():
     assert [node.row for node in lay_out(tree, path_first=True)] == [0, 0, 1, 1, 0]
 
 
-def test_rounds_of_several_sequences_are_not_mixed():
+def test_rounds_of_several_sequences_are_refused():
     rounds = [TreeRound([9], [-1], [0], [1.0], [0], 5, 0, row, {}) for row in (0, 1)]
-    with pytest.raises(ValueError, match=r"several sequences of a batch; take one's: .*each.row == 0"):
+    with pytest.raises(ValueError, match=r"several sequences of a batch; select one: .*each.row == 0"):
         check_rounds(rounds)
     assert check_rounds(rounds[:1]) == [1]
 
@@ -193,7 +194,7 @@ def byte_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def test_pieces_of_a_text_are_the_text_and_hold_whole_characters(byte_tokenizer):
+def test_pieces_of_a_text_join_to_the_text_and_hold_whole_characters(byte_tokenizer):
     text = "a é\n漢🌳!"
     ids = byte_tokenizer(text)["input_ids"]
     pieces = text_pieces(byte_tokenizer, ids)
@@ -229,7 +230,7 @@ def page_data(page):
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
 
 
-def test_the_page_s_data_are_the_recorded_rounds(head, rounds, target):
+def test_the_page_holds_the_recorded_rounds(head, rounds, target):
     tokenizer = tiny_tokenizer(target.config.vocab_size)
     data = page_data(tree_page(rounds, tokenizer, prompt="Why?", about="a head", first=2))
     assert (data["prompt"], data["about"], data["first"]) == ("Why?", "a head", 2)
@@ -292,7 +293,7 @@ def test_only_the_rounds_asked_for_are_drawn(rounds, target):
 
 
 @pytest.mark.parametrize("ending", [".html", ".svg", ".png"])
-def test_files_are_written_whole(rounds, target, tmp_path, ending):
+def test_files_are_written_atomically(rounds, target, tmp_path, ending):
     path = tmp_path / "new" / f"trees{ending}"
     write_trees(rounds, tiny_tokenizer(target.config.vocab_size), path, only=1)
     starts = {".html": b"<!DOCTYPE html>", ".svg": b"<?xml", ".png": b"\x89PNG"}
@@ -300,15 +301,15 @@ def test_files_are_written_whole(rounds, target, tmp_path, ending):
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_what_cannot_be_drawn_is_refused_by_name(rounds, target, tmp_path, monkeypatch):
+def test_impossible_drawings_are_refused(rounds, target, tmp_path, monkeypatch):
     tokenizer = tiny_tokenizer(target.config.vocab_size)
     with pytest.raises(ValueError, match=r"record_trees = True"):
         draw_trees(None, tokenizer)
-    with pytest.raises(ValueError, match=rf"round 99 .* rounds 1 \.\. {len(rounds)}"):
+    with pytest.raises(ValueError, match=rf"expected a round from 1 to {len(rounds)}, got 99"):
         write_trees(rounds, tokenizer, tmp_path / "trees.html", only=99)
-    with pytest.raises(ValueError, match=r"\.gif.*\.html, \.svg or \.png"):
+    with pytest.raises(ValueError, match=r"expected \.html, \.svg, \.png, got '\.gif'"):
         write_trees(rounds, tokenizer, tmp_path / "trees.gif")
-    monkeypatch.setattr(show, "MOST_PIXELS", 100)
+    monkeypatch.setattr(show, "MAX_PIXELS", 100)
     with pytest.raises(ValueError, match=r"--round"):
         write_trees(rounds, tokenizer, tmp_path / "trees.png")
     assert list(tmp_path.iterdir()) == []
@@ -344,13 +345,13 @@ def test_the_command_draws_the_answer_to_a_prompt(folders, tmp_path):
 @pytest.mark.parametrize(
     ("options", "cause"),
     [
-        ([], "give the prompt either as text"),
-        (["--prompt", "t010", "--node-budget", "many"], "`node_budget` is 'many', but 'auto' or an integer"),
-        (["--prompt", "t010", "--round", "40"], "round 40 was asked for"),
-        (["--prompt", "t010", "--output", "trees.gif"], "ends in '.gif'"),
+        ([], "expected exactly one of --prompt TEXT and --prompts FILE"),
+        (["--prompt", "t010", "--node-budget", "many"], "expected a node budget of at least 1, or 'auto', got 'many'"),
+        (["--prompt", "t010", "--round", "40"], "got 40"),
+        (["--prompt", "t010", "--output", "trees.gif"], "got '.gif'"),
     ],
 )
-def test_the_command_says_in_one_line_what_is_wrong(folders, tmp_path, options, cause):
+def test_the_command_reports_errors_in_one_line(folders, tmp_path, options, cause):
     result = run_show(folders, "--output", tmp_path / "trees.html", *options)
     assert result.exit_code == 1
     assert cause in " ".join(result.output.split())
@@ -359,14 +360,16 @@ def test_the_command_says_in_one_line_what_is_wrong(folders, tmp_path, options, 
 
 def test_a_prompt_outside_the_file_is_refused(tmp_path):
     prompts = write_lines(tmp_path / "p.jsonl", {"prompt": "t010"})
-    with pytest.raises(ValueError, match=r"prompt 3 .* holds 1, counted from 0"):
-        choose_prompt(None, prompts, 3)
+    settings = ShowSettings(tmp_path / "trees.html", prompts=prompts, index=3)
+    with pytest.raises(JetFlowError, match=r"holds 1 prompts, got index 3"):
+        settings.messages()
 
 
-def test_recording_one_answer_leaves_the_head_s_settings_alone(target, head):
+def test_recording_one_answer_leaves_the_settings_of_the_head_unchanged(target, head):
     tokenizer = tiny_tokenizer(target.config.vocab_size)
     messages = [{"role": "user", "content": "t010 t011"}]
-    rounds = record_trees(target, tokenizer, head, messages, max_new_tokens=8, node_budget=5)
+    rounds, stats = record_rounds(target, tokenizer, head, messages, max_new_tokens=8, node_budget=5)
+    assert stats.num_rounds == len(rounds)
     assert sum(len(each.new_ids) for each in rounds) == 7
     assert max(len(each.tokens) for each in rounds) == 5
     assert (head.generation_config.node_budget, head.record_trees) == (BUDGET, False)

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from hf_jetflow import JetFlowConfig
 from hf_jetflow.cli.main import app
+from hf_jetflow.simulate.fitting import fit_hardware, fitting_rows
 from hf_jetflow.simulate.hardware import PRESETS, Hardware
 from hf_jetflow.simulate.roofline import (
     HeadShape,
@@ -25,7 +26,7 @@ from hf_jetflow.simulate.roofline import (
     round_seconds,
     target_shape,
 )
-from hf_jetflow.simulate.simulate import expected_tokens, fit_hardware, fitting_rows, read_tokens, simulate
+from hf_jetflow.simulate.simulate import expected_tokens, read_tokens, simulate
 from hf_jetflow.target.target import Target
 from hf_jetflow.training.blocks import measure_agreement
 from hf_jetflow.training.cost import head_parameters
@@ -64,7 +65,7 @@ def test_attention_reads_the_cache_of_every_sequence_up_to_the_window_of_its_lay
         assert gained - forward_seconds(DENSE, DEVICE, 1, batch_size=batch_size) == pytest.approx(0.68 * batch_size)
 
 
-def test_experts_are_read_as_far_as_rows_reach_them():
+def test_only_experts_that_rows_reach_are_read():
     assert expected_experts(4, 1, 1) == pytest.approx(1)
     assert expected_experts(4, 1, 2) == pytest.approx(1.75)  # the second row takes another one three times in four
     assert expected_experts(8, 8, 1) == 8
@@ -77,7 +78,7 @@ def test_experts_are_read_as_far_as_rows_reach_them():
     assert forward_seconds(EXPERTS, DEVICE, 2) == pytest.approx(0.7 + 0.35)
 
 
-def test_launching_hides_behind_the_device_or_adds_to_it():
+def test_launches_overlap_with_the_device_or_add_to_it():
     slow_launch = dataclasses.replace(DEVICE, launch_seconds=0.4)
     assert forward_seconds(DENSE, slow_launch, 1) == pytest.approx(0.8)  # two layers launched; 0.7 s hide behind it
     assert forward_seconds(DENSE, slow_launch, 10) == pytest.approx(1.4)
@@ -91,7 +92,7 @@ def test_wider_values_take_longer_to_read_but_not_to_multiply():
     assert forward_seconds(DENSE, wide, 100) == forward_seconds(DENSE, DEVICE, 100)
 
 
-def test_a_round_is_the_block_the_corrections_the_tree_and_the_host():
+def test_a_round_is_the_sum_of_block_corrections_tree_and_host():
     hardware = dataclasses.replace(DEVICE, host_seconds=0.25, host_seconds_per_node=0.01)
     correction = ModelShape(num_layers=1, dense=30, output=0)
     head = HeadShape(ModelShape(num_layers=1, dense=10, output=20), correction, block_size=4)
@@ -151,7 +152,7 @@ SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_attention_
     ],
     ids=["llama", "gemma2", "qwen3_moe", "gpt_oss"],
 )
-def test_every_parameter_of_a_target_is_counted_once_and_read_embeddings_not_at_all(config, experts_per_token):
+def test_every_parameter_of_a_target_is_counted_once_without_input_embeddings(config, experts_per_token):
     shape = target_shape(config)
     model = AutoModelForCausalLM.from_config(config)
     embedding = model.get_input_embeddings().weight.numel()
@@ -179,7 +180,7 @@ def test_the_routed_experts_of_a_published_mixture_are_counted():
 
 
 @pytest.mark.parametrize("correction", [None, "parent", "path"])
-def test_a_head_is_counted_with_its_correction_apart_and_the_rows_it_scores(correction):
+def test_a_head_is_counted_with_its_correction_apart_and_its_draft_vocabulary(correction):
     config = tiny_config(branch_correction=correction, draft_vocab_size=40)
     shape = head_shape(config)
     parts = [shape.backbone.dense, 0 if shape.correction is None else shape.correction.dense]
@@ -219,7 +220,7 @@ def test_expected_tokens_are_the_most_that_any_tree_of_the_budget_yields(seed):
 
 
 @pytest.mark.parametrize("kind", [None, "parent", "path"])
-def test_measured_ranks_lose_no_token_and_the_first_agrees_with_the_bench(tiny_target, random_head, kind):
+def test_measured_ranks_cover_all_tokens_and_the_first_agrees_with_the_bench(tiny_target, random_head, kind):
     target = tiny_target("llama")
     vocab_size = target.config.vocab_size
     head = random_head(target, branch_correction=kind, branch_candidates=vocab_size)
@@ -285,29 +286,29 @@ def test_figures_are_fitted_from_a_bench_on_the_machine():
     )
 
 
-def test_what_cannot_be_fitted_is_refused_with_the_remedy():
+def test_rows_that_cannot_be_fitted_are_refused_with_a_remedy():
     config = LlamaConfig(num_hidden_layers=4, hidden_size=256, intermediate_size=512, num_attention_heads=4)
     target, head = target_shape(config), head_shape(JetFlowConfig.for_target(config, mask_token_id=0))
     rows = bench_rows(PRESETS["h100"], target, head, (16, 64))  # launching takes longest: all rows cost the same
     with pytest.raises(ValueError, match=r"16 rows in .* a JSON file of hardware figures .*`launch_seconds`"):
         fit_hardware("gpu", target, head, *rows, context=100)
-    with pytest.raises(ValueError, match=r"two fixed node budgets .*--node-budgets 16,64"):
+    with pytest.raises(ValueError, match=r"two fixed node budgets .* has 1 plain rows and 1 budgets"):
         fitting_rows(rows[:2])
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"bandwidth": 0}, "`bandwidth` is 0, but more than 0"),
-        ({"matrix_efficiency": 1.2}, "`matrix_efficiency` is 1.2, but a share"),
-        ({"launch_seconds": -1e-3}, "`launch_seconds` is -0.001, but 0 or more seconds"),
-        ({"flops": "989e12"}, "`flops` is '989e12', but a float"),
-        ({"runs_ahead": 1}, "`runs_ahead` is 1, but a bool"),
-        ({"bandwith": 1e12}, r"\['bandwith'\] are not hardware figures; known are name, bandwidth"),
+        ({"bandwidth": 0}, "`bandwidth` must be more than 0, got 0"),
+        ({"matrix_efficiency": 1.2}, "`matrix_efficiency` must be more than 0 and at most 1, got 1.2"),
+        ({"launch_seconds": -1e-3}, "`launch_seconds` must be 0 or more, got -0.001"),
+        ({"flops": "989e12"}, "`flops`: expected a float, got '989e12'"),
+        ({"runs_ahead": 1}, "`runs_ahead`: expected a bool, got 1"),
+        ({"bandwith": 1e12}, r"unknown hardware figures \['bandwith'\]; expected name, bandwidth"),
         ({"flops": None}, r"hardware figures \['flops'\] are missing"),
     ],
 )
-def test_hardware_figures_that_make_no_sense_are_refused(changes, message):
+def test_hardware_figures_out_of_range_are_refused(changes, message):
     figures = {**dataclasses.asdict(PRESETS["a100"]), **changes}
     with pytest.raises(ValueError, match=message):
         Hardware.from_dict({name: value for name, value in figures.items() if value is not None})
@@ -325,18 +326,18 @@ def test_hardware_survives_json():
         ([[0.5], []], 4, "acceptance at depth 2"),
         ([[0.7, 0.6]], 4, "sum to at most 1"),
         ([[-0.1]], 4, "acceptance at depth 1"),
-        ([[0.5]], 0, "`node_budget` is 0"),
+        ([[0.5]], 0, "`node_budget` must be at least 1, got 0"),
     ],
 )
-def test_tables_that_are_no_probabilities_are_refused(table, budget, message):
+def test_tables_of_invalid_probabilities_are_refused(table, budget, message):
     with pytest.raises(ValueError, match=message):
         expected_tokens(table, budget)
 
 
 @pytest.mark.parametrize(("name", "value"), [("node_budget", 1), ("batch_size", 0), ("context", -1)])
-def test_rounds_that_cannot_be_are_refused(name, value):
+def test_impossible_rounds_are_refused(name, value):
     head = HeadShape(DENSE, None, block_size=4)
-    with pytest.raises(ValueError, match=f"`{name}` is {value}, but at least"):
+    with pytest.raises(ValueError, match=f"`{name}` must be at least .*, got {value}"):
         round_seconds(DENSE, head, DEVICE, **{"node_budget": 4, name: value})
 
 
@@ -437,13 +438,14 @@ def test_the_command_prints_a_table_and_writes_json_from_configurations_alone(fo
     assert 0 < row["speedup"] < 2.2 * row["seconds"]["plain"]  # the round takes over a second
 
 
-def test_the_command_draws_lines_or_says_what_it_needs_to(folders, monkeypatch):
+def test_the_command_draws_a_figure_or_names_the_missing_package(folders, monkeypatch):
     arguments = ["--target", folders / "target", "--head", folders / "head", "--acceptance", folders / "ranks.json"]
     if importlib.util.find_spec("matplotlib"):
         result = run_command(*arguments, "--plot", folders / "out.svg")
         assert result.exit_code == 0, result.output
         assert "<svg" in (folders / "out.svg").read_text()
-        assert "Format 'jpx' is not supported" in run_command(*arguments, "--plot", folders / "out.jpx").output
+        refused = run_command(*arguments, "--plot", folders / "out.jpx")
+        assert "expected a plot in .png, .svg, .pdf, got '.jpx'" in " ".join(refused.output.split())
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = run_command(*arguments, "--plot", folders / "none.svg")
     assert result.exit_code == 1
@@ -453,16 +455,16 @@ def test_the_command_draws_lines_or_says_what_it_needs_to(folders, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "cause"),
     [
-        ({"--hardware": "b200"}, "the hardware is 'b200', but one of h100, h100-graphed"),
+        ({"--hardware": "b200"}, "unknown hardware 'b200'; use one of h100, h100-graphed"),
         ({"--hardware": "BAD"}, "not valid JSON"),
         ({"--acceptance": "BAD"}, "not valid JSON"),
-        ({"--acceptance": "LIST"}, "holds a list, but a JSON object is needed"),
+        ({"--acceptance": "LIST"}, "expected a JSON object, got a list"),
         ({"--acceptance": "missing.json"}, "missing.json"),
         ({"--target": "missing.gguf"}, "`missing.gguf` does not exist"),
         ({"--head": "TARGET"}, "no draft head of a known layout"),
         ({"--target": "OTHER"}, "is for a target of width"),
-        ({"--node-budgets": "1"}, "`node_budget` is 1, but at least 2"),
-        ({"--batch-sizes": "0"}, "`batch_size` is 0, but at least 1"),
+        ({"--node-budgets": "1"}, "`node_budget` must be at least 2, got 1"),
+        ({"--batch-sizes": "0"}, "`batch_size` must be at least 1, got 0"),
     ],
 )
 def test_a_user_error_of_the_command_is_one_line_with_its_cause(folders, changes, cause):

@@ -1,4 +1,4 @@
-"""Finished measurements of a bench, kept on disk so that a killed one continues where it stopped."""
+"""Log of finished measurements: a killed bench continues from it."""
 
 from pathlib import Path
 from typing import Any
@@ -6,25 +6,24 @@ from typing import Any
 from ..jsonl import append_jsonl, check_same_settings, drop_partial_line, read_jsonl
 
 
-Place = tuple[Any, ...]  # prompt set, context length, temperature, and what was measured there
+Key = tuple[Any, ...]  # prompt set, context length, batch size, temperature, and what was measured
 
 
 class BenchLog:
     """
-    Records by their place, in a JSON lines file whose first line holds the settings.
+    Records by key, in a JSON lines file whose first line holds the settings.
 
     Args:
-        path (`Path`, *optional*): The file; without one the records are in memory only.
+        path (`Path`, *optional*): The file; without one the records stay in memory.
         settings: What the measurements depend on; values that JSON can hold.
 
     Raises:
-        JetFlowError: If the file holds measurements of other settings; the message names what differs.
-            The same if the file cannot be written.
+        JetFlowError: If the file holds measurements of other settings, or cannot be written.
     """
 
     def __init__(self, path: Path | None, settings: dict[str, Any]):
         self._path = path
-        self._records: dict[Place, Any] = {}
+        self._records: dict[Key, Any] = {}
         if path is None:
             return
         if path.exists():
@@ -36,17 +35,14 @@ class BenchLog:
             append_jsonl(path, [{"settings": settings}])
             return
         check_same_settings(path, earlier[0].get("settings", {}), settings)
-        self._records = {tuple(line["place"]): line["record"] for line in earlier[1:]}
+        self._records = {tuple(line["key"]): line["record"] for line in earlier[1:]}
 
-    def __len__(self) -> int:
-        return len(self._records)
+    def get(self, *key: Any) -> Any:
+        """The record of a key, `None` before it is measured."""
+        return self._records.get(key)
 
-    def get(self, *place: Any) -> Any:
-        """The record of a place, `None` where nothing was measured yet."""
-        return self._records.get(place)
-
-    def add(self, record: Any, *place: Any) -> None:
-        """Keep a record; it is on disk when this returns."""
-        self._records[place] = record
+    def add(self, record: Any, *key: Any) -> None:
+        """Store a record; it is on disk when this returns."""
+        self._records[key] = record
         if self._path is not None:
-            append_jsonl(self._path, [{"place": place, "record": record}])
+            append_jsonl(self._path, [{"key": key, "record": record}])

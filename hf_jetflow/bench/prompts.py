@@ -1,4 +1,4 @@
-"""What a bench answers: prompts by file, padded to context lengths where the user asks for some."""
+"""The prompts of a bench: one set per file, context length and batch size."""
 
 import hashlib
 import json
@@ -11,20 +11,22 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..errors import JetFlowError
 from ..prompts import encode_chat, read_prompts
+from .settings import BenchSettings
 
 
 @dataclass
 class PromptSet:
-    """Prompts of one file at one length, answered so many at a time."""
+    """Prompts of one file, at one context length and batch size."""
 
-    name: str  # of the file, without the ending
-    context_length: int | None  # tokens that the prompts were padded to; `None`: as they are
+    name: str  # of the file, without suffix
+    context_length: int | None  # tokens that prompts are padded to; `None` for no padding
     prompt_ids: list[list[int]]
     batch_size: int = 1
 
     @property
-    def place(self) -> tuple[str, int | None, int]:
+    def key(self) -> tuple[str, int | None, int]:
         return self.name, self.context_length, self.batch_size
 
     @property
@@ -34,59 +36,51 @@ class PromptSet:
 
     @property
     def batches(self) -> list[list[list[int]]]:
-        """The prompts that are answered together."""
+        """Prompts that are answered in one call."""
         starts = range(0, len(self.prompt_ids), self.batch_size)
         return [self.prompt_ids[start : start + self.batch_size] for start in starts]
 
     @property
     def median_length(self) -> float:
-        """Tokens of a prompt."""
+        """Median number of tokens of a prompt."""
         return statistics.median(map(len, self.prompt_ids))
 
     @property
     def content_hash(self) -> str:
-        """Tells whether two sets hold the same token ids."""
+        """Hash of the token ids."""
         return hashlib.sha256(json.dumps(self.prompt_ids).encode()).hexdigest()[:16]
 
 
 def make_prompt_sets(
-    target: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    paths: Sequence[Path],
-    *,
-    num_prompts: int,
-    context_lengths: Sequence[int],
-    batch_sizes: Sequence[int] = (1,),
-    max_new_tokens: int,
+    target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: BenchSettings
 ) -> list[PromptSet]:
     """
     The first `num_prompts` prompts of each file, once for each context length and batch size.
 
     Raises:
-        ValueError: If a file holds no prompts or too few for a batch, two files have the same name, or a context does
-            not fit the target.
+        JetFlowError: If a file has too few prompts for a batch, two files have the same name, or a context does not
+            fit the target.
     """
-    names = [Path(path).stem for path in paths]
-    doubled = sorted({name for name in names if names.count(name) > 1})
-    if doubled:
-        raise ValueError(f"several prompt files are called {doubled}, and rows go by that name; rename all but one")
-    _check_lengths(target, context_lengths, max_new_tokens)
+    names = [Path(path).stem for path in settings.prompts]
+    if doubled := sorted({name for name in names if names.count(name) > 1}):
+        raise JetFlowError(f"several prompt files are called {doubled}, but rows go by that name; rename all but one")
+    _check_lengths(target, settings.context_lengths, settings.max_new_tokens)
     sets = []
-    for name, path in zip(names, paths, strict=True):
+    for name, path in zip(names, settings.prompts, strict=True):
         conversations = [prompt["messages"] for prompt in read_prompts([path])]
-        for length in context_lengths or (None,):
+        for length in settings.context_lengths or (None,):
             encoded = [
                 encode_chat(tokenizer, messages)
                 if length is None
                 else padded_prompt(tokenizer, conversations, number, length)
-                for number, messages in enumerate(conversations[:num_prompts])
+                for number, messages in enumerate(conversations[: settings.num_prompts])
             ]
-            if len(encoded) < max(batch_sizes):
-                raise ValueError(
-                    f"{path} gives {len(encoded)} prompts, too few for batches of {max(batch_sizes)}; give more, or "
-                    "raise the number of prompts taken"
+            if len(encoded) < max(settings.batch_sizes):
+                raise JetFlowError(
+                    f"{path} gives {len(encoded)} prompts, too few for batches of {max(settings.batch_sizes)}; add "
+                    "prompts, or raise `num_prompts`"
                 )
-            for size in batch_sizes:
+            for size in settings.batch_sizes:
                 sets.append(PromptSet(name, length, encoded[: len(encoded) // size * size], size))
     return sets
 
@@ -97,9 +91,9 @@ def _check_lengths(target: PreTrainedModel, context_lengths: Sequence[int], max_
         return
     too_long = [length for length in context_lengths if length + max_new_tokens > most]
     if too_long:
-        raise ValueError(
-            f"contexts of {too_long} tokens and {max_new_tokens} new ones do not fit the target, which has {most} "
-            f"positions; give context lengths of at most {most - max_new_tokens}, or fewer new tokens"
+        raise JetFlowError(
+            f"contexts of {too_long} tokens and {max_new_tokens} new ones do not fit the target's {most} positions; "
+            f"use context lengths of at most {most - max_new_tokens}, or fewer new tokens"
         )
 
 
@@ -107,10 +101,10 @@ def padded_prompt(
     tokenizer: PreTrainedTokenizerBase, conversations: Sequence[list[dict[str, Any]]], number: int, length: int
 ) -> list[int]:
     """
-    One of the conversations with texts of the others in front of its last turn, so that it has about `length` tokens.
+    Token ids of a conversation, padded to about `length` tokens: texts of the others precede its last turn.
 
-    Texts are cut and joined as text, and tokens may merge where they meet: the length can be a few tokens off. A
-    prompt that is longer by itself stays as it is.
+    The length can be a few tokens off, because texts are joined before they are tokenized and tokens may merge at the
+    joints. A longer prompt is returned unchanged.
     """
     *turns, last = conversations[number]
     prompt_ids = encode_chat(tokenizer, conversations[number])
@@ -129,7 +123,7 @@ def padded_prompt(
 
 
 def _filler_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], count: int) -> list[int]:
-    """`count` tokens of the texts, which are told again and again; fewer only if they hold none."""
+    """The first `count` tokens of the texts, repeated as needed; fewer only if all texts are empty."""
     ids: list[int] = []
     for text in cycle(texts):
         ids += tokenizer(f"{text}\n\n", add_special_tokens=False, verbose=False)["input_ids"]

@@ -1,61 +1,22 @@
-"""What a bench says on the terminal: a table for each prompt set, agreement by depth, and what is best where."""
+"""Terminal output of a bench: a table per prompt set, agreement by depth, and the best method."""
 
-from collections.abc import Iterator
-from itertools import groupby
-from pathlib import PurePath
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from .rows import Row, machine, nodes_label, row_groups, row_name
 from .runs import LOOP_METHODS
 
 
-Row = dict[str, Any]
-
-
 def print_tables(result: dict[str, Any], console: Console) -> None:
-    """The whole result as tables."""
-    facts = result["environment"]
-    console.print(f"{machine(facts)}, torch {facts['torch']}, transformers {facts['transformers']}", highlight=False)
+    """Print the result as tables."""
+    found = result["environment"]
+    console.print(f"{machine(found)}, torch {found['torch']}, transformers {found['transformers']}", highlight=False)
     for label, rows in row_groups(result["rows"]):
         console.print(_rows_table(label, rows))
     if any(result["agreement"].values()):
         console.print(_agreement_table(result["agreement"]))
-
-
-def machine(facts: dict[str, Any]) -> str:
-    """What the models ran on, of a result's `environment`."""
-    threads = f"{facts['num_threads']} thread" + ("s" if facts["num_threads"] > 1 else "")
-    return facts.get("cuda_device") or f"{facts['processor']}, {threads}"
-
-
-def row_groups(rows: list[Row]) -> Iterator[tuple[str, list[Row]]]:
-    """Rows of the same prompts, context length and temperature, with words for them."""
-
-    def label(row: Row) -> str:
-        length = f", {row['context_length']} tokens" if row.get("context_length") else ""
-        length += f", batches of {row['batch_size']}" if row.get("batch_size", 1) > 1 else ""
-        return f"{row['prompts']}{length}, {temperature_words(row['temperature'])}"
-
-    for words, group in groupby(rows, key=label):
-        yield words, list(group)
-
-
-def temperature_words(temperature: float) -> str:
-    return "greedy" if temperature == 0 else f"temperature {temperature:g}"
-
-
-def row_name(row: Row) -> str:
-    """A method and its node budget, short enough for a table or a legend."""
-    method = row["method"]
-    if len(method) > 32:  # an assistant's path
-        method = f"assistant:{PurePath(method).name}"
-    return method if row["node_budget"] is None else f"{method}, {_nodes(row['node_budget'])}"
-
-
-def _nodes(budget: int | str) -> str:
-    return "auto" if budget == "auto" else f"{budget} node" + ("s" if int(budget) > 1 else "")
 
 
 def _rows_table(label: str, rows: list[Row]) -> Table:
@@ -81,16 +42,18 @@ def _rows_table(label: str, rows: list[Row]) -> Table:
 
 
 def _auto_choices(rows: list[Row]) -> str | None:
-    """Nodes that "auto" chose, the commonest first."""
+    """The node budgets that "auto" chose, most frequent first."""
     for row in rows:
         if row["node_budget"] == "auto":
             shares = sorted(row["rounds_by_nodes"].items(), key=lambda item: -item[1])[:5]
-            return "rounds of auto: " + ", ".join(f"{100 * share:.0f} % {_nodes(nodes)}" for nodes, share in shares)
+            return "rounds of auto: " + ", ".join(
+                f"{100 * share:.0f} % {nodes_label(nodes)}" for nodes, share in shares
+            )
     return None
 
 
 def _agreement_table(agreement: dict[str, dict[str, list[float]]]) -> Table:
-    """How often the head ranks the target's token first, by depth."""
+    """Share of slots at which the head ranks the target's token first, by depth."""
     measures = {
         "spine_top1": "on the greedy spine",
         "spine_corrected_top1": "the same, corrected",
@@ -102,37 +65,37 @@ def _agreement_table(agreement: dict[str, dict[str, list[float]]]) -> Table:
     for column in ("prompts", "where", *map(str, range(1, depths + 1))):
         table.add_column(column, no_wrap=True, justify="left" if column in ("prompts", "where") else "right")
     for prompts, rates in agreement.items():
-        for name, words in measures.items():
+        for name, label in measures.items():
             if name in rates:
-                start = 1 if name.startswith("sibling") else 0  # depth 1 follows the anchor, which has no sibling
+                start = 1 if name.startswith("sibling") else 0  # depth 1 follows the anchor, which has no siblings
                 cells = ["-"] * start + [f"{value:.2f}" for value in rates[name][start:]]
-                table.add_row(prompts, words, *cells)
+                table.add_row(prompts, label, *cells)
     return table
 
 
 def closing_sentences(rows: list[Row]) -> list[str]:
-    """The best method for each prompt set, and where nothing helps."""
+    """The best method of each prompt set, or that no method helps; and methods whose text is wrong."""
     sentences = []
     for label, group in row_groups(rows):
         drafted = [row for row in group if row["method"] != "plain"]
         if drafted:
             sentences.append(f"{label}: {_verdict(max(drafted, key=lambda row: row['speedup']))}")
-        sentences += [f"{label}: {row_name(row)} {_OTHER_TEXT}" for row in drafted if _has_other_text(row)]
+        sentences += [f"{label}: {row_name(row)} {_WRONG_TEXT}" for row in drafted if _has_wrong_text(row)]
     return sentences
 
 
 def _verdict(best: Row) -> str:
     name, speedup, (low, high) = row_name(best), best["speedup"], best["speedup_spread"]
     if speedup <= 1:
-        return f"nothing helps; the best, {name}, runs at {speedup:.2f} of plain decoding. Decode plainly here."
-    words = f"{name} is best, {speedup:.2f} times as fast as plain decoding (quartiles {low:.2f} - {high:.2f})"
-    return f"{words}, but a quarter of the answers gained nothing." if low <= 1 else f"{words}."
+        return f"no method helps; the best, {name}, runs at {speedup:.2f} of plain decoding. Decode without a draft."
+    sentence = f"{name} is best: {speedup:.2f} times plain decoding (quartiles {low:.2f} - {high:.2f})"
+    return f"{sentence}, but a quarter of the answers gained nothing." if low <= 1 else f"{sentence}."
 
 
-_OTHER_TEXT = "gave other texts than plain decoding, which must not happen in float32; please report it."
+_WRONG_TEXT = "gave other text than plain decoding, which must not happen in float32; please report it."
 
 
-def _has_other_text(row: Row) -> bool:
-    """In float32 every greedy text is plain decoding's, and our own loop's sampled ones are too."""
+def _has_wrong_text(row: Row) -> bool:
+    """Whether text differs where it must be equal: float32, greedy or sampled by our loop."""
     is_exact = row["dtype"] == "float32" and (row["temperature"] == 0 or row["method"] in LOOP_METHODS)
     return is_exact and row["identical_to_plain"] < 1

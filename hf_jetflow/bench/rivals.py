@@ -1,12 +1,11 @@
-"""Other ways to draft, from transformers itself, to measure a head against.
+"""Transformers' own ways to draft, to compare a head with.
 
-- `native-dflash`: transformers' own chain loop for DFlash heads (`speculation_type="dflash"`), driven with the weights
-  of the same head.
-- `prompt-lookup`: drafts copied from the text so far, without any model.
+- `native-dflash`: the chain loop for DFlash heads (`speculation_type="dflash"`), with the weights of the same head.
+- `prompt-lookup`: drafts copied from the text so far, without a model.
 - `assistant:ID`: assisted generation with a small model of the same or another vocabulary.
 
-Under sampling transformers verifies drafts by random numbers of its own: the texts follow the target's distribution
-but are not those of plain decoding with the same seed, whatever the dtype.
+Under sampling these verify drafts with extra random numbers. Their texts follow the target's distribution, but differ
+from plain decoding with the same seed in every dtype.
 """
 
 from typing import Any
@@ -17,6 +16,7 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTok
 from transformers.modeling_outputs import BaseModelOutput
 
 from .._compat import CACHE_NAME
+from ..errors import JetFlowError
 from ..head.modeling_jetflow import JetFlowHead
 from ..target.loading import load_target
 
@@ -34,11 +34,11 @@ def rival_kwargs(
     method: str, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, head: JetFlowHead
 ) -> dict[str, Any]:
     """
-    Keywords of `generate` that make the target decode with a rival method.
+    Keywords of `generate` for a rival method.
 
     Raises:
-        ValueError: If the head cannot draft that way, or the assistant cannot be loaded as a causal language model.
-        OSError: If the assistant is not there.
+        JetFlowError: If the head cannot draft that way, or the assistant is no causal language model.
+        OSError: If the assistant does not exist.
     """
     if method == "native-dflash":
         return {"assistant_model": NativeDFlash(head), "speculation_type": "dflash"}
@@ -51,33 +51,32 @@ def _assistant_kwargs(source: str, target: PreTrainedModel, tokenizer: PreTraine
     try:
         assistant, its_tokenizer = load_target(source, str(target.dtype).removeprefix("torch."))
     except (OSError, ValueError) as error:
-        kind = OSError if isinstance(error, OSError) else ValueError
+        kind = OSError if isinstance(error, OSError) else JetFlowError
         raise kind(f"the assistant of `{ASSISTANT}{source}` cannot be loaded: {error}") from error
     has_same_size = assistant.config.get_text_config().vocab_size == target.config.get_text_config().vocab_size
     if not has_same_size:
         return {"assistant_model": assistant, "tokenizer": tokenizer, "assistant_tokenizer": its_tokenizer}
     if its_tokenizer.get_vocab() != tokenizer.get_vocab():
-        raise ValueError(
-            f"the assistant `{source}` has other tokens than the target but as many, which transformers takes for the "
-            "same ones; choose an assistant with the target's tokenizer, or one whose vocabulary has another size"
+        raise JetFlowError(
+            f"the assistant `{source}` has another vocabulary than the target, but of the same size, so transformers "
+            "takes them for equal; use an assistant with the target's tokenizer, or with a vocabulary of another size"
         )
     return {"assistant_model": assistant}
 
 
 class NativeDFlash(nn.Module):
     """
-    A head as transformers' `DFlashTokenCandidateGenerator` wants it: the backbone alone.
+    Adapts a head to transformers' `DFlashTokenCandidateGenerator`, which drafts chains of `block_size - 1`.
 
-    The generator embeds the anchor and MASK rows with the target's embeddings, hands over the tapped states, keeps
-    keys and values in a cache of its own, and scores the rows with the target's whole output embedding. So this rival
-    uses all weights of the backbone and, for a head with one, its learned mask embedding; it uses no branch
-    correction and no draft vocabulary (it may draft tokens outside of it), always a chain of `block_size - 1`.
+    The generator embeds the anchor and MASK rows with the target's embedding, passes the tapped states, owns the cache
+    and scores the rows with the target's full output embedding. So this rival uses the head's backbone and its learned
+    mask embedding, but neither its branch correction nor its draft vocabulary.
 
     Args:
         head ([`JetFlowHead`]): The head.
 
     Raises:
-        ValueError: If the head taps the target's embedding output, which the generator counts no layer for.
+        JetFlowError: If the head taps the target's embedding output, which the generator cannot pass.
     """
 
     def __init__(self, head: JetFlowHead):
@@ -86,16 +85,16 @@ class NativeDFlash(nn.Module):
         config = head.config
         assert config.hidden_state_indices is not None
         if 0 in config.hidden_state_indices:
-            raise ValueError(
-                "the head taps the target's embedding output, which transformers' DFlash loop cannot hand over; leave "
+            raise JetFlowError(
+                "the head taps the target's embedding output, which transformers' DFlash loop cannot pass; leave "
                 "`native-dflash` out of the methods"
             )
-        # Without layer types: the cache keeps all rows, and the head's own masks cut its windows.
+        # Without layer types the cache keeps all rows; the head's own masks apply its windows.
         self.config = PreTrainedConfig(
             num_hidden_layers=config.num_hidden_layers,
             target_layer_ids=[index - 1 for index in config.hidden_state_indices],
             block_size=config.block_size,
-            mask_token_id=config.mask_token_id or 0,  # replaced below where the head has a mask embedding
+            mask_token_id=config.mask_token_id or 0,  # unused if the head has a mask embedding
             vocab_size=config.vocab_size,
         )
 
@@ -114,10 +113,10 @@ class NativeDFlash(nn.Module):
         """
         Args:
             noise_embeds (`torch.Tensor`, (1, block_size, hidden)): Embeddings of the anchor and the MASK rows.
-            context_hidden_states (`torch.Tensor`, (1, seq, taps x target_hidden)): States not in the cache yet.
-            position_ids (`torch.Tensor`, (1, seq + block_size)): Of both, the context first.
-            attention_mask: Not read: the prompts of a bench are not padded.
-            cache: The generator's, under `CACHE_NAME`.
+            context_hidden_states (`torch.Tensor`, (1, seq, taps x target_hidden)): Tapped states not yet cached.
+            position_ids (`torch.Tensor`, (1, seq + block_size)): Positions of the context, then of the block.
+            attention_mask: Ignored: rivals decode one prompt at a time, without padding.
+            cache: The generator's cache, under `CACHE_NAME`.
         """
         head, num_context = self.head, context_hidden_states.shape[1]
         if head.mask_embedding is not None:
@@ -134,7 +133,7 @@ class NativeDFlash(nn.Module):
 
 
 class _NativeCache:
-    """transformers' cache behind the head's interface; the generator itself crops the block's rows."""
+    """Gives transformers' cache the interface of the head's; the generator crops the rows of the block."""
 
     def __init__(self, cache: Cache):
         self._cache = cache

@@ -1,35 +1,38 @@
-"""From the runs of a bench to the rows of its result: medians, quartiles, means over rounds."""
+"""Rows of a result: medians and quartiles over runs, means over rounds; and their names in tables and figures."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import PurePath
 from typing import Any
 
 from .forward_times import forward_seconds, rounds_by_nodes
 from .runs import Run, Variant
 
 
-def make_row(variant: Variant, runs: Sequence[Run], plain: Sequence[Run], forwards: Sequence[Any]) -> dict[str, Any]:
+Row = dict[str, Any]
+
+
+def make_row(variant: Variant, runs: Sequence[Run], plain: Sequence[Run], forwards: Sequence[Any]) -> Row:
     """
     The figures of one variant.
 
     Args:
-        runs: Its runs, prompt by prompt.
-        plain: The plain runs of the same prompts, which speedups are ratios to.
-        forwards: What `time_forwards` found beside each run, empty if nothing.
+        runs: Its runs, one per prompt.
+        plain: The plain runs of the same prompts, the base of speedups.
+        forwards: The result of `time_forwards` for each run; empty if not timed.
 
     Returns:
-        `dict`: The fields described in docs/benchmarks.md. A speedup is the median over the runs of (plain
-            seconds per token / own seconds per token), its spread the quartiles. Where no run decoded anything behind
-            its first tokens, `decode_speedup` and `decode_tokens_per_second` are `None`.
+        `dict`: The fields described in docs/benchmarks.md. A speedup is the median over runs of (plain seconds per
+            token / own seconds per token), its spread the quartiles. `decode_speedup` and `decode_tokens_per_second`
+            are `None` if no run decoded more than its first tokens.
     """
     pairs = list(zip(plain, runs, strict=True))
-    speedups = [
-        (of_plain.seconds / len(of_plain.new_ids)) / (run.seconds / len(run.new_ids)) for of_plain, run in pairs
-    ]
+    speedups = [(base.seconds / len(base.new_ids)) / (run.seconds / len(run.new_ids)) for base, run in pairs]
     decode_speedups = [
-        (of_plain.decode_seconds / of_plain.num_decoded) / (run.decode_seconds / run.num_decoded)
-        for of_plain, run in pairs
-        if of_plain.num_decoded and run.num_decoded
+        (base.decode_seconds / base.num_decoded) / (run.decode_seconds / run.num_decoded)
+        for base, run in pairs
+        if base.num_decoded and run.num_decoded
     ]
     num_rounds, num_decoded = sum(run.num_rounds for run in runs), sum(run.num_decoded for run in runs)
     decode_seconds = sum(run.decode_seconds for run in runs)
@@ -48,7 +51,7 @@ def make_row(variant: Variant, runs: Sequence[Run], plain: Sequence[Run], forwar
         "decode_tokens_per_second": round(num_decoded / decode_seconds, 2) if num_decoded else None,
         "decode_speedup": _rounded(statistics.median(decode_speedups), 3) if decode_speedups else None,
         "decode_speedup_spread": _quartiles(decode_speedups),
-        "identical_to_plain": round(sum(run.new_ids == of_plain.new_ids for of_plain, run in pairs) / len(runs), 4),
+        "identical_to_plain": round(sum(run.new_ids == base.new_ids for base, run in pairs) / len(runs), 4),
         "seconds_per_round": _rounded(per_round, 6),
         "round_seconds": _round_seconds(runs),
         "forward_seconds": parts and {part: round(seconds, 6) for part, seconds in parts.items()},
@@ -60,10 +63,9 @@ def make_row(variant: Variant, runs: Sequence[Run], plain: Sequence[Run], forwar
 
 def _tokens_per_round(runs: Sequence[Run]) -> float:
     """
-    Tokens per target forward behind the prefill.
+    Tokens per target forward after the prefill.
 
-    Our own loop counts what it accepted, also behind the end of the answer; of other methods only emitted tokens are
-    known.
+    Our loop counts all accepted tokens, even those after the end of the answer; other methods only emitted ones.
     """
     if all(run.stats is not None for run in runs):
         stats = [run.stats for run in runs if run.stats is not None]
@@ -74,7 +76,7 @@ def _tokens_per_round(runs: Sequence[Run]) -> float:
 
 
 def _round_seconds(runs: Sequence[Run]) -> dict[str, float]:
-    """Mean seconds of each step of a round, as the loop timed them; its prefill is no round."""
+    """Mean seconds of each step of a round, as timed by the loop; prefill excluded."""
     steps: dict[str, float] = {}
     for run in runs:
         for step, seconds in (run.stats or {}).get("seconds_by_step", {}).items():
@@ -84,17 +86,15 @@ def _round_seconds(runs: Sequence[Run]) -> dict[str, float]:
 
 
 def _acceptance(runs: Sequence[Run]) -> list[float]:
-    """Share of the rounds that drafted depth 1, 2, ... which kept a token there."""
+    """By depth, the share of rounds drafting there that accepted a token."""
     all_stats = [run.stats for run in runs if run.stats is not None]
     depth = max((len(stats["offered_by_depth"]) for stats in all_stats), default=0)
     offered, accepted = [0] * depth, [0] * depth
     for stats in all_stats:
-        for level, (of_level, kept) in enumerate(
-            zip(stats["offered_by_depth"], stats["accepted_by_depth"], strict=True)
-        ):
-            offered[level] += of_level
-            accepted[level] += kept
-    return [round(kept / of_level, 4) for kept, of_level in zip(accepted, offered, strict=True)]
+        for index, counts in enumerate(zip(stats["offered_by_depth"], stats["accepted_by_depth"], strict=True)):
+            offered[index] += counts[0]
+            accepted[index] += counts[1]
+    return [round(yes / count, 4) for yes, count in zip(accepted, offered, strict=True)]
 
 
 def _shares(counts: dict[int, int]) -> dict[str, float]:
@@ -102,7 +102,7 @@ def _shares(counts: dict[int, int]) -> dict[str, float]:
 
 
 def _quartiles(values: Sequence[float]) -> list[float] | None:
-    """First and third quartile; of a single value that value twice, `None` of none."""
+    """First and third quartile; a single value twice; `None` without values."""
     if not values:
         return None
     low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
@@ -111,3 +111,39 @@ def _quartiles(values: Sequence[float]) -> list[float] | None:
 
 def _rounded(value: float | None, digits: int) -> float | None:
     return None if value is None else round(value, digits)
+
+
+def machine(environment: dict[str, Any]) -> str:
+    """The GPU, or the processor and its threads, of a result's `environment`."""
+    threads = f"{environment['num_threads']} thread" + ("s" if environment["num_threads"] > 1 else "")
+    return environment.get("cuda_device") or f"{environment['processor']}, {threads}"
+
+
+def row_groups(rows: list[Row]) -> Iterator[tuple[str, list[Row]]]:
+    """Rows with the same prompts, context length, batch size and temperature, each group with its label."""
+
+    def label(row: Row) -> str:
+        length = f", {row['context_length']} tokens" if row.get("context_length") else ""
+        length += f", batches of {row['batch_size']}" if row.get("batch_size", 1) > 1 else ""
+        return f"{row['prompts']}{length}, {temperature_label(row['temperature'])}"
+
+    for name, group in groupby(rows, key=label):
+        yield name, list(group)
+
+
+def temperature_label(temperature: float) -> str:
+    """`greedy`, or the temperature."""
+    return "greedy" if temperature == 0 else f"temperature {temperature:g}"
+
+
+def row_name(row: Row) -> str:
+    """A method and its node budget, short enough for a table or a legend."""
+    method = row["method"]
+    if len(method) > 32:  # the path of an assistant
+        method = f"assistant:{PurePath(method).name}"
+    return method if row["node_budget"] is None else f"{method}, {nodes_label(row['node_budget'])}"
+
+
+def nodes_label(budget: int | str) -> str:
+    """`auto`, or the number of nodes."""
+    return "auto" if budget == "auto" else f"{budget} node" + ("s" if int(budget) > 1 else "")

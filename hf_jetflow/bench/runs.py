@@ -1,7 +1,7 @@
 """One timed `generate` call, measured the same way for every method.
 
-A streamer notes when tokens come out, which parts prefill from decoding, and a hook on the target counts its forwards.
-Both are there for plain decoding too, so that they weigh on no method more than on another.
+A streamer records when tokens arrive, which separates prefill from decoding. A hook counts the target's forwards.
+Plain decoding has both too, so that the overhead is equal for all methods.
 """
 
 import time
@@ -15,50 +15,52 @@ from transformers import CompileConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from ..head.modeling_jetflow import JetFlowHead
+from ..head.settings import head_settings
 
 
-LOOP_METHODS = ("jetflow", "chain")  # our own loop, which keeps `GenerationStats`
-
-
-CACHES = ("dynamic", "static", "compiled")  # kinds of the target's cache; compiled is static, with compiled forwards
+LOOP_METHODS = ("jetflow", "chain")  # run by our loop, which records `GenerationStats`
+CACHES = ("dynamic", "static", "compiled")  # compiled is static with compiled forwards
 
 
 def cache_kwargs(cache: str) -> dict[str, Any]:
-    """Keywords of `generate` for a kind of cache."""
+    """Keywords of `generate` for one of `CACHES`."""
     if cache == "dynamic":
         return {}
     config = CompileConfig()
-    config._compile_all_devices = True  # transformers would leave a CPU out
+    config._compile_all_devices = True  # transformers would skip a CPU
     return {"cache_implementation": "static", "disable_compile": cache == "static", "compile_config": config}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to decode: a method and, where it applies, a node budget."""
+    """One way to decode: a method and, for trees, a node budget."""
 
     method: str
     node_budget: int | str | None = None
 
-    @property
-    def name(self) -> str:
-        return self.method if self.node_budget is None else f"{self.method} {self.node_budget}"
+    def head_settings(self, head: JetFlowHead) -> dict[str, Any]:
+        """A tree within the node budget, or a chain, of the head's full depth; nothing for other methods."""
+        depth = head.config.block_size - 1
+        if self.method == "chain":
+            return {"node_budget": depth + 1, "max_depth": depth, "width": 1}
+        if self.method == "jetflow":
+            return {"node_budget": self.node_budget, "max_depth": depth, "width": None}
+        return {}
 
 
 @dataclass
 class Run:
-    """What one call took and yielded."""
+    """Times and tokens of one call."""
 
     method: str
     node_budget: int | str | None
-    seconds: float  # of the whole call
-    prefill_seconds: float  # until the first token came out
-    new_ids: list[int]  # of a batch, one sequence's after another's
-    num_first: (
-        int  # tokens that came out at once with the first: one for each sequence, or more where they were drafted
-    )
-    num_forwards: int  # target forwards, the prefill's included
-    stats: dict[str, Any] | None  # the fields of `GenerationStats`, for our own loop
-    num_rows: int = 1  # sequences of the batch
+    seconds: float  # the whole call
+    prefill_seconds: float  # until the first token
+    new_ids: list[int]  # of all sequences of the batch, concatenated
+    num_first: int  # tokens that arrived first: one per sequence, or more if they were drafted
+    num_forwards: int  # target forwards, prefill included
+    stats: dict[str, Any] | None  # fields of `GenerationStats`; `None` for methods outside our loop
+    num_sequences: int = 1
 
     @property
     def decode_seconds(self) -> float:
@@ -66,19 +68,19 @@ class Run:
 
     @property
     def num_decoded(self) -> int:
-        """Tokens behind those of the prefill."""
+        """Tokens after those of the prefill."""
         return len(self.new_ids) - self.num_first
 
     @property
     def num_rounds(self) -> int:
-        """Target forwards behind the prefill, for each sequence."""
+        """Target forwards after the prefill, summed over sequences."""
         if self.stats is None or "plain" in self.stats.get("policy", {}):
-            return (self.num_forwards - 1) * self.num_rows
+            return (self.num_forwards - 1) * self.num_sequences
         return self.stats["num_rounds"]
 
 
 class TokenClock(BaseStreamer):
-    """Notes when the first tokens of an answer come out, and how many they are."""
+    """Records when the first tokens of an answer arrive, and how many there are."""
 
     def __init__(self) -> None:
         self._has_prompt = False
@@ -98,7 +100,7 @@ class TokenClock(BaseStreamer):
 
 @contextmanager
 def counted_forwards(model: PreTrainedModel) -> Iterator[list[int]]:
-    """Counts the model's forwards inside, in the one entry of a list."""
+    """Count the model's forwards inside the block, in the only item of the list."""
     count = [0]
 
     def add(*_: Any) -> None:
@@ -127,11 +129,11 @@ def timed_run(
     Answer a prompt, or several in one batch, once.
 
     Args:
-        prompts: Token ids of the prompts, padded on the left where they differ in length.
+        prompts: Token ids of the prompts; prompts of different lengths are padded on the left.
         rival: Keywords of `generate` for a method of `rivals.py`.
         cache: One of `CACHES`.
-        temperature: 0 for greedy; else all tokens are sampled from.
-        seed: Of the sampling; every method gets the same.
+        temperature: 0 for greedy; otherwise the whole vocabulary is sampled from.
+        seed: Seed of the sampling, the same for every method.
     """
     kwargs: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     kwargs |= {**cache_kwargs(cache), **(rival or {})}
@@ -139,7 +141,6 @@ def timed_run(
         kwargs |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
     is_ours = variant.method in LOOP_METHODS
     if is_ours:
-        configure(head, variant)
         kwargs["assistant_model"] = head
     width = max(map(len, prompts))
     pad_token_id = target.generation_config.pad_token_id or 0
@@ -147,13 +148,14 @@ def timed_run(
     is_token = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
     input_ids, attention_mask = (torch.tensor(rows, device=target.device) for rows in (padded, is_token))
     clock = TokenClock()
-    with counted_forwards(target) as count:
+    with head_settings(head, **variant.head_settings(head)), counted_forwards(target) as count:
         torch.manual_seed(seed)
         synchronize(target)
         start = time.perf_counter()
         output = target.generate(input_ids, attention_mask=attention_mask, streamer=clock, **kwargs)
         synchronize(target)
         seconds = time.perf_counter() - start
+        stats = asdict(head.last_stats) if is_ours else None
     assert clock.first_time is not None
     return Run(
         method=variant.method,
@@ -163,27 +165,19 @@ def timed_run(
         new_ids=[token for row in output[:, width:].tolist() for token in _answer(row, target)],
         num_first=clock.num_first,
         num_forwards=count[0],
-        stats=asdict(head.last_stats) if is_ours else None,
-        num_rows=len(prompts),
+        stats=stats,
+        num_sequences=len(prompts),
     )
 
 
 def _answer(ids: list[int], target: PreTrainedModel) -> list[int]:
-    """The ids up to the end of the answer, without the padding of a sequence that ended before others."""
+    """The ids up to and including the end token, without the padding after it."""
     ends = target.generation_config.eos_token_id
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-    return ids[: next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))]
-
-
-def configure(head: JetFlowHead, variant: Variant) -> None:
-    """Set the head to a tree within the variant's node budget, or to a chain, as deep as it drafts."""
-    config, depth = head.generation_config, head.config.block_size - 1
-    is_chain = variant.method == "chain"
-    config.max_depth, config.width = depth, 1 if is_chain else None
-    config.node_budget = depth + 1 if is_chain else variant.node_budget
+    return ids[: next((index + 1 for index, token in enumerate(ids) if token in ends), len(ids))]
 
 
 def synchronize(model: PreTrainedModel) -> None:
-    """Wait until the device has done what was asked of it."""
+    """Wait until the device has finished all work."""
     if model.device.type == "cuda":
         torch.cuda.synchronize()

@@ -158,46 +158,34 @@ def bench(
 
     hf-jetflow bench --target model.gguf --head examples/heads/smollm2-135m-instruct --prompts prompts.jsonl
     """
-    from ..bench.bench import BenchSettings, run_bench, write_json
-    from ..bench.plots import draw_bench, plot_path
+    from ..bench.bench import bench_pair
     from ..bench.report import closing_sentences, print_tables
-    from ..head.modeling_jetflow import JetFlowHead
-    from ..prompts import read_prompts
-    from ..target.loading import fast_dtype, load_target
+    from ..bench.settings import BenchSettings
+    from ..target.loading import PairSettings
 
     _hush(quiet)
     with _readable_errors():
-        settings: dict[str, Any] = dict(
+        settings = BenchSettings(
+            prompts=prompts,
             methods=methods.split(","),
-            node_budgets=[budget if budget == "auto" else _number(int, budget) for budget in node_budgets.split(",")],
+            node_budgets=node_budgets.split(","),
             temperatures=[_number(float, value) for value in temperature.split(",")],
             context_lengths=[_number(int, length) for length in context_lengths.split(",") if length],
             batch_sizes=[_number(int, size) for size in batch_sizes.split(",")],
             max_new_tokens=max_new_tokens,
             num_prompts=num_prompts,
             repeats=repeats,
-            cache=cache,
+            cache=cache,  # type: ignore[arg-type]
+            json=json,
+            plot=plot,
         )
-        BenchSettings(**settings)  # what is wrong is said before models are loaded and hours measured
-        for prompt_file in prompts:
-            read_prompts([prompt_file])
-        figure = None if plot is None else plot_path(plot)
-        model, tokenizer = load_target(target, fast_dtype() if dtype == "auto" else dtype)
-        draft_head = JetFlowHead.from_pretrained(head, dtype=model.dtype).to(model.device)
-        log_path = None if json is None else json.with_name(f"{json.name}.partial")
         with _progress(quiet) as bars:
-            reporter = _Reporter(bars, quiet)
-            result = run_bench(model, tokenizer, draft_head, prompts, log_path=log_path, progress=reporter, **settings)
-        if json is not None and log_path is not None:
-            write_json(result, json)
-            log_path.unlink()
-        if figure is not None:
-            draw_bench(result, figure)
+            result = bench_pair(PairSettings(target, head, dtype), settings, _Reporter(bars, quiet))  # type: ignore[arg-type]
     output = Console(width=None if sys.stdout.isatty() else 120)
     if not quiet:
         print_tables(result, output)
     output.print(*closing_sentences(result["rows"]), sep="\n", highlight=False, soft_wrap=True)
-    for path in (json, figure):
+    for path in (json, plot):
         if path is not None:
             console.print(f"written to {path}")
 
@@ -223,37 +211,18 @@ def doctor(
 
     Exit status: 0 if no fault was found, 1 if one was, 2 if the examination could not be made.
     """
-    from ..bench.bench import environment, write_json
-    from ..doctor.doctor import NODE_BUDGET, examine, layout_facts
+    from ..doctor.doctor import DoctorSettings, examine_pair
     from ..doctor.report import print_findings, verdict_lines
-    from ..head.modeling_jetflow import JetFlowHead
-    from ..prompts import read_prompts
-    from ..target.loading import fast_dtype, load_target
+    from ..target.loading import PairSettings
 
     _hush(quiet)
     with _readable_errors(status=2):
-        conversations = [prompt["messages"] for prompt in read_prompts(prompts)[:num_prompts]]
-        model, tokenizer = load_target(target, fast_dtype() if dtype == "auto" else dtype)
-        draft_head = JetFlowHead.from_pretrained(head, dtype=model.dtype).to(model.device)
-        layout = layout_facts(head)
+        settings = DoctorSettings(prompts, num_prompts, max_new_tokens, json)
         with _progress(quiet) as bars:
-            findings = examine(
-                model,
-                tokenizer,
-                draft_head,
-                conversations if prompts else None,
-                target_name=target,
-                head_name=head,
-                max_new_tokens=max_new_tokens,
-                progress=_Reporter(bars, quiet),
-            )
-        findings["facts"]["layout"] = layout
-        settings = {"target": target, "head": head, "node_budget": NODE_BUDGET, "max_new_tokens": max_new_tokens}
-        findings = {"environment": environment(), "settings": settings, **findings}
-        if json is not None:
-            write_json(findings, json)
-            console.print(f"written to {json}")
+            findings = examine_pair(PairSettings(target, head, dtype), settings, _Reporter(bars, quiet))  # type: ignore[arg-type]
     output = Console(width=None if sys.stdout.isatty() else 120)
+    if json is not None:
+        console.print(f"written to {json}")
     if not quiet:
         print_findings(findings, output)
     output.print(*verdict_lines(findings), sep="\n", markup=False, highlight=False, soft_wrap=True)
@@ -304,11 +273,11 @@ def plot(
 
     hf-jetflow plot bench.json bench.png
     """
-    from ..bench.bench import read_json
+    from ..bench.bench import read_result
     from ..bench.plots import draw_bench
 
     with _readable_errors():
-        path = draw_bench(read_json(result), figure)
+        path = draw_bench(read_result(result), figure)
     console.print(f"written to {path}")
 
 
@@ -340,21 +309,12 @@ def show(
 
     hf-jetflow show --target org/model --head org/head --prompt "Why is the sky blue?" --output trees.html
     """
-    from ..head.modeling_jetflow import JetFlowHead
-    from ..show.show import check_output, choose_prompt, record_trees, write_trees
-    from ..target.loading import fast_dtype, load_target
+    from ..show.show import ShowSettings, show_pair
+    from ..target.loading import PairSettings
 
     with _readable_errors():
-        check_output(output)  # what is wrong is said before models are loaded
-        messages = choose_prompt(prompt, prompts, index)
-        budget = int(node_budget) if node_budget.isdecimal() else node_budget
-        model, tokenizer = load_target(target, fast_dtype() if dtype == "auto" else dtype)
-        draft_head = JetFlowHead.from_pretrained(head, dtype=model.dtype).to(model.device)
-        rounds = record_trees(model, tokenizer, draft_head, messages, max_new_tokens, budget)
-        names = f"{Path(head).name} drafts for {Path(target).name}"
-        about = f"{names}, {str(model.dtype).removeprefix('torch.')}, node budget {node_budget}"
-        write_trees(rounds, tokenizer, output, only=round, prompt=messages[-1]["content"], about=about)
-    stats = draft_head.last_stats
+        settings = ShowSettings(output, prompt, prompts, index, max_new_tokens, node_budget=node_budget, round=round)
+        stats = show_pair(PairSettings(target, head, dtype), settings)  # type: ignore[arg-type]
     console.print(f"{stats.num_rounds} rounds, {stats.tokens_per_round:.2f} tokens per round; written to {output}")
 
 
@@ -453,28 +413,28 @@ def simulate(
 
     hf-jetflow simulate --target Qwen/Qwen3-8B --head runs/my-head --acceptance bench.json --hardware h100-graphed
     """
-    from ..bench.bench import write_json
-    from ..simulate.report import plot_speedup, speedup_table
-    from ..simulate.simulate import run_simulation
+    from ..simulate.report import speedup_table
+    from ..simulate.simulate import SimulateSettings, run_simulation
 
     with _readable_errors():
         result = run_simulation(
-            target,
-            head,
-            acceptance,
-            hardware,
-            node_budgets=None if node_budgets is None else [_number(int, each) for each in node_budgets.split(",")],
-            batch_sizes=[_number(int, each) for each in batch_sizes.split(",")],
-            context=context,
+            SimulateSettings(
+                target,
+                head,
+                acceptance,
+                hardware,
+                [] if node_budgets is None else [_number(int, each) for each in node_budgets.split(",")],
+                [_number(int, each) for each in batch_sizes.split(",")],
+                context,
+                json,
+                plot,
+            )
         )
-        if not quiet:
-            Console(width=None if sys.stdout.isatty() else 120).print(speedup_table(result))
-        if json is not None:
-            write_json(result, json)
-            console.print(f"written to {json}")
-        if plot is not None:
-            plot_speedup(result, plot)
-            console.print(f"drawn in {plot}")
+    if not quiet:
+        Console(width=None if sys.stdout.isatty() else 120).print(speedup_table(result))
+    for path in (json, plot):
+        if path is not None:
+            console.print(f"written to {path}")
 
 
 def main() -> None:

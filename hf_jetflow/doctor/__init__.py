@@ -1,4 +1,4 @@
-"""`hf-jetflow doctor`: checks a head with its target, and names the mistake when acceptance is low.
+"""`hf-jetflow doctor`: checks a head with its target, and names the mistake if acceptance is low.
 
-Start with `doctor.py`; `mistakes.py` injects the usual mistakes, `verdict.py` reads the result.
+Start with `doctor.py`. `mistakes.py` lists common mistakes and reverts each, `verdict.py` draws the conclusions.
 """

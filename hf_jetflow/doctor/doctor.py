@@ -1,42 +1,47 @@
-"""The doctor: whether a head drafts well for its target, and which of the usual mistakes it is if not.
+"""Check whether a head drafts well for its target, and find the common mistake if it does not.
 
-A head that was read wrongly still loads and still leaves the text as it is, it only drafts worse. So each usual
-mistake is undone on a head with the same tensors, and the target's own answers are scored again: every answer is
-decoded once, each mistake costs two forwards of target and head per answer. What decides is the probability that the
-head gives to the target's tokens: over a few answers it tells far smaller differences from chance than tokens per
-round do.
+A misread head still loads, and the text stays exact: only acceptance drops. So the doctor reverts each common mistake
+on a head with the same weights and scores the target's own answers again. Answers are decoded once; each mistake costs
+two forwards of target and head per answer. The criterion is the log-probability of the target's tokens under the head:
+over a few answers it shows far smaller differences than tokens per round do.
 """
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..bench.environment import environment
+from ..errors import JetFlowError
+from ..files import write_json
 from ..head.checkpoint_files import WEIGHT_PATTERNS, locate, read_config, read_tensors
 from ..head.formats import read_checkpoint, recognise
 from ..head.modeling_jetflow import JetFlowHead
+from ..head.settings import head_settings
 from ..integration import check_pairing
+from ..prompts import read_prompts
 from ..stats import GenerationStats
+from ..target.loading import PairSettings
 from ..target.target import Target
-from ..training.evaluation import decoding_with
+from ..training.evaluation import greedy_ids
 from ..training.replay import answer_logprobs, replay
-from .mistakes import encode, other_encodings, usual_mistakes, windows_tried, with_fields
-from .verdict import HARDLY_DRAFTS, find_advice, find_faults
+from .mistakes import common_mistakes, encode, other_encodings, window_to_try, with_fields
+from .verdict import MIN_TOKENS_PER_ROUND, find_advice, find_faults
 
 
 NODE_BUDGET = 32
-NUM_COMPARED = 2  # prompts decoded with the head, next to plain decoding
-FEWEST_PROMPTS = 3
-# A change is better if the mean gain over prompts is more than two of its standard errors and no trifle, and if the
-# head then drafts at all.
-STANDARD_ERRORS = 2
-TRIFLE = 0.02  # nats per token
-CLEAR_GAIN_OF_PROMPTS = 1.3  # in tokens per round: prompts of another form have other answers, which may be easier
-NEAR_TIE = 0.5  # nats; rounding in bfloat16 or float16 may choose between tokens that are closer than this
+NUM_COMPARED = 2  # prompts decoded with the head and compared with plain decoding
+MIN_PROMPTS = 3
+# A change is better if its mean gain over prompts exceeds both thresholds and the head then drafts at all.
+NUM_STANDARD_ERRORS = 2
+MIN_GAIN = 0.02  # nats per token
+MIN_PROMPT_FORM_RATIO = 1.3  # of tokens per round: another prompt form has other answers, which may be easier
+NEAR_TIE = 0.5  # nats: below this margin, rounding in bfloat16 or float16 may decide between two tokens
 
 BUILT_IN_PROMPTS = (
     "Tom has 3 boxes with 12 pencils each and gives away 9 pencils. How many pencils does he have left?",
@@ -49,9 +54,33 @@ BUILT_IN_PROMPTS = (
     "Write an e-mail that moves a meeting from Monday to Thursday.",
 )
 
-Text = tuple[list[int], int]  # token ids of prompt and greedy answer, and of how many the prompt is
+Text = tuple[list[int], int]  # token ids of prompt and greedy answer, and the length of the prompt
 Progress = Callable[[int, int, str], None]
 Findings = dict[str, Any]
+
+
+@dataclass
+class DoctorSettings:
+    """Prompts and length of an examination."""
+
+    prompts: list[Path] = field(
+        default_factory=list,
+        metadata={"action": "extend", "help": "JSON lines files of prompts, in place of the built-in prompts."},
+    )
+    num_prompts: int = field(default=8, metadata={"help": "Prompts taken from the files."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Tokens of each answer."})
+    json: Path | None = field(default=None, metadata={"help": "File for all findings as JSON."})
+
+    def __post_init__(self) -> None:
+        for name in ("num_prompts", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise JetFlowError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+
+    def conversations(self) -> list[list[dict[str, str]]]:
+        """The prompts as chat messages."""
+        if not self.prompts:
+            return [[{"role": "user", "content": text}] for text in BUILT_IN_PROMPTS]
+        return [prompt["messages"] for prompt in read_prompts(self.prompts)[: self.num_prompts]]
 
 
 @dataclass
@@ -59,29 +88,62 @@ class Figures:
     """How a head drafts known answers."""
 
     tokens_per_round: float
-    by_prompt: list[float]  # tokens per round of each
+    by_prompt: list[float]  # tokens per round
     acceptance_by_depth: list[float]
-    logprob_by_prompt: list[float]  # mean over all drafted tokens of each
+    logprob_by_prompt: list[float]  # mean over the drafted tokens
 
     @property
     def logprob(self) -> float:
-        """Mean log-probability of the target's tokens, in nats, each prompt counting alike."""
+        """Mean log-probability of the target's tokens, in nats; every prompt has the same weight."""
         return statistics.mean(self.logprob_by_prompt)
 
     def as_dict(self) -> Findings:
         return {**asdict(self), "logprob": self.logprob}
 
 
+def examine_pair(pair: PairSettings, settings: DoctorSettings, progress: Progress | None = None) -> Findings:
+    """
+    Load a target and a head, examine them, and write the findings if the settings ask for it.
+
+    Returns:
+        The findings of `examine`, with `environment`, `settings`, and the layout of the head's files in `facts`.
+    """
+    conversations = settings.conversations()
+    target, tokenizer, head = pair.load()
+    layout = layout_facts(pair.head)
+    findings = examine(
+        target,
+        tokenizer,
+        head,
+        conversations,
+        target_name=pair.target,
+        head_name=pair.head,
+        max_new_tokens=settings.max_new_tokens,
+        progress=progress,
+    )
+    findings["facts"]["layout"] = layout
+    used = {
+        "target": pair.target,
+        "head": pair.head,
+        "node_budget": NODE_BUDGET,
+        "max_new_tokens": settings.max_new_tokens,
+    }
+    findings = {"environment": environment(head), "settings": used, **findings}
+    if settings.json is not None:
+        write_json(findings, settings.json)
+    return findings
+
+
 def layout_facts(source: str) -> Findings:
-    """What a head's files were taken for, and where its causality was read from."""
-    place = locate(source, {})
-    settings = read_config(place)
+    """The layout of a head's files, and the source of its causality."""
+    checkpoint = locate(source, {})
+    settings = read_config(checkpoint)
     layout = recognise(settings)
-    reading = read_checkpoint(layout, settings, read_tensors(place.folder(*WEIGHT_PATTERNS)), {})
+    reading = read_checkpoint(layout, settings, read_tensors(checkpoint.folder(*WEIGHT_PATTERNS)), {})
     return {
         "layout": layout.name,
         "causality_from": reading.causality or "`is_causal`",
-        "overruled": reading.contradictions,
+        "overridden": reading.contradictions,
     }
 
 
@@ -97,21 +159,21 @@ def examine(
     progress: Progress | None = None,
 ) -> Findings:
     """
-    Find out what is wrong with a head and a target.
+    Find out why a head drafts badly for a target.
 
     Args:
-        conversations (*optional*): Prompts as chat messages; the built-in ones if not given.
+        conversations (*optional*): Prompts as chat messages; built-in prompts if not given.
         target_name (`str`), head_name (`str`): Hub ids or folders, for facts and fixes.
         max_new_tokens (`int`): Tokens of each answer.
-        progress: Called with what is done, of how much, and what it is.
+        progress: Called with (steps done, steps in total, name of the step).
 
     Returns:
         `dict`: `facts`; `compared`, texts with and without the head; `as_loaded`, `mistakes` and `prompt_forms`, how
-        the head drafts; `untested`; `faults` (empty for a sound pair), each with `mistake`, `words` and `fix`; and
-        `advice`. Of a head that cannot go with the target at all only `facts`, `faults` and `advice`.
+        the head drafts; `untested`; `faults` (empty for a sound pair), each with `mistake`, `message` and `fix`; and
+        `advice`. If head and target do not fit together, only `facts`, `faults` and `advice`.
 
     Raises:
-        ValueError: If fewer than three prompts have answers of two tokens or more.
+        JetFlowError: If fewer than three prompts have answers of two tokens or more.
     """
     say = progress or (lambda *_: None)
     findings: Findings = {"facts": pairing_facts(target, tokenizer, head), "faults": [], "advice": []}
@@ -120,18 +182,18 @@ def examine(
     try:
         check_pairing(target, head)
     except ValueError as error:
-        findings["faults"].append({"mistake": "pairing", "words": str(error), "fix": []})
+        findings["faults"].append({"mistake": "pairing", "message": str(error), "fix": []})
         return findings
-    conversations = conversations or [[{"role": "user", "content": text}] for text in BUILT_IN_PROMPTS]
+    conversations = conversations or DoctorSettings().conversations()
     prompts = [encode(tokenizer, messages) for messages in conversations]
     texts = list(_greedy_texts(target, prompts, max_new_tokens, say, "plain answers"))
-    places = [place for place, text in enumerate(texts) if _has_rounds(text)]
-    if len(places) < FEWEST_PROMPTS:
-        raise ValueError(
-            f"{len(places)} of the {len(texts)} prompts have answers of two tokens or more, but at least "
-            f"{FEWEST_PROMPTS} are needed to tell a difference from chance; give other prompts"
+    usable = [index for index, text in enumerate(texts) if _has_rounds(text)]
+    if len(usable) < MIN_PROMPTS:
+        raise JetFlowError(
+            f"expected at least {MIN_PROMPTS} prompts with answers of two tokens or more, got {len(usable)} of "
+            f"{len(texts)}; use more or other prompts"
         )
-    conversations, texts = [conversations[place] for place in places], [texts[place] for place in places]
+    conversations, texts = [conversations[index] for index in usable], [texts[index] for index in usable]
     findings["compared"] = list(_compare(target, head, texts[:NUM_COMPARED], say))
     as_loaded = _draft(target, head, texts)
     findings["as_loaded"] = as_loaded.as_dict()
@@ -146,7 +208,7 @@ def examine(
 
 
 def pairing_facts(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, head: JetFlowHead) -> Findings:
-    """What there is to know of a pair without running it."""
+    """Facts about a pair from its configurations."""
     config, text = head.config, target.config.get_text_config(decoder=True)
     return {
         "target": {
@@ -159,8 +221,8 @@ def pairing_facts(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, h
             "dtype": str(target.dtype).removeprefix("torch."),
         },
         "head": {
-            "made_for": config.target_name,
-            "made_for_model_type": config.target_model_type,
+            "trained_for": config.target_name,
+            "trained_for_model_type": config.target_model_type,
             "num_parameters": sum(parameter.numel() for parameter in head.parameters()),
             "num_layers": config.num_hidden_layers,
             "block_size": config.block_size,
@@ -182,15 +244,8 @@ def _greedy_texts(
     target: PreTrainedModel, prompts: Sequence[list[int]], max_new_tokens: int, say: Progress, what: str
 ) -> Iterator[Text]:
     for number, ids in enumerate(prompts, 1):
-        yield ids + _generate(target, ids, max_new_tokens), len(ids)
+        yield ids + greedy_ids(target, ids, max_new_tokens), len(ids)
         say(number, len(prompts), what)
-
-
-def _generate(target: PreTrainedModel, ids: list[int], max_new_tokens: int, **kwargs: Any) -> list[int]:
-    input_ids = torch.tensor([ids], device=target.device)
-    mask = torch.ones_like(input_ids)
-    output = target.generate(input_ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, **kwargs)
-    return output[0, len(ids) :].tolist()
 
 
 def _has_rounds(text: Text) -> bool:
@@ -199,20 +254,20 @@ def _has_rounds(text: Text) -> bool:
 
 @torch.no_grad()
 def _compare(target: PreTrainedModel, head: JetFlowHead, texts: Sequence[Text], say: Progress) -> Iterator[Findings]:
-    """Decode with the head what was decoded plainly, and look at the first token that differs."""
+    """Decode again with the head, and find the first token that differs from plain decoding."""
     for number, (ids, num_prompt) in enumerate(texts, 1):
         plain = ids[num_prompt:]
-        with decoding_with(head, NODE_BUDGET):
-            drafted = _generate(target, ids[:num_prompt], len(plain), assistant_model=head)
+        with head_settings(head, node_budget=NODE_BUDGET):
+            drafted = greedy_ids(target, ids[:num_prompt], len(plain), assistant_model=head)
         say(number, len(texts), "compared with the head")
-        place = next((place for place, pair in enumerate(zip_longest(plain, drafted)) if len(set(pair)) > 1), None)
-        found: Findings = {"num_tokens": len(plain), "first_difference": place, "margin": None}
-        if place is not None and place < len(drafted):
-            prefix = torch.tensor([ids[: num_prompt + place]], device=target.device)
+        first = next((index for index, pair in enumerate(zip_longest(plain, drafted)) if len(set(pair)) > 1), None)
+        found: Findings = {"num_tokens": len(plain), "first_difference": first, "margin": None}
+        if first is not None and first < len(drafted):
+            prefix = torch.tensor([ids[: num_prompt + first]], device=target.device)
             logits = target(prefix).logits[0, -1].float()
-            found["margin"] = round(abs(float(logits[plain[place]] - logits[drafted[place]])), 4)
+            found["margin"] = round(abs(float(logits[plain[first]] - logits[drafted[first]])), 4)
         is_near_tie = target.dtype != torch.float32 and found["margin"] is not None and found["margin"] <= NEAR_TIE
-        yield {**found, "is_fault": place is not None and not is_near_tie}
+        yield {**found, "is_fault": first is not None and not is_near_tie}
 
 
 def _draft(target: PreTrainedModel, head: JetFlowHead, texts: Sequence[Text]) -> Figures:
@@ -233,11 +288,11 @@ def _sums(lists: Iterator[list[int]]) -> list[int]:
     return [sum(values) for values in zip_longest(*lists, fillvalue=0)]
 
 
-def _is_gain(ours: Sequence[float], theirs: Sequence[float], trifle: float = 0.0) -> bool:
-    """Whether the mean difference over prompts is more than chance, and than a trifle."""
-    gains = [one - other for one, other in zip(ours, theirs, strict=True)]
-    noise = STANDARD_ERRORS * statistics.stdev(gains) / len(gains) ** 0.5
-    return statistics.mean(gains) > max(noise, trifle)
+def _is_gain(changed: Sequence[float], as_loaded: Sequence[float], min_gain: float = 0.0) -> bool:
+    """Whether the mean gain over prompts is significant and above a minimum."""
+    gains = [one - other for one, other in zip(changed, as_loaded, strict=True)]
+    noise = NUM_STANDARD_ERRORS * statistics.stdev(gains) / len(gains) ** 0.5
+    return statistics.mean(gains) > max(noise, min_gain)
 
 
 def _try_mistakes(
@@ -248,12 +303,12 @@ def _try_mistakes(
     as_loaded: Figures,
     say: Progress,
 ) -> Iterator[Findings]:
-    mistakes = list(usual_mistakes(head, target, tokenizer))
+    mistakes = list(common_mistakes(head, target, tokenizer))
     for number, mistake in enumerate(mistakes, 1):
         figures = _draft(target, with_fields(head, mistake.fields), texts)
-        say(number, len(mistakes), "usual mistakes")
-        is_gain = _is_gain(figures.logprob_by_prompt, as_loaded.logprob_by_prompt, TRIFLE)
-        is_better = is_gain and figures.tokens_per_round >= HARDLY_DRAFTS
+        say(number, len(mistakes), "common mistakes")
+        is_gain = _is_gain(figures.logprob_by_prompt, as_loaded.logprob_by_prompt, MIN_GAIN)
+        is_better = is_gain and figures.tokens_per_round >= MIN_TOKENS_PER_ROUND
         yield {**asdict(mistake), **figures.as_dict(), "is_better": is_better}
 
 
@@ -266,21 +321,21 @@ def _try_prompt_forms(
     max_new_tokens: int,
     say: Progress,
 ) -> Iterator[Findings]:
-    """Tokens per round where the prompts take another form; the target answers them anew."""
+    """Tokens per round with other prompt forms; the target answers these prompts again."""
     for form, prompts in other_encodings(tokenizer, conversations).items():
         texts = list(_greedy_texts(target, prompts, max_new_tokens, say, form))
-        places = [place for place, text in enumerate(texts) if _has_rounds(text)]
-        if len(places) < FEWEST_PROMPTS:
+        usable = [index for index, text in enumerate(texts) if _has_rounds(text)]
+        if len(usable) < MIN_PROMPTS:
             continue
-        figures = _draft(target, head, [texts[place] for place in places])
-        is_gain = _is_gain(figures.by_prompt, [as_loaded.by_prompt[place] for place in places])
-        enough = max(HARDLY_DRAFTS, CLEAR_GAIN_OF_PROMPTS * as_loaded.tokens_per_round)
+        figures = _draft(target, head, [texts[index] for index in usable])
+        is_gain = _is_gain(figures.by_prompt, [as_loaded.by_prompt[index] for index in usable])
+        enough = max(MIN_TOKENS_PER_ROUND, MIN_PROMPT_FORM_RATIO * as_loaded.tokens_per_round)
         yield {"form": form, **figures.as_dict(), "is_better": is_gain and figures.tokens_per_round >= enough}
 
 
 def _untested(target: PreTrainedModel, head: JetFlowHead, texts: Sequence[Text]) -> list[str]:
-    window = windows_tried(head.config, target)
+    window = window_to_try(head.config, target)
     longest = max(len(ids) for ids, _ in texts) + head.config.block_size
     if window is None or longest > window:
         return []
-    return [f"sliding windows: no text leaves a window of {window} tokens; give longer prompts to tell"]
+    return [f"sliding windows: no text is longer than the window of {window} tokens; give longer prompts"]

@@ -1,4 +1,4 @@
-"""The usual mistakes in reading or using a draft head, each with what undoes it."""
+"""Common mistakes in reading or using a draft head, each with the change that reverts it."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -14,16 +14,16 @@ from ..prompts import encode_chat
 
 @dataclass(frozen=True)
 class Mistake:
-    """A mistake that may have been made, and the fields of `JetFlowConfig` that undo it."""
+    """A possible mistake, and the fields of `JetFlowConfig` that revert it."""
 
     name: str
-    cause: str  # what is wrong if the change helps
+    cause: str  # the explanation if the change helps
     change: str
     fields: dict[str, Any]
 
     def fix(self, source: str) -> list[str]:
         """Lines of Python that load the head without the mistake and save it."""
-        # Own embeddings are tensors of the file, which loads whole or not at all: they are taken out afterwards.
+        # A checkpoint loads with all of its tensors, so its own embeddings are removed after loading.
         own = {"own_embedding": "embed_tokens", "own_lm_head": "lm_head"}
         given = "".join(f", {name}={value!r}" for name, value in self.fields.items() if name not in own)
         return [
@@ -35,7 +35,7 @@ class Mistake:
 
 
 def with_fields(head: JetFlowHead, fields: dict[str, Any]) -> JetFlowHead:
-    """The head with other fields in its configuration; tensors are shared, nothing is copied."""
+    """The head with other fields in its configuration; tensors are shared, not copied."""
     config = JetFlowConfig.from_dict({**head.config.to_dict(), **fields})
     config._attn_implementation = head.config._attn_implementation
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*head.parameters(), *head.buffers())}
@@ -48,23 +48,23 @@ def with_fields(head: JetFlowHead, fields: dict[str, Any]) -> JetFlowHead:
     return other
 
 
-def usual_mistakes(
+def common_mistakes(
     head: JetFlowHead, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[Mistake]:
-    """What may be wrong with a head as it was read for a target that it fits by its sizes."""
+    """Possible mistakes of a head whose sizes fit the target."""
     config = head.config
     for flag in (True, False):
         if config.causal_layers != [flag] * config.num_hidden_layers:
-            words = f"{'causal' if flag else 'bidirectional'} blocks"
-            cause = "whether the rows of a block see one another was read wrongly"
-            yield Mistake("causality", cause, words, {"is_causal": flag})
+            change = f"{'causal' if flag else 'bidirectional'} blocks"
+            cause = "the causality of the head's blocks was misread"
+            yield Mistake("causality", cause, change, {"is_causal": flag})
     yield from _shifted_taps(config, target)
     yield from _windows(config, target)
     yield from _rotations(config, target)
     yield from _mask_tokens(config, target, tokenizer)
     for name, module in (("own_lm_head", "LM head"), ("own_embedding", "embedding")):
         if getattr(config, name):
-            cause = f"the {module} in the file is not the one the head was trained with"
+            cause = f"the {module} in the checkpoint is not the one the head was trained with"
             yield Mistake(module, cause, f"the target's {module}", {name: False})
 
 
@@ -74,23 +74,23 @@ def _shifted_taps(config: JetFlowConfig, target: PreTrainedModel) -> Iterator[Mi
     for shift in (1, -1):
         indices = [index + shift for index in config.hidden_state_indices]
         if min(indices) >= 0 and max(indices) <= last:
-            cause = "the tapped layers are counted off by one"
+            cause = "the tapped layers are off by one"
             yield Mistake("taps", cause, f"taps {shift:+d}: {indices}", {"hidden_state_indices": indices})
 
 
-def windows_tried(config: JetFlowConfig, target: PreTrainedModel) -> int | None:
-    """The window that the head has, or that is tried on it, in positions."""
+def window_to_try(config: JetFlowConfig, target: PreTrainedModel) -> int | None:
+    """The sliding window of the head, or else of the target, in positions."""
     text = target.config.get_text_config(decoder=True)
     return config.sliding_window or getattr(text, "sliding_window", None)
 
 
 def _windows(config: JetFlowConfig, target: PreTrainedModel) -> Iterator[Mistake]:
-    cause = "the sliding window of the head's layers was read wrongly"
-    num_layers, window = config.num_hidden_layers, windows_tried(config, target)
+    cause = "the sliding window of the head's layers was misread"
+    num_layers, window = config.num_hidden_layers, window_to_try(config, target)
     if any(config.layer_windows):
         yield Mistake("window", cause, "no sliding window", {"layer_types": ["full_attention"] * num_layers})
     elif window:
-        for num_full, where in ((0, "all layers"), (1, "all layers but the last")):
+        for num_full, where in ((0, "all layers"), (1, "all layers except the last")):
             kinds = ["sliding_attention"] * (num_layers - num_full) + ["full_attention"] * num_full
             if "sliding_attention" in kinds:
                 fields = {"layer_types": kinds, "sliding_window": window}
@@ -104,10 +104,10 @@ def _rotations(config: JetFlowConfig, target: PreTrainedModel) -> Iterator[Mista
     tried = [config.rope_parameters]
     theirs = JetFlowConfig.for_target(target.config).rope_parameters
     assert theirs is not None
-    for words, rope in (("the target's rope", theirs), ("rope without scaling", plain)):
+    for change, rope in (("the target's rope", theirs), ("rope without scaling", plain)):
         if rope not in tried:
             tried.append(rope)
-            yield Mistake("rope", cause, words, {"rope_parameters": rope})
+            yield Mistake("rope", cause, change, {"rope_parameters": rope})
 
 
 def _mask_tokens(
@@ -121,21 +121,20 @@ def _mask_tokens(
     found += [tokenizer.pad_token_id, text.pad_token_id]
     for token_id in dict.fromkeys(found):
         if token_id is not None and token_id != config.mask_token_id and 0 <= token_id < config.vocab_size:
-            cause = "the rows behind the anchor hold another MASK token than in training"
-            words = f"MASK {token_id} ({tokenizer.convert_ids_to_tokens(token_id)})"
-            yield Mistake("mask token", cause, words, {"mask_token_id": token_id})
+            cause = "the MASK token is not the one the head was trained with"
+            change = f"MASK {token_id} ({tokenizer.convert_ids_to_tokens(token_id)})"
+            yield Mistake("mask token", cause, change, {"mask_token_id": token_id})
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
-    """Token ids of a prompt as the tokenizer's chat template has it, or as plain text where there is no template."""
+    """Token ids of a prompt under the chat template, or as plain text if the tokenizer has none."""
     return encode_chat(tokenizer, messages) if tokenizer.chat_template else _encode_text(tokenizer, messages)
 
 
 def other_encodings(
     tokenizer: PreTrainedTokenizerBase, conversations: Sequence[list[dict[str, str]]]
 ) -> dict[str, list[list[int]]]:
-    """The same prompts in the forms that are mistaken for one another: thinking switched, no template; only those
-    that differ."""
+    """The prompts in other forms, by name: thinking on or off, no chat template; only forms that differ."""
     if not tokenizer.chat_template:
         return {}
     forms = {

@@ -1,82 +1,120 @@
-"""What `hf-jetflow show` does: one answer with its draft trees recorded, written as a page or a picture."""
+"""Record the draft trees of one answer and write them as a page or a picture."""
 
-import copy
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..decoding.tree_log import TreeRound
+from ..errors import JetFlowError
 from ..extras import require_package
 from ..files import atomic_write
 from ..head.modeling_jetflow import JetFlowHead
+from ..head.settings import head_settings, read_node_budget
 from ..prompts import encode_chat, read_prompts
+from ..stats import GenerationStats
+from ..target.loading import PairSettings
+from ..training.evaluation import greedy_ids
 from .tree_page import tree_page
 from .tree_plot import DPI, check_rounds, draw_trees
 
 
-ENDINGS = (".html", ".svg", ".png")
-SHARPNESS = 2  # pixels of a PNG per unit of the drawing
-MOST_PIXELS = 2**16 - 1  # of a PNG's side, by matplotlib
+SUFFIXES = (".html", ".svg", ".png")
+PIXELS_PER_UNIT = 2  # of a PNG
+MAX_PIXELS = 2**16 - 1  # per side of a PNG, a limit of matplotlib
+
+
+@dataclass
+class ShowSettings:
+    """
+    The prompt to answer and the file to write.
+
+    Raises:
+        JetFlowError: If the output has an unknown suffix, the node budget is not valid, or not exactly one of `prompt`
+            and `prompts` is given.
+    """
+
+    output: Path = field(
+        metadata={"help": "File to write: .html for a page of all rounds, .svg or .png for a picture."}
+    )
+    prompt: str | None = field(default=None, metadata={"help": "The user's message."})
+    prompts: Path | None = field(default=None, metadata={"help": "JSON lines file to take a prompt from."})
+    index: int = field(default=0, metadata={"help": "Index of the prompt in the file, from 0."})
+    max_new_tokens: int = field(default=96, metadata={"help": "Tokens of the answer."})
+    node_budget: str = field(default="32", metadata={"help": "Nodes verified per round, root included, or auto."})
+    round: int | None = field(
+        default=None, metadata={"help": "Number of the only round to draw, from 1; the first round shown on a page."}
+    )
+
+    def __post_init__(self) -> None:
+        check_output(self.output)
+        read_node_budget(self.node_budget)
+        if (self.prompt is None) == (self.prompts is None):
+            raise JetFlowError("expected exactly one of --prompt TEXT and --prompts FILE; give one of them")
+
+    def messages(self) -> list[dict[str, Any]]:
+        """
+        The conversation to answer.
+
+        Raises:
+            JetFlowError: If the file has no prompt of that index.
+        """
+        if self.prompts is None:
+            return [{"role": "user", "content": self.prompt}]
+        prompts = read_prompts([self.prompts])
+        if not 0 <= self.index < len(prompts):
+            raise JetFlowError(
+                f"{self.prompts} holds {len(prompts)} prompts, got index {self.index}; indices start at 0"
+            )
+        return prompts[self.index]["messages"]
+
+
+def show_pair(pair: PairSettings, settings: ShowSettings) -> GenerationStats:
+    """
+    Load a target and a head, answer the prompt greedily, and write the draft trees.
+
+    Returns:
+        `GenerationStats`: Statistics of the answer.
+    """
+    messages = settings.messages()
+    target, tokenizer, head = pair.load()
+    node_budget = read_node_budget(settings.node_budget)
+    rounds, stats = record_rounds(target, tokenizer, head, messages, settings.max_new_tokens, node_budget)
+    about = (
+        f"{Path(pair.head).name} drafts for {Path(pair.target).name}, {str(target.dtype).removeprefix('torch.')}, "
+        f"node budget {node_budget}"
+    )
+    prompt = messages[-1]["content"]
+    write_trees(rounds, tokenizer, settings.output, only=settings.round, prompt=prompt, about=about)
+    return stats
 
 
 def check_output(path: Path) -> None:
     """
-    Before models are loaded: whether the file can be written.
+    Check that trees can be written to a file.
 
     Raises:
-        ValueError: If the ending is none of the known ones, or matplotlib is missing for it.
+        JetFlowError: If the suffix is unknown, or matplotlib is missing for a picture.
     """
-    if path.suffix not in ENDINGS:
-        raise ValueError(f"the output {path} ends in {path.suffix!r}, but {', '.join(ENDINGS[:-1])} or .png is needed")
+    if path.suffix not in SUFFIXES:
+        raise JetFlowError(f"{path}: expected {', '.join(SUFFIXES)}, got {path.suffix!r}; rename the output")
     if path.suffix != ".html":
         require_package("matplotlib", "pictures")
 
 
-def choose_prompt(text: str | None, file: Path | None, index: int) -> list[dict[str, Any]]:
-    """
-    Messages of the prompt: a text of the user's, or number `index` (from 0) of a file.
-
-    Raises:
-        ValueError: If not exactly one of both is given, or the file has no such prompt.
-    """
-    if (text is None) == (file is None):
-        raise ValueError("give the prompt either as text (--prompt) or from a file (--prompts FILE --index N)")
-    if text is not None:
-        return [{"role": "user", "content": text}]
-    assert file is not None
-    prompts = read_prompts([file])
-    if not 0 <= index < len(prompts):
-        raise ValueError(f"prompt {index} was asked for, but {file} holds {len(prompts)}, counted from 0")
-    return prompts[index]["messages"]
-
-
-def record_trees(
+def record_rounds(
     target: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     head: JetFlowHead,
     messages: list[dict[str, Any]],
     max_new_tokens: int,
     node_budget: int | str,
-) -> list[TreeRound]:
-    """The rounds of one greedy answer. The head is left as it was, but for `last_stats` and `last_trees`."""
-    input_ids = torch.tensor([encode_chat(tokenizer, messages)], device=target.device)
-    settings, was_recording = head.generation_config, head.record_trees
-    head.generation_config = copy.deepcopy(settings)
-    head.generation_config.node_budget = node_budget
-    head.record_trees = True
-    try:
-        target.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            assistant_model=head,
-        )
-    finally:
-        head.generation_config, head.record_trees = settings, was_recording
-    return head.last_trees
+) -> tuple[list[TreeRound], GenerationStats]:
+    """The rounds of one greedy answer, and its statistics; the head is left as it was."""
+    with head_settings(head, node_budget=node_budget, record_trees=True):
+        greedy_ids(target, encode_chat(tokenizer, messages), max_new_tokens, assistant_model=head)
+        return head.last_trees, head.last_stats
 
 
 def write_trees(
@@ -89,17 +127,17 @@ def write_trees(
     about: str = "",
 ) -> None:
     """
-    Write rounds as a page or a picture, in one step: a killed run leaves no half file.
+    Write rounds as a page or a picture; the write is atomic.
 
     Args:
         rounds: `head.last_trees`.
         tokenizer (`PreTrainedTokenizerBase`): The target's.
         path (`Path`): `.html` for a page of all rounds; `.svg` or `.png` for a picture.
-        only (`int`, *optional*): The one round of the picture, or the page's first; the first is 1.
-        prompt, about (`str`): Of the page, see `tree_page`.
+        only (`int`, *optional*): Number of the only round of the picture, or of the first round shown on the page.
+        prompt, about (`str`): Texts of the page, see `tree_page`.
 
     Raises:
-        ValueError: If nothing was recorded, there is no such round, or a PNG would be too large.
+        JetFlowError: If nothing was recorded, there is no such round, or a PNG would be too large.
     """
     check_output(path)
     check_rounds(rounds, None if only is None else [only])
@@ -109,11 +147,11 @@ def write_trees(
             partial.write_text(page, encoding="utf-8")
     else:
         figure = draw_trees(rounds, tokenizer, None if only is None else [only])
-        sides = [round(inches * DPI * SHARPNESS) for inches in figure.get_size_inches()]
-        if path.suffix == ".png" and max(sides) > MOST_PIXELS:
-            raise ValueError(
-                f"the picture of {len(rounds)} rounds is {sides[0]} x {sides[1]} pixels, but a PNG's side has at most "
-                f"{MOST_PIXELS}; choose one round (--round), or write .svg or .html"
+        sides = [round(inches * DPI * PIXELS_PER_UNIT) for inches in figure.get_size_inches()]
+        if path.suffix == ".png" and max(sides) > MAX_PIXELS:
+            raise JetFlowError(
+                f"a picture of {len(rounds)} rounds has {sides[0]} x {sides[1]} pixels, but a PNG has at most "
+                f"{MAX_PIXELS} per side; draw one round (--round), or write .svg or .html"
             )
         with atomic_write(path) as partial:
-            figure.savefig(partial, dpi=DPI * SHARPNESS)
+            figure.savefig(partial, dpi=DPI * PIXELS_PER_UNIT)

@@ -1,7 +1,7 @@
-"""Where the nodes of a recorded round are drawn: one column for each depth, and as few rows as leave no doubt.
+"""Layout of a recorded round: one column per depth, and few rows.
 
-A node stands on the row of its first child, its other children below, so that a row reads as text. Subtrees move up
-as far as the nodes already placed allow at every depth.
+A node is on the row of its first child, with its other children below, so that a row reads as text. Each subtree moves
+up until it touches the nodes placed before it, at any depth.
 """
 
 from collections import defaultdict
@@ -12,26 +12,25 @@ from ..decoding.tree_log import TreeRound
 
 @dataclass
 class DrawnNode:
-    """A node of the picture; the bonus token is one too, after the last accepted node."""
+    """A node of the picture; the bonus token is a child of the last accepted node."""
 
     token: int
     parent: int  # index of the drawn parent; -1 for the root
-    depth: int  # its column
+    depth: int  # also the column
     row: int
     kind: str  # "root", "accepted", "bonus" or "rejected"
-    probability: float | None  # of the way from the root; `None` for a bonus token that was not drafted
+    probability: float | None  # of the path from the root; `None` for a bonus token that was not drafted
 
 
 def lay_out(tree_round: TreeRound, path_first: bool = False) -> list[DrawnNode]:
     """
-    The nodes of a round and its bonus token with their places, parents before children.
+    Nodes and bonus token of a round with their columns and rows, parents before children.
 
-    Where generation ends in the middle of an accepted path, its last token is the bonus token and also a drafted
-    node: it is drawn once.
+    If generation ends within an accepted path, the bonus token is also a drafted node; it is drawn once.
 
     Args:
-        tree_round ([`TreeRound`]): Of `head.last_trees`.
-        path_first (`bool`): Accepted nodes above their siblings; by default the likelier ones are.
+        tree_round ([`TreeRound`]): An item of `head.last_trees`.
+        path_first (`bool`): Draw accepted nodes above their siblings; by default the likeliest is on top.
     """
     path = set(tree_round.path[1:])
     nodes = [
@@ -59,14 +58,14 @@ def _rank(node: DrawnNode, path_first: bool) -> tuple[bool, float]:
 
 
 def _rows(nodes: list[DrawnNode], path_first: bool) -> list[int]:
-    """Row of each node, the root's is 0."""
+    """Row of each node; the root is on row 0."""
     children: dict[int, list[int]] = defaultdict(list)
     for index, node in enumerate(nodes[1:], 1):
         children[node.parent].append(index)
     for siblings in children.values():
         siblings.sort(key=lambda index: _rank(nodes[index], path_first))
     offsets = [0] * len(nodes)  # rows below the parent
-    extents: list[dict[int, tuple[int, int]]] = [{} for _ in nodes]  # of each subtree, by depth: first and last row
+    extents: list[dict[int, tuple[int, int]]] = [{} for _ in nodes]  # first and last row of each subtree, by depth
     for index in reversed(range(len(nodes))):
         extent = {nodes[index].depth: (0, 0)}
         for child in children[index]:

@@ -1,4 +1,4 @@
-"""The draft trees of a generation as one HTML page that needs nothing but itself: `tree_page.html` and its data."""
+"""The draft trees of a generation as one self-contained HTML page: `tree_page.html` with its data."""
 
 import json
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from .tree_layout import lay_out
 from .tree_plot import check_rounds, heading
 
 
-KINDS = ("root", "accepted", "bonus", "rejected")  # in the page's data by number
+KINDS = ("root", "accepted", "bonus", "rejected")  # the page's data has the index
 
 
 def tree_page(
@@ -25,20 +25,20 @@ def tree_page(
     first: int = 1,
 ) -> str:
     """
-    A page with the generated text, a picker for its rounds, their trees, and the figures of all rounds.
+    A page with the generated text, a slider over its rounds, their trees, and statistics.
 
     Args:
         rounds: `head.last_trees` of a generation with `head.record_trees = True`.
         tokenizer (`PreTrainedTokenizerBase`): The target's.
         prompt (`str`): Shown above the text.
-        about (`str`): One line on what was run.
-        first (`int`): Number of the round that is shown first.
+        about (`str`): One line that describes the run.
+        first (`int`): Number of the round shown first, from 1.
 
     Returns:
-        `str`: HTML. It loads nothing and may load nothing, by its own content policy.
+        `str`: HTML that loads nothing; its content security policy forbids it.
 
     Raises:
-        ValueError: If nothing was recorded, or there is no such round.
+        JetFlowError: If nothing was recorded, or there is no such round.
     """
     check_rounds(rounds, [first])
     labels = TokenLabels(tokenizer)
@@ -49,12 +49,12 @@ def tree_page(
         "prompt": prompt,
         "first": first,
         "figures": _figures(rounds),
-        "depths": _kept_by_depth(rounds),
+        "depths": _accepted_by_depth(rounds),
         "pieces": _pieces(rounds, tokenizer),
         "labels": {token: [labels.label(token), labels.text(token)] for token in sorted(tokens)},
         "rounds": [_round_data(tree_round) for tree_round in rounds],
     }
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")  # no tag in a script
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")  # no tag in scripts
     return files(__package__).joinpath("tree_page.html").read_text(encoding="utf-8").replace("__DATA__", text)
 
 
@@ -79,7 +79,7 @@ def _round_data(tree_round: TreeRound) -> dict[str, Any]:
 
 
 def _pieces(rounds: Sequence[TreeRound], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, int, int]]:
-    """Text, kind and round of every token; the first token came from the prompt's own pass, and from no round."""
+    """Text, kind and round of every token; the first token is from the prefill, so its round is -1."""
     ids, facts = [rounds[0].tokens[0]], [(KINDS.index("root"), -1)]
     for number, tree_round in enumerate(rounds):
         ids += tree_round.new_ids
@@ -88,20 +88,20 @@ def _pieces(rounds: Sequence[TreeRound], tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _figures(rounds: Sequence[TreeRound]) -> list[tuple[str, str]]:
-    """Values and what they are."""
+    """Statistics over all rounds, as (value, label)."""
     tokens = sum(len(tree_round.new_ids) for tree_round in rounds)
     drafted = sum(len(tree_round.tokens) - 1 for tree_round in rounds)
     accepted = sum(tree_round.num_accepted for tree_round in rounds)
     return [
         (f"{tokens / len(rounds):.2f}", "tokens per round"),
         (f"{len(rounds)}", f"rounds for {tokens} tokens"),
-        (f"{accepted}", f"of {drafted} drafted tokens kept"),
+        (f"{accepted}", f"of {drafted} drafted tokens accepted"),
         (f"{(drafted + len(rounds)) / len(rounds):.0f}", "nodes verified per round"),
     ]
 
 
-def _kept_by_depth(rounds: Sequence[TreeRound]) -> list[tuple[int, int]]:
-    """For depth 1, 2, ...: rounds that kept a token there, and rounds that drafted it."""
+def _accepted_by_depth(rounds: Sequence[TreeRound]) -> list[tuple[int, int]]:
+    """For each depth from 1: rounds that accepted a token there, and rounds that drafted one."""
     return [
         (
             sum(tree_round.num_accepted >= depth for tree_round in rounds),

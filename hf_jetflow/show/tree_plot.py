@@ -1,4 +1,4 @@
-"""The draft trees of a generation as a figure, PNG or SVG. Needs matplotlib, which is imported only to draw."""
+"""The draft trees of a generation as a figure, PNG or SVG; matplotlib is imported only when it is drawn."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedTokenizerBase
 
 from ..decoding.tree_log import TreeRound
+from ..errors import JetFlowError
 from ..extras import require_package
 from .token_text import TokenLabels, display_width
 from .tree_layout import DrawnNode, lay_out
@@ -15,41 +16,41 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-DPI = 100  # a unit of the drawing is a pixel at this resolution
+DPI = 100  # one unit of the drawing is one pixel at this resolution
 ROW, CHIP, GUTTER, MARGIN, HEADING = 24, 19, 34, 16, 30
-LABEL_SIZE, SHARE_SIZE = 12, 9.5  # heights of the fonts in pixels
-COLUMN = 0.64  # width of a column of the fixed-width font over its height, as wide as rounding to pixels makes it
-STYLES = {  # fill, line, label, share
+LABEL_SIZE, SHARE_SIZE = 12, 9.5  # font heights in pixels
+COLUMN = 0.64  # width of a character of the fixed-width font over its height, rounded up to pixels
+STYLES = {  # colors of fill, line, label, share
     "root": ("#e5e7eb", "#4b5563", "#111827", "#4b5563"),
     "accepted": ("#dbeafe", "#2563eb", "#1e3a8a", "#2f56b0"),
     "bonus": ("#ffedd5", "#ea580c", "#7c2d12", "#b0571f"),
     "rejected": ("#fafafa", "#d4d7dc", "#5f6773", "#737b88"),
 }
 LEGEND = {
-    "root": "newest token",
-    "accepted": "drafted and kept",
-    "bonus": "the target's own next token",
-    "rejected": "drafted, not kept",
+    "root": "anchor",
+    "accepted": "accepted",
+    "bonus": "bonus token of the target",
+    "rejected": "rejected",
 }
-PERCENTAGES = "percentages: the head's probability of the way to a token"
+PERCENTAGES = "percentages: the head's probability of the path to a token"
 
 
 def draw_trees(
     rounds: Sequence[TreeRound], tokenizer: PreTrainedTokenizerBase, only: Sequence[int] | None = None
 ) -> "Figure":
     """
-    The draft trees of a generation below each other. Percentages are the head's probability of the way to a node.
+    Draw the draft trees of a generation, one below the other. Percentages are the head's probability of a path.
 
     Args:
         rounds: `head.last_trees` of a generation with `head.record_trees = True`.
         tokenizer (`PreTrainedTokenizerBase`): The target's.
-        only (*optional*): Numbers of the rounds to draw, the first is 1; all by default.
+        only (*optional*): Numbers of the rounds to draw, from 1; all by default.
 
     Returns:
-        `matplotlib.figure.Figure`: For a notebook to show, or `savefig`.
+        `matplotlib.figure.Figure`: Shown by a notebook, or saved with `savefig`.
 
     Raises:
-        ValueError: If there is no such round, or matplotlib is missing.
+        JetFlowError: If there is no such round, or matplotlib is missing.
     """
     numbers = check_rounds(rounds, only)
     require_package("matplotlib", "pictures")
@@ -73,40 +74,39 @@ def draw_trees(
 
 def check_rounds(rounds: Sequence[TreeRound] | None, only: Sequence[int] | None = None) -> list[int]:
     """
-    The numbers of the rounds that are wanted, the first is 1.
+    The numbers of the rounds to draw, from 1.
 
     Raises:
-        ValueError: If nothing was recorded, of several sequences, or a number is out of range.
+        JetFlowError: If nothing was recorded, the rounds are of several sequences, or a number is out of range.
     """
     if not rounds:
-        raise ValueError(
-            "no rounds were recorded; set `head.record_trees = True` before `generate`, and let it make more than one "
-            "token"
+        raise JetFlowError(
+            "no rounds were recorded; set `head.record_trees = True` before `generate`, and generate at least two "
+            "tokens"
         )
     if len({each.row for each in rounds}) > 1:
-        raise ValueError(
-            "the rounds are those of several sequences of a batch; take one's: `[each for each in head.last_trees if "
+        raise JetFlowError(
+            "the rounds belong to several sequences of a batch; select one: `[each for each in head.last_trees if "
             "each.row == 0]`"
         )
     numbers = list(range(1, len(rounds) + 1)) if only is None else list(only)
     wrong = [number for number in numbers if not 1 <= number <= len(rounds)]
     if wrong:
-        raise ValueError(f"round {wrong[0]} was asked for, but the generation has rounds 1 .. {len(rounds)}")
+        raise JetFlowError(f"expected a round from 1 to {len(rounds)}, got {wrong[0]}")
     return numbers
 
 
 def heading(tree_round: TreeRound) -> str:
-    """What a round did, in words."""
+    """One line about a round: nodes, accepted tokens, new tokens."""
     drafted = len(tree_round.tokens) - 1
     if not drafted:
         return "plain step, nothing drafted"
-    kept = f"{tree_round.num_accepted} kept" if tree_round.num_accepted else "none kept"
     tokens = "1 token" if len(tree_round.new_ids) == 1 else f"{len(tree_round.new_ids)} tokens"
-    return f"{drafted + 1} nodes, {kept} and the target's own: {tokens}"
+    return f"{drafted + 1} nodes, {tree_round.num_accepted} accepted + bonus: {tokens}"
 
 
 def percent(probability: float | None) -> str:
-    """A short percentage; none for a token that was not drafted."""
+    """A short percentage; empty for a token that was not drafted."""
     if probability is None:
         return ""
     share = 100 * probability
@@ -155,10 +155,10 @@ class _Drawing:
             points[4:4] = [(trunk, end - bend), (trunk, end), (trunk + bend, end)]
             turn = [Path.LINETO, Path.CURVE3, Path.CURVE3]
             codes[1:1] = turn + turn
-        is_kept = node.kind in ("accepted", "bonus")
-        line = STYLES[node.kind][1] if is_kept else "#cfd3d9"
-        edge = PathPatch(Path(points, codes), fill=False, edgecolor=line, linewidth=1.9 if is_kept else 0.8)
-        edge.set_zorder(2 if is_kept else 1)
+        is_on_path = node.kind in ("accepted", "bonus")
+        line = STYLES[node.kind][1] if is_on_path else "#cfd3d9"
+        edge = PathPatch(Path(points, codes), fill=False, edgecolor=line, linewidth=1.9 if is_on_path else 0.8)
+        edge.set_zorder(2 if is_on_path else 1)
         axes.add_patch(edge)
 
 
@@ -201,7 +201,7 @@ def _font(size: float, color: str, weight: str = "normal") -> dict:
 
 
 def _drawable(label: str) -> str:
-    """The label with a box for each character that the font lacks."""
+    """The label with boxes for characters that the font lacks."""
     from matplotlib import font_manager, ft2font
 
     known = ft2font.FT2Font(font_manager.findfont("DejaVu Sans Mono")).get_charmap()

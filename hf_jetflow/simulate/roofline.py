@@ -1,6 +1,6 @@
-"""Seconds of a forward and of a round by a roofline: what target and head read and multiply, on given hardware.
+"""Seconds of a forward and of a round by a roofline model: bytes read and operations done by target and head.
 
-The equations, and what they leave out, are in `docs/cost-model.md`.
+`docs/cost-model.md` has the equations and their limits.
 """
 
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from ..errors import JetFlowError
 from ..head.configuration_jetflow import JetFlowConfig
 from ..head.modeling_jetflow import JetFlowHead
 from .hardware import Hardware
@@ -16,26 +17,26 @@ from .hardware import Hardware
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the forward of a model reads and multiplies."""
+    """Sizes of a model that determine what its forward reads and computes."""
 
     num_layers: int
-    dense: int  # parameters that every row goes through, embeddings left out
+    dense: int  # parameters that every row uses, without embeddings
     output: int  # parameters of the output embedding
     experts: int = 0  # parameters of all routed experts
-    num_experts: int = 0  # routed experts of a layer
+    num_experts: int = 0  # routed experts per layer
     experts_per_token: int = 0
-    query_width: int = 0  # of all query heads of a layer
-    cache_width: int = 0  # values that a layer keeps per position: keys and values
-    windows: tuple[int | None, ...] = ()  # positions that each attention layer looks back; `None` for all
+    query_width: int = 0  # all query heads of a layer
+    cache_width: int = 0  # cached values per layer and position: keys and values
+    windows: tuple[int | None, ...] = ()  # sliding window of each attention layer; `None` for full attention
 
     def parts(self, rows: int, batch_size: int, context: int, output_rows: int) -> dict[str, tuple[float, float]]:
         """
-        Values read and operations done by part.
+        Values read and operations done, by part.
 
         Args:
             rows (`int`): Rows per sequence.
             batch_size (`int`): Sequences.
-            context (`int`): Positions in the cache of each.
+            context (`int`): Cached positions per sequence.
             output_rows (`int`): Rows per sequence that reach the output embedding.
         """
         tokens = batch_size * rows
@@ -54,29 +55,28 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class HeadShape:
-    """What a head's share of a round reads and multiplies."""
+    """Sizes of a head."""
 
     backbone: ModelShape
-    correction: ModelShape | None  # run once for each depth from the second on
+    correction: ModelShape | None  # runs once per depth, from the second depth on
     block_size: int
 
 
 def expected_experts(num_experts: int, experts_per_token: int, tokens: int) -> float:
-    """Distinct experts of a layer that `tokens` rows reach, if each takes its experts independently and evenly."""
+    """Expected number of distinct experts per layer for `tokens` rows with independent, uniform routing."""
     return num_experts * (1 - (1 - experts_per_token / num_experts) ** tokens)
 
 
 def target_shape(config: PreTrainedConfig) -> ModelShape:
     """
-    Shape of a target, its parameters counted on a model without storage.
+    Shape of a target. Parameters are counted on a model built without storage.
 
     Raises:
-        ValueError: If the configuration is of no causal language model with attention, or the number of experts per
-            token is not in it.
+        JetFlowError: If the target has no attention, or its config lacks the number of experts per token.
     """
     text = config.get_text_config(decoder=True)
     if not getattr(text, "num_attention_heads", None):
-        raise ValueError(f"`{config.model_type}` has no attention heads; a target with attention is needed")
+        raise JetFlowError(f"`{config.model_type}` has no attention heads; use a target with attention")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(text)
     output = model.get_output_embeddings().weight.numel()
@@ -86,7 +86,7 @@ def target_shape(config: PreTrainedConfig) -> ModelShape:
     routed = sum(parameter.numel() for parameter in experts)
     per_token = getattr(text, "num_experts_per_tok", None) or 0
     if experts and not per_token:
-        raise ValueError(
+        raise JetFlowError(
             f"`{text.model_type}` has experts, but its config has no `num_experts_per_tok`; add the field"
         )
     return ModelShape(
@@ -101,7 +101,7 @@ def target_shape(config: PreTrainedConfig) -> ModelShape:
 
 
 def head_shape(config: JetFlowConfig) -> HeadShape:
-    """Shape of a head; its output embedding is the target's, or the rows of it that it drafts from."""
+    """Shape of a head; its output embedding is the target's, cut to the draft vocabulary."""
     with torch.device("meta"):
         head = JetFlowHead(config)
     correction = None
@@ -141,14 +141,14 @@ def forward_seconds(
     output_rows: int | None = None,
 ) -> float:
     """
-    Seconds of one forward: each part takes as long as its reads or its operations, whichever is longer.
+    Seconds of one forward: each part takes the longer of its reads and its operations.
 
     Args:
         shape ([`ModelShape`]): The model.
         hardware ([`Hardware`]): The machine.
         rows (`int`): Rows per sequence, at least 1.
         batch_size (`int`): Sequences.
-        context (`int`): Positions in the cache of each.
+        context (`int`): Cached positions per sequence.
         output_rows (`int`, *optional*): Rows per sequence that reach the output embedding; all by default.
     """
     parts = shape.parts(rows, batch_size, context, rows if output_rows is None else output_rows)
@@ -160,7 +160,7 @@ def forward_seconds(
 
 @dataclass(frozen=True)
 class RoundSeconds:
-    """Seconds of a plain step and of a round by step, for a whole batch."""
+    """Seconds of a plain step, and of the steps of a round, for a whole batch."""
 
     plain: float
     draft: float
@@ -180,25 +180,22 @@ def round_seconds(
     Seconds of a plain step and of a round that verifies `node_budget` rows per sequence, root included.
 
     Raises:
-        ValueError: If `node_budget` is below 2, `batch_size` below 1 or `context` below 0.
+        JetFlowError: If `node_budget` is below 2, `batch_size` below 1 or `context` below 0.
     """
-    for name, value, least in (
-        ("node_budget", node_budget, 2),
-        ("batch_size", batch_size, 1),
-        ("context", context, 0),
-    ):
-        if value < least:
-            raise ValueError(f"`{name}` is {value}, but at least {least} is needed")
-    place = {"batch_size": batch_size, "context": context}
+    minimums = (("node_budget", node_budget, 2), ("batch_size", batch_size, 1), ("context", context, 0))
+    for name, value, minimum in minimums:
+        if value < minimum:
+            raise JetFlowError(f"`{name}` must be at least {minimum}, got {value}")
+    sizes = {"batch_size": batch_size, "context": context}
     block, correct = head.block_size, 0.0
-    depths = min(block, node_budget) - 2  # that are corrected: all but the first
+    depths = min(block, node_budget) - 2  # corrected depths: all but the first
     if head.correction is not None and depths > 0:
         rows = -(-(node_budget - 1) // depths)
         correct = depths * forward_seconds(head.correction, hardware, rows, batch_size=batch_size)
     return RoundSeconds(
-        plain=forward_seconds(target, hardware, 1, **place),
-        draft=forward_seconds(head.backbone, hardware, block, output_rows=block - 1, **place),
+        plain=forward_seconds(target, hardware, 1, **sizes),
+        draft=forward_seconds(head.backbone, hardware, block, output_rows=block - 1, **sizes),
         correct=correct,
-        verify=forward_seconds(target, hardware, node_budget, **place),
+        verify=forward_seconds(target, hardware, node_budget, **sizes),
         host=hardware.host_seconds + hardware.host_seconds_per_node * node_budget * batch_size,
     )

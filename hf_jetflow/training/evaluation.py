@@ -1,13 +1,13 @@
 """Tokens per round of a head, measured by decoding."""
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from ..head.modeling_jetflow import JetFlowHead
+from ..head.settings import head_settings
 
 
 def tokens_per_round(
@@ -31,16 +31,9 @@ def tokens_per_round(
     what = f"held-out prompts, {node_budget} nodes"
     if progress is not None:
         progress(0, len(prompts), what)
-    with decoding_with(head, node_budget):
+    with head_settings(head, node_budget=node_budget):
         for number, ids in enumerate(prompts, 1):
-            input_ids = torch.tensor([list(ids)], device=target.device)
-            target.generate(
-                input_ids,
-                attention_mask=torch.ones_like(input_ids),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                assistant_model=head,
-            )
+            greedy_ids(target, ids, max_new_tokens, assistant_model=head)
             rounds += head.last_stats.num_rounds
             accepted += head.last_stats.num_accepted
             if progress is not None:
@@ -48,19 +41,9 @@ def tokens_per_round(
     return (accepted + rounds) / rounds if rounds else 0.0
 
 
-@contextmanager
-def decoding_with(head: JetFlowHead, node_budget: int) -> Iterator[None]:
-    """Decode with a node budget; the head's mode and settings are restored."""
-    was_training = head.training
-    earlier = {name: getattr(head, name) for name in ("generation_config", "last_stats", "record_trees", "last_trees")}
-    head.generation_config = copy.deepcopy(head.generation_config)
-    head.generation_config.node_budget = node_budget
-    head.record_trees = False
-    head.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for name, value in earlier.items():
-            setattr(head, name, value)
-        head.train(was_training)
+def greedy_ids(target: PreTrainedModel, ids: Sequence[int], max_new_tokens: int, **kwargs: Any) -> list[int]:
+    """New token ids of one greedy `generate` call; other keywords go to `generate`."""
+    input_ids = torch.tensor([list(ids)], device=target.device)
+    mask = torch.ones_like(input_ids)
+    output = target.generate(input_ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, **kwargs)
+    return output[0, len(ids) :].tolist()

@@ -1,0 +1,94 @@
+"""`BenchSettings`: the options of `hf-jetflow bench`, and the variants that they ask for."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ..errors import JetFlowError
+from ..head.settings import read_node_budget
+from .rivals import RIVALS, is_rival
+from .runs import CACHES, LOOP_METHODS, Variant
+
+
+METHODS = ("plain", *LOOP_METHODS, *RIVALS)
+
+
+@dataclass
+class BenchSettings:
+    """
+    What a bench measures, and the files that it writes.
+
+    Raises:
+        JetFlowError: If a setting is unknown or out of range.
+    """
+
+    prompts: list[Path] = field(
+        metadata={
+            "action": "extend",  # `--prompts a b` and `--prompts a --prompts b`
+            "help": "JSON lines files of prompts (`messages`, `turns` or `prompt`); each is a set of its own.",
+        }
+    )
+    methods: list[str] = field(
+        default_factory=lambda: ["plain", *LOOP_METHODS],
+        metadata={
+            "help": "plain, chain, jetflow, and to compare with: native-dflash (transformers' own chain loop with the "
+            "same head), prompt-lookup, assistant:ID (a small model: Hub id, folder or .gguf file)."
+        },
+    )
+    node_budgets: list[str] = field(
+        default_factory=lambda: ["16", "32", "64", "auto"],
+        metadata={"help": "Node budgets of jetflow: numbers or auto."},
+    )
+    temperatures: list[float] = field(
+        default_factory=lambda: [0.0],
+        metadata={"help": "Temperatures, 0 for greedy.", "aliases": ["--temperature"]},
+    )
+    context_lengths: list[int] = field(
+        default_factory=list,
+        metadata={"help": "Tokens that prompts are padded to with the file's other texts; not padded if not given."},
+    )
+    batch_sizes: list[int] = field(
+        default_factory=lambda: [1], metadata={"help": "Numbers of prompts answered in one batch."}
+    )
+    max_new_tokens: int = field(default=128, metadata={"help": "Tokens generated per prompt."})
+    num_prompts: int = field(default=20, metadata={"help": "Prompts taken from each file."})
+    repeats: int = field(default=1, metadata={"help": "Passes over the prompts."})
+    cache: Literal["dynamic", "static", "compiled"] = field(
+        default="dynamic", metadata={"help": "The target's cache: dynamic, static or compiled."}
+    )
+    json: Path | None = field(
+        default=None,
+        metadata={"help": "File for the result as JSON; a killed bench then continues where it stopped."},
+    )
+    plot: Path | None = field(
+        default=None, metadata={"help": "File (.png or .svg) or folder for a figure of the result."}
+    )
+
+    def __post_init__(self) -> None:
+        self.node_budgets = [str(budget) for budget in self.node_budgets]
+        if unknown := sorted(each for each in self.methods if each not in METHODS[:3] and not is_rival(each)):
+            raise JetFlowError(f"unknown methods {unknown}; choose from {', '.join(METHODS)}")
+        if self.cache not in CACHES:
+            raise JetFlowError(f"unknown cache {self.cache!r}; choose from {', '.join(CACHES)}")
+        if not self.temperatures or min(self.temperatures) < 0:
+            raise JetFlowError(f"temperatures must be 0 (greedy) or more, got {self.temperatures}")
+        for name in ("max_new_tokens", "num_prompts", "repeats", "context_lengths", "batch_sizes"):
+            value = getattr(self, name)
+            if min(value if isinstance(value, list | tuple) else [value], default=1) < 1:
+                raise JetFlowError(f"`{name}` must be at least 1, got {value}")
+        rivals = ", ".join(filter(is_rival, self.methods))
+        if rivals and self.cache != "dynamic":
+            raise JetFlowError(f"{rivals} cannot use a {self.cache} cache; leave out either")
+        if rivals and set(self.batch_sizes) != {1}:
+            raise JetFlowError(f"{rivals} cannot answer batches; leave out either")
+        self.variants()
+
+    def variants(self) -> list[Variant]:
+        """Plain decoding first, then a chain, the rivals, and a tree for each node budget."""
+        variants = [Variant("plain")]
+        if "chain" in self.methods:
+            variants.append(Variant("chain"))
+        variants += [Variant(method) for method in dict.fromkeys(self.methods) if is_rival(method)]
+        if "jetflow" in self.methods:
+            variants += [Variant("jetflow", read_node_budget(each)) for each in dict.fromkeys(self.node_budgets)]
+        return variants
