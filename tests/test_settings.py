@@ -7,12 +7,12 @@ import pytest
 from transformers import HfArgumentParser
 
 from hf_jetflow.bench.settings import BenchSettings
-from hf_jetflow.doctor.doctor import DoctorSettings
+from hf_jetflow.doctor.settings import DoctorSettings
 from hf_jetflow.errors import JetFlowError
-from hf_jetflow.head.settings import head_settings, read_node_budget
-from hf_jetflow.show.show import ShowSettings
-from hf_jetflow.simulate.simulate import SimulateSettings
-from hf_jetflow.target.loading import PairSettings
+from hf_jetflow.head.settings import head_settings
+from hf_jetflow.show.settings import ShowSettings
+from hf_jetflow.simulate.settings import SimulateSettings
+from hf_jetflow.target.settings import PairSettings, read_node_budget
 
 
 COMMANDS = {
@@ -41,7 +41,7 @@ def test_lists_are_parsed_with_their_types():
     )
     assert settings.prompts == [Path("a.jsonl"), Path("b.jsonl")]
     assert (settings.temperatures, settings.batch_sizes) == ([0.0, 0.7], [1, 4])
-    assert [variant.node_budget for variant in settings.variants()] == [None, None, 8, "auto"]
+    assert [variant.node_budget for variant in make_variants(settings)] == [None, None, 8, "auto"]
 
 
 def test_a_head_gets_its_settings_back_after_an_error(tiny_target, random_head):
