@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import alter, tiny_config
+from helpers import alter, run_command, tiny_config
 from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, LlamaConfig, MambaConfig, Qwen3MoeConfig
-from typer.testing import CliRunner
 
 from hf_jetflow import JetFlowConfig
-from hf_jetflow.cli.main import app
 from hf_jetflow.simulate.fitting import fit_hardware, fitting_rows
 from hf_jetflow.simulate.hardware import PRESETS, Hardware
 from hf_jetflow.simulate.roofline import (
@@ -404,11 +402,8 @@ def assert_same(found, stored):
         assert found == stored
 
 
-runner = CliRunner()
-
-
 def run_command(*arguments):
-    return runner.invoke(app, ["simulate", *map(str, arguments)])
+    return run_command("simulate", *map(str, arguments))
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ Example:
 from dataclasses import dataclass, field
 
 from ..bench.settings import BenchSettings
+from ..jsonl import check_file
 from ..target.settings import PairSettings
 
 
@@ -21,6 +22,11 @@ class Output:
 
 
 SETTINGS = (PairSettings, BenchSettings, Output)
+
+
+def check(_: PairSettings, settings: BenchSettings, __: Output) -> None:
+    for path in settings.prompts:
+        check_file(path)
 
 
 def run(pair: PairSettings, settings: BenchSettings, output: Output) -> None:

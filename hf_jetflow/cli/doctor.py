@@ -26,6 +26,10 @@ SETTINGS = (PairSettings, DoctorSettings, Output)
 FAILURE = 2  # exit status
 
 
+def check(_: PairSettings, settings: DoctorSettings, __: Output) -> None:
+    settings.conversations()
+
+
 def run(pair: PairSettings, settings: DoctorSettings, output: Output) -> int:
     from ..doctor.doctor import examine_pair
     from ..doctor.report import print_findings, verdict_lines

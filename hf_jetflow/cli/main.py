@@ -43,15 +43,17 @@ def parse(arguments: Sequence[str] | None = None) -> Command:
     parser.check_names(arguments[1:])
     parsed = parser.parse_args(arguments[1:])
     try:
-        return Command(module, [make_settings(kind, parsed) for kind in module.SETTINGS])
+        settings = [make_settings(kind, parsed) for kind in module.SETTINGS]
+        if hasattr(module, "check"):
+            module.check(*settings)
     except JetFlowError as error:
-        _fail(module, error)
-        raise
+        raise _failure(module, error) from None
+    return Command(module, settings)
 
 
 def run(command: Command) -> None:
     """
-    Run a command.
+    Run a command. Errors that a user cannot mend keep their traceback.
 
     Raises:
         SystemExit: With the status of the command, if it is not 0.
@@ -59,15 +61,14 @@ def run(command: Command) -> None:
     try:
         status = command.module.run(*command.settings)
     except JetFlowError as error:
-        _fail(command.module, error)
-    else:
-        if status:
-            raise SystemExit(status)
+        raise _failure(command.module, error) from None
+    if status:
+        raise SystemExit(status)
 
 
-def _fail(module: ModuleType, error: JetFlowError) -> None:
+def _failure(module: ModuleType, error: JetFlowError) -> SystemExit:
     print(f"error: {error}", file=sys.stderr)
-    raise SystemExit(getattr(module, "FAILURE", 1)) from None
+    return SystemExit(getattr(module, "FAILURE", 1))
 
 
 def load(name: str) -> ModuleType:
@@ -88,11 +89,9 @@ def command_list() -> Parser:
 def command_parser(name: str) -> Parser:
     """The parser of a command's options."""
     module = load(name)
-    positional = [
-        option.names[0].upper() for kind in module.SETTINGS for option in options(kind) if option.is_positional
-    ]
-    usage = " ".join(["hf-jetflow", name, *positional])
-    parser = Parser(prog=f"hf-jetflow {name}", usage=f"{usage} [options]", description=module.__doc__)
+    described = [option for kind in module.SETTINGS for option in options(kind)]
+    words = ["hf-jetflow", name, *(option.names[0].upper() for option in described if option.is_positional)]
+    parser = Parser(prog=" ".join(words[:2]), usage=" ".join([*words, "[options]"]), description=module.__doc__)
     for kind in module.SETTINGS:
         add_options(parser, kind)
     return parser

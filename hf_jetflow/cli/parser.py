@@ -13,13 +13,9 @@ from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 
-KINDS = {
-    str: ("TEXT", "text"),
-    Path: ("PATH", "a path"),
-    int: ("INTEGER", "an integer"),
-    float: ("NUMBER", "a number"),
-}
-EXAMPLES = {int: "16,32", float: "0,0.7"}  # of lists
+METAVARS = {str: "TEXT", Path: "PATH", int: "INTEGER", float: "NUMBER"}
+EXPECTED = {int: "an integer such as 16", float: "a number such as 0.7"}
+EXPECTED_ITEMS = {int: "integers such as 16,32", float: "numbers such as 0,0.7"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -68,18 +64,15 @@ class Option:
         value = self.field.default_factory() if self.field.default_factory is not MISSING else self.field.default
         if value is MISSING or value is None or value is False:
             return ""
-        return (
-            ",".join(f"{item:g}" if isinstance(item, float) else str(item) for item in value)
-            if self.is_list
-            else f"{value}"
-        )
+        items = value if self.is_list else [value]
+        return ",".join(f"{item:g}" if isinstance(item, float) else f"{item}" for item in items)
 
     @property
     def metavar(self) -> str:
         """Placeholder for the value, empty for a flag."""
         if self.kind is bool:
             return ""
-        return self.field.metadata.get("metavar") or "|".join(self.choices) or KINDS[self.kind][0]
+        return self.field.metadata.get("metavar") or "|".join(self.choices) or METAVARS[self.kind]
 
     def read(self, text: str) -> Any:
         """
@@ -93,7 +86,7 @@ class Option:
                 return [self.kind(text)] if self.is_list else self.kind(text)
             return [self.kind(item) for item in text.split(",") if item]
         except ValueError:
-            expected = f"numbers such as {EXAMPLES[self.kind]}" if self.is_list else KINDS[self.kind][1]
+            expected = (EXPECTED_ITEMS if self.is_list else EXPECTED)[self.kind]
             raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
 
 

@@ -10,6 +10,8 @@ Needs the extra `bench`: pip install 'hf-jetflow[bench]'.
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..files import read_json
+
 
 @dataclass
 class PlotSettings:
@@ -20,6 +22,10 @@ class PlotSettings:
 
 
 SETTINGS = (PlotSettings,)
+
+
+def check(settings: PlotSettings) -> None:
+    read_json(settings.result)
 
 
 def run(settings: PlotSettings) -> None:

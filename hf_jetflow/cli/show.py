@@ -4,7 +4,8 @@ Example:
 
     hf-jetflow show --target org/model --head org/head --prompt "Why is the sky blue?" --output trees.html
 
-A picture (.png, .svg) needs the extra `bench`, a .gguf target the extra `train`: pip install 'hf-jetflow[bench,train]'.
+A picture (.png or .svg) needs the extra `bench`, a .gguf target the extra `train`:
+pip install 'hf-jetflow[bench,train]'.
 """
 
 from ..show.settings import ShowSettings
@@ -12,6 +13,10 @@ from ..target.settings import PairSettings
 
 
 SETTINGS = (PairSettings, ShowSettings)
+
+
+def check(_: PairSettings, settings: ShowSettings) -> None:
+    settings.messages()
 
 
 def run(pair: PairSettings, settings: ShowSettings) -> None:

@@ -10,6 +10,7 @@ docs/cost-model.md compares predictions with measurements. `--plot` needs the ex
 
 from dataclasses import dataclass, field
 
+from ..files import read_json
 from ..simulate.settings import SimulateSettings
 
 
@@ -21,6 +22,10 @@ class Output:
 
 
 SETTINGS = (SimulateSettings, Output)
+
+
+def check(settings: SimulateSettings, _: Output) -> None:
+    read_json(settings.acceptance)
 
 
 def run(settings: SimulateSettings, output: Output) -> None:

@@ -9,6 +9,7 @@ A .gguf target needs the extra `train`: pip install 'hf-jetflow[train]'.
 
 from dataclasses import dataclass, field
 
+from ..jsonl import check_file
 from ..training.settings import TrainRecipe
 
 
@@ -24,8 +25,13 @@ class Output:
 SETTINGS = (TrainRecipe, Output)
 
 
-def run(recipe: TrainRecipe, output: Output) -> None:
+def check(recipe: TrainRecipe, _: Output) -> None:
     recipe.check()
+    for path in [*recipe.prompts, *recipe.answers, *recipe.eval_prompts]:
+        check_file(path)
+
+
+def run(recipe: TrainRecipe, output: Output) -> None:
     from ..training.recipe import train_head
     from ..training.trainer import leave_together
     from .console import note, progress
