@@ -6,6 +6,7 @@ import pytest
 from helpers import run_command, tiny_tokenizer
 
 from hf_jetflow import JetFlowHead
+from hf_jetflow.errors import JetFlowError
 
 
 @pytest.fixture
