@@ -48,28 +48,8 @@ def test_what_is_not_given_has_the_default_of_the_settings():
 
 
 def test_values_have_the_types_of_the_settings():
-    given = parsed(
-        *[
-            "x",
-            "--name",
-            "n",
-            "--files",
-            "a,b",
-            "c",
-            "--files",
-            "d",
-            "--rate",
-            "1,2",
-            "3",
-            "--words",
-            "a,b",
-            "--size",
-            "4",
-            "--kind",
-            "b",
-            "--is-loud",
-        ]
-    )
+    line = "x --name n --files a,b c --files d --rate 1,2 3 --words a,b --size 4 --kind b --is-loud"
+    given = parsed(*line.split())
     files = [Path("a,b"), Path("c"), Path("d")]
     assert given == Settings(Path("x"), "n", files, [1.0, 2.0, 3.0], ["a", "b"], 4, "b", True)
 

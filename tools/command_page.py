@@ -19,9 +19,9 @@ def page() -> str:
     parts = [
         "# Command line",
         "Written by `make docs` from the settings of the commands: edit those.",
-        "`hf-jetflow COMMAND --help` prints the same. `python -m hf_jetflow` is the same command; it starts more slowly. "
-        "A list option takes several values and may be given several times; values other than paths may be separated by "
-        "commas.",
+        "`hf-jetflow COMMAND --help` prints the same. `python -m hf_jetflow` is the same command, but starts more slowly.",
+        "An option marked `...` takes several values and may be given several times. Commas may separate the values, "
+        "except those of paths.",
     ]
     for name in COMMANDS:
         parts += [f"## hf-jetflow {name}", *paragraphs(inspect.getdoc(load(name)) or "")]
@@ -40,10 +40,8 @@ def paragraphs(text: str) -> Iterator[str]:
 def option_rows(settings: type) -> Iterator[str]:
     """One row of the table per option."""
     for option in options(settings):
-        value = option.metavar.replace("|", " or ")
-        names = (
-            [option.names[0].upper()] if option.is_positional else [f"{name} {value}".strip() for name in option.names]
-        )
+        value = option.metavar.replace("|", " or ") + " ..." * option.is_list
+        names = [option.names[0].upper()] if option.is_positional else [f"{n} {value}".strip() for n in option.names]
         default = "required" if option.is_required else option.default and f"`{option.default}`"
         yield f"| {', '.join(f'`{name}`' for name in names)} | {default} | {option.field.metadata['help']} |"
 

@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: the README as start page, files outside docs/ that pages link to, and names in docstrings as links."""
+"""Hooks of mkdocs: the README as start page, linked files outside docs/, and links for names in docstrings."""
 
 import os
 import re
@@ -18,17 +18,17 @@ _documented = {name.rpartition(".")[2]: name for page in DOCS.rglob("*.md") for 
 
 
 def source_of(uri: str) -> Path:
-    """The file of the repository that a page or file of the site is made from."""
-    return ROOT / "README.md" if uri == "index.md" else DOCS / uri if (DOCS / uri).exists() else ROOT / uri
+    """The file of the repository that a file of the site is made from."""
+    if uri == "index.md":
+        return ROOT / "README.md"
+    return DOCS / uri if (DOCS / uri).exists() else ROOT / uri
 
 
 def uri_of(source: Path) -> str:
     """Where a file of the repository lies in the site."""
-    return (
-        "index.md"
-        if source == ROOT / "README.md"
-        else source.relative_to(DOCS if DOCS in source.parents else ROOT).as_posix()
-    )
+    if source == ROOT / "README.md":
+        return "index.md"
+    return source.relative_to(DOCS if DOCS in source.parents else ROOT).as_posix()
 
 
 def linked_files(source: Path) -> dict[str, Path]:
