@@ -2,14 +2,14 @@
 # The tables of a CUDA machine: exactness, speed by node budget and method, with growing and with compiled static
 # caches, verify by context length, peak memory. Results go to $OUT as JSON and figures; nothing is kept of a run that fails.
 #
-#   TARGET=org/model HEAD=org/head PROMPTS="maths.jsonl chat.jsonl" bash examples/bench_gpu.sh
+#   TARGET=org/model HEAD=org/head PROMPTS="math.jsonl chat.jsonl" bash examples/bench_gpu.sh
 #
 # Without TARGET it is SmolLM2-135M-Instruct with the head of this repository.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-python}
-: "${PROMPTS:?give files of prompts: PROMPTS=\"maths.jsonl chat.jsonl\"}"
+: "${PROMPTS:?give files of prompts: PROMPTS=\"math.jsonl chat.jsonl\"}"
 target=${TARGET:-$("$python" "$here/smollm2.py")}
 head=${HEAD:-$here/heads/smollm2-135m-instruct}
 out=${OUT:-gpu-results}

@@ -1,10 +1,10 @@
-"""Talk to a model on the terminal; its answers are drafted by a head and streamed.
+"""Chat with a model on the terminal; a head drafts its answers, which are streamed.
 
     python examples/chat.py
     python examples/chat.py --target org/model --head org/head --temperature 0.7
 
-An empty line or Ctrl-D ends the talk, `/new` starts another one, Ctrl-C cuts an answer short. Without --target and
---head it is SmolLM2-135M-Instruct with the head of this repository.
+An empty line or Ctrl-D ends the chat, `/new` starts another one, Ctrl-C interrupts an answer. The default is
+SmolLM2-135M-Instruct with the head of this repository.
 """
 
 import argparse
@@ -16,11 +16,11 @@ from transformers import TextStreamer
 
 from hf_jetflow import JetFlowHead
 from hf_jetflow.prompts import encode_chat
-from hf_jetflow.target.loading import fast_dtype, load_target
+from hf_jetflow.target.loading import load_target
 
 
-class KeepingStreamer(TextStreamer):
-    """Prints an answer as it comes and keeps its text, also of one that is cut short."""
+class RecordingStreamer(TextStreamer):
+    """Prints an answer as it is generated and records its text, even if it is interrupted."""
 
     text = ""
 
@@ -35,21 +35,21 @@ def main() -> None:
     parser.add_argument("--head", default=HEAD, help="Hub id or folder")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--max-new-tokens", type=int, default=512)
-    parser.add_argument("--system", help="what the model is told before the talk")
+    parser.add_argument("--system", help="system message")
     args = parser.parse_args()
 
-    target, tokenizer = load_target(args.target or gguf_path(), fast_dtype())
+    target, tokenizer = load_target(args.target or gguf_path(), "auto")
     head = JetFlowHead.from_pretrained(args.head, dtype=target.dtype).to(target.device)
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
-    beginning = [{"role": "system", "content": args.system}] if args.system else []
-    messages = list(beginning)
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    messages = list(system)
     while prompt := ask():
         if prompt == "/new":
-            messages = list(beginning)
+            messages = list(system)
             continue
         messages.append({"role": "user", "content": prompt})
         input_ids = torch.tensor([encode_chat(tokenizer, messages)], device=target.device)
-        streamer = KeepingStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = RecordingStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         start = time.perf_counter()
         try:
             target.generate(
@@ -61,7 +61,7 @@ def main() -> None:
                 **sampling,
             )
         except KeyboardInterrupt:
-            print(" (cut short)")
+            print(" (interrupted)")
         else:
             stats, seconds = head.last_stats, time.perf_counter() - start
             print(f"({stats.num_new_tokens / seconds:.1f} tokens/s, {stats.tokens_per_round:.2f} tokens per round)")

@@ -1,4 +1,4 @@
-"""The cost model against a bench on a CPU, published tables and decoded trees; and what it predicts of graphed rounds.
+"""Compare the cost model with a bench on a CPU, published tables and decoded trees; predict graphed rounds.
 
 python examples/check_simulation.py --json examples/results/simulation.json
 """
@@ -14,7 +14,8 @@ from typing import Any
 from transformers import AutoConfig
 
 from hf_jetflow import JetFlowConfig
-from hf_jetflow.bench.bench import write_json
+from hf_jetflow.files import write_json
+from hf_jetflow.simulate.fitting import fit_hardware
 from hf_jetflow.simulate.hardware import PRESETS
 from hf_jetflow.simulate.roofline import (
     HeadShape,
@@ -24,13 +25,13 @@ from hf_jetflow.simulate.roofline import (
     round_seconds,
     target_shape,
 )
-from hf_jetflow.simulate.simulate import expected_tokens, fit_hardware, simulate
+from hf_jetflow.simulate.simulate import expected_tokens, simulate
 
 
 EXAMPLES = Path(__file__).resolve().parent
-BENCH_CONTEXT = 200  # tokens of a prompt and half of its answer, about
-H100_CONTEXT = 512  # assumed: the paper does not say
-MATRIX_EFFICIENCIES = (0.3, 0.5, 0.7)  # of the graphed prediction: what is not known, and what it changes
+BENCH_CONTEXT = 200  # about the tokens of a prompt and half of its answer
+H100_CONTEXT = 512  # assumed: the paper gives none
+MATRIX_EFFICIENCIES = (0.3, 0.5, 0.7)  # unknown, so the graphed prediction is made for each
 BUDGETS, BATCH_SIZES = (16, 64, 256), (1, 4, 16)
 
 
@@ -48,7 +49,7 @@ def main() -> None:
 
 
 def run_checks() -> dict[str, Any]:
-    """All checks and predictions; deterministic, nothing is timed."""
+    """All checks and predictions. Nothing is timed, so the result is deterministic."""
     published = _read("published_speeds.json")
     shapes = {name: _target(fields) for name, fields in published["models"].items()}
     heads = {name: _head(published["models"][name], fields) for name, fields in published["heads"].items()}
@@ -78,7 +79,7 @@ def _head(target_fields: dict[str, Any], fields: dict[str, Any]) -> HeadShape:
 
 
 def _check_cpu(target: ModelShape) -> dict[str, Any]:
-    """Fitted to three rows of one prompt set; every other row is predicted from its tokens per round."""
+    """Fit three rows of one prompt set, and predict every other row from its tokens per round."""
     bench = _read("results/bench_earlier_loop.json")["rows"]
     head_config = JetFlowConfig.from_pretrained(EXAMPLES / "heads" / "smollm2-135m-instruct")
     head = head_shape(head_config)
@@ -124,7 +125,7 @@ def _check_cpu(target: ModelShape) -> dict[str, Any]:
 
 
 def _check_eager_plain(published: dict[str, Any], shapes: dict[str, ModelShape]) -> dict[str, Any]:
-    """Plain steps of other models, launched at what a layer of Qwen3-8B takes."""
+    """Predict plain steps of other models from the launch time of a layer of Qwen3-8B."""
     hardware = dataclasses.replace(PRESETS["h100"], name="H20, eager", **published["hardware"])
     rows = []
     for name, measured in published["tokens_per_second"].items():
@@ -146,7 +147,7 @@ def _check_eager_plain(published: dict[str, Any], shapes: dict[str, ModelShape])
 def _check_published(
     published: dict[str, Any], shapes: dict[str, ModelShape], heads: dict[str, HeadShape]
 ) -> dict[str, Any]:
-    """Speedups of the paper from its tokens per round. No figure of the model was fitted to any of them."""
+    """Predict the paper's speedups from its tokens per round; nothing is fitted to them."""
     rows: list[dict[str, Any]] = []
     for table in published["tables"]:
         target, budget = table["target"], table["node_budget"]
@@ -164,7 +165,7 @@ def _check_published(
             )
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        kind = "MT-Bench" if row["prompts"] == "MT-Bench" else "maths and code"
+        kind = "MT-Bench" if row["prompts"] == "MT-Bench" else "math and code"
         groups.setdefault(f"{row['method']} on {row['target']}, {kind}", []).append(row)
     return {
         "source": published["source"],
@@ -176,7 +177,7 @@ def _check_published(
 
 
 def _check_ranks() -> dict[str, Any]:
-    """Tokens per round by `expected_tokens` against those of decoding the same prompts."""
+    """Compare `expected_tokens` with the tokens per round of decoding the same prompts."""
     tables = _read("results/ranks_smollm2.json")["acceptance_by_rank"]
     rows = []
     for row in _read("results/bench_earlier_loop.json")["rows"]:
@@ -197,7 +198,7 @@ def _check_ranks() -> dict[str, Any]:
 def _predict_graphed(
     published: dict[str, Any], shapes: dict[str, ModelShape], heads: dict[str, HeadShape]
 ) -> dict[str, Any]:
-    """Plain steps over rounds, the part of tokens per round that becomes speedup, if nothing waits for launches."""
+    """Seconds of a plain step over those of a round without launches: speedup per token of a round."""
     rows = []
     for target, head in heads.items():
         for efficiency in MATRIX_EFFICIENCIES:
@@ -225,7 +226,7 @@ def _error(predicted: float, measured: float) -> float:
 
 
 def _errors(groups: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
-    """Mean absolute, least and greatest error by group."""
+    """Mean absolute, minimum and maximum error by group."""
     errors = {name: [row["error_percent"] for row in rows] for name, rows in groups.items()}
     return {
         name: {"mean_absolute": round(statistics.mean(map(abs, values)), 1), "from": min(values), "to": max(values)}
@@ -239,8 +240,8 @@ def table_lines(result: dict[str, Any]) -> Iterator[str]:
         kind = "chain of 8" if row["method"] == "chain" else row["node_budget"]
         errors = f"{row['error_percent']:+.1f} % | {row['error_percent_of_median']:+.1f} %"
         speedups = f"{row['predicted_speedup']:.2f} | {row['measured_speedup']:.2f} | {row['median_of_prompts']:.2f}"
-        kept = f"{row['tokens_per_round']:.2f}"
-        yield f"| {row['prompts']} | {kind} | {kept} | {speedups} | {'fitted | ' if row['is_fitted'] else errors} |"
+        tokens = f"{row['tokens_per_round']:.2f}"
+        yield f"| {row['prompts']} | {kind} | {tokens} | {speedups} | {'fitted | ' if row['is_fitted'] else errors} |"
     for row in result["eager_plain_h20"]["rows"]:
         error = "fitted" if row["is_fitted"] else f"{row['error_percent']:+.1f} %"
         rates = f"{row['predicted_tokens_per_second']:.2f} | {row['published_tokens_per_second']:.2f}"
@@ -255,14 +256,14 @@ def table_lines(result: dict[str, Any]) -> Iterator[str]:
     gains: dict[tuple[Any, ...], list[float]] = {}
     rows = result["predicted_h100_graphed"]["rows"]
     for row in rows:
-        place = row["target"], row["batch_size"], row["node_budget"]
-        gains.setdefault(place, []).append(row["speedup_per_token_of_a_round"])
+        key = row["target"], row["batch_size"], row["node_budget"]
+        gains.setdefault(key, []).append(row["speedup_per_token_of_a_round"])
     for row in rows:
         if row["matrix_efficiency"] == MATRIX_EFFICIENCIES[1]:
-            place = row["target"], row["batch_size"], row["node_budget"]
-            low, middle, high = gains[place]
+            key = row["target"], row["batch_size"], row["node_budget"]
+            low, middle, high = gains[key]
             times = f"{row['plain_milliseconds']:.1f} | {row['verify_milliseconds']:.1f}"
-            yield f"| {' | '.join(map(str, place))} | {times} | {middle:.2f} | {low:.2f} - {high:.2f} |"
+            yield f"| {' | '.join(map(str, key))} | {times} | {middle:.2f} | {low:.2f} - {high:.2f} |"
 
 
 if __name__ == "__main__":

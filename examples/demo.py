@@ -1,4 +1,4 @@
-"""Watch SmolLM2-135M-Instruct answer three prompts, plain and with its draft head, through `model.generate`.
+"""Let SmolLM2-135M-Instruct answer three prompts, without and with its draft head, through `model.generate`.
 
 make demo
 python examples/demo.py --max-new-tokens 200 --node-budget 32 --temperature 0.7
@@ -14,12 +14,12 @@ from smollm2 import gguf_path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from hf_jetflow import JetFlowHead
-from hf_jetflow.target.loading import fast_dtype, load_target
+from hf_jetflow.target.loading import load_target
 
 
 HEAD = Path(__file__).parent / "heads" / "smollm2-135m-instruct"
 PROMPTS = {
-    "maths": "A bakery sells 24 muffins in the morning and twice as many in the afternoon. Each muffin costs $3. "
+    "math": "A bakery sells 24 muffins in the morning and twice as many in the afternoon. Each muffin costs $3. "
     "How much money does the bakery make that day?",
     "code": "Write a Python function that returns the n-th Fibonacci number, and explain how it works.",
     "chat": "What should I pack for a three-day hike in the mountains in autumn?",
@@ -29,7 +29,7 @@ console = Console(highlight=False)
 
 
 class TimedStreamer(TextStreamer):
-    """Streams text to the terminal."""
+    """Prints text on the terminal as it is generated."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         console.print(text, end="\n" if stream_end else "", markup=False, style="dim")
@@ -42,7 +42,7 @@ def answer(
     args: argparse.Namespace,
     head: JetFlowHead | None,
 ) -> tuple[list[int], float]:
-    """New ids and seconds of one `generate` call, streamed."""
+    """New token ids and seconds of one `generate` call; the text is streamed."""
     torch.manual_seed(0)
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
     start = time.perf_counter()
@@ -59,15 +59,15 @@ def answer(
 
 @torch.no_grad()
 def explain_difference(target: PreTrainedModel, prompt: torch.Tensor, plain: list[int], drafted: list[int]) -> str:
-    """Where two texts part, and how close the target's two best tokens are there."""
+    """Where two texts differ first, and the margin between the target's two best tokens there."""
     pairs = list(zip(plain, drafted, strict=False))
-    place = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
-    prefix = torch.cat([prompt, torch.tensor([plain[:place]], dtype=torch.long)], dim=1)
+    first = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+    prefix = torch.cat([prompt, torch.tensor([plain[:first]], dtype=torch.long)], dim=1)
     best = torch.log_softmax(target(prefix).logits[0, -1].float(), -1).topk(2).values
     return (
-        f"the texts part at token {place + 1}, where the target's two best tokens are {float(best[0] - best[1]):.3f} "
-        f"nats apart: in {str(target.dtype).removeprefix('torch.')} a forward over many rows rounds otherwise than "
-        "one over a single row, so a near-tie can fall either way (in float32 the texts are the same)"
+        f"the texts differ from token {first + 1} on, where the target's two best tokens are "
+        f"{float(best[0] - best[1]):.3f} nats apart: in {str(target.dtype).removeprefix('torch.')} a forward over "
+        "many rows rounds differently than one over a single row, which decides near-ties (float32 has no difference)"
     )
 
 
@@ -79,12 +79,12 @@ def main() -> None:
     )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument(
-        "--dtype", default=None, help="bfloat16 where the CPU computes in it, else float32, if not given"
+        "--dtype", default="auto", help="auto is bfloat16 where the device computes in it, float32 elsewhere"
     )
     args = parser.parse_args()
 
     console.print("Loading SmolLM2-135M-Instruct and its draft head ...")
-    target, tokenizer = load_target(gguf_path(), args.dtype or fast_dtype())
+    target, tokenizer = load_target(gguf_path(), args.dtype)
     head = JetFlowHead.from_pretrained(HEAD, dtype=target.dtype).to(target.device)
     if args.node_budget is not None:
         head.generation_config.node_budget = args.node_budget
@@ -92,7 +92,7 @@ def main() -> None:
     console.print(f"{settings}, {torch.get_num_threads()} threads\n")
     warm_up = torch.tensor([tokenizer("Hello").input_ids], device=target.device)
     warm = dict(attention_mask=torch.ones_like(warm_up), min_new_tokens=48, max_new_tokens=48)
-    for assistant in (None, head):  # the node budget "auto" tries what it chooses from
+    for assistant in (None, head):  # node budget "auto" takes its first measurements
         target.generate(warm_up, assistant_model=assistant, **warm)
 
     summary = []
@@ -110,15 +110,15 @@ def main() -> None:
         rates = len(plain) / plain_seconds, len(drafted) / head_seconds
         summary.append(
             f"{name:5} {rates[0]:5.1f} -> {rates[1]:5.1f} tokens/s  speedup {rates[1] / rates[0]:.2f}  "
-            f"{stats.tokens_per_round:.2f} tokens per round  {'identical' if plain == drafted else 'texts part'}"
+            f"{stats.tokens_per_round:.2f} tokens per round  {'identical' if plain == drafted else 'texts differ'}"
         )
         console.print("\n" + summary[-1], style="green")
         sizes = ", ".join(f"{count} of {nodes}" for nodes, count in sorted(stats.rounds_by_nodes.items()))
-        console.print(f"rounds by nodes verified: {sizes}", style="dim")
+        console.print(f"rounds by number of nodes: {sizes}", style="dim")
         if plain != drafted:
             console.print(explain_difference(target, input_ids, plain, drafted), style="yellow")
         console.print()
-    console.print("\n".join(["[bold]in short[/]", *summary]))
+    console.print("\n".join(["[bold]summary[/]", *summary]))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python examples/generate.py "Why is the sky blue?"
     python examples/generate.py --target org/model --head org/head "Why is the sky blue?"
 
-Without --target and --head it is SmolLM2-135M-Instruct with the head of this repository.
+The default is SmolLM2-135M-Instruct with the head of this repository.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from smollm2 import HEAD, gguf_path
 
 from hf_jetflow import JetFlowHead
 from hf_jetflow.prompts import encode_chat
-from hf_jetflow.target.loading import fast_dtype, load_target
+from hf_jetflow.target.loading import load_target
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=256)
     args = parser.parse_args()
 
-    target, tokenizer = load_target(args.target or gguf_path(), fast_dtype())
+    target, tokenizer = load_target(args.target or gguf_path(), "auto")
     head = JetFlowHead.from_pretrained(args.head, dtype=target.dtype).to(target.device)
     input_ids = torch.tensor([encode_chat(tokenizer, [{"role": "user", "content": args.prompt}])]).to(target.device)
     output = target.generate(

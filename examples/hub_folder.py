@@ -1,9 +1,9 @@
-"""Put a Hub repository together: a head, its card, and the `custom_generate/` by which `generate` finds the loop.
+"""Assemble a Hub repository: a head, its card, and the `custom_generate/` folder that lets `generate` find the loop.
 
     python examples/hub_folder.py --head runs/my-head --repo me/my-head --output runs/hub
     hf upload me/my-head runs/hub
 
-Then anyone who has installed hf_jetflow decodes with it, without importing it:
+Then anyone with hf_jetflow installed can decode with the head, without importing the package:
 
     target.generate(**inputs, custom_generate="me/my-head", trust_remote_code=True)
 """
@@ -22,17 +22,17 @@ from hf_jetflow.training.checkpoints import HEAD_FILES
 
 RECIPE = Path(__file__).resolve().parent / "custom_generate"
 RECIPE_FILES = ("generate.py", "requirements.txt")
-WORDS = """
+CARD_SECTION = """
 ## Without an import
 
-This repository carries a `generate` of its own: with `hf_jetflow` installed,
+This repository has its own `generate`. With `hf_jetflow` installed,
 
 ```python
 output = target.generate(**inputs, custom_generate="{repo}", trust_remote_code=True, max_new_tokens=256)
 ```
 
-decodes with this head. `trust_remote_code` is transformers' condition for any `custom_generate` of the Hub; the code
-is `custom_generate/generate.py`.
+decodes with this head. transformers requires `trust_remote_code` for every `custom_generate` from the Hub; the code is
+`custom_generate/generate.py`.
 """
 
 
@@ -43,13 +43,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="new folder")
     args = parser.parse_args()
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", args.repo):
-        raise SystemExit(f"error: the repository is {args.repo!r}, but ORG/NAME is needed")
+        raise SystemExit(f"error: expected a repository ORG/NAME, got {args.repo!r}")
     if args.output.exists():
         raise SystemExit(f"error: {args.output} exists already; give a new folder")
     missing = [name for name in HEAD_FILES if not (args.head / name).is_file()]
     if missing:
         raise SystemExit(f"error: {args.head} lacks {', '.join(missing)}; give a folder that `hf-jetflow train` wrote")
-    JetFlowHead.from_pretrained(args.head)  # what does not load is not uploaded
+    JetFlowHead.from_pretrained(args.head)  # a head that does not load must not be uploaded
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.output.parent) as name:
         folder = Path(name) / "repository"
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def fill(folder: Path, head: Path, repo: str) -> None:
-    """The repository's files."""
+    """Write the files of the repository."""
     (folder / "custom_generate").mkdir(parents=True)
     for name in HEAD_FILES:
         shutil.copyfile(head / name, folder / name)
@@ -68,7 +68,7 @@ def fill(folder: Path, head: Path, repo: str) -> None:
         (folder / "custom_generate" / name).write_text(text.replace('"org/head"', f'"{repo}"'), encoding="utf-8")
     card = ModelCard.load(folder / "README.md")
     card.data.tags = [*(card.data.tags or []), "custom_generate"]
-    card.text = card.text.rstrip() + "\n" + WORDS.format(repo=repo)
+    card.text = card.text.rstrip() + "\n" + CARD_SECTION.format(repo=repo)
     card.save(folder / "README.md")
 
 

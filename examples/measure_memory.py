@@ -1,10 +1,10 @@
-"""How much more memory generation takes with a draft head than without, at its peak.
+"""Peak memory of generation with a draft head, compared with plain decoding.
 
     python examples/measure_memory.py --json examples/results/memory.json
 
-Every way of decoding answers the same prompt in a process of its own, whose greatest resident memory is read at the
-end (on a CUDA device: the greatest allocated memory). All processes load both models, so that the difference to plain
-decoding is what drafting needs besides the head's weights.
+Each setting answers the same prompt in its own process, whose peak resident memory is read at the end (on a CUDA
+device: peak allocated memory). All processes load both models, so that the difference to plain decoding is the memory
+of drafting without the head's weights.
 """
 
 import argparse
@@ -15,14 +15,12 @@ import sys
 from pathlib import Path
 
 import torch
-from smollm2 import gguf_path
+from smollm2 import HEAD, gguf_path
 
 from hf_jetflow import JetFlowHead
-from hf_jetflow.bench.bench import environment, write_json
-from hf_jetflow.target.loading import fast_dtype, load_target
-
-
-HEAD = Path(__file__).parent / "heads" / "smollm2-135m-instruct"
+from hf_jetflow.bench.environment import environment
+from hf_jetflow.files import write_json
+from hf_jetflow.target.loading import load_target
 
 
 def peak_megabytes() -> float:
@@ -33,7 +31,7 @@ def peak_megabytes() -> float:
 
 def decode(args: argparse.Namespace, node_budget: str) -> float:
     """Peak memory of one answer, in MiB."""
-    target, _ = load_target(args.target or gguf_path(), fast_dtype())
+    target, _ = load_target(args.target or gguf_path(), "auto")
     head = JetFlowHead.from_pretrained(args.head, dtype=target.dtype, device_map=target.device).eval()
     ids = torch.randint(100, 40000, (1, args.prompt), generator=torch.Generator().manual_seed(0)).to(target.device)
     settings = dict(attention_mask=torch.ones_like(ids), max_new_tokens=args.max_new_tokens, do_sample=False)
@@ -58,12 +56,11 @@ def main() -> None:
         print(json.dumps(decode(args, args.only)))
         return
     peaks = {}
-    for way in ("plain", *map(str, args.node_budgets)):
-        done = subprocess.run(
-            [sys.executable, *sys.argv, "--only", way], stdout=subprocess.PIPE, check=True, text=True
-        )
-        peaks[way] = round(json.loads(done.stdout.splitlines()[-1]), 1)
-        print(f"{way:>6}: {peaks[way]:.0f} MiB ({peaks[way] - peaks['plain']:+.0f} MiB)", flush=True)
+    for budget in ("plain", *map(str, args.node_budgets)):
+        command = [sys.executable, *sys.argv, "--only", budget]
+        done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+        peaks[budget] = round(json.loads(done.stdout.splitlines()[-1]), 1)
+        print(f"{budget:>6}: {peaks[budget]:.0f} MiB ({peaks[budget] - peaks['plain']:+.0f} MiB)", flush=True)
     if args.json:
         settings = {"prompt": args.prompt, "max_new_tokens": args.max_new_tokens}
         write_json({"environment": environment(), **settings, "peak_mebibytes": peaks}, args.json)

@@ -1,11 +1,11 @@
-"""Speed of `node_budget="auto"` where drafting has little or nothing to gain, against plain decoding.
+"""Speed of `node_budget="auto"` relative to plain decoding, where drafting gains little or nothing.
 
-Four cases: a head of random weights, sampling at temperature 1.5, prompts unlike any that the head was trained on, and
-answers of one token. Every prompt is answered plainly and with the head at once, a round each in turn, so that both
-share the machine's slow and fast seconds; who begins changes. Needs `pip install greenlet`.
+Four cases: a head with random weights, sampling at temperature 1.5, prompts unlike the head's training data, and
+answers of one token. For every prompt, plain decoding and the head run concurrently, one round at a time, so that both
+see the same speed of the machine; they take turns in starting. Needs `pip install greenlet`.
 
     python examples/never_slower.py --target model.gguf --head examples/heads/smollm2-135m-instruct \
-        --prompts maths.jsonl code.jsonl chat.jsonl --json examples/results/never_slower.json
+        --prompts math.jsonl code.jsonl chat.jsonl --json examples/results/never_slower.json
 """
 
 import argparse
@@ -21,12 +21,13 @@ from transformers import PreTrainedModel
 from turns import Turns, take_turns
 
 from hf_jetflow import JetFlowHead
-from hf_jetflow.bench.bench import environment, write_json
+from hf_jetflow.bench.environment import environment
+from hf_jetflow.files import write_json
 from hf_jetflow.prompts import encode_chat, read_prompts
 
 
-WARM_UP_TOKENS = 64  # of an answer that is not counted: "auto" tries what it chooses from meanwhile
-FOREIGN = (
+WARM_UP_TOKENS = 64  # of an answer that is not counted, during which "auto" takes its first measurements
+UNFAMILIAR = (
     "Erkläre in drei Sätzen, warum der Mond Phasen hat.",
     "¿Qué debo tener en cuenta antes de adoptar un perro mayor?",
     "Écris un court poème sur la pluie à Brest.",
@@ -37,7 +38,7 @@ FOREIGN = (
 
 
 def random_copy(head: JetFlowHead) -> JetFlowHead:
-    """The same head, untrained."""
+    """A copy of the head with random weights."""
     head = copy.deepcopy(head)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -48,7 +49,7 @@ def random_copy(head: JetFlowHead) -> JetFlowHead:
 
 
 def answer(target: PreTrainedModel, head: JetFlowHead, prompt: list[int], number: int, **settings: Any) -> list[Turns]:
-    """The prompt answered plainly and with the head; the other one begins where `number` is odd."""
+    """Answer a prompt plainly and with the head; the head starts if `number` is odd."""
     settings["do_sample"] = "temperature" in settings
     if settings["do_sample"]:
         settings |= {"top_k": 0, "top_p": 1.0}
@@ -60,7 +61,7 @@ def answer(target: PreTrainedModel, head: JetFlowHead, prompt: list[int], number
 def measure(
     target: PreTrainedModel, head: JetFlowHead, prompts: list[list[int]], repeats: int, **settings: Any
 ) -> dict[str, Any]:
-    """Ratios of tokens per second to plain decoding, and the share of the rounds that drafted."""
+    """Tokens per second relative to plain decoding, and the share of rounds that drafted."""
     pairs = [answer(target, head, prompt, number, **settings) for number, prompt in enumerate(prompts * repeats)]
     ratios = [len(o.new_ids) / o.seconds / (len(p.new_ids) / p.seconds) for p, o in pairs]
     low, median, high = (round(float(each), 3) for each in np.percentile(ratios, (25, 50, 75)))
@@ -84,11 +85,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default=None, help="Hub id, folder or .gguf file")
     parser.add_argument("--head", default=str(HEAD), help="Hub id or folder")
-    parser.add_argument("--prompts", type=Path, nargs="+", required=True, help="JSON lines, a set each")
-    parser.add_argument("--num-prompts", type=int, default=8, help="of each set")
+    parser.add_argument("--prompts", type=Path, nargs="+", required=True, help="JSON lines files")
+    parser.add_argument("--num-prompts", type=int, default=8, help="prompts taken from each file")
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument(
-        "--repeats", type=int, default=1, help="passes over the prompts; answers of one token: three times as many"
+        "--repeats", type=int, default=1, help="passes over the prompts; three times as many for one-token answers"
     )
     parser.add_argument("--json", type=Path, required=True, help="file for the result")
     args = parser.parse_args()
@@ -99,19 +100,20 @@ def main() -> None:
         path.stem: [encode_chat(tokenizer, each["messages"]) for each in read_prompts([path])[: args.num_prompts]]
         for path in args.prompts
     }
-    foreign = {"foreign": [encode_chat(tokenizer, [{"role": "user", "content": text}]) for text in FOREIGN]}
+    messages = [[{"role": "user", "content": text}] for text in UNFAMILIAR]
+    unfamiliar = {"unfamiliar": [encode_chat(tokenizer, each) for each in messages]}
     long = dict(max_new_tokens=args.max_new_tokens)
     cases = (
         ("random head", random_copy(head), own, args.repeats, long),
         ("temperature 1.5", copy.deepcopy(head), own, args.repeats, {**long, "temperature": 1.5}),
-        ("foreign prompts", copy.deepcopy(head), foreign, args.repeats, long),
+        ("unfamiliar prompts", copy.deepcopy(head), unfamiliar, args.repeats, long),
         ("one token", copy.deepcopy(head), own, 3 * args.repeats, dict(max_new_tokens=1)),
     )
     rows = []
-    for case, its_head, sets, repeats, settings in cases:
-        answer(target, its_head, next(iter(sets.values()))[0], 0, **{**settings, "max_new_tokens": WARM_UP_TOKENS})
+    for case, case_head, sets, repeats, settings in cases:
+        answer(target, case_head, next(iter(sets.values()))[0], 0, **{**settings, "max_new_tokens": WARM_UP_TOKENS})
         for name, prompts in sets.items():
-            row = measure(target, its_head, prompts, repeats, **settings)
+            row = measure(target, case_head, prompts, repeats, **settings)
             rows.append({"case": case, "prompts": name, **settings, **row})
             low, high = row["speedup_spread"]
             print(
@@ -119,7 +121,7 @@ def main() -> None:
                 end=", ",
             )
             print(f"{100 * row['drafted_share']:.1f} % of the rounds drafted", flush=True)
-    write_json({"environment": environment(), "head": Path(args.head).name, "rows": rows}, args.json)
+    write_json({"environment": environment(head), "head": Path(args.head).name, "rows": rows}, args.json)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Parity with the field's own implementations: heads they save, read by us, and heads we write, read by them.
+"""Parity with other implementations: heads that they save, read by us, and heads that we write, read by them.
 
     make parity
 
-sets up an environment of its own with the packages `dflash` and `speculators`, since these want other versions than
-ours, and runs this file in it. Heads and target are small and random, in float32 on the CPU. Every row of the result
-compares the logits of all drafted rows behind several prompts, by their model and by ours, and the chains drafted from
-them. The exit status is 1 where a difference is above 1e-4.
+creates a separate environment with the packages `dflash` and `speculators`, which need other versions than ours, and
+runs this file in it. Heads and target are small and random, in float32 on the CPU. Each row of the result compares the
+logits of all drafted rows after several prompts, and the chains drafted from them, between their model and ours. The
+exit status is 1 if a difference is above 1e-4.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def small_target(folder: Path) -> PreTrainedModel:
 
 @torch.no_grad()
 def randomize(model: torch.nn.Module) -> None:
-    """Every tensor of a head gets a value of its own, norms included."""
+    """Give every tensor of a head random values, norms included."""
     generator = torch.Generator().manual_seed(5)
     for name, parameter in sorted(model.named_parameters()):
         if "verifier" not in name and "embed_tokens" not in name:
@@ -78,7 +78,7 @@ def randomize(model: torch.nn.Module) -> None:
 
 @torch.no_grad()
 def our_logits(target: PreTrainedModel, head: JetFlowHead, ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """By our drafting, candidates over the whole draft vocabulary: log-probabilities (depth, draft_vocab)."""
+    """Log-probabilities (depth, draft_vocab) of our drafter, with the whole draft vocabulary as candidates."""
     drafter = JetFlowCandidateGenerator(head, Target(target, head.config))
     position = ids.shape[1] - 1
     drafter.observe(TargetStates(torch.empty(1, 0, VOCAB), (features,), torch.arange(position)[None]))
@@ -110,7 +110,7 @@ def dflash_logits(target: PreTrainedModel, model: Any) -> Logits:
 def speculators_logits(model: Any) -> Logits:
     @torch.no_grad()
     def logits(ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        # Its forward is the one of training: an anchor in a longer text, of which the block must not see the rest.
+        # This is the forward of training: an anchor within a longer text, the rest of which the block must not see.
         anchor, length = ids.shape[1] - 1, ids.shape[1] + model.block_size
         text = torch.cat([ids, ids.new_full((1, length - ids.shape[1]), 7)], dim=1)
         shown = torch.cat([features, torch.randn(1, length - anchor, features.shape[-1])], dim=1)
@@ -129,7 +129,7 @@ def speculators_logits(model: Any) -> Logits:
 
 
 def compare(target: PreTrainedModel, head: JetFlowHead, theirs: Logits) -> dict[str, Any]:
-    """Greatest difference of log-probabilities, and whether all chains are the same."""
+    """Maximum difference of log-probabilities, and whether all chains are equal."""
     view = Target(target, head.config)
     generator, differences, is_same = torch.Generator().manual_seed(3), [], True
     for length in PROMPTS:
@@ -187,8 +187,8 @@ SPECULATORS_CASES: dict[str, dict[str, Any]] = {
     "whole vocabulary, bidirectional": {},
     "reduced vocabulary": {"draft_vocab_size": 40},
     "rows predict from the anchor": {"sample_from_anchor": True},
-    # In its training a sliding layer's window is counted from the anchor, in decoding from every row: the same while
-    # the text is shorter than the window.
+    # A sliding window starts at the anchor in training, at every row in decoding: equal while the text is shorter
+    # than the window.
     "sliding and full layers": {"layers": {**WINDOWED, "sliding_window": 64}},
     "sliding layers, bidirectional": {"layers": {**WINDOWED, "sliding_window": 64}, "sliding_window_non_causal": True},
 }
@@ -259,10 +259,10 @@ OUR_SPECULATORS_CASES: dict[str, dict[str, Any]] = {
 
 
 def our_head(folder: Path, number: int, to: str, settings: dict[str, Any]) -> tuple[JetFlowHead, Path]:
-    """A head of ours, and where it was written in their layout."""
+    """A head of ours, and the folder with it in their layout."""
     config = JetFlowConfig(
         **{**BODY, **settings},
-        ngram_weights=[],  # it is the heads that are compared
+        ngram_weights=[],  # compare the heads alone
         block_size=BLOCK,
         mask_token_id=MASK,
         hidden_state_indices=[index + 1 for index in LAYER_IDS],
@@ -301,7 +301,7 @@ def main() -> None:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
-            print(f"{package} is not installed and was left out")
+            print(f"{package} is not installed; skipped")
             continue
         rows += run(package)
     for row in rows:

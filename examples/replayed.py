@@ -1,4 +1,4 @@
-"""What the scripts share that replay a head over the target's own greedy answers."""
+"""Shared by the scripts that replay a head over the target's own greedy answers."""
 
 import argparse
 from collections.abc import Iterator
@@ -8,32 +8,33 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_jetflow import JetFlowHead
 from hf_jetflow.prompts import read_prompts
-from hf_jetflow.target.loading import fast_dtype, load_target
+from hf_jetflow.target.loading import load_target
 from hf_jetflow.training.answers import greedy_texts
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """The options of all such scripts."""
+    """The options that these scripts share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", required=True, help="Hub id, folder or .gguf file")
     parser.add_argument("--head", required=True, help="Hub id or folder")
-    parser.add_argument("--prompts", type=Path, nargs="+", required=True, help="JSON lines, a set each")
-    parser.add_argument("--texts", type=Path, required=True, help="folder that keeps the target's greedy answers")
-    parser.add_argument("--num-prompts", type=int, default=40, help="of each set")
+    parser.add_argument("--prompts", type=Path, nargs="+", required=True, help="JSON lines files")
+    parser.add_argument("--texts", type=Path, required=True, help="folder for the target's greedy answers")
+    parser.add_argument("--num-prompts", type=int, default=40, help="prompts taken from each file")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--json", type=Path, required=True, help="file for the result")
     return parser
 
 
 def load_pair(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, JetFlowHead]:
-    target, tokenizer = load_target(args.target, fast_dtype())
+    """The target, its tokenizer and the head."""
+    target, tokenizer = load_target(args.target, "auto")
     return target, tokenizer, JetFlowHead.from_pretrained(args.head, dtype=target.dtype).to(target.device)
 
 
 def text_sets(
     args: argparse.Namespace, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[str, list[tuple[list[int], int]]]]:
-    """Each set's name, and its texts as `replay` takes them; answers that are kept already are not made again."""
+    """Name and texts of each set, as `replay` takes them; stored answers are not generated again."""
     for path in args.prompts:
         prompts = read_prompts([path])[: args.num_prompts]
         yield path.stem, greedy_texts(target, tokenizer, prompts, args.texts / path.name, args.max_new_tokens)

@@ -1,4 +1,4 @@
-"""Milliseconds that building one draft tree takes, by node budget and depth, on this machine.
+"""Time to build one draft tree, by node budget and depth.
 
 python examples/time_tree.py --json examples/results/tree_building.json
 """
@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from hf_jetflow.bench.bench import environment, write_json
+from hf_jetflow.bench.environment import environment
 from hf_jetflow.decoding.policy import MAX_WIDTH
+from hf_jetflow.files import write_json
 from hf_jetflow.trees.tree import Candidates, build_tree
 
 
@@ -19,7 +20,7 @@ SHAPES = ((16, 7), (32, 7), (64, 7), (64, 15), (128, 15), (256, 15))  # node bud
 
 
 def milliseconds(node_budget: int, max_depth: int, runs: int) -> list[float]:
-    """Times of building a tree over candidates as peaked as a trained head's."""
+    """Build times of a tree over random candidates, as peaked as those of a trained head."""
     generator = torch.Generator().manual_seed(0)
     logprobs = torch.log_softmax(3 * torch.randn(max_depth, 12288, generator=generator), dim=-1)
     best = logprobs.topk(min(MAX_WIDTH, node_budget - 1))

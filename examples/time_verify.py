@@ -1,10 +1,10 @@
-"""What verifying a draft tree costs with a long context, against as many rows under no mask at all.
+"""Time to verify a draft tree by context length, compared with as many rows without a mask.
 
     python examples/time_verify.py --json examples/results/verify_context.json
 
-For each number of cached tokens three forwards of the target run in turn: the nodes of a tree as the loop verifies
-them; as many rows that all see everything, for which nothing is masked or copied; and the tree under transformers' own
-attention function, which repeats keys and values for every query head. Medians are told, and their ratios.
+For each number of cached tokens, three forwards of the target run in turn: the tree as the loop verifies it; as many
+rows with full attention, without masks or copies; and the tree with transformers' own attention function, which
+repeats keys and values for every query head. The result has medians and their ratios.
 """
 
 import argparse
@@ -21,14 +21,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_jetflow import JetFlowConfig
 from hf_jetflow._compat import CACHE_NAME
-from hf_jetflow.bench.bench import environment, write_json
-from hf_jetflow.target.loading import fast_dtype, load_target
+from hf_jetflow.bench.environment import environment
+from hf_jetflow.files import write_json
+from hf_jetflow.target.loading import load_target
 from hf_jetflow.target.target import Context, Target
 from hf_jetflow.trees.tree import Candidates, DraftTree, build_tree
 
 
 def see_everything(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
-    """Attention of all rows to all keys: the least that a forward of so many rows can cost."""
+    """Attention of all rows to all keys: the lower bound for a forward over so many rows."""
     return sdpa_attention_forward(module, query, key, value, None, **{**kwargs, "is_causal": False})
 
 
@@ -54,13 +55,13 @@ def some_tree(target: Target, num_nodes: int) -> DraftTree:
 
 
 def medians(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Milliseconds of each, run in turn."""
+    """Median milliseconds of each function; the functions run in turn."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         for name, run in runs.items():
             start = time.perf_counter()
             run()
-            if repeat:  # the first one warms up
+            if repeat:  # the first run is warm-up
                 times[name].append(1e3 * (time.perf_counter() - start))
     return {name: round(statistics.median(values), 2) for name, values in times.items()}
 
@@ -84,13 +85,13 @@ def measure(target: Target, num_cached: int, num_nodes: int, repeats: int) -> di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", help="Hub id, folder or .gguf file; SmolLM2-135M-Instruct if not given")
-    parser.add_argument("--dtype")
+    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--cached", type=int, nargs="+", default=[256, 1024, 4096, 8000])
     parser.add_argument("--nodes", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    model, _ = load_target(args.target or gguf_path(), args.dtype or fast_dtype())
+    model, _ = load_target(args.target or gguf_path(), args.dtype)
     target = Target(model, JetFlowConfig.for_target(model.config, mask_token_id=0))
     rows = []
     for num_cached in args.cached:

@@ -1,4 +1,4 @@
-"""Calls of `generate` that take turns, a round each: a machine whose speed changes is as slow for one as for another.
+"""Concurrent `generate` calls that take turns round by round, so that all see the same speed of the machine.
 
 Needs `pip install greenlet`.
 """
@@ -20,15 +20,14 @@ from hf_jetflow.decoding import loop as decoding
 
 class Turns(BaseStreamer):
     """
-    One call of `generate` for one prompt. It stops before each of its rounds, or of its tokens where it decodes
-    plainly, until `go_on`.
+    One `generate` call for one prompt, paused before each round, or before each token of plain decoding.
 
     Args:
         prompt: Token ids.
-        head: `None` decodes plainly.
-        node_budget: The head's, set when the call begins.
-        seed: Of the call's own random numbers, on a CPU.
-        settings: Of `generate`.
+        head: `None` for plain decoding.
+        node_budget: Node budget of the head, set when the call starts.
+        seed: Seed of the call's own random numbers, on a CPU.
+        settings: Keywords of `generate`.
     """
 
     def __init__(
@@ -45,20 +44,21 @@ class Turns(BaseStreamer):
         self._random = torch.Generator().manual_seed(seed).get_state()
         self._work = greenlet(self._generate)
         self._has_prompt = False
-        self.num_tokens = 0  # that came out
-        self.num_rounds = 0  # behind the prefill
+        self.num_tokens = 0  # generated so far
+        self.num_rounds = 0  # after the prefill
         self.seconds = 0.0
         self.new_ids: list[int] = []
         self.stats: Any = None  # the head's
 
     @property
-    def is_over(self) -> bool:
+    def is_finished(self) -> bool:
         return self._work.dead
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
+        """Run until the next pause, and add the time taken to `seconds`."""
         random = torch.get_rng_state()
         torch.set_rng_state(self._random)
-        with patch.object(decoding, "choose_policy", self._stopping(decoding.choose_policy)):
+        with patch.object(decoding, "choose_policy", self._pausing(decoding.choose_policy)):
             synchronize(self._target)
             start = time.perf_counter()
             self._work.switch()
@@ -75,28 +75,28 @@ class Turns(BaseStreamer):
         settings = {"attention_mask": mask, "assistant_model": self._head, "streamer": self, **self._settings}
         output = self._target.generate(prompt, **settings)
         self.new_ids = output[0, len(self._prompt) :].tolist()
-        self._keep_stats()
+        self._save_stats()
 
-    def _keep_stats(self) -> None:
-        """Before another call of the same head replaces them."""
+    def _save_stats(self) -> None:
+        """Save the head's statistics before another call replaces them."""
         if self._head is not None and self.stats is None:
             self.stats = self._head.last_stats
 
-    def _stop(self) -> None:
+    def _pause(self) -> None:
         getcurrent().parent.switch()
 
-    def _stopping(self, choose_policy: Callable[..., Any]) -> Callable[..., Any]:
+    def _pausing(self, choose_policy: Callable[..., Any]) -> Callable[..., Any]:
         def chosen(*args: Any) -> Any:
             policy = choose_policy(*args)
             plan = policy.plan
 
-            def plan_after_the_others(*limits: Any) -> Any:
-                self._keep_stats()
-                self._stop()
+            def plan_after_pause(*limits: Any) -> Any:
+                self._save_stats()
+                self._pause()
                 self.num_rounds += 1
                 return plan(*limits)
 
-            policy.plan = plan_after_the_others
+            policy.plan = plan_after_pause
             return policy
 
         return chosen
@@ -108,14 +108,14 @@ class Turns(BaseStreamer):
         self.num_tokens += value.numel()
         if self._head is None:
             self.num_rounds = self.num_tokens - 1
-            self._stop()
+            self._pause()
 
     def end(self) -> None:
         pass
 
 
-@torch.no_grad()  # a call that is over restores what it found
+@torch.no_grad()  # each call restores the gradient mode that it found, which may be another call's
 def take_turns(calls: Sequence[Turns]) -> None:
-    """Until all are over; next is whichever has come least far."""
-    while waiting := [call for call in calls if not call.is_over]:
-        min(waiting, key=lambda call: call.num_tokens).go_on()
+    """Run all calls to the end; the call with the fewest tokens is next."""
+    while waiting := [call for call in calls if not call.is_finished]:
+        min(waiting, key=lambda call: call.num_tokens).resume()

@@ -1,12 +1,12 @@
-"""An exported head in a real vLLM: the same greedy tokens as without it, and more than one token a pass.
+"""Check an exported head in vLLM: the same greedy tokens as without it, and more than one token per pass.
 
     make vllm-check
 
-sets up an environment of its own with vLLM's build for CPUs and runs this file in it. The head is converted to a
-layout that vLLM reads, SmolLM2-135M-Instruct is written out as safetensors, and vLLM answers a few prompts, first
-alone, then with the head (method `dflash`), in the same dtype and one prompt at a time. Then the same exported head
-drafts chains in `model.generate`, to see that vLLM reads it as we do. The exit status is 1 where a text differs, or
-where vLLM keeps hardly more than one token a pass, or clearly fewer than we do.
+creates a separate environment with vLLM's CPU build and runs this file in it. The head is converted to a layout that
+vLLM reads, and SmolLM2-135M-Instruct is saved as safetensors. vLLM answers a few prompts without and with the head
+(method `dflash`), in the same dtype, one prompt at a time. Then the exported head drafts chains in `model.generate`,
+to check that vLLM reads it as we do. The exit status is 1 if a text differs, or if vLLM's tokens per pass are barely
+above one or clearly below ours.
 """
 
 import argparse
@@ -28,8 +28,8 @@ from smollm2 import gguf_path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_jetflow import JetFlowHead
-from hf_jetflow.bench.bench import write_json
 from hf_jetflow.convert.convert import convert_head
+from hf_jetflow.files import write_json
 from hf_jetflow.target.loading import load_target
 
 
@@ -43,8 +43,8 @@ PROMPTS = (
     "What should I pack for a three-day hike in the mountains in autumn?",
     "Explain in a few sentences why the sky is blue.",
 )
-LEAST_TOKENS_PER_PASS = 1.2  # a head of random weights keeps about 1.0
-LEAST_SHARE_OF_OURS = 0.9  # of the tokens per round of our own chains with the same weights
+MIN_TOKENS_PER_PASS = 1.2  # a head with random weights has about 1.0
+MIN_SHARE_OF_OURS = 0.9  # of the tokens per round of our chains with the same weights
 COUNTERS = {
     "vllm:spec_decode_num_drafts": "num_passes",
     "vllm:spec_decode_num_draft_tokens": "num_drafted",
@@ -53,7 +53,7 @@ COUNTERS = {
 }
 
 
-# --- what vLLM is given ----------------------------------------------------------------------------------------------
+# --- inputs of vLLM --------------------------------------------------------------------------------------------------
 
 
 def write_folders(
@@ -63,7 +63,7 @@ def write_folders(
     Write `folder/target` and `folder/head`, which vLLM can load.
 
     Returns:
-        `list[str]`: What the layout has no place for and was left out.
+        `list[str]`: Parts of the head that the layout cannot hold.
     """
     target.save_pretrained(folder / "target")
     tokenizer.save_pretrained(folder / "target")
@@ -71,7 +71,7 @@ def write_folders(
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of each prompt as a chat's first turn."""
+    """Token ids of each prompt as the first turn of a chat."""
     chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     texts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
     return tokenizer(texts, add_special_tokens=False).input_ids
@@ -82,7 +82,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Settings:
-    """What all runs share."""
+    """Settings that all runs share."""
 
     dtype: str
     max_new_tokens: int
@@ -93,7 +93,7 @@ class Settings:
 def run_vllm(
     target: Path, head: Path | None, prompts: list[list[int]], settings: Settings
 ) -> tuple[list[list[int]], dict[str, Any]]:
-    """New token ids of each prompt and the counters of speculative decoding, from one engine in this process."""
+    """New token ids of each prompt, and the counters of speculative decoding, from an engine in this process."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -117,7 +117,7 @@ def run_vllm(
 
 
 def read_counters(metrics: list[Any]) -> dict[str, Any]:
-    """vLLM's counters of speculative decoding under our names; empty where there are none."""
+    """vLLM's counters of speculative decoding under our names; empty without speculative decoding."""
     counts = {
         COUNTERS[metric.name]: list(metric.values) if hasattr(metric, "values") else int(metric.value)
         for metric in metrics
@@ -129,14 +129,14 @@ def read_counters(metrics: list[Any]) -> dict[str, Any]:
 
 
 def in_own_process(*arguments: Any) -> tuple[list[list[int]], dict[str, Any]]:
-    """`run_vllm` in a new process, which gives all memory back."""
+    """`run_vllm` in a new process, so that all of its memory is freed."""
     try:
         with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
             return pool.submit(run_vllm, *arguments).result()
     except BrokenProcessPool:
         raise SystemExit(
-            "error: vLLM's process was ended from outside: not enough memory (give a smaller --kv-cache-mib), or a "
-            "processor without the instructions its build needs (AVX2 on x86-64)"
+            "error: vLLM's process was killed: it lacked memory (use a smaller --kv-cache-mib), or the processor "
+            "lacks instructions that the build needs (AVX2 on x86-64)"
         ) from None
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         raise SystemExit(
@@ -150,7 +150,7 @@ def in_own_process(*arguments: Any) -> tuple[list[list[int]], dict[str, Any]]:
 def run_ours(
     target: PreTrainedModel, head: Path, prompts: list[list[int]], settings: Settings
 ) -> tuple[list[list[int]], dict[str, Any]]:
-    """The same exported head drafting chains in `model.generate`: new token ids of each prompt, and counts."""
+    """New token ids of each prompt, and counts, with chains of the exported head in `model.generate`."""
     drafter = JetFlowHead.from_pretrained(head, dtype=target.dtype)
     drafter.generation_config.node_budget = settings.num_drafted + 1
     drafter.generation_config.width = 1
@@ -177,7 +177,7 @@ def run_ours(
 def compare_texts(
     prompts: tuple[str, ...], plain: list[list[int]], drafted: list[list[int]], ours: list[list[int]]
 ) -> list[dict[str, Any]]:
-    """A row for each prompt: whether vLLM gives the same ids with the head as without, and the ids of `generate`."""
+    """One row per prompt: whether vLLM's ids are the same with and without the head, and equal to `generate`'s."""
     return [
         {"prompt": prompt, "num_tokens": len(a), "same_with_head": a == b, "same_as_generate": a == c}
         for prompt, a, b, c in zip(prompts, plain, drafted, ours, strict=True)
@@ -185,20 +185,22 @@ def compare_texts(
 
 
 def failures(rows: list[dict[str, Any]], vllm: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """What is wrong with a result, in words; nothing where all is well."""
+    """Descriptions of all failures; empty if the check passed."""
     found = [f"the text differs with the head: {row['prompt']}" for row in rows if not row["same_with_head"]]
-    kept, expected = vllm.get("tokens_per_pass"), ours["tokens_per_pass"]
-    if kept is None:
+    tokens, expected = vllm.get("tokens_per_pass"), ours["tokens_per_pass"]
+    if tokens is None:
         return [*found, "vLLM drafted nothing"]
-    if kept < LEAST_TOKENS_PER_PASS:
-        found.append(f"{kept:.2f} tokens per pass, but at least {LEAST_TOKENS_PER_PASS} are needed")
-    if kept < LEAST_SHARE_OF_OURS * expected:
-        found.append(f"{kept:.2f} tokens per pass, but {expected:.2f} in `generate`: vLLM reads the head otherwise")
+    if tokens < MIN_TOKENS_PER_PASS:
+        found.append(f"expected at least {MIN_TOKENS_PER_PASS} tokens per pass, got {tokens:.2f}")
+    if tokens < MIN_SHARE_OF_OURS * expected:
+        found.append(
+            f"{tokens:.2f} tokens per pass, but {expected:.2f} in `generate`: vLLM reads the head differently"
+        )
     return found
 
 
 def check(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """All runs, printed as they end."""
+    """Run all checks, and print each result."""
     print("writing the target and the head ...", flush=True)
     target, tokenizer = load_target(gguf_path(), args.dtype)
     left_out = write_folders(folder, target, tokenizer, str(args.head), args.layout)
@@ -229,10 +231,10 @@ def check(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--head", type=Path, default=HEAD, help="a head of SmolLM2-135M-Instruct; the shipped one")
-    parser.add_argument("--layout", choices=("dflash", "speculators"), default="dflash", help="what vLLM is given")
+    parser.add_argument("--head", type=Path, default=HEAD, help="a head for SmolLM2-135M-Instruct")
+    parser.add_argument("--layout", choices=("dflash", "speculators"), default="dflash", help="layout for vLLM")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="in bfloat16 near-ties can fall either way"
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="in bfloat16 rounding decides near-ties"
     )
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--kv-cache-mib", type=int, default=256, help="memory of vLLM's keys and values")
@@ -240,7 +242,7 @@ def main() -> None:
     args = parser.parse_args()
     if find_spec("vllm") is None:
         raise SystemExit(
-            "error: vLLM is not installed here; `make vllm-check` sets up an environment with it (Linux on x86-64 or "
+            "error: vLLM is not installed; `make vllm-check` creates an environment with it (Linux on x86-64 or "
             "arm64, Python 3.11 or newer)"
         )
     with tempfile.TemporaryDirectory() as name:
@@ -250,10 +252,10 @@ def main() -> None:
     if result["vllm"]:
         print(
             f"vLLM: {result['vllm']['tokens_per_pass']:.2f} tokens per pass ({result['vllm']['num_accepted']} drafted "
-            f"tokens kept in {result['vllm']['num_passes']} passes); generate: "
+            f"tokens accepted in {result['vllm']['num_passes']} passes); generate: "
             f"{result['generate']['tokens_per_pass']:.2f}"
         )
-    print("\n".join(f"FAIL: {what}" for what in result["failures"]) or "ok: the same texts with the head as without")
+    print("\n".join(f"FAIL: {what}" for what in result["failures"]) or "ok: the head does not change the texts")
     sys.exit(bool(result["failures"]))
 
 

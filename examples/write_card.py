@@ -2,8 +2,8 @@ r"""Write a head's card from its config, a bench result and a description of its
 
     python examples/write_card.py --head runs/my-head --results bench.json --training training.md --license apache-2.0
 
-Without options it writes the card of the shipped head, and with `--template MODEL_CARD.md` the card with a note in
-each place that is filled in.
+Without options it writes the card of the shipped head. `--template MODEL_CARD.md` writes a template, with a note for
+each part to fill in.
 """
 
 import argparse
@@ -24,7 +24,7 @@ SHIPPED = {
     "datasets": ["openai/gsm8k"],
     "language": ["en"],
     "sets": {
-        "dev_math": "maths (GSM8K test)",
+        "dev_math": "math (GSM8K test)",
         "dev_code": "code (HumanEval)",
         "dev_chat": "chat (MT-Bench, first turns)",
     },
@@ -42,7 +42,7 @@ def card_of(
     language: list[str],
     sets: dict[str, str],
 ) -> str:
-    """The card of a head; `sets` are words for the prompt sets of the results."""
+    """The card of a head; `sets` maps prompt sets of the results to their descriptions."""
     head = JetFlowHead.from_pretrained(folder)
     result = json.loads(results.read_text(encoding="utf-8"))
     facts = result["environment"]
@@ -63,13 +63,13 @@ def card_of(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--head", type=Path, help="folder of the head; its README.md is written")
-    parser.add_argument("--name", help="what `from_pretrained` will take, such as the head's Hub id; its folder else")
+    parser.add_argument("--name", help="Hub id of the head, for `from_pretrained`; its folder if not given")
     parser.add_argument("--results", type=Path, help="JSON of `hf-jetflow bench`")
-    parser.add_argument("--training", type=Path, help="Markdown about data and length of the training")
-    parser.add_argument("--license", help="licence of the head, as the Hub spells it")
-    parser.add_argument("--dataset", action="append", default=[], help="Hub id of data trained on; several times")
-    parser.add_argument("--language", action="append", default=[], help="code of a language of it; several times")
-    parser.add_argument("--template", type=Path, help="write the template here, and no card unless --head is given")
+    parser.add_argument("--training", type=Path, help="Markdown file about the training")
+    parser.add_argument("--license", help="license of the head, as spelled by the Hub")
+    parser.add_argument("--dataset", action="append", default=[], help="Hub id of the training data; may be repeated")
+    parser.add_argument("--language", action="append", default=[], help="language code; may be repeated")
+    parser.add_argument("--template", type=Path, help="file for the template; a card is written only with --head")
     args = parser.parse_args()
     if args.head and not (args.results and args.training):
         parser.error("--head needs --results and --training")

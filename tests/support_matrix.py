@@ -1,6 +1,6 @@
-"""What each family of `families.py` was seen to do with a draft head, and the table of it in `docs/`.
+"""Support of each family in `families.py`: the checks, and the table in `docs/`.
 
-`python tests/support_matrix.py` runs all checks and writes the table; `test_families.py` runs the same checks.
+`python tests/support_matrix.py` runs all checks and writes the table. `test_families.py` runs the same checks.
 """
 
 import copy
@@ -161,14 +161,18 @@ def row(name: str) -> dict[str, str]:
 
 HEADER = f"""# Support matrix
 
-What a draft head was seen to do with tiny random float32 targets of each family, in transformers {{version}}. *Exact*:
-the text and the state of the random number generator equal those of plain `generate`, with drafted tokens accepted;
-sampled texts are drawn from the same seed. *Trees* are drafted where the target can verify them, *chains* elsewhere.
-Beyond the window: a prompt longer than the window of {WINDOW}. Batches: three prompts of different lengths, padded on
-the left, greedy and sampled; *decoded plainly* where the target takes no drafts for a batch. A family that is refused
-raises a `ValueError` before a token is generated.
+Does a draft head work with your target? Each family was tested with a tiny random target in float32 (transformers
+{{version}}).
 
-Written by `make support-matrix` from the checks of `tests/test_families.py`, which fail where it says otherwise.
+- *exact*: the text and the state of the random number generator equal those of plain `generate`, and drafted tokens
+  were accepted. Sampled texts use the same seed.
+- *trees*, *chains*: what is drafted. Chains are drafted if the target cannot verify trees.
+- beyond the window: a prompt longer than the sliding window of {WINDOW}.
+- batches: three prompts of different lengths, padded on the left, greedy and sampled. *decoded plainly*: batches of
+  this family are decoded without drafts.
+- refused because: the call raises this `ValueError` before it generates a token.
+
+`make support-matrix` writes this page from the checks of `tests/test_families.py`.
 
 """
 

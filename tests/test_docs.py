@@ -12,7 +12,7 @@ from helpers import tiny_tokenizer
 from markdown_it import MarkdownIt
 
 import hf_jetflow
-from hf_jetflow.cli.main import command_parser
+from hf_jetflow.cli.main import COMMANDS, command_parser
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -236,11 +236,11 @@ def test_answers_are_scored_like_drafts(config, tiny_target, random_head, prompt
     text = target.generate(prompt, max_new_tokens=9, do_sample=False)
     features, _ = view.states(text)
     expected = []
-    for place in range(num_prompt, text.shape[1] - 1):
+    for position in range(num_prompt, text.shape[1] - 1):
         drafter = JetFlowCandidateGenerator(head, view)
-        drafter.observe(TargetStates(torch.empty(1, 0), (features[:, :place],), torch.arange(place)[None]))
-        drafted = drafter.propose(text[:, place : place + 1], torch.tensor([place]), num_depths, width=257)
-        for depth, token in enumerate(text[0, place + 1 : place + 1 + num_depths].tolist()):
+        drafter.observe(TargetStates(torch.empty(1, 0), (features[:, :position],), torch.arange(position)[None]))
+        drafted = drafter.propose(text[:, position : position + 1], torch.tensor([position]), num_depths, width=257)
+        for depth, token in enumerate(text[0, position + 1 : position + 1 + num_depths].tolist()):
             expected += drafted.logprobs[0, depth][drafted.tokens[0, depth] == token].tolist()
     scores = answer_logprobs(view, head, text[0].tolist(), num_prompt)
     assert len(scores) > 15

@@ -176,7 +176,7 @@ def write_pair(folder, target, head):
     return ["--target", folder / "target", "--head", folder / "head", "--prompts", folder / "dev.jsonl"]
 
 
-def test_budgets_are_timed_on_the_very_same_texts(tiny_target, random_head, tmp_path, monkeypatch):
+def test_budgets_are_timed_on_the_same_texts(tiny_target, random_head, tmp_path, monkeypatch):
     target = tiny_target("llama")
     arguments = write_pair(tmp_path, target, random_head(target))
     monkeypatch.syspath_prepend(EXAMPLES)
@@ -184,31 +184,31 @@ def test_budgets_are_timed_on_the_very_same_texts(tiny_target, random_head, tmp_
     arguments += ["--texts", tmp_path / "texts", "--max-new-tokens", 12, "--node-budgets", 4, "auto"]
     monkeypatch.setattr(sys, "argv", ["same_text.py", *map(str, arguments), "--json", str(tmp_path / "same.json")])
     turns = []
-    stop = same.Turns._stop
-    monkeypatch.setattr(same.Turns, "_stop", lambda call: (turns.append(call), stop(call)))
+    pause = same.Turns._pause
+    monkeypatch.setattr(same.Turns, "_pause", lambda call: (turns.append(call), pause(call)))
     same.main()  # which holds every text against the plain one
     result = json.loads((tmp_path / "same.json").read_text())
     rows = result["rows"]
     auto = rows[2]["tokens_per_second"] / max(row["tokens_per_second"] for row in rows[:2])
     assert result["auto_against_best_fixed_percent"]["dev"] == pytest.approx(100 * (auto - 1), abs=0.1)
-    assert len(set(map(id, turns[:3]))) == 3, "every budget reads the prompt before any goes on"
+    assert len(set(map(id, turns[:3]))) == 3, "every budget runs its prefill before any continues"
     assert [row["node_budget"] for row in rows] == [1, 4, "auto"]
     assert rows[0]["tokens_per_round"] == rows[0]["speedup"] == 1.0
     assert all(row["tokens_per_round"] >= 1 and row["tokens_per_second"] > 0 for row in rows)
 
 
-def test_auto_is_timed_where_nothing_is_to_be_gained(tiny_target, random_head, tmp_path, monkeypatch, capsys):
+def test_auto_is_timed_where_drafting_gains_nothing(tiny_target, random_head, tmp_path, monkeypatch, capsys):
     target = tiny_target("llama")
     arguments = write_pair(tmp_path, target, random_head(target))
     monkeypatch.syspath_prepend(EXAMPLES)
     slower = load_example("never_slower")
     monkeypatch.setattr(slower, "WARM_UP_TOKENS", 24)  # the trials end within it
-    monkeypatch.setattr(slower, "FOREIGN", ("t050", "t060"))
+    monkeypatch.setattr(slower, "UNFAMILIAR", ("t050", "t060"))
     arguments += ["--max-new-tokens", 12, "--json", tmp_path / "slower.json"]
     monkeypatch.setattr(sys, "argv", ["never_slower.py", *map(str, arguments)])
     slower.main()
     rows = json.loads((tmp_path / "slower.json").read_text())["rows"]
-    assert [row["case"] for row in rows] == ["random head", "temperature 1.5", "foreign prompts", "one token"]
+    assert [row["case"] for row in rows] == ["random head", "temperature 1.5", "unfamiliar prompts", "one token"]
     assert [row["num_runs"] for row in rows] == [2, 2, 2, 6]
     assert [row["num_new_tokens"] for row in rows] == [24, 24, 24, 6]
     assert all(row["speedup_spread"][0] <= row["speedup"] <= row["speedup_spread"][1] for row in rows)
@@ -217,7 +217,7 @@ def test_auto_is_timed_where_nothing_is_to_be_gained(tiny_target, random_head, t
 
 
 @pytest.mark.parametrize("do_sample", [False, True])
-def test_calls_that_take_turns_write_what_they_write_alone(do_sample, tiny_target, echo_head, prompt, monkeypatch):
+def test_calls_that_take_turns_give_the_text_of_single_calls(do_sample, tiny_target, echo_head, prompt, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     turns = load_example("turns")
     target = tiny_target("llama")
@@ -229,9 +229,9 @@ def test_calls_that_take_turns_write_what_they_write_alone(do_sample, tiny_targe
     head = echo_head(target, torch.cat([prompt, torch.tensor([alone[0]])], dim=1))
     state = torch.get_rng_state()
     calls = [
-        turns.Turns(target, prompt[0].tolist(), its_head, budget, seed, **settings)
+        turns.Turns(target, prompt[0].tolist(), call_head, budget, seed, **settings)
         for seed in (1, 2)
-        for its_head, budget in ((None, None), (head, 4), (head, 8))
+        for call_head, budget in ((None, None), (head, 4), (head, 8))
     ]
     turns.take_turns(calls)
     assert [call.new_ids for call in calls] == [text for text in alone for _ in range(3)]
@@ -305,7 +305,7 @@ def load_example(name):
         ),
     ],
 )
-def test_the_gpu_bench_says_what_it_lacks(environment, cause, tmp_path):
+def test_the_gpu_bench_names_what_is_missing(environment, cause, tmp_path):
     known = {name: value for name, value in os.environ.items() if name != "PROMPTS"}
     done = subprocess.run(
         ["bash", str(EXAMPLES / "bench_gpu.sh")],

@@ -90,7 +90,7 @@ def chat_and_seen(example, monkeypatch):
     return chat, seen
 
 
-def test_chat_sends_the_whole_talk_each_turn_and_starts_another(example, pair, says, chat_and_seen, capsys):
+def test_chat_sends_the_whole_conversation_each_turn_and_starts_another(example, pair, says, chat_and_seen, capsys):
     _, seen = chat_and_seen
     says("t010", "t011", "/new", "t012", "", "never")
     example("chat", *pair, "--max-new-tokens", 4, "--system", "t020")
@@ -104,17 +104,17 @@ def test_chat_sends_the_whole_talk_each_turn_and_starts_another(example, pair, s
     assert seen[2] == [{"role": "system", "content": "t020"}, {"role": "user", "content": "t012"}]
 
 
-def test_an_answer_that_is_cut_short_stays_in_the_talk(example, pair, says, chat_and_seen, capsys, monkeypatch):
+def test_an_interrupted_answer_stays_in_the_chat(example, pair, says, chat_and_seen, capsys, monkeypatch):
     chat, seen = chat_and_seen
 
     def interrupt(self, text, stream_end=False):
         self.text += "t044"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(chat.KeepingStreamer, "on_finalized_text", interrupt)
+    monkeypatch.setattr(chat.RecordingStreamer, "on_finalized_text", interrupt)
     says("t010", "t011")
     example("chat", *pair, "--max-new-tokens", 4)
-    assert "(cut short)" in capsys.readouterr().out
+    assert "(interrupted)" in capsys.readouterr().out
     assert seen[1][1] == {"role": "assistant", "content": "t044"}
 
 
@@ -245,7 +245,7 @@ def test_vllm_s_answers_are_written_as_training_reads_them_and_none_twice(
     vllm.__spec__ = importlib.machinery.ModuleSpec("vllm", None)
     vllm.LLM, vllm.SamplingParams, vllm.TokensPrompt = LLM, dict, lambda prompt_token_ids: prompt_token_ids
     monkeypatch.setitem(sys.modules, "vllm", vllm)
-    prompts = write_lines(tmp_path / "maths.jsonl", {"id": "a", "prompt": "t010"}, {"id": "b", "prompt": "t011"})
+    prompts = write_lines(tmp_path / "math.jsonl", {"id": "a", "prompt": "t010"}, {"id": "b", "prompt": "t011"})
     output = tmp_path / "runs" / "answers.jsonl"
     options = [*pair[:2], "--output", output, "--max-new-tokens", 3, "--max-length", 40, "--prompts"]
     example("answers_vllm", *options, prompts)
@@ -254,8 +254,8 @@ def test_vllm_s_answers_are_written_as_training_reads_them_and_none_twice(
     example("answers_vllm", *options, prompts, "--prompts", more)
     assert asked == [[3, 10, 4, 5], [3, 11, 4, 5], [3, 12, 4, 5]]
     records = [json.loads(line) for line in output.read_text().splitlines()]
-    assert records[0] == {"id": "a", "source": "maths", "prompt_ids": [3, 10, 4, 5], "answer_ids": [7, 8, 2]}
-    assert [record["source"] for record in records] == ["maths", "maths", "other"]
+    assert records[0] == {"id": "a", "source": "math", "prompt_ids": [3, 10, 4, 5], "answer_ids": [7, 8, 2]}
+    assert [record["source"] for record in records] == ["math", "math", "other"]
     assert "1 prompts to answer, 2 answered before" in capsys.readouterr().out
 
 

@@ -1,4 +1,4 @@
-"""The comparison with the packages of the field, where they are installed: see `make parity`."""
+"""The comparison with other packages, if they are installed: see `make parity`."""
 
 import importlib.util
 import sys
@@ -21,7 +21,7 @@ def test_heads_of_a_package_and_ours_have_equal_logits_both_ways(package):
 
 
 def test_the_comparison_notices_a_wrong_flag(tmp_path):
-    """Two heads of ours that differ in causality only, one in the place of the other project's model."""
+    """Compare two of our heads that differ in causality only."""
     target = parity.small_target(tmp_path / "target")
     head, written = parity.our_head(tmp_path, 0, "jetspec", {"is_causal": True})
     other = parity.JetFlowHead.from_pretrained(written, is_causal=False)

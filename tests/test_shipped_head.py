@@ -55,7 +55,7 @@ def test_the_text_is_plain_decoding_s_own(pair, head, question, sampling):
     assert drafted.tolist() == plain.tolist(), "the shipped head changed the text of the real model in float32"
 
 
-def test_the_head_drafts_several_tokens_per_round_on_a_maths_question(pair, head):
+def test_the_head_drafts_several_tokens_per_round_on_a_math_question(pair, head):
     target, tokenizer = pair
     ids = torch.tensor([encode_chat(tokenizer, [{"role": "user", "content": QUESTIONS[0]}])])
     head.generation_config.node_budget = 32

@@ -66,7 +66,7 @@ def random_round(num_nodes, seed):
     chance = random.Random(seed)
     parents, depths, probabilities = [-1], [0], [1.0]
     for node in range(1, num_nodes):
-        parent = chance.choice([place for place in range(node) if depths[place] < 7])
+        parent = chance.choice([earlier for earlier in range(node) if depths[earlier] < 7])
         parents.append(parent)
         depths.append(depths[parent] + 1)
         probabilities.append(probabilities[parent] * chance.random())
@@ -238,7 +238,7 @@ def test_the_page_holds_the_recorded_rounds(head, rounds, target):
         -1,
         *(number for number, each in enumerate(rounds) for _ in each.new_ids),
     ]
-    assert [kept / offered for kept, offered in data["depths"]] == head.last_stats.acceptance_by_depth
+    assert [accepted / offered for accepted, offered in data["depths"]] == head.last_stats.acceptance_by_depth
     assert data["figures"][0] == [f"{head.last_stats.tokens_per_round:.2f}", "tokens per round"]
     for each, drawn in zip(rounds, data["rounds"], strict=True):
         assert [node[0] for node in drawn["nodes"]][: len(each.tokens)] == each.tokens
@@ -271,15 +271,15 @@ def test_no_text_leaves_its_box_and_no_boxes_touch(rounds, target):
     assert len(boxes) == num_nodes + 4, "a box for each node and for each kind in the legend"
     assert all(box.height == pytest.approx(CHIP) for box in boxes)
     whole = figure.bbox
-    drawn = boxes + [place for _, place in texts]
+    drawn = boxes + [extent for _, extent in texts]
     assert all(whole.x0 <= each.x0 and each.x1 <= whole.x1 for each in drawn)
     assert all(whole.y0 <= each.y0 and each.y1 <= whole.y1 for each in drawn)
     ordered = sorted(boxes, key=lambda box: (round(box.y0), box.x0))
     for left, right in pairwise(ordered):
         assert round(left.y0) != round(right.y0) or left.x1 < right.x0
-    for text, place in texts:
-        middle = (place.y0 + place.y1) / 2
-        is_inside = any(box.x0 < place.x0 and place.x1 < box.x1 and box.y0 < middle < box.y1 for box in boxes)
+    for text, extent in texts:
+        middle = (extent.y0 + extent.y1) / 2
+        is_inside = any(box.x0 < extent.x0 and extent.x1 < box.x1 and box.y0 < middle < box.y1 for box in boxes)
         assert is_inside or text.startswith(("round", "percentages")), text
 
 

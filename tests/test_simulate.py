@@ -346,12 +346,12 @@ def test_a_target_without_attention_is_refused():
 
 def test_tokens_per_round_are_read_from_a_bench_a_replay_and_a_table():
     bench = json.loads((RESULTS / "bench_earlier_loop.json").read_text())
-    kept = {
+    measured = {
         row["node_budget"]: row["tokens_per_round"]
         for row in bench["rows"]
         if row["prompts"] == "dev_math" and row["method"] == "jetflow"
     }
-    assert read_tokens(bench, [64, 16])["dev_math"] == {64: kept[64], 16: kept[16]}
+    assert read_tokens(bench, [64, 16])["dev_math"] == {64: measured[64], 16: measured[16]}
     assert list(read_tokens(bench, None)["dev_chat"]) == [8, 16, 32, 64]  # neither the chain nor "auto"
     replayed = json.loads((RESULTS / "correction_smollm2.json").read_text())
     (row,) = [row for row in replayed["rows"] if row["prompts"] == "dev_code" and row["node_budget"] == 32]

@@ -19,7 +19,7 @@ def page() -> str:
     parts = [
         "# Command line",
         "Written by `make docs` from the settings of the commands: edit those.",
-        "`hf-jetflow COMMAND --help` prints the same. `python -m hf_jetflow` is the same command, but starts more slowly.",
+        "`hf-jetflow COMMAND --help` prints the same. `python -m hf_jetflow` does the same, but starts more slowly.",
         "An option marked `...` takes several values and may be given several times. Commas may separate the values, "
         "except those of paths.",
     ]

@@ -46,9 +46,7 @@ def _auto_choices(rows: list[Row]) -> str | None:
     for row in rows:
         if row["node_budget"] == "auto":
             shares = sorted(row["rounds_by_nodes"].items(), key=lambda item: -item[1])[:5]
-            return "rounds of auto: " + ", ".join(
-                f"{100 * share:.0f} % {nodes_label(nodes)}" for nodes, share in shares
-            )
+            return "auto chose " + ", ".join(f"{nodes_label(nodes)} in {100 * share:.0f} %" for nodes, share in shares)
     return None
 
 
