@@ -12,7 +12,9 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 LINK = re.compile(r"(\]\()([^)#\s]+)")
 STUB = re.compile(r"^::: (\S+)", re.MULTILINE)
-NAME = re.compile(r"\[<code>(~?)([\w.]+)</code>\](?!\()")  # as in docstrings of transformers
+NAME = re.compile(r"\[<code>(~?)([\w.]+)</code>\](?!\()")  # [`name`] and [`~module.name`], as transformers writes
+TYPE = re.compile(r"<code>([^<]*`[^<]*)</code>")  # of an argument, whose marks are left as they are
+MARKS = re.compile(r"\[`~?|`\]|`|\*")
 
 _documented = {name.rpartition(".")[2]: name for page in DOCS.rglob("*.md") for name in STUB.findall(page.read_text())}
 
@@ -72,4 +74,5 @@ def on_page_content(html: str, **_: Any) -> str:
         code = f"<code>{shown}</code>"
         return f'<autoref identifier="{name}" optional>{code}</autoref>' if name else code
 
+    html = TYPE.sub(lambda match: f"<code>{MARKS.sub('', match[1])}</code>", html)
     return NAME.sub(link, html)

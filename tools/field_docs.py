@@ -1,4 +1,4 @@
-"""Extension of griffe: a field of a dataclass is described by the `help` of its metadata, or by its comment."""
+"""Extension of griffe: a field of a dataclass gets its `help` or comment as docstring, and its default as value."""
 
 import ast
 from typing import Any
@@ -11,9 +11,13 @@ class FieldDocs(griffe.Extension):
 
     def on_attribute_instance(self, *, node: Any, attr: griffe.Attribute, **_: Any) -> None:
         """Called by griffe for each attribute that it finds."""
-        if attr.docstring is None and isinstance(node, ast.AnnAssign):
-            text = help_text(node) or comment(attr.lines_collection[attr.filepath], node)
-            attr.docstring = griffe.Docstring(text, parent=attr) if text else None
+        if attr.docstring is not None or not isinstance(node, ast.AnnAssign):
+            return
+        text = help_text(node) or comment(attr.lines_collection[attr.filepath], node)
+        attr.docstring = griffe.Docstring(text, parent=attr) if text else None
+        if isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "field":
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.value.keywords}
+            attr.value = given.get("default") or given.get("default_factory", "").removeprefix("lambda: ") or None
 
 
 def help_text(node: ast.AnnAssign) -> str:
