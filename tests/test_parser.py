@@ -9,6 +9,7 @@ from typing import Literal
 import pytest
 from helpers import run_command
 
+from hf_jetflow.cli.console import progress
 from hf_jetflow.cli.main import COMMANDS, command_parser, load, parse
 from hf_jetflow.cli.parser import Parser, add_options, make_settings, options
 
@@ -189,3 +190,12 @@ def test_python_m_is_the_same_command():
     command = [sys.executable, "-m", "hf_jetflow", "--version"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("hf-jetflow 0")
+
+
+def test_a_bar_starts_where_an_earlier_run_ended_and_a_stage_can_start_again():
+    with progress(quiet=True) as report:
+        seen = []
+        for done, what in ((5, "answers"), (6, "answers"), (0, "prompts"), (2, "answers"), (1, "prompts")):
+            report(done, 9, what)
+            seen.append([task.completed for task in report._bars.tasks])
+    assert seen == [[5], [6], [6, 0], [2, 0], [2, 1]]

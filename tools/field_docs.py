@@ -17,7 +17,8 @@ class FieldDocs(griffe.Extension):
         attr.docstring = griffe.Docstring(text, parent=attr) if text else None
         if isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "field":
             given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.value.keywords}
-            attr.value = given.get("default") or given.get("default_factory", "").removeprefix("lambda: ") or None
+            made = given.get("default_factory", "").removeprefix("lambda: ")
+            attr.value = given.get("default") or {"list": "[]", "dict": "{}"}.get(made, made) or None
 
 
 def help_text(node: ast.AnnAssign) -> str:

@@ -4,10 +4,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 TABLE_WIDTH = 120  # in a file or a pipe
@@ -19,18 +26,17 @@ class ConsoleReporter:
     def __init__(self, bars: Progress, quiet: bool):
         self._bars = bars
         self._quiet = quiet
-        self._tasks: dict[str, Any] = {}
+        self._stages: dict[str, tuple[TaskID, int]] = {}  # the bar and how much is done
 
     def __call__(self, done: int, total: int, what: str) -> None:
-        task = self._tasks.get(what)
-        if task is not None and done < self._bars.tasks[task].completed:  # the stage starts again
-            self._bars.remove_task(task)
-            task = None
-        if task is None:
-            # What an earlier run has done does not count for the remaining time.
-            self._tasks[what] = self._bars.add_task(what, total=total, completed=done)
+        bar, done_before = self._stages.get(what, (None, 0))
+        if bar is None:  # an earlier run may have done a part, which does not count for the remaining time
+            bar = self._bars.add_task(what, total=total, completed=done)
+        elif done < done_before:  # the stage starts again
+            self._bars.reset(bar, total=total, completed=done)
         else:
-            self._bars.update(task, completed=done, total=total)
+            self._bars.update(bar, completed=done, total=total)
+        self._stages[what] = bar, done
 
     def say(self, text: str) -> None:
         if not self._quiet or text.startswith("warning: "):
