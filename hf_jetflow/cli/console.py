@@ -31,6 +31,7 @@ class ConsoleReporter:
     def __call__(self, done: int, total: int, what: str) -> None:
         bar, done_before = self._stages.get(what, (None, 0))
         if bar is None:  # an earlier run may have done a part, which does not count for the remaining time
+            self._bars.start()
             bar = self._bars.add_task(what, total=total, completed=done)
         elif done < done_before:  # the stage starts again
             self._bars.reset(bar, total=total, completed=done)
@@ -52,8 +53,12 @@ def progress(quiet: bool = False) -> Iterator[ConsoleReporter]:
         disable_progress_bar()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, *times, console=Console(stderr=True), disable=quiet) as bars:
+    bars = Progress(*columns, *times, console=Console(stderr=True), disable=quiet)
+    try:
         yield ConsoleReporter(bars, quiet)
+    finally:
+        if bars.live.is_started:
+            bars.stop()
 
 
 def note(text: str) -> None:

@@ -15,7 +15,7 @@ from ..files import read_json, write_json
 from ..head.checkpoint_files import locate, read_config, readable_load_errors
 from ..head.configuration_jetflow import JetFlowConfig
 from ..head.formats import recognise
-from ..target.loading import load_target_config
+from ..target.loading import head_errors, load_target_config
 from ..trees.tree import Candidates, build_tree
 from .fitting import fit_hardware, fitting_rows
 from .hardware import PRESETS, Hardware
@@ -190,7 +190,7 @@ def _read_hardware(source: str, target: ModelShape, head: HeadShape, context: in
 
 
 def _read_head_config(head: str) -> JetFlowConfig:
-    with readable_load_errors(head):
+    with head_errors(), readable_load_errors(head):
         settings = read_config(locate(head, {}))
         layout = recognise(settings).name
         if layout != "JetFlow":

@@ -46,7 +46,27 @@ def load_pair(pair: PairSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerB
         JetFlowError: If the dtype is unknown, or the target or the head cannot be loaded.
     """
     target, tokenizer = load_target(pair.target, pair.dtype)
-    return target, tokenizer, JetFlowHead.from_pretrained(pair.head, dtype=target.dtype).to(target.device)
+    return target, tokenizer, load_head(pair.head, target.dtype).to(target.device)
+
+
+def load_head(source: str | os.PathLike, dtype: str | torch.dtype) -> JetFlowHead:
+    """
+    `JetFlowHead.from_pretrained` for a command.
+
+    Raises:
+        JetFlowError: If the head cannot be loaded.
+    """
+    with head_errors():
+        return JetFlowHead.from_pretrained(source, dtype=dtype)
+
+
+@contextmanager
+def head_errors() -> Iterator[None]:
+    """Turn the errors of loading a head, which name source and cause in one line, into `JetFlowError`."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise JetFlowError(str(error)) from error
 
 
 def load_target(source: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
