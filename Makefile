@@ -1,5 +1,6 @@
 # make test   lint and tests          make demo   a draft head next to plain decoding, on the CPU
 # make support-matrix   docs/support-matrix.md: decodes with tiny targets of many families and writes what was seen
+# make docs   the documentation as a site, in site/
 # make notebooks   examples/notebooks run anew, outputs and all
 # make parity   logits of heads in other projects' layouts, against their own packages, in an environment of its own
 # make targets-test   the tests of adapted and quantized targets, with peft, torchao, bitsandbytes and quanto, in an environment of its own
@@ -49,7 +50,7 @@ INSTALLED = $(VENV)/.installed
 
 help:
 	@sed -n '/^# make/,/^$$/s/^# \{0,1\}//p' Makefile
-	@echo "Further targets: lint, test-only, format, docs, train-demo-head, clean."
+	@echo "Further targets: lint, test-only, format, train-demo-head, clean."
 
 venv: $(INSTALLED)
 
@@ -93,11 +94,17 @@ format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Pages that are made from code and results: the reference and the cards.
-docs: venv
-	$(BIN)/python tools/build_reference.py
+# Pages that are made from code and results, and the site, in site/.
+docs: $(VENV)/.docs
+	$(BIN)/python tools/command_page.py
 	$(BIN)/python examples/write_card.py
 	$(BIN)/python examples/write_card.py --template MODEL_CARD.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(VENV)/.docs: $(INSTALLED)
+	@echo "== $(VENV): mkdocs and mkdocstrings"
+	@$(PIP) -e '.[docs]'
+	@touch $@
 
 train-demo-head: venv
 	@echo "== training the head of SmolLM2-135M-Instruct (hours on a CPU)"
@@ -150,5 +157,5 @@ $(VLLM_VENV)/.installed: pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find hf_jetflow tests examples tools -name __pycache__ -type d -prune -exec rm -rf {} +

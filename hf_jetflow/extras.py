@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from .errors import JetFlowError
 
 
-EXTRAS = {"gguf": "train", "matplotlib": "bench", "rich": "bench", "typer": "bench"}
+EXTRAS = {"gguf": "train", "matplotlib": "bench"}
 
 
 def require_package(package: str, purpose: str) -> None:
@@ -14,7 +14,7 @@ def require_package(package: str, purpose: str) -> None:
 
     Args:
         package: Its import name, which is also its name on PyPI.
-        purpose: What needs it, as the subject of the message: "plots", "the commands".
+        purpose: What needs it, as the subject of the message: "plots", "GGUF files".
 
     Raises:
         JetFlowError: Naming the package and the extra of hf_jetflow that installs it.

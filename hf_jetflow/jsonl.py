@@ -23,8 +23,7 @@ def numbered_records(path: str | os.PathLike) -> Iterator[tuple[int, int, dict[s
     Raises:
         JetFlowError: If the file does not exist, or a line holds no JSON object.
     """
-    if not Path(path).exists() or Path(path).is_dir():
-        raise JetFlowError(f"{path} does not exist or is a folder; give the path of a JSON lines file")
+    check_file(path)
     end = 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -45,6 +44,17 @@ def numbered_records(path: str | os.PathLike) -> Iterator[tuple[int, int, dict[s
                     'braces on each line, such as {"prompt": "..."}'
                 )
             yield number, start, record
+
+
+def check_file(path: str | os.PathLike) -> None:
+    """
+    Check that a JSON lines file exists.
+
+    Raises:
+        JetFlowError: If it does not, or is a folder.
+    """
+    if not Path(path).exists() or Path(path).is_dir():
+        raise JetFlowError(f"{path} does not exist or is a folder; give the path of a JSON lines file")
 
 
 def append_jsonl(path: Path, records: Sequence[dict[str, Any]]) -> None:

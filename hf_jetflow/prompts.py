@@ -3,12 +3,14 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from .errors import JetFlowError
 from .jsonl import numbered_records, shown
+
+
+if TYPE_CHECKING:  # settings are read before transformers is imported
+    from transformers import PreTrainedTokenizerBase
 
 
 def read_prompts(paths: Sequence[str | os.PathLike]) -> list[dict[str, Any]]:
@@ -61,7 +63,7 @@ def _messages(record: dict[str, Any], where: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": text}]
 
 
-def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: bool) -> list[int]:
+def encode_chat(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, Any]], **options: bool) -> list[int]:
     """
     Token ids of a conversation under the tokenizer's chat template, with its generation prompt.
 

@@ -1,7 +1,9 @@
 """Small heads, trees and inputs that several test files share; the targets come from `conftest.py`."""
 
+import io
 import json
-from dataclasses import fields
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hf_jetflow import JetFlowConfig, JetFlowHead
+from hf_jetflow.cli.main import parse, run
 from hf_jetflow.trees.tree import DraftTree
 
 
@@ -139,3 +142,22 @@ def answer(record_id: str, num_prompt: int, num_answer: int) -> dict:
     """An answer whose token ids count up from 1."""
     ids = list(range(1, 1 + num_prompt + num_answer))
     return {"id": record_id, "prompt_ids": ids[:num_prompt], "answer_ids": ids[num_prompt:]}
+
+
+@dataclass
+class Finished:
+    """A command of `hf-jetflow` that ended."""
+
+    exit_code: Any
+    output: str
+
+
+def run_command(*arguments: Any) -> Finished:
+    """Run `hf-jetflow` in this process; what it prints on stdout and stderr comes in one text."""
+    output, status = io.StringIO(), 0
+    with redirect_stdout(output), redirect_stderr(output):
+        try:
+            run(parse([str(argument) for argument in arguments]))
+        except SystemExit as exit:
+            status = exit.code
+    return Finished(status, output.getvalue())

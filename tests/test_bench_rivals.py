@@ -7,8 +7,9 @@ from helpers import tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_jetflow import JetFlowHead
-from hf_jetflow.bench.rivals import NativeDFlash, is_rival, rival_kwargs
+from hf_jetflow.bench.rivals import NativeDFlash, rival_kwargs
 from hf_jetflow.bench.runs import Variant, timed_run
+from hf_jetflow.bench.settings import is_rival
 
 
 def run(target, head, prompt, method, max_new_tokens=40, **more):

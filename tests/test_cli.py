@@ -1,21 +1,12 @@
 """The command line, end to end on a tiny target: train, resume, bench, and one-line errors."""
 
-import dataclasses
-import inspect
 import json
-import sys
 
 import pytest
-from helpers import tiny_tokenizer
-from typer.testing import CliRunner
+from helpers import run_command, tiny_tokenizer
 
 from hf_jetflow import JetFlowHead
-from hf_jetflow.cli.main import app
-from hf_jetflow.cli.main import train as train_command
-from hf_jetflow.training.settings import TrainRecipe
-
-
-runner = CliRunner()
+from hf_jetflow.errors import JetFlowError
 
 
 @pytest.fixture
@@ -48,7 +39,7 @@ def train(target_folder, prompts, output, max_steps, *more):
     ]
     arguments += ["--num-layers", 1, "--num-taps", 2, "--block-size", 4, "--max-new-tokens", 12, "--batch-size", 2]
     arguments += ["--anchors", 3, "--save-steps", 2, "--dtype", "float32", *more]
-    return runner.invoke(app, [str(argument) for argument in arguments])
+    return run_command(*arguments)
 
 
 def test_train_writes_a_loadable_head_and_its_card_and_reports_tokens_per_round(target_folder, prompts, tmp_path):
@@ -93,15 +84,6 @@ def test_answers_made_elsewhere_are_trained_on_with_weights_and_a_warning(target
     assert "of 13 answers: 1 skipped, fewer than two answer tokens (see --max-length)" in output
 
 
-def test_the_command_and_the_recipe_have_the_same_options_and_defaults():
-    fields = {field.name: field for field in dataclasses.fields(TrainRecipe)}
-    options = dict(inspect.signature(train_command).parameters)
-    assert options.keys() - {"weight", "quiet"} == fields.keys() - {"weights", "eval_node_budgets", "report_to"}
-    for name, option in options.items():
-        if name in fields and option.default not in (inspect.Parameter.empty, []):
-            assert option.default == fields[name].default, name
-
-
 def test_bench_prints_a_table_and_writes_json(target_folder, prompts, tmp_path, tiny_target, random_head):
     random_head(tiny_target("llama")).save_pretrained(tmp_path / "head")
     arguments = [
@@ -125,7 +107,7 @@ def test_bench_prints_a_table_and_writes_json(target_folder, prompts, tmp_path, 
         "--json",
         tmp_path / "bench.json",
     ]
-    result = runner.invoke(app, [str(argument) for argument in arguments])
+    result = run_command(*arguments)
     assert result.exit_code == 0, result.output
     assert "100 %" in result.output
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
@@ -137,7 +119,7 @@ def test_bench_prints_a_table_and_writes_json(target_folder, prompts, tmp_path, 
 def bench(target_folder, prompts, tmp_path, *more):
     arguments = ["bench", "--target", target_folder, "--head", tmp_path / "head", "--prompts", prompts]
     arguments += ["--dtype", "float32", "--max-new-tokens", 4, "--num-prompts", 1, "--node-budgets", 4, *more]
-    return runner.invoke(app, [str(argument) for argument in arguments])
+    return run_command(*arguments)
 
 
 @pytest.fixture
@@ -162,7 +144,7 @@ def test_bench_with_all_options_writes_json_and_figure_and_nothing_else(target_f
     assert sorted(path.name for path in output.iterdir()) == ["bench.json", "bench.png"]
     assert "tokens/round" not in result.output
     assert "prompts, 30 tokens, temperature 1: " in result.output
-    drawn = runner.invoke(app, ["plot", str(output / "bench.json"), str(tmp_path / "again.svg")])
+    drawn = run_command("plot", str(output / "bench.json"), str(tmp_path / "again.svg"))
     assert drawn.exit_code == 0, drawn.output
     assert (tmp_path / "again.svg").stat().st_size > 10_000
 
@@ -172,7 +154,8 @@ def test_a_bench_continues_a_killed_one_and_refuses_other_settings(target_folder
     json_path = tmp_path / "bench.json"
     with monkeypatch.context() as patch:
         patch.setattr("hf_jetflow.bench.bench.make_row", lambda *_: 1 / 0)  # a crash behind the runs
-        assert isinstance(bench(target_folder, prompts, tmp_path, "--json", json_path).exception, ZeroDivisionError)
+        with pytest.raises(ZeroDivisionError):
+            bench(target_folder, prompts, tmp_path, "--json", json_path)
     partial = tmp_path / "bench.json.partial"
     assert partial.exists()
     assert not json_path.exists()
@@ -214,7 +197,6 @@ def test_a_bench_that_cannot_be_run_says_why(target_folder, prompts, tmp_path, o
             ["train", "--target", "TARGET", "--prompts", "PROMPTS", "--output", "OUT", "--mask-token", "<none>"],
             "'<none>'",
         ),
-        (["train", "--target", "TARGET", "--prompts", "PROMPTS", "--output", "OUT", "--dtype", "int3"], "'int3'"),
         (
             ["train", "--target", "TARGET", "--prompts", "PROMPTS", "--output", "OUT", "--weight", "code=2"],
             "`--weights` names 'code', but the sources are ['prompts']",
@@ -233,7 +215,7 @@ def test_a_bench_that_cannot_be_run_says_why(target_folder, prompts, tmp_path, o
         ),
         (["bench", "--target", "TARGET", "--head", "nowhere/at/all", "--prompts", "PROMPTS"], "nowhere/at/all"),
         (["plot", "PROMPTS", "x.png"], "is not valid JSON"),
-        (["plot", "nowhere.json", "x.png"], "nowhere.json does not exist; check the path"),
+        (["plot", "nowhere.json", "x.png"], "nowhere.json does not exist; give the path of a JSON file"),
         (
             ["train", "--target", "TARGET", "--prompts", "PROMPTS", "--output", "OUT", "--depth-gamma", "0"],
             "`--depth-gamma` is 0.0, expected more than 0",
@@ -243,10 +225,6 @@ def test_a_bench_that_cannot_be_run_says_why(target_folder, prompts, tmp_path, o
             "head` holds no model that generates text; give the target itself",
         ),
         (["bench", "--target", "x.gguf", "--head", "HEAD", "--prompts", "no.jsonl"], "no.jsonl does not exist"),
-        (
-            ["simulate", "--target", "TARGET", "--head", "HEAD", "--acceptance", "BAD", "--batch-sizes", "1,two"],
-            "'two' stands where a number is needed",
-        ),
     ],
 )
 @pytest.mark.usefixtures("saved_head")
@@ -260,7 +238,7 @@ def test_a_user_error_is_one_line_with_its_cause_and_status_one(target_folder, p
         "OUT": tmp_path / "out",
         "HEAD": tmp_path / "head",
     }
-    result = runner.invoke(app, [str(places.get(argument, argument)) for argument in arguments])
+    result = run_command(*(places.get(argument, argument) for argument in arguments))
     assert result.exit_code == 1
     assert cause in " ".join(result.output.split()), result.output
     assert "Traceback" not in result.output
@@ -270,7 +248,7 @@ def test_a_user_error_is_one_line_with_its_cause_and_status_one(target_folder, p
     "command", ["train --target", "bench --target", "doctor --target", "plot bench.json", "simulate --target"]
 )
 def test_help_of_each_command_shows_an_example(command):
-    result = runner.invoke(app, [command.split()[0], "--help"])
+    result = run_command(command.split()[0], "--help")
     assert result.exit_code == 0
     assert f"hf-jetflow {command}" in result.output
 
@@ -290,10 +268,10 @@ def test_help_of_each_command_shows_an_example(command):
         "--eval-num-prompts",
     ],
 )
-def test_a_number_that_is_too_small_is_refused_before_anything_is_loaded(option):
-    result = runner.invoke(app, ["train", "--target", "nowhere", "--output", "run", option, "0"])
-    assert result.exit_code == 2
-    assert f"'{option}'" in " ".join(result.output.split())
+def test_a_number_that_is_too_small_is_refused_before_anything_is_loaded(prompts, option):
+    result = run_command("train", "--target", "nowhere", "--output", "run", "--prompts", prompts, option, 0)
+    assert result.exit_code == 1
+    assert result.output == f"error: `{option}` is 0, expected at least 1\n"
 
 
 def test_an_unknown_mask_token_is_said_before_answers_are_made(target_folder, prompts, tmp_path):
@@ -317,27 +295,16 @@ def test_a_quiet_training_says_only_where_the_head_is_and_warnings(target_folder
 @pytest.mark.usefixtures("saved_head")
 def test_a_quiet_conversion_says_what_it_left_out(target_folder, tmp_path):
     arguments = ["convert", tmp_path / "head", "--to", "dflash", "--target", target_folder, "--quiet", "--output"]
-    result = runner.invoke(app, [str(argument) for argument in [*arguments, tmp_path / "converted"]])
+    result = run_command(*arguments, tmp_path / "converted")
     assert result.exit_code == 0, result.output
     assert result.output.split() == f"head in the layout of dflash saved in {tmp_path / 'converted'}".split()
 
 
-def test_without_typer_the_command_says_what_to_install(monkeypatch):
-    from hf_jetflow.__main__ import main
-
-    monkeypatch.delitem(sys.modules, "hf_jetflow.cli.main")
-    monkeypatch.setitem(sys.modules, "typer", None)
-    with pytest.raises(
-        SystemExit, match="the commands need typer, which is not installed; run `pip install typer rich`"
-    ):
-        main()
-
-
 def test_a_package_that_loading_needs_is_named_without_a_traceback(monkeypatch, prompts):
     def refuse(*_):
-        raise ImportError("Please install gguf>=0.10.0 to load a GGUF checkpoint.")
+        raise JetFlowError("GGUF files need gguf, which is not installed; run `pip install gguf`")
 
     monkeypatch.setattr("hf_jetflow.target.loading.load_target", refuse)
-    result = runner.invoke(app, ["bench", "--target", "x.gguf", "--head", "head", "--prompts", str(prompts)])
+    result = run_command("bench", "--target", "x.gguf", "--head", "head", "--prompts", str(prompts))
     assert result.exit_code == 1
-    assert result.output == "error: Please install gguf>=0.10.0 to load a GGUF checkpoint.\n"
+    assert result.output == "error: GGUF files need gguf, which is not installed; run `pip install gguf`\n"

@@ -8,12 +8,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import build_target
-from helpers import tiny_tokenizer, word, write_lines
+from helpers import run_command, tiny_tokenizer, word, write_lines
 from torch.nn.functional import cross_entropy
-from typer.testing import CliRunner
 
 from hf_jetflow import JetFlowConfig, JetFlowHead
-from hf_jetflow.cli.main import app
 from hf_jetflow.decoding.drafter import JetFlowCandidateGenerator
 from hf_jetflow.doctor import doctor
 from hf_jetflow.doctor.doctor import examine
@@ -269,7 +267,7 @@ def run(files, *more: Any):
         files / "prompts.jsonl",
     ]
     arguments += ["--max-new-tokens", NUM_NEW, "--dtype", "float32", *more]
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return run_command(*arguments)
 
 
 def test_the_command_prints_facts_figures_and_a_verdict_and_exits_with_zero(files):

@@ -190,9 +190,7 @@ def test_the_recipe_for_several_gpus_says_its_commands_and_starts_nothing(tmp_pa
 
 
 def test_every_command_of_the_recipe_has_the_options_it_is_given(tmp_path):
-    import typer.main
-
-    from hf_jetflow.cli.main import app
+    from hf_jetflow.cli.main import command_parser
 
     done = dry_run("train_qwen3_8b.sh", tmp_path / "run")
     steps = [line[2:].split() for line in done.stdout.splitlines() if line.startswith("+ ")]
@@ -204,7 +202,7 @@ def test_every_command_of_the_recipe_has_the_options_it_is_given(tmp_path):
                 re.findall(r'"--[\w-]+"', Path(scripts[0]).read_text())
             )
     words = steps[-1]
-    typer.main.get_command(app).commands["train"].make_context("train", words[words.index("train") + 1 :])
+    command_parser("train").parse_args(words[words.index("train") + 1 :])
 
 
 def test_the_recipe_s_memory_and_time_are_those_of_the_cost_model(example, tmp_path, capsys):

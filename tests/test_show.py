@@ -8,12 +8,10 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import make_prompt
-from helpers import tiny_tokenizer, write_lines
+from helpers import run_command, tiny_tokenizer, write_lines
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
-from hf_jetflow.cli.main import app
 from hf_jetflow.decoding.tree_log import TreeRound
 from hf_jetflow.errors import JetFlowError
 from hf_jetflow.show import show
@@ -328,7 +326,7 @@ def folders(target, head, tmp_path):
 
 def run_show(folders, *more):
     settings = ["--max-new-tokens", "6", "--node-budget", "4", "--dtype", "float32"]
-    return CliRunner().invoke(app, ["show", *folders, *settings, *map(str, more)])
+    return run_command("show", *folders, *settings, *map(str, more))
 
 
 def test_the_command_draws_the_answer_to_a_prompt(folders, tmp_path):

@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import alter, tiny_config
+from helpers import alter, run_command, tiny_config
 from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, LlamaConfig, MambaConfig, Qwen3MoeConfig
-from typer.testing import CliRunner
 
 from hf_jetflow import JetFlowConfig
-from hf_jetflow.cli.main import app
 from hf_jetflow.simulate.fitting import fit_hardware, fitting_rows
 from hf_jetflow.simulate.hardware import PRESETS, Hardware
 from hf_jetflow.simulate.roofline import (
@@ -404,11 +402,8 @@ def assert_same(found, stored):
         assert found == stored
 
 
-runner = CliRunner()
-
-
-def run_command(*arguments):
-    return runner.invoke(app, ["simulate", *map(str, arguments)])
+def simulate_command(*arguments):
+    return run_command("simulate", *arguments)
 
 
 @pytest.fixture
@@ -424,7 +419,7 @@ def folders(tiny_target, random_head, tmp_path):
 def test_the_command_prints_a_table_and_writes_json_from_configurations_alone(folders):
     arguments = ["--target", folders / "target" / "config.json", "--head", folders / "head"]
     arguments += ["--acceptance", folders / "ranks.json", "--node-budgets", "2,5", "--batch-sizes", "1,8"]
-    result = run_command(*arguments, "--json", folders / "out.json")
+    result = simulate_command(*arguments, "--json", folders / "out.json")
     assert result.exit_code == 0, result.output
     written = json.loads((folders / "out.json").read_text())
     assert [(row["node_budget"], row["batch_size"]) for row in written["rows"]] == [(2, 1), (2, 8), (5, 1), (5, 8)]
@@ -432,7 +427,7 @@ def test_the_command_prints_a_table_and_writes_json_from_configurations_alone(fo
     assert all(f"{row['speedup']:.2f}" in result.output for row in written["rows"])
     assert Hardware.from_dict(written["hardware"]) == PRESETS["h100"]
     (folders / "mine.json").write_text(json.dumps({**written["hardware"], "name": "mine", "host_seconds": 1.0}))
-    slow = run_command(*arguments, "--hardware", folders / "mine.json", "--json", folders / "slow.json")
+    slow = simulate_command(*arguments, "--hardware", folders / "mine.json", "--json", folders / "slow.json")
     assert "Predicted speedup on mine" in slow.output
     row = json.loads((folders / "slow.json").read_text())["rows"][2]
     assert 0 < row["speedup"] < 2.2 * row["seconds"]["plain"]  # the round takes over a second
@@ -441,13 +436,13 @@ def test_the_command_prints_a_table_and_writes_json_from_configurations_alone(fo
 def test_the_command_draws_a_figure_or_names_the_missing_package(folders, monkeypatch):
     arguments = ["--target", folders / "target", "--head", folders / "head", "--acceptance", folders / "ranks.json"]
     if importlib.util.find_spec("matplotlib"):
-        result = run_command(*arguments, "--plot", folders / "out.svg")
+        result = simulate_command(*arguments, "--plot", folders / "out.svg")
         assert result.exit_code == 0, result.output
         assert "<svg" in (folders / "out.svg").read_text()
-        refused = run_command(*arguments, "--plot", folders / "out.jpx")
+        refused = simulate_command(*arguments, "--plot", folders / "out.jpx")
         assert "expected a plot in .png, .svg, .pdf, got '.jpx'" in " ".join(refused.output.split())
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    result = run_command(*arguments, "--plot", folders / "none.svg")
+    result = simulate_command(*arguments, "--plot", folders / "none.svg")
     assert result.exit_code == 1
     assert "plots need matplotlib, which is not installed; run `pip install" in " ".join(result.output.split())
 
@@ -474,7 +469,7 @@ def test_a_user_error_of_the_command_is_one_line_with_its_cause(folders, changes
     places = {"BAD": "bad.json", "LIST": "list.json", "TARGET": "target", "OTHER": "other"}
     options = {"--target": folders / "target", "--head": folders / "head", "--acceptance": folders / "ranks.json"}
     options |= {name: folders / places[value] if value in places else value for name, value in changes.items()}
-    result = run_command(*(word for option in options.items() for word in option))
+    result = simulate_command(*(word for option in options.items() for word in option))
     assert result.exit_code == 1
     assert cause in " ".join(result.output.split()), result.output
     assert "Traceback" not in result.output

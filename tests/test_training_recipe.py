@@ -525,7 +525,7 @@ def test_a_correction_is_trained_onto_a_finished_head(run, tmp_path):
     ],
 )
 def test_options_that_cannot_work_are_refused_before_the_target_is_loaded(run, monkeypatch, options, message):
-    monkeypatch.setattr("hf_jetflow.training.settings.get_token", lambda: None)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     monkeypatch.setattr(recipe, "load_target", lambda *_: 1 / 0)
     with pytest.raises(ValueError, match=message):
         run(**options)
@@ -596,7 +596,7 @@ def uploads(monkeypatch) -> dict[str, dict[str, bytes]]:
 
     monkeypatch.setattr(HfApi, "create_repo", lambda _, repo_id, **__: repositories.setdefault(repo_id, {}))
     monkeypatch.setattr(HfApi, "create_commit", create_commit)
-    monkeypatch.setattr("hf_jetflow.training.settings.get_token", lambda: "token")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "token")
     return repositories
 
 

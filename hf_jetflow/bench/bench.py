@@ -16,7 +16,8 @@ from ..errors import JetFlowError
 from ..files import read_json, write_json
 from ..head.modeling_jetflow import JetFlowHead
 from ..prompts import read_prompts
-from ..target.loading import PairSettings
+from ..target.loading import load_pair
+from ..target.settings import PairSettings
 from ..target.target import Target
 from ..training.blocks import measure_agreement
 from .environment import environment
@@ -24,10 +25,10 @@ from .forward_times import time_forwards, usual_node_counts
 from .log import BenchLog
 from .plots import draw_bench, plot_path
 from .prompts import PromptSet, make_prompt_sets
-from .rivals import is_rival, rival_kwargs
+from .rivals import rival_kwargs
 from .rows import make_row
-from .runs import Run, Variant, timed_run
-from .settings import BenchSettings
+from .runs import Run, Variant, make_variants, timed_run
+from .settings import BenchSettings, is_rival
 
 
 Progress = Callable[[int, int, str], None]
@@ -47,7 +48,7 @@ def bench_pair(pair: PairSettings, settings: BenchSettings, progress: Progress |
         read_prompts([path])
     figure = None if settings.plot is None else plot_path(settings.plot)
     log_path = None if settings.json is None else Path(f"{settings.json}.partial")
-    result = run_bench(*pair.load(), settings, log_path=log_path, progress=progress)
+    result = run_bench(*load_pair(pair), settings, log_path=log_path, progress=progress)
     if settings.json is not None and log_path is not None:
         write_json(result, settings.json)
         log_path.unlink()
@@ -126,7 +127,7 @@ class _Bench:
     ):
         self._target, self._head, self._settings, self._rivals, self._log = target, head, settings, rivals, log
         self._progress = progress
-        self._variants = settings.variants()
+        self._variants = make_variants(settings)
         num_batches = sum(len(prompt_set.batches) for prompt_set in prompt_sets)
         self._total = settings.repeats * len(settings.temperatures) * len(self._variants) * num_batches
         self._done = 0

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .rows import Row, machine, nodes_label, row_groups, row_name
-from .runs import LOOP_METHODS
+from .settings import LOOP_METHODS
 
 
 def print_tables(result: dict[str, Any], console: Console) -> None:

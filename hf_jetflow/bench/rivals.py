@@ -19,15 +19,10 @@ from .._compat import CACHE_NAME
 from ..errors import JetFlowError
 from ..head.modeling_jetflow import JetFlowHead
 from ..target.loading import load_target
+from .settings import ASSISTANT
 
 
-ASSISTANT = "assistant:"
-RIVALS = ("native-dflash", "prompt-lookup", f"{ASSISTANT}ID")
 PROMPT_LOOKUP_TOKENS = 10  # the number in transformers' own examples
-
-
-def is_rival(method: str) -> bool:
-    return method in RIVALS[:2] or method.removeprefix(ASSISTANT) not in ("", method)
 
 
 def rival_kwargs(

@@ -16,10 +16,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..head.modeling_jetflow import JetFlowHead
 from ..head.settings import head_settings
-
-
-LOOP_METHODS = ("jetflow", "chain")  # run by our loop, which records `GenerationStats`
-CACHES = ("dynamic", "static", "compiled")  # compiled is static with compiled forwards
+from ..target.settings import read_node_budget
+from .settings import LOOP_METHODS, BenchSettings, is_rival
 
 
 def cache_kwargs(cache: str) -> dict[str, Any]:
@@ -46,6 +44,17 @@ class Variant:
         if self.method == "jetflow":
             return {"node_budget": self.node_budget, "max_depth": depth, "width": None}
         return {}
+
+
+def make_variants(settings: BenchSettings) -> list[Variant]:
+    """Plain decoding first, then a chain, the rivals, and a tree for each node budget."""
+    variants = [Variant("plain")]
+    if "chain" in settings.methods:
+        variants.append(Variant("chain"))
+    variants += [Variant(method) for method in dict.fromkeys(settings.methods) if is_rival(method)]
+    if "jetflow" in settings.methods:
+        variants += [Variant("jetflow", read_node_budget(each)) for each in dict.fromkeys(settings.node_budgets)]
+    return variants
 
 
 @dataclass

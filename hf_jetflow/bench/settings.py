@@ -1,16 +1,18 @@
-"""`BenchSettings`: the options of `hf-jetflow bench`, and the variants that they ask for."""
+"""`BenchSettings`: the options of `hf-jetflow bench`."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from ..errors import JetFlowError
-from ..head.settings import read_node_budget
-from .rivals import RIVALS, is_rival
-from .runs import CACHES, LOOP_METHODS, Variant
+from ..target.settings import read_node_budget
 
 
+LOOP_METHODS = ("jetflow", "chain")  # run by our loop, which records `GenerationStats`
+ASSISTANT = "assistant:"
+RIVALS = ("native-dflash", "prompt-lookup", f"{ASSISTANT}ID")
 METHODS = ("plain", *LOOP_METHODS, *RIVALS)
+CACHES = ("dynamic", "static", "compiled")  # compiled is static with compiled forwards
 
 
 @dataclass
@@ -81,14 +83,10 @@ class BenchSettings:
             raise JetFlowError(f"{rivals} cannot use a {self.cache} cache; leave out either")
         if rivals and set(self.batch_sizes) != {1}:
             raise JetFlowError(f"{rivals} cannot answer batches; leave out either")
-        self.variants()
+        for budget in self.node_budgets:
+            read_node_budget(budget)
 
-    def variants(self) -> list[Variant]:
-        """Plain decoding first, then a chain, the rivals, and a tree for each node budget."""
-        variants = [Variant("plain")]
-        if "chain" in self.methods:
-            variants.append(Variant("chain"))
-        variants += [Variant(method) for method in dict.fromkeys(self.methods) if is_rival(method)]
-        if "jetflow" in self.methods:
-            variants += [Variant("jetflow", read_node_budget(each)) for each in dict.fromkeys(self.node_budgets)]
-        return variants
+
+def is_rival(method: str) -> bool:
+    """Whether a method is one of `RIVALS`."""
+    return method in RIVALS[:2] or method.removeprefix(ASSISTANT) not in ("", method)

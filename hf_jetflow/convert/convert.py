@@ -13,7 +13,7 @@ from ..errors import JetFlowError
 from ..files import atomic_write
 from ..head.checkpoint_files import CONFIG, WEIGHTS
 from ..head.modeling_jetflow import JetFlowHead
-from ..target.loading import load_model, load_target_config
+from ..target.loading import load_head, load_model, load_target_config
 from .writers import EXPORTS, TargetFacts
 
 
@@ -42,7 +42,7 @@ def convert_head(source: str, to: str, output: Path, target: str | None = None) 
         raise JetFlowError(f"the layout is {to!r}, expected one of {', '.join(LAYOUT_NAMES)}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise JetFlowError(f"`{output}` exists already; give a new folder")
-    head = JetFlowHead.from_pretrained(source, dtype="auto")
+    head = load_head(source, "auto")
     facts = _target_facts(head, to, target)
     with atomic_write(output) as folder:
         folder.mkdir()

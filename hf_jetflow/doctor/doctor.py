@@ -8,9 +8,8 @@ over a few answers it shows far smaller differences than tokens per round do.
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,13 +23,14 @@ from ..head.formats import read_checkpoint, recognise
 from ..head.modeling_jetflow import JetFlowHead
 from ..head.settings import head_settings
 from ..integration import check_pairing
-from ..prompts import read_prompts
 from ..stats import GenerationStats
-from ..target.loading import PairSettings
+from ..target.loading import load_pair
+from ..target.settings import PairSettings
 from ..target.target import Target
 from ..training.evaluation import greedy_ids
 from ..training.replay import answer_logprobs, replay
 from .mistakes import common_mistakes, encode, other_encodings, window_to_try, with_fields
+from .settings import DoctorSettings
 from .verdict import MIN_TOKENS_PER_ROUND, find_advice, find_faults
 
 
@@ -43,44 +43,9 @@ MIN_GAIN = 0.02  # nats per token
 MIN_PROMPT_FORM_RATIO = 1.3  # of tokens per round: another prompt form has other answers, which may be easier
 NEAR_TIE = 0.5  # nats: below this margin, rounding in bfloat16 or float16 may decide between two tokens
 
-BUILT_IN_PROMPTS = (
-    "Tom has 3 boxes with 12 pencils each and gives away 9 pencils. How many pencils does he have left?",
-    "A train travels 180 km in 2.5 hours. What is its average speed, and how far does it get in 4 hours?",
-    "Write a Python function that checks whether a word is a palindrome.",
-    "Write a Python function that returns the n-th Fibonacci number, and explain how it works.",
-    "Write a SQL query that counts the orders of each customer.",
-    "Name three things to see in Lisbon and say why.",
-    "Explain to a child why the sky is blue.",
-    "Write an e-mail that moves a meeting from Monday to Thursday.",
-)
-
 Text = tuple[list[int], int]  # token ids of prompt and greedy answer, and the length of the prompt
 Progress = Callable[[int, int, str], None]
 Findings = dict[str, Any]
-
-
-@dataclass
-class DoctorSettings:
-    """Prompts and length of an examination."""
-
-    prompts: list[Path] = field(
-        default_factory=list,
-        metadata={"action": "extend", "help": "JSON lines files of prompts, in place of the built-in prompts."},
-    )
-    num_prompts: int = field(default=8, metadata={"help": "Prompts taken from the files."})
-    max_new_tokens: int = field(default=64, metadata={"help": "Tokens of each answer."})
-    json: Path | None = field(default=None, metadata={"help": "File for all findings as JSON."})
-
-    def __post_init__(self) -> None:
-        for name in ("num_prompts", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise JetFlowError(f"`{name}` must be at least 1, got {getattr(self, name)}")
-
-    def conversations(self) -> list[list[dict[str, str]]]:
-        """The prompts as chat messages."""
-        if not self.prompts:
-            return [[{"role": "user", "content": text}] for text in BUILT_IN_PROMPTS]
-        return [prompt["messages"] for prompt in read_prompts(self.prompts)[: self.num_prompts]]
 
 
 @dataclass
@@ -109,7 +74,7 @@ def examine_pair(pair: PairSettings, settings: DoctorSettings, progress: Progres
         The findings of `examine`, with `environment`, `settings`, and the layout of the head's files in `facts`.
     """
     conversations = settings.conversations()
-    target, tokenizer, head = pair.load()
+    target, tokenizer, head = load_pair(pair)
     layout = layout_facts(pair.head)
     findings = examine(
         target,

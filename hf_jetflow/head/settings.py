@@ -1,4 +1,4 @@
-"""A head's decoding settings for the time of a run, and node budgets read from text."""
+"""A head's decoding settings for the time of a run."""
 
 import copy
 from collections.abc import Iterator
@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from ..errors import JetFlowError
 from .modeling_jetflow import JetFlowHead
 
 
@@ -38,17 +37,3 @@ def head_settings(head: JetFlowHead, *, record_trees: bool = False, **settings: 
         for name, value in restored.items():
             setattr(head, name, value)
         head.train(was_training)
-
-
-def read_node_budget(text: str) -> int | str:
-    """
-    A node budget from text: `"auto"`, or the rows verified per round, root included.
-
-    Raises:
-        JetFlowError: If it is neither.
-    """
-    if text == "auto":
-        return text
-    if not text.isdecimal() or int(text) < 1:
-        raise JetFlowError(f"expected a node budget of at least 1, or 'auto', got {text!r}; use a number such as 32")
-    return int(text)

@@ -1,6 +1,5 @@
 """Record the draft trees of one answer and write them as a page or a picture."""
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -8,66 +7,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..decoding.tree_log import TreeRound
 from ..errors import JetFlowError
-from ..extras import require_package
 from ..files import atomic_write
 from ..head.modeling_jetflow import JetFlowHead
-from ..head.settings import head_settings, read_node_budget
-from ..prompts import encode_chat, read_prompts
+from ..head.settings import head_settings
+from ..prompts import encode_chat
 from ..stats import GenerationStats
-from ..target.loading import PairSettings
+from ..target.loading import load_pair
+from ..target.settings import PairSettings, read_node_budget
 from ..training.evaluation import greedy_ids
+from .settings import ShowSettings, check_output
 from .tree_page import tree_page
 from .tree_plot import DPI, check_rounds, draw_trees
 
 
-SUFFIXES = (".html", ".svg", ".png")
 PIXELS_PER_UNIT = 2  # of a PNG
 MAX_PIXELS = 2**16 - 1  # per side of a PNG, a limit of matplotlib
-
-
-@dataclass
-class ShowSettings:
-    """
-    The prompt to answer and the file to write.
-
-    Raises:
-        JetFlowError: If the output has an unknown suffix, the node budget is not valid, or not exactly one of `prompt`
-            and `prompts` is given.
-    """
-
-    output: Path = field(
-        metadata={"help": "File to write: .html for a page of all rounds, .svg or .png for a picture."}
-    )
-    prompt: str | None = field(default=None, metadata={"help": "The user's message."})
-    prompts: Path | None = field(default=None, metadata={"help": "JSON lines file to take a prompt from."})
-    index: int = field(default=0, metadata={"help": "Index of the prompt in the file, from 0."})
-    max_new_tokens: int = field(default=96, metadata={"help": "Tokens of the answer."})
-    node_budget: str = field(default="32", metadata={"help": "Nodes verified per round, root included, or auto."})
-    round: int | None = field(
-        default=None, metadata={"help": "Number of the only round to draw, from 1; the first round shown on a page."}
-    )
-
-    def __post_init__(self) -> None:
-        check_output(self.output)
-        read_node_budget(self.node_budget)
-        if (self.prompt is None) == (self.prompts is None):
-            raise JetFlowError("expected exactly one of --prompt TEXT and --prompts FILE; give one of them")
-
-    def messages(self) -> list[dict[str, Any]]:
-        """
-        The conversation to answer.
-
-        Raises:
-            JetFlowError: If the file has no prompt of that index.
-        """
-        if self.prompts is None:
-            return [{"role": "user", "content": self.prompt}]
-        prompts = read_prompts([self.prompts])
-        if not 0 <= self.index < len(prompts):
-            raise JetFlowError(
-                f"{self.prompts} holds {len(prompts)} prompts, got index {self.index}; indices start at 0"
-            )
-        return prompts[self.index]["messages"]
 
 
 def show_pair(pair: PairSettings, settings: ShowSettings) -> GenerationStats:
@@ -78,7 +32,7 @@ def show_pair(pair: PairSettings, settings: ShowSettings) -> GenerationStats:
         `GenerationStats`: Statistics of the answer.
     """
     messages = settings.messages()
-    target, tokenizer, head = pair.load()
+    target, tokenizer, head = load_pair(pair)
     node_budget = read_node_budget(settings.node_budget)
     rounds, stats = record_rounds(target, tokenizer, head, messages, settings.max_new_tokens, node_budget)
     about = (
@@ -88,19 +42,6 @@ def show_pair(pair: PairSettings, settings: ShowSettings) -> GenerationStats:
     prompt = messages[-1]["content"]
     write_trees(rounds, tokenizer, settings.output, only=settings.round, prompt=prompt, about=about)
     return stats
-
-
-def check_output(path: Path) -> None:
-    """
-    Check that trees can be written to a file.
-
-    Raises:
-        JetFlowError: If the suffix is unknown, or matplotlib is missing for a picture.
-    """
-    if path.suffix not in SUFFIXES:
-        raise JetFlowError(f"{path}: expected {', '.join(SUFFIXES)}, got {path.suffix!r}; rename the output")
-    if path.suffix != ".html":
-        require_package("matplotlib", "pictures")
 
 
 def record_rounds(

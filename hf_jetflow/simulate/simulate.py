@@ -5,7 +5,6 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,42 +15,16 @@ from ..files import read_json, write_json
 from ..head.checkpoint_files import locate, read_config, readable_load_errors
 from ..head.configuration_jetflow import JetFlowConfig
 from ..head.formats import recognise
-from ..target.loading import load_target_config
+from ..target.loading import head_errors, load_target_config
 from ..trees.tree import Candidates, build_tree
 from .fitting import fit_hardware, fitting_rows
 from .hardware import PRESETS, Hardware
 from .plots import check_plot_path, plot_speedup
 from .roofline import HeadShape, ModelShape, head_shape, round_seconds, target_shape
+from .settings import SimulateSettings
 
 
 DEFAULT_BUDGETS = (8, 16, 32, 64, 128, 256)  # for a table of ranks
-
-
-@dataclass
-class SimulateSettings:
-    """What to predict, from which files. Weights are never loaded."""
-
-    target: str = field(metadata={"help": "Target: a Hub id, a folder, its config.json, or a .gguf file."})
-    head: str = field(metadata={"help": "Draft head: a Hub id or a folder."})
-    acceptance: Path = field(
-        metadata={"help": "Tokens per round: JSON of bench, of a replay, or of examples/measure_ranks.py."}
-    )
-    hardware: str = field(
-        default="h100",
-        metadata={
-            "help": "h100, h100-graphed, a100, a100-graphed, a JSON file of hardware figures, or the JSON of a bench "
-            "of this target and head, to which they are fitted."
-        },
-    )
-    node_budgets: list[int] = field(
-        default_factory=list, metadata={"help": "Node budgets; those of the acceptance file if not given."}
-    )
-    batch_sizes: list[int] = field(
-        default_factory=lambda: [1, 4, 16], metadata={"help": "Numbers of sequences decoded together."}
-    )
-    context: int = field(default=512, metadata={"help": "Cached tokens per sequence."})
-    json: Path | None = field(default=None, metadata={"help": "File for the result as JSON."})
-    plot: Path | None = field(default=None, metadata={"help": "File for a figure: .png, .svg or .pdf."})
 
 
 def simulate(
@@ -217,7 +190,7 @@ def _read_hardware(source: str, target: ModelShape, head: HeadShape, context: in
 
 
 def _read_head_config(head: str) -> JetFlowConfig:
-    with readable_load_errors(head):
+    with head_errors(), readable_load_errors(head):
         settings = read_config(locate(head, {}))
         layout = recognise(settings).name
         if layout != "JetFlow":

@@ -3,9 +3,8 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import (
@@ -20,6 +19,7 @@ from transformers import (
 from ..errors import JetFlowError
 from ..extras import require_package
 from ..head.modeling_jetflow import JetFlowHead
+from .settings import PairSettings
 
 
 try:
@@ -38,26 +38,35 @@ def fast_dtype() -> str:
     return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 
 
-@dataclass
-class PairSettings:
-    """A target, a draft head for it, and the dtype of both."""
+def load_pair(pair: PairSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, JetFlowHead]:
+    """
+    Load a target, its tokenizer and a head for it.
 
-    target: str = field(metadata={"help": "Target model: a Hub id, a folder, or a .gguf file."})
-    head: str = field(metadata={"help": "Draft head: a Hub id or a folder."})
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto",
-        metadata={"help": "float32, bfloat16, float16, or auto: bfloat16 where the device computes in it."},
-    )
+    Raises:
+        JetFlowError: If the dtype is unknown, or the target or the head cannot be loaded.
+    """
+    target, tokenizer = load_target(pair.target, pair.dtype)
+    return target, tokenizer, load_head(pair.head, target.dtype).to(target.device)
 
-    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, JetFlowHead]:
-        """
-        Load the target, its tokenizer and the head.
 
-        Raises:
-            JetFlowError: If the dtype is unknown, or the target or the head cannot be loaded.
-        """
-        target, tokenizer = load_target(self.target, self.dtype)
-        return target, tokenizer, JetFlowHead.from_pretrained(self.head, dtype=target.dtype).to(target.device)
+def load_head(source: str | os.PathLike, dtype: str | torch.dtype) -> JetFlowHead:
+    """
+    `JetFlowHead.from_pretrained` for a command.
+
+    Raises:
+        JetFlowError: If the head cannot be loaded.
+    """
+    with head_errors():
+        return JetFlowHead.from_pretrained(source, dtype=dtype)
+
+
+@contextmanager
+def head_errors() -> Iterator[None]:
+    """Turn the errors of loading a head, which name source and cause in one line, into `JetFlowError`."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise JetFlowError(str(error)) from error
 
 
 def load_target(source: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -4,8 +4,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
-from huggingface_hub import get_token
-
 from ..errors import JetFlowError
 from ..extras import require_package
 
@@ -217,7 +215,7 @@ class TrainRecipe:
                 f"`--save-steps` {self.save_steps} must be a multiple of `--eval-steps` {self.eval_steps}; change one",
             ),
             (
-                self.push_to_hub is not None and get_token() is None,
+                self.push_to_hub is not None and not _has_token(),
                 f"`--push-to-hub` {self.push_to_hub} needs a token of the Hub, but there is none; run `hf auth "
                 "login`, or remove the option and upload the head later",
             ),
@@ -228,6 +226,12 @@ class TrainRecipe:
             if package not in ("none", "all"):
                 require_package(package, f"reports to {package}")
         _ = self.source_weights  # raises where one is no number
+
+
+def _has_token() -> bool:
+    from huggingface_hub import get_token  # imported late: it takes longer than to print the help
+
+    return get_token() is not None
 
 
 def flag(name: str) -> str:

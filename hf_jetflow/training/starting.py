@@ -11,6 +11,7 @@ from ..errors import JetFlowError
 from ..head.configuration_jetflow import JetFlowConfig, spaced_layer_ids
 from ..head.modeling_jetflow import JetFlowHead
 from ..integration import check_pairing
+from ..target.loading import load_head
 from .data import Answers, frequent_tokens
 from .settings import LAYOUT_OPTIONS, TrainRecipe, flag
 
@@ -173,7 +174,7 @@ def start_from_head(source: str, target: PreTrainedModel, branch_correction: str
     Raises:
         JetFlowError: If the head cannot be loaded or trained, does not fit the target, or has another correction.
     """
-    head = JetFlowHead.from_pretrained(source, dtype=torch.float32)
+    head = load_head(source, torch.float32)
     check_pairing(target, head)
     if not head.config.is_plain:
         raise JetFlowError(

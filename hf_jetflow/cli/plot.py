@@ -1,0 +1,36 @@
+"""Draw the figure of a bench from its JSON.
+
+Example:
+
+    hf-jetflow plot bench.json bench.png
+
+Needs the extra `bench`: pip install 'hf-jetflow[bench]'.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..files import read_json
+
+
+@dataclass
+class PlotSettings:
+    """The result to draw and the figure to write."""
+
+    result: Path = field(metadata={"help": "JSON that `hf-jetflow bench --json` wrote.", "is_positional": True})
+    figure: Path = field(metadata={"help": "File (.png or .svg) or folder to draw into.", "is_positional": True})
+
+
+SETTINGS = (PlotSettings,)
+
+
+def check(settings: PlotSettings) -> None:
+    read_json(settings.result)
+
+
+def run(settings: PlotSettings) -> None:
+    from ..bench.bench import read_result
+    from ..bench.plots import draw_bench
+    from .console import note_files
+
+    note_files([draw_bench(read_result(settings.result), settings.figure)])

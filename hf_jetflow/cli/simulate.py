@@ -1,0 +1,39 @@
+"""Predict speedup by node budget and batch size on other hardware.
+
+Example:
+
+    hf-jetflow simulate --target Qwen/Qwen3-8B --head runs/my-head --acceptance bench.json --hardware h100-graphed
+
+docs/cost-model.md compares predictions with measurements. `--plot` needs the extra `bench`, a .gguf target the extra
+`train`: pip install 'hf-jetflow[bench,train]'.
+"""
+
+from dataclasses import dataclass, field
+
+from ..files import read_json
+from ..simulate.settings import SimulateSettings
+
+
+@dataclass
+class Output:
+    """What is printed."""
+
+    quiet: bool = field(default=False, metadata={"help": "Print no table."})
+
+
+SETTINGS = (SimulateSettings, Output)
+
+
+def check(settings: SimulateSettings, _: Output) -> None:
+    read_json(settings.acceptance)
+
+
+def run(settings: SimulateSettings, output: Output) -> None:
+    from ..simulate.report import speedup_table
+    from ..simulate.simulate import run_simulation
+    from .console import note_files, table_console
+
+    result = run_simulation(settings)
+    if not output.quiet:
+        table_console().print(speedup_table(result))
+    note_files([settings.json, settings.plot])

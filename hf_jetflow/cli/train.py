@@ -1,0 +1,42 @@
+"""Train a draft head for a target.
+
+Example:
+
+    hf-jetflow train --target Qwen/Qwen3-0.6B --prompts prompts.jsonl --output runs/qwen3-0.6b
+
+A .gguf target needs the extra `train`: pip install 'hf-jetflow[train]'.
+"""
+
+from dataclasses import dataclass, field
+
+from ..jsonl import check_file
+from ..training.settings import TrainRecipe
+
+
+@dataclass
+class Output:
+    """What is printed."""
+
+    quiet: bool = field(
+        default=False, metadata={"help": "Print warnings, errors and the closing lines only, no progress and no log."}
+    )
+
+
+SETTINGS = (TrainRecipe, Output)
+
+
+def check(recipe: TrainRecipe, _: Output) -> None:
+    recipe.check()
+    for path in [*recipe.prompts, *recipe.answers, *recipe.eval_prompts]:
+        check_file(path)
+
+
+def run(recipe: TrainRecipe, output: Output) -> None:
+    from ..training.recipe import train_head
+    from ..training.trainer import leave_together
+    from .console import note, progress
+
+    with progress(output.quiet) as report:
+        summary = train_head(recipe, report)
+    note(f"head saved in {recipe.output}" + "".join(f"\n  {name}: {value}" for name, value in summary.items()))
+    leave_together()

@@ -1,0 +1,43 @@
+"""`DoctorSettings`: the options of `hf-jetflow doctor`, and its built-in prompts."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import JetFlowError
+from ..prompts import read_prompts
+
+
+BUILT_IN_PROMPTS = (
+    "Tom has 3 boxes with 12 pencils each and gives away 9 pencils. How many pencils does he have left?",
+    "A train travels 180 km in 2.5 hours. What is its average speed, and how far does it get in 4 hours?",
+    "Write a Python function that checks whether a word is a palindrome.",
+    "Write a Python function that returns the n-th Fibonacci number, and explain how it works.",
+    "Write a SQL query that counts the orders of each customer.",
+    "Name three things to see in Lisbon and say why.",
+    "Explain to a child why the sky is blue.",
+    "Write an e-mail that moves a meeting from Monday to Thursday.",
+)
+
+
+@dataclass
+class DoctorSettings:
+    """Prompts and length of an examination."""
+
+    prompts: list[Path] = field(
+        default_factory=list,
+        metadata={"action": "extend", "help": "JSON lines files of prompts, in place of the built-in prompts."},
+    )
+    num_prompts: int = field(default=8, metadata={"help": "Prompts taken from the files."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Tokens of each answer."})
+    json: Path | None = field(default=None, metadata={"help": "File for all findings as JSON."})
+
+    def __post_init__(self) -> None:
+        for name in ("num_prompts", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise JetFlowError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+
+    def conversations(self) -> list[list[dict[str, str]]]:
+        """The prompts as chat messages."""
+        if not self.prompts:
+            return [[{"role": "user", "content": text}] for text in BUILT_IN_PROMPTS]
+        return [prompt["messages"] for prompt in read_prompts(self.prompts)[: self.num_prompts]]

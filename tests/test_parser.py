@@ -1,0 +1,201 @@
+"""The command line is made from the settings: names, types and defaults; what is misspelled gets a suggestion."""
+
+import subprocess
+import sys
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from helpers import run_command
+
+from hf_jetflow.cli.console import progress
+from hf_jetflow.cli.main import COMMANDS, command_parser, load, parse
+from hf_jetflow.cli.parser import Parser, add_options, make_settings, options
+
+
+ROOT = Path(__file__).resolve().parents[1]
+GIVEN = {
+    "train": ["--target", "t", "--output", "o", "--prompts", __file__],
+    "bench": ["--target", "t", "--head", "h", "--prompts", __file__],
+    "doctor": ["--target", "t", "--head", "h"],
+    "convert": ["h", "--to", "dflash", "--output", "o"],
+    "show": ["--target", "t", "--head", "h", "--prompt", "Why?", "--output", "x.html"],
+}
+
+
+@dataclass
+class Settings:
+    """One field of each kind."""
+
+    source: Path = field(metadata={"help": "A path.", "is_positional": True})
+    name: str = field(metadata={"help": "100 % required."})
+    files: list[Path] = field(default_factory=list, metadata={"help": "Paths."})
+    rates: list[float] = field(default_factory=lambda: [0.0, 0.5], metadata={"help": "Rates.", "aliases": ["--rate"]})
+    words: list[str] = field(default_factory=list, metadata={"help": "Words.", "metavar": "WORD"})
+    size: int | None = field(default=None, metadata={"help": "A size."})
+    kind: Literal["a", "b"] = field(default="a", metadata={"help": "A choice."})
+    is_loud: bool = field(default=False, metadata={"help": "A flag."})
+
+
+def parsed(*arguments):
+    parser = Parser(prog="program")
+    add_options(parser, Settings)
+    return make_settings(Settings, parser.parse_args(arguments))
+
+
+def test_what_is_not_given_has_the_default_of_the_settings():
+    assert parsed("x", "--name", "n") == Settings(Path("x"), "n")
+
+
+def test_values_have_the_types_of_the_settings():
+    line = "x --name n --files a,b c --files d --rate 1,2 3 --words a,b --size 4 --kind b --is-loud"
+    given = parsed(*line.split())
+    files = [Path("a,b"), Path("c"), Path("d")]
+    assert given == Settings(Path("x"), "n", files, [1.0, 2.0, 3.0], ["a", "b"], 4, "b", True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("x", "the following arguments are required: --name"),
+        ("x --name n --size two", "argument --size: expected an integer such as 16, got 'two'"),
+        ("x --name n --rates 1,two", "argument --rates/--rate: expected numbers such as 0,0.7, got '1,two'"),
+        ("x --name n --kind c", "argument --kind: invalid choice: 'c' (choose from "),
+    ],
+)
+def test_a_value_that_does_not_fit_is_refused_in_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        parsed(*arguments.split())
+    error = capsys.readouterr().err
+    assert exit.value.code == 2
+    assert error.startswith(f"error: {message}")
+    assert error.endswith("; run `program --help`\n")
+    assert error.count("\n") == 1
+
+
+def test_defaults_are_shown_as_they_are_typed():
+    shown = {option.names[0]: option.default for option in options(Settings)}
+    assert (shown["--rates"], shown["--kind"], shown["--is-loud"], shown["--size"]) == ("0,0.5", "a", "", "")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_of_a_command_has_a_help_and_no_name_twice(name):
+    found = [option for kind in load(name).SETTINGS for option in options(kind)]
+    names = [each for option in found for each in option.names]
+    assert len(set(names)) == len(names)
+    assert all(option.field.metadata["help"].endswith(".") for option in found)
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_a_command_has_the_defaults_of_its_settings(name):
+    for settings in parse([name, *GIVEN[name]]).settings:
+        for each in fields(settings):
+            default = each.default if each.default_factory is MISSING else each.default_factory()
+            if f"--{each.name.replace('_', '-')}" not in GIVEN[name] and default is not MISSING:
+                assert getattr(settings, each.name) == default, each.name
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_a_command_shows_an_example_and_the_extra_that_it_needs(name):
+    help_text = command_parser(name).format_help()
+    assert f"    hf-jetflow {name} " in help_text
+    assert "pip install 'hf-jetflow[" in help_text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "unknown command 'trian', did you mean train?"),
+        (["xyz"], "unknown command 'xyz'; run"),
+        (["bench", "--taget", "x"], "unknown option --taget, did you mean --target?"),
+        (["plot", "a.json", "b.png", "--zzz=1"], "unknown option --zzz; run `hf-jetflow plot --help`"),
+        (["plot", "a.json", "b.png", "c"], "unrecognized arguments: c"),
+    ],
+)
+def test_a_misspelled_name_is_refused_and_the_closest_one_suggested(arguments, message):
+    done = run_command(*arguments)
+    assert done.exit_code == 2
+    assert message in done.output
+    assert done.output.count("\n") == 1
+
+
+def test_without_arguments_the_commands_are_listed():
+    done = run_command()
+    assert done.exit_code == 2
+    assert all(f"\n  {name}" in done.output for name in COMMANDS)
+
+
+def test_an_error_that_nobody_can_mend_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr("hf_jetflow.cli.plot.run", lambda _: int("x"))
+    monkeypatch.setattr("hf_jetflow.cli.plot.check", lambda _: None)
+    with pytest.raises(ValueError, match="invalid literal"):
+        run_command("plot", "a.json", "b.png")
+
+
+def start(*arguments):
+    """The entry point in a process of its own, which prints the heavy packages that it has imported at the end."""
+    code = (
+        "import sys; from hf_jetflow_cli import main\n"
+        "try: main()\n"
+        "except SystemExit as exit: status = exit.code or 0\n"
+        "print(status, *sorted({'torch', 'transformers', 'rich'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()[-1], done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "text"),
+    [
+        (["--version"], "0", "hf-jetflow 0"),
+        (["--help"], "0", "simulate  Predict"),
+        (["train", "--help"], "0", "--eval-node-budgets INTEGER"),
+        (["bench", "--target", "t"], "2", "error: the following arguments are required: --head, --prompts"),
+        (["train", "--target", "t", "--output", "o"], "1", "error: nothing to train on"),
+        (["bench", "--target", "t", "--head", "h", "--prompts", "no.jsonl"], "1", "error: no.jsonl does not exist"),
+        (["doctor", "--target", "t", "--head", "h", "--prompts", "no.jsonl"], "2", "error: no.jsonl does not exist"),
+        (["show", "--target", "t", "--head", "h", "--prompt", "Why?", "--output", "x.gif"], "1", "error: x.gif: "),
+        (
+            ["simulate", "--target", "t", "--head", "h", "--acceptance", "no.json"],
+            "1",
+            "error: no.json does not exist",
+        ),
+        (["plot", "no.json", "x.png"], "1", "error: no.json does not exist"),
+    ],
+    ids=lambda value: " ".join(value[:1]) if isinstance(value, list) else "",
+)
+def test_help_and_refusals_import_neither_torch_nor_transformers(arguments, status, text):
+    last, printed = start(*arguments)
+    assert last == status, "the last line has the exit status, then what was imported"
+    assert text in printed
+
+
+def test_a_command_runs_with_the_whole_package(tmp_path):
+    pytest.importorskip("matplotlib")
+    result = ROOT / "examples" / "results" / "bench_smollm2_bf16.json"
+    code = (
+        "from hf_jetflow_cli import main; main()\n"
+        "import hf_jetflow; from transformers import GenerationMixin\n"
+        "print(hf_jetflow.JetFlowHead.__name__, hasattr(GenerationMixin._assisted_decoding, '__wrapped__'))"
+    )
+    command = [sys.executable, "-c", code, "plot", result, tmp_path / "bench.png"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "JetFlowHead True\n"
+    assert (tmp_path / "bench.png").exists()
+
+
+def test_python_m_is_the_same_command():
+    command = [sys.executable, "-m", "hf_jetflow", "--version"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("hf-jetflow 0")
+
+
+def test_a_bar_starts_where_an_earlier_run_ended_and_a_stage_can_start_again():
+    with progress(quiet=True) as report:
+        seen = []
+        for done, what in ((5, "answers"), (6, "answers"), (0, "prompts"), (2, "answers"), (1, "prompts")):
+            report(done, 9, what)
+            seen.append([task.completed for task in report._bars.tasks])
+    assert seen == [[5], [6], [6, 0], [2, 0], [2, 1]]
