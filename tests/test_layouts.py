@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_jetflow import JetFlowCandidateGenerator, JetFlowHead
 from hf_jetflow.head import checkpoint_files as fetching
-from hf_jetflow.head.formats import LAYOUTS, REFUSED, layout_table, recognise
+from hf_jetflow.head.formats import LAYOUTS, REFUSED, layout_table, recognize
 from hf_jetflow.target.target import Target, TargetStates
 
 
@@ -66,12 +66,12 @@ def refusal(tmp_path: Path, config: make.Config, tensors: make.Tensors | None = 
 
 @pytest.mark.parametrize("name", make.CONFIGS)
 @pytest.mark.parametrize("is_causal", [True, False])
-def test_a_config_is_recognised_by_its_layout(name, is_causal):
-    assert recognise(make.CONFIGS[name](is_causal)).name == name.partition(",")[0]
+def test_a_config_is_recognized_by_its_layout(name, is_causal):
+    assert recognize(make.CONFIGS[name](is_causal)).name == name.partition(",")[0]
 
 
 def test_every_layout_has_a_miniature():
-    made = {name.partition(",")[0] for name in make.CONFIGS} | {recognise(make.deepspec()).name}
+    made = {name.partition(",")[0] for name in make.CONFIGS} | {recognize(make.deepspec()).name}
     assert made == {layout.name for layout in LAYOUTS}
 
 

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..head.checkpoint_files import WEIGHT_PATTERNS, locate, read_config, read_tensors
-from ..head.formats import read_checkpoint, recognise
+from ..head.formats import read_checkpoint, recognize
 from ..head.modeling_jetflow import JetFlowHead
 from ..integration import check_pairing
 from ..stats import GenerationStats
@@ -76,7 +76,7 @@ def layout_facts(source: str) -> Findings:
     """What a head's files were taken for, and where its causality was read from."""
     place = locate(source, {})
     settings = read_config(place)
-    layout = recognise(settings)
+    layout = recognize(settings)
     reading = read_checkpoint(layout, settings, read_tensors(place.folder(*WEIGHT_PATTERNS)), {})
     return {
         "layout": layout.name,

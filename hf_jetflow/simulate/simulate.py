@@ -13,7 +13,7 @@ import torch
 
 from ..head.checkpoint_files import locate, read_config, readable_load_errors
 from ..head.configuration_jetflow import JetFlowConfig
-from ..head.formats import recognise
+from ..head.formats import recognize
 from ..target.loading import load_target_config
 from ..trees.tree import Candidates, build_tree
 from .hardware import PRESETS, Hardware
@@ -275,7 +275,7 @@ def fitting_rows(rows: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], 
 def _read_head_config(head: str) -> JetFlowConfig:
     with readable_load_errors(head):
         settings = read_config(locate(head, {}))
-        layout = recognise(settings).name
+        layout = recognize(settings).name
         if layout != "JetFlow":
             raise ValueError(
                 f"`{head}` is in the layout {layout}; write it anew with `hf-jetflow convert --to jetflow`"
