@@ -360,8 +360,16 @@ def test_what_speculators_leaves_out_has_the_default_of_the_body_it_names(tmp_pa
         (make.jetspec, dict(dflash_config=dict(projector_type="other")), "`dflash_config.projector_type: other`"),
         (make.jetspec, dict(partial_rotary_factor=0.5), "`partial_rotary_factor: 0.5`"),
         (make.speculators, dict(sliding_window=64), "`sliding_window: 64`"),
-        (make.speculators, dict(block_size="8", sample_from_anchor=True), "`block_size` is '8', but an integer"),
-        (make.speculators, dict(transformer_layer_config=3), "`transformer_layer_config` is 3, but a JSON object"),
+        (
+            make.speculators,
+            dict(block_size="8", sample_from_anchor=True),
+            "`block_size` is '8', but must be an integer",
+        ),
+        (
+            make.speculators,
+            dict(transformer_layer_config=3),
+            "`transformer_layer_config` is 3, but must be a JSON object",
+        ),
         (make.jetspec, dict(dflash_config=dict(target_layer_ids="1,3")), "'1,3', but a list of integers is needed"),
         (make.jetspec, dict(dflash_config=dict(target_layer_ids=[1, 5])), "lie in 0 .. 5"),
         (make.jetspec, dict(model_type="gemma4_text"), "'gemma4_text', but one of ('qwen3', 'llama') is needed"),
@@ -564,7 +572,7 @@ def test_a_foreign_head_in_shards_is_read(tmp_path):
     head = JetFlowHead.from_pretrained(tmp_path)
     assert all(torch.equal(head.state_dict()[name], tensor) for name, tensor in tensors.items())
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(OSError, match=r"lists model-00002-of-00002\.safetensors, which are not there"):
+    with pytest.raises(OSError, match=r"lists model-00002-of-00002\.safetensors, but there are no such"):
         JetFlowHead.from_pretrained(tmp_path)
 
 

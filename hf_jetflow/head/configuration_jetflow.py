@@ -32,7 +32,7 @@ NGRAM_WEIGHTS = (1.0, 1.5, 1.5, 1.0)  # default of `ngram_weights`
 
 
 def spaced_layer_ids(num_target_layers: int, num_taps: int) -> list[int]:
-    """Ids of `num_taps` target layers to tap: evenly spaced from 1 to L - 3 and rounded, or L // 2 for a single tap."""
+    """Ids of `num_taps` target layers to tap: evenly spaced from 1 to L - 3, rounded; L // 2 for a single tap."""
     if num_taps == 1:
         return [num_target_layers // 2]
     last = max(num_target_layers - 3, 1)
@@ -84,9 +84,9 @@ class JetFlowConfig(PreTrainedConfig):
         branch_intermediate_size (`int`, *optional*): Width of the correction's gated layer; `2 * hidden_size` when
             `None`.
         branch_candidates (`int`): Number of candidates per depth that the correction re-scores.
-        ngram_weights (`list[float]`, *optional*): Bonus on the logit of a candidate that followed a branch's last tokens
-            earlier in the text, by the number of matching tokens, from 1 (see `~ngrams.ContextNgrams`). An empty list
-            turns n-grams off.
+        ngram_weights (`list[float]`, *optional*): Bonus on the logit of a candidate that followed a branch's last
+            tokens earlier in the text, by the number of matching tokens, from 1 (see `~ngrams.ContextNgrams`). An
+            empty list turns n-grams off.
         target_model_type (`str`, *optional*): `model_type` of the target the head was trained for.
         target_name (`str`, *optional*): Name of the target the head was trained for.
 
@@ -333,7 +333,7 @@ def _rotatable(head_dim: int) -> int:
 
 
 def _dense_width(layer: PreTrainedConfig) -> int:
-    """The MLP width of a target layer; the largest of several, and SwiGLU's usual 8/3 of the hidden size if missing."""
+    """MLP width of a target layer: the largest of several; 8/3 of the hidden size, as usual for SwiGLU, if missing."""
     width = getattr(layer, "intermediate_size", None)
     if isinstance(width, list):
         width = max(width)

@@ -144,7 +144,7 @@ def read_tensorrt(config: Config, tensors: Tensors) -> Reading:
 
 
 def read_deepspec(config: Config, tensors: Tensors) -> Reading:
-    """Read DeepSpec's dflash: every row predicts; the file holds embedding and LM head; layer id -1 is the embedding."""
+    """Read DeepSpec's dflash: every row predicts, the file holds embedding and LM head, id -1 is the embedding."""
     block = ("block_size", "mask_token_id", "target_layer_ids")
     refuse_unknown_keys(config, {*LAYER_KEYS, *block, "num_target_layers", "is_causal"})
     fields = read_body(config)
@@ -316,9 +316,9 @@ def refuse_unknown_keys(config: Config, known: Collection[str], prefix: str = ""
     )
     if unknown:
         raise ValueError(
-            f"config.json has unsupported keys: {', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}. Ignoring "
-            "them could silently lower acceptance; update hf_jetflow, or remove keys that do not affect drafting from "
-            "config.json"
+            f"config.json has unsupported keys: {', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}. "
+            "Ignoring them could silently lower acceptance; update hf_jetflow, or remove keys that do not affect "
+            "drafting from config.json"
         )
 
 

@@ -52,7 +52,7 @@ class HeadCacheLike(Protocol):
 
 
 class JetFlowAttention(nn.Module):
-    """Cross- and self-attention in one: queries come from the block, keys and values from the context and the block."""
+    """Cross- and self-attention in one: queries of the block, keys and values of the context and the block."""
 
     def __init__(self, config: JetFlowConfig, layer_idx: int):
         super().__init__()
