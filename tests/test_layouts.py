@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_jetflow import JetFlowCandidateGenerator, JetFlowHead
 from hf_jetflow.head import checkpoint_files as fetching
-from hf_jetflow.head.formats import LAYOUTS, REFUSED, layout_table, recognise
+from hf_jetflow.head.formats import LAYOUTS, REFUSED, layout_table, recognize
 from hf_jetflow.target.target import Target, TargetStates
 
 
@@ -66,12 +66,12 @@ def refusal(tmp_path: Path, config: make.Config, tensors: make.Tensors | None = 
 
 @pytest.mark.parametrize("name", make.CONFIGS)
 @pytest.mark.parametrize("is_causal", [True, False])
-def test_a_config_is_recognised_by_its_layout(name, is_causal):
-    assert recognise(make.CONFIGS[name](is_causal)).name == name.partition(",")[0]
+def test_a_config_is_recognized_by_its_layout(name, is_causal):
+    assert recognize(make.CONFIGS[name](is_causal)).name == name.partition(",")[0]
 
 
 def test_every_layout_has_a_miniature():
-    made = {name.partition(",")[0] for name in make.CONFIGS} | {recognise(make.deepspec()).name}
+    made = {name.partition(",")[0] for name in make.CONFIGS} | {recognize(make.deepspec()).name}
     assert made == {layout.name for layout in LAYOUTS}
 
 
@@ -361,8 +361,16 @@ def test_what_speculators_leaves_out_has_the_default_of_the_body_it_names(tmp_pa
         (make.jetspec, dict(dflash_config=dict(projector_type="other")), "`dflash_config.projector_type: other`"),
         (make.jetspec, dict(partial_rotary_factor=0.5), "`partial_rotary_factor: 0.5`"),
         (make.speculators, dict(sliding_window=64), "`sliding_window: 64`"),
-        (make.speculators, dict(block_size="8", sample_from_anchor=True), "`block_size` is '8', but an integer"),
-        (make.speculators, dict(transformer_layer_config=3), "`transformer_layer_config` is 3, but a JSON object"),
+        (
+            make.speculators,
+            dict(block_size="8", sample_from_anchor=True),
+            "`block_size` is '8', but must be an integer",
+        ),
+        (
+            make.speculators,
+            dict(transformer_layer_config=3),
+            "`transformer_layer_config` is 3, but must be a JSON object",
+        ),
         (make.jetspec, dict(dflash_config=dict(target_layer_ids="1,3")), "'1,3', but a list of integers is needed"),
         (make.jetspec, dict(dflash_config=dict(target_layer_ids=[1, 5])), "lie in 0 .. 5"),
         (make.jetspec, dict(model_type="gemma4_text"), "'gemma4_text', but one of ('qwen3', 'llama') is needed"),
@@ -565,7 +573,7 @@ def test_a_foreign_head_in_shards_is_read(tmp_path):
     head = JetFlowHead.from_pretrained(tmp_path)
     assert all(torch.equal(head.state_dict()[name], tensor) for name, tensor in tensors.items())
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(OSError, match=r"lists model-00002-of-00002\.safetensors, which are not there"):
+    with pytest.raises(OSError, match=r"lists model-00002-of-00002\.safetensors, but there are no such"):
         JetFlowHead.from_pretrained(tmp_path)
 
 

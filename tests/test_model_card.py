@@ -50,7 +50,7 @@ def test_the_metadata_is_valid_for_the_hub():
 CARDS = {
     "template": template_text,
     "trained": card,
-    "no licence": lambda: card(license=None),
+    "no license": lambda: card(license=None),
     "shipped": lambda: (SHIPPED / "README.md").read_text(encoding="utf-8"),
 }
 
@@ -72,12 +72,12 @@ def test_the_first_line_says_what_the_head_is_for(text):
     lines = [line for line in ModelCard(text()).text.splitlines() if line]
     target = ModelCard(text()).data.base_model
     assert lines[0] == f"# Draft head for {target}"
-    assert lines[1].startswith(f"This is a draft head for {target}, not a model by itself")
+    assert lines[1].startswith(f"This is a draft head for {target}, not a model on its own")
 
 
 def test_a_card_has_its_parts():
     headings = [line[3:] for line in card().splitlines() if line.startswith("## ")]
-    assert headings == ["The head", "Measured", "Training", "Licence", "Limits"]
+    assert headings == ["The head", "Measured", "Training", "License", "Limits"]
     assert "`apache-2.0` for this head." in card()
     assert "None was stated for this head." in card(license=None)
 

@@ -19,7 +19,7 @@ from ..bench.environment import environment
 from ..errors import JetFlowError
 from ..files import write_json
 from ..head.checkpoint_files import WEIGHT_PATTERNS, locate, read_config, read_tensors
-from ..head.formats import read_checkpoint, recognise
+from ..head.formats import read_checkpoint, recognize
 from ..head.modeling_jetflow import JetFlowHead
 from ..head.settings import head_settings
 from ..integration import check_pairing
@@ -103,7 +103,7 @@ def layout_facts(source: str) -> Findings:
     """The layout of a head's files, and the source of its causality."""
     checkpoint = locate(source, {})
     settings = read_config(checkpoint)
-    layout = recognise(settings)
+    layout = recognize(settings)
     reading = read_checkpoint(layout, settings, read_tensors(checkpoint.folder(*WEIGHT_PATTERNS)), {})
     return {
         "layout": layout.name,

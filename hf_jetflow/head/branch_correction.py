@@ -9,7 +9,7 @@ from .linear import DraftLinear
 
 
 class ZeroLinear(DraftLinear):
-    """A projection whose weights start at zero."""
+    """A linear layer that is initialized to zero."""
 
 
 class GatedUnit(nn.Module):
@@ -19,11 +19,11 @@ class GatedUnit(nn.Module):
 
 
 class CandidateLogits(nn.Module):
-    """The output embedding, for some of its tokens only."""
+    """The output embedding, restricted to some tokens."""
 
     def forward(self, shifts: torch.Tensor, weight: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """Products (..., branches, width) of shifts (..., branches, hidden) and rows `places` (..., width) of a weight
-        (vocab, hidden)."""
+        """Logit changes (..., branches, width): products of shifts (..., branches, hidden) and the rows `places`
+        (..., width) of a weight (vocab, hidden)."""
         rows = nn.functional.embedding(places, weight)
         if rows.shape[:-2].numel() == 1:  # one sequence: a plain product is faster than a batch of one
             return nn.functional.linear(shifts, rows.view(rows.shape[-2:]))
@@ -32,12 +32,14 @@ class CandidateLogits(nn.Module):
 
 class BranchCorrection(nn.Module):
     """
-    Conditions a node's scores on the tokens of its branch, which the block, all MASK behind the anchor, cannot see.
+    Conditions a node's scores on the tokens of its branch. The block cannot see them: it is
+    all MASK after the anchor.
 
-    A gated layer reads the hidden row of the node's depth and the embedding of its parent's token, for
-    `branch_correction="path"` also a state carried down the branch, and yields a shift of that row: the node's logits
-    change by the shift times the output embedding. The last projection starts at zero, and with it every shift. This
-    is the conditioning of arXiv 2606.18394, Eq. 5-7, which the head published with it does not have.
+    A gated layer reads the hidden row of the node's depth and the embedding of its parent's token. With
+    `branch_correction="path"` it also reads a state that is carried down the branch. It yields a shift of the hidden
+    row, and the node's logits change by the shift times the output embedding. The last projection starts at zero, so
+    an untrained correction changes nothing. This is the conditioning of arXiv 2606.18394, Eq. 5-7; the head published
+    with that paper lacks it.
     """
 
     def __init__(self, config: JetFlowConfig):
@@ -48,9 +50,9 @@ class BranchCorrection(nn.Module):
         self.token_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
         self.slot_proj = DraftLinear(hidden, 2 * width, bias=False)
         self.token_proj = DraftLinear(hidden, 2 * width, bias=False)
-        self.gate = GatedUnit()  # inner rows (..., width) of the sum of the parts (..., 2 x width)
+        self.gate = GatedUnit()  # (..., 2 x width), the sum of the projections, to (..., width)
         self.down_proj = ZeroLinear(width, hidden, bias=False)
-        self.candidate_logits = CandidateLogits()  # logit changes of a depth's candidates, of shifts of its row
+        self.candidate_logits = CandidateLogits()  # turns shifts into logit changes of candidates
         self.has_state = config.branch_correction == "path"
         if self.has_state:
             self.state_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
@@ -58,19 +60,19 @@ class BranchCorrection(nn.Module):
             self.carry_proj = DraftLinear(width, hidden, bias=False)
 
     def project_slots(self, slots: torch.Tensor) -> torch.Tensor:
-        """The part of the gated layer that all branches of a depth share: (..., hidden) to (..., 2 x width)."""
+        """Project hidden rows, which all branches of a depth share: (..., hidden) to (..., 2 x width)."""
         return self.slot_proj(self.slot_norm(slots))
 
     def project_tokens(self, embeds: torch.Tensor) -> torch.Tensor:
-        """The part that branches with the same last token share: (..., hidden) to (..., 2 x width)."""
+        """Project embeddings of the branches' last tokens: (..., hidden) to (..., 2 x width)."""
         return self.token_proj(self.token_norm(embeds))
 
     def project_states(self, states: torch.Tensor) -> torch.Tensor:
-        """The part that branches with the same parent share: (..., hidden) to (..., 2 x width)."""
+        """Project states, which branches with the same parent share: (..., hidden) to (..., 2 x width)."""
         return self.state_proj(self.state_norm(states))
 
     def carry(self, inner: torch.Tensor, states: torch.Tensor | None) -> torch.Tensor:
-        """States (..., hidden) of branches behind a depth, of its inner rows and their states before it."""
+        """Update the states (..., hidden) of branches with the inner rows (..., width) of one depth."""
         carried = self.carry_proj(inner)
         return carried if states is None else states + carried
 
@@ -78,12 +80,12 @@ class BranchCorrection(nn.Module):
         self, projected_slots: torch.Tensor, parent_embeds: torch.Tensor, state: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        One depth of the branches.
+        Shift the hidden row of one depth, once per branch.
 
         Args:
             projected_slots (`torch.Tensor`, (..., 2 x width)): `project_slots` of the depth's row.
             parent_embeds (`torch.Tensor`, (..., hidden)): The target's embedding of the branches' last tokens.
-            state (`torch.Tensor`, (..., hidden)): State of the branches so far; `None` at their start.
+            state (`torch.Tensor`, (..., hidden)): State of the branches so far; `None` at the root.
 
         Returns:
             Shifts (..., hidden) of the depth's row and the branches' new state (`None` for the parent kind).

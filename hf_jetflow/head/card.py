@@ -1,4 +1,4 @@
-"""The card of a head: text from its configuration, the training facts and the measured figures."""
+"""The model card of a head, made from its configuration, the training facts and the measured figures."""
 
 import re
 from typing import Any
@@ -15,8 +15,8 @@ CARD = """---
 
 # Draft head for {target}
 
-This is a draft head for {target}, not a model by itself: it makes the target's `generate` faster and leaves its output
-as it is. It needs the package `hf_jetflow`.
+This is a draft head for {target}, not a model on its own: it makes the target's `generate` faster and leaves its
+output as it is. It needs the package `hf_jetflow`.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -33,7 +33,7 @@ print(tokenizer.decode(output[0]), head.last_stats.tokens_per_round)
 ## The head
 
 {layers} layers of width {hidden}, {parameters} M parameters, block of {block} rows ({depth} drafted depths); it
-listens to `hidden_states` {indices} of the target, {causality}, {vocabulary}. {correction}
+reads `hidden_states` {indices} of the target, {causality}, {vocabulary}. {correction}
 
 ## Measured
 
@@ -43,20 +43,20 @@ listens to `hidden_states` {indices} of the target, {causality}, {vocabulary}. {
 
 {training}
 
-## Licence
+## License
 
-{licence} It learned from answers of the target, and its layers started from the target's own: see to the target's
-licence too.
+{license} The head learned from answers of the target, and its layers started from the target's own, so the
+target's license may apply too.
 
 ## Limits
 
 In float32 the output equals plain `generate` token for token. In bfloat16 a forward over many rows can rank two nearly
-equal tokens otherwise than a forward over one row, so texts may part at a near-tie; both are the target's own choices.
-Text unlike the training prompts is drafted less well, never decoded less well. Speeds are those of the hardware named
-above; measure your own with `hf-jetflow bench`. Not tested with other targets than the one named above.
+equal tokens differently than a forward over one row. Texts may then differ after a near-tie; both are the target's own
+choices. On text unlike the training prompts, acceptance drops and the output stays the same. Speeds hold for the
+hardware named above; measure your own with `hf-jetflow bench`. The head was tested with the target named above only.
 """
 
-# What stands in MODEL_CARD.md where the code fills in the facts of a head.
+# Placeholders in MODEL_CARD.md for the facts of a head.
 PLACES = {
     "target": "org/target",
     "target_id": "org/target",
@@ -70,10 +70,10 @@ PLACES = {
     "causality": "[causal inside the block or not]",
     "vocabulary": "[which tokens it scores]",
     "correction": "[Its branch correction.]",
-    "measured": "[Tokens per round, speeds with the hardware, and what is kept by depth: from the JSON of\n"
+    "measured": "[Tokens per round, speeds with the hardware, and acceptance by depth: from the JSON of\n"
     "`hf-jetflow bench`; after training alone, tokens per round of the held-out prompts.]",
     "training": "[Target, data, length and settings of the training.]",
-    "licence": "[The licence of the head.]",
+    "license": "[The license of the head.]",
 }
 
 
@@ -91,19 +91,19 @@ def card_text(
     language: list[str] | None = None,
 ) -> str:
     """
-    Markdown card of a head.
+    Write the Markdown card of a head.
 
     Args:
         config ([`JetFlowConfig`]): The head's configuration.
         name (`str`): What `from_pretrained` takes.
-        num_parameters (`int`): Parameters of the head.
+        num_parameters (`int`): Number of parameters of the head.
         training (`str`): Data and length of the training, in Markdown.
         rows (`list[dict]`, *optional*): Rows of a bench result.
-        hardware (`str`, *optional*): Where they were measured.
+        hardware (`str`, *optional*): Hardware they were measured on.
         tokens_per_round (`dict[str, dict[int, float]]`, *optional*): Figures of greedy decoding by prompt set and node
-            budget, where there is no bench result.
-        license (`str`, *optional*): Licence of the head, as the Hub spells it (`"apache-2.0"`).
-        datasets (`list[str]`, *optional*): Hub ids of the data trained on.
+            budget, if there is no bench result.
+        license (`str`, *optional*): License of the head, as the Hub spells it (`"apache-2.0"`).
+        datasets (`list[str]`, *optional*): Hub ids of the training data.
         language (`list[str]`, *optional*): Codes of its languages.
     """
     target = config.target_name or "an unnamed target"
@@ -123,7 +123,7 @@ def card_text(
         if all(config.causal_layers)
         else "not causal inside the block in every layer",
         vocabulary=(
-            f"scores the {config.draft_vocab_size} target tokens commonest in its training answers"
+            f"scores the {config.draft_vocab_size} most frequent target tokens of its training answers"
             if config.draft_vocab_size
             else "scores the whole vocabulary"
         ),
@@ -135,12 +135,12 @@ def card_text(
         + _ngrams(config),
         measured=_measured(rows, hardware, tokens_per_round),
         training=training,
-        licence=f"`{license}` for this head." if license else "None was stated for this head.",
+        license=f"`{license}` for this head." if license else "None was stated for this head.",
     )
 
 
 def template_text() -> str:
-    """The card with a note in each place that the code fills: MODEL_CARD.md."""
+    """The card with placeholders: MODEL_CARD.md."""
     return CARD.format(metadata=metadata(PLACES["target"], None, None, None), **PLACES)
 
 
@@ -180,7 +180,7 @@ def _measured(
 
 
 def measured_table(rows: list[dict[str, Any]], hardware: str | None = None) -> str:
-    """Bench rows as a Markdown table; plain decoding is the speedup's unit and left out."""
+    """Bench rows as a Markdown table, without plain decoding, to which the speedup relates."""
     lines = [
         "| prompts | temperature | method | node budget | tokens per round | tokens/s | speedup (quartiles) "
         "| same as plain |",
@@ -202,7 +202,7 @@ def measured_table(rows: list[dict[str, Any]], hardware: str | None = None) -> s
 
 
 def depth_table(rows: list[dict[str, Any]]) -> str:
-    """Share of the rounds that kept a token at each depth, of the rows that count it, as a Markdown table."""
+    """Acceptance by depth of the rows that count it, as a Markdown table."""
     counted = [row for row in rows if row["acceptance_by_depth"]]
     depths = max((len(row["acceptance_by_depth"]) for row in counted), default=0)
     lines = [

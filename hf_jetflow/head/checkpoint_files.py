@@ -1,6 +1,6 @@
-"""Where a head's files come from: a local folder or a repository of the Hub.
+"""Find and read the files of a checkpoint, in a local folder or on the Hub.
 
-Only `config.json`, `generation_config.json` and safetensors files (with their index) are ever asked for.
+Only `config.json`, `generation_config.json` and safetensors files (with their index) are ever requested.
 """
 
 import json
@@ -42,7 +42,7 @@ class Source:
         return os.path.isdir(self.name)
 
     def folder(self, *patterns: str) -> Path:
-        """The folder of the head; from the Hub, files that match `patterns` are downloaded into it first."""
+        """Local folder of the head. Files of a Hub repository that match `patterns` are downloaded first."""
         if self.is_local:
             return Path(self.name, self.subfolder)
         prefix = f"{self.subfolder}/" if self.subfolder else ""
@@ -52,7 +52,7 @@ class Source:
         )
 
     def has(self, path: str) -> bool:
-        """Whether there is such a file, without downloading it; no where the Hub is not to be asked."""
+        """Whether the file exists, without downloading it. Returns False when offline (`local_files_only=True`)."""
         path = f"{self.subfolder}/{path}" if self.subfolder else path
         if self.is_local:
             return Path(self.name, path).exists()
@@ -66,12 +66,12 @@ class Source:
 
 def locate(name: str, kwargs: dict[str, Any]) -> Source:
     """
-    What `from_pretrained` was asked to load: a folder, a Hub id, or `id::subfolder`. Takes the Hub's keywords out of
-    `kwargs`.
+    Resolve the name given to `from_pretrained`: a folder, a Hub id, or `id::subfolder`. Removes the Hub's keywords
+    from `kwargs`.
 
     Raises:
         ValueError: If two subfolders are given.
-        OSError: If a path is given that is no folder.
+        OSError: If a path is given that is not a folder.
     """
     subfolder = kwargs.pop("subfolder", "") or ""
     if "::" in name and not os.path.isdir(name):
@@ -87,11 +87,11 @@ def locate(name: str, kwargs: dict[str, Any]) -> Source:
 
 def read_config(source: Source) -> dict[str, Any]:
     """
-    The `config.json`, read by ourselves: no class is chosen from it yet.
+    Read `config.json` without transformers, before a class is chosen from it.
 
     Raises:
         OSError: If there is none.
-        ValueError: If it is no JSON object.
+        ValueError: If it is not a JSON object.
     """
     path = source.folder(CONFIG) / CONFIG
     if not path.is_file():
@@ -133,7 +133,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if not (folder / INDEX).is_file():
         raise OSError(
             f"no {WEIGHTS} found; a head is read from safetensors only, never from pickled weights; "
-            "save it anew as safetensors, where it came from"
+            "save it again as safetensors where you can load it"
         )
     try:
         names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
@@ -146,14 +146,14 @@ def _weight_files(folder: Path) -> list[Path]:
     )
     if missing:
         raise OSError(
-            f"{INDEX} lists {', '.join(missing[:3])}, which are not there as safetensors files; download or save the "
+            f"{INDEX} lists {', '.join(missing[:3])}, but there are no such safetensors files; download or save the "
             "head again"
         )
     return [folder / name for name in sorted(names)]
 
 
 def check_loaded_tensors(source: str, layout: str, info: dict[str, Any]) -> None:
-    """Raise a `ValueError` naming the layout and the tensors when a load was not exact."""
+    """Raise a `ValueError` that names the layout and all tensors that are missing, unexpected or misshapen."""
     problems = []
     for kind in ("missing", "unexpected"):
         names = sorted(info[f"{kind}_keys"])
@@ -174,7 +174,7 @@ def check_loaded_tensors(source: str, layout: str, info: dict[str, Any]) -> None
 
 @contextmanager
 def readable_load_errors(source: str) -> Iterator[None]:
-    """Turn whatever goes wrong while loading into one line that names the source and the cause."""
+    """Turn any error while loading into one line that names the source and the cause."""
     try:
         yield
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

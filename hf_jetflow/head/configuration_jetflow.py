@@ -1,7 +1,7 @@
-"""`JetFlowConfig`: the one description of a draft head, and all validation of it.
+"""`JetFlowConfig`: the configuration of a draft head and its validation.
 
-Knows nothing about tensors or about the decoding loop. The fields are those of the public JetSpec / DFlash head body
-plus the facts about the target that a wrong pairing would violate.
+It knows nothing about tensors or about the decoding loop. Its fields are those of the public JetSpec and DFlash heads,
+and the facts about the target by which a wrong pair of head and target is detected.
 """
 
 from typing import Any
@@ -28,11 +28,11 @@ SIZES = (
     "branch_candidates",
 )
 BRANCH_CORRECTIONS = ("parent", "path")
-NGRAM_WEIGHTS = (1.0, 1.5, 1.5, 1.0)  # where a checkpoint does not say
+NGRAM_WEIGHTS = (1.0, 1.5, 1.5, 1.0)  # default of `ngram_weights`
 
 
 def spaced_layer_ids(num_target_layers: int, num_taps: int) -> list[int]:
-    """Target layers to tap: `num_taps` evenly spaced from 1 to L - 3, rounded; L // 2 for a single tap."""
+    """Ids of `num_taps` target layers to tap: evenly spaced from 1 to L - 3, rounded; L // 2 for a single tap."""
     if num_taps == 1:
         return [num_target_layers // 2]
     last = max(num_target_layers - 3, 1)
@@ -63,35 +63,35 @@ class JetFlowConfig(PreTrainedConfig):
             `False` everywhere is the DFlash baseline.
         block_size (`int`): Tokens of a block, the anchor included: `block_size - 1` depths are drafted in one forward.
         mask_token_id (`int`, *optional*): Token whose target embedding fills the rows after the anchor. `None` means
-            that the head carries a learned mask embedding of its own.
+            that the head has a learned mask embedding.
         hidden_state_indices (`list[int]`): Tapped entries of the target's `hidden_states` (0 is the embedding output;
             the output of layer `l` is entry `l + 1`).
         target_hidden_size (`int`, *optional*): Width of the target's hidden states; `hidden_size` when `None`.
-        num_target_layers (`int`, *optional*): Number of layers of the target; `None` where a checkpoint of another
-            layout does not say.
-        draft_vocab_size (`int`, *optional*): Number of target tokens the head scores (see `JetFlowHead.d2t`); all of
-            them when `None`.
+        num_target_layers (`int`, *optional*): Number of layers of the target; `None` if a third-party checkpoint does
+            not say.
+        draft_vocab_size (`int`, *optional*): Size of the draft vocabulary, the target tokens that the head scores (see
+            `JetFlowHead.d2t`); all tokens when `None`.
         anchor_predicts (`bool`): Whether every row, the anchor's included, predicts the token after its own position:
-            a block then has one row less (DeepSpec). Otherwise a row predicts the token at its own position.
+            a block then has one row fewer (DeepSpec). Otherwise a row predicts the token at its own position.
         own_embedding (`bool`): Whether the head has an embedding of its own instead of borrowing the target's.
         own_lm_head (`bool`): Whether the head has an LM head of its own instead of borrowing the target's.
-        embedding_scale (`float`, *optional*): Factor on the rows of the target's embedding matrix, in place of
-            whatever its embedding module does with them; `None` takes the module as it is.
+        embedding_scale (`float`, *optional*): Factor on the rows of the target's embedding matrix, which are then read
+            without its embedding module; `None` calls the module.
         logit_scale (`float`): Factor on the logits.
         logit_softcap (`float`, *optional*): The scaled logits `x` become `cap * tanh(x / cap)`.
-        branch_correction (`str`, *optional*): What corrects a node's scores: `"parent"`, its parent's token, or
-            `"path"`, all its ancestors' tokens. `None` leaves one distribution per depth, shared by all branches.
+        branch_correction (`str`, *optional*): What a node's scores are conditioned on: `"parent"`, its parent's token,
+            or `"path"`, all its ancestors' tokens. `None`: all branches share one distribution per depth.
         branch_intermediate_size (`int`, *optional*): Width of the correction's gated layer; `2 * hidden_size` when
             `None`.
-        branch_candidates (`int`): Tokens per depth that the correction re-scores, the depth's own best.
-        ngram_weights (`list[float]`, *optional*): How much a candidate's logit gains where it followed a branch's last
-            tokens earlier in the text, by the number of tokens that match, from 1 (see `~ngrams.ContextNgrams`).
-            Nothing is searched when it is empty.
+        branch_candidates (`int`): Number of candidates per depth that the correction re-scores.
+        ngram_weights (`list[float]`, *optional*): Bonus on the logit of a candidate that followed a branch's last
+            tokens earlier in the text, by the number of matching tokens, from 1 (see `~ngrams.ContextNgrams`). An
+            empty list turns n-grams off.
         target_model_type (`str`, *optional*): `model_type` of the target the head was trained for.
         target_name (`str`, *optional*): Name of the target the head was trained for.
 
     Raises:
-        ValueError: If fields contradict each other; the message names the field and the remedy.
+        ValueError: If fields contradict each other. The message names the field and the remedy.
     """
 
     model_type = "jetflow"
@@ -150,7 +150,7 @@ class JetFlowConfig(PreTrainedConfig):
             self.is_causal = [self.is_causal] * self.num_hidden_layers
         if self.hidden_state_indices is None:
             if self.num_target_layers is None:
-                raise ValueError("`hidden_state_indices` and `num_target_layers` are not set; give the indices")
+                raise ValueError("neither `hidden_state_indices` nor `num_target_layers` is set; set one of them")
             layer_ids = spaced_layer_ids(self.num_target_layers, self.num_hidden_layers)
             self.hidden_state_indices = [layer_id + 1 for layer_id in layer_ids]
         if self.rope_parameters is None:
@@ -167,7 +167,7 @@ class JetFlowConfig(PreTrainedConfig):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the head borrows both of the target's embeddings, and its anchor's row predicts nothing."""
+        """Whether the head borrows both of the target's embeddings and its anchor's row predicts nothing."""
         has_own = self.own_embedding or self.own_lm_head or self.anchor_predicts
         return not has_own and self.logit_scale == 1 and self.logit_softcap is None
 
@@ -184,7 +184,7 @@ class JetFlowConfig(PreTrainedConfig):
         return [self.sliding_window if kind == "sliding_attention" else None for kind in self.layer_types]
 
     def validate_rope(self) -> None:
-        """Called by `strict`, on the names of the parent's checks."""
+        """Check the rotary parameters; `strict` calls this, as it overrides a check of the parent class."""
         assert self.rope_parameters is not None
         rope_type, theta = (self.rope_parameters.get(key) for key in ("rope_type", "rope_theta"))
         if rope_type not in ("default", *ROPE_INIT_FUNCTIONS) or not isinstance(theta, int | float):
@@ -256,7 +256,7 @@ class JetFlowConfig(PreTrainedConfig):
             raise ValueError(f"`ngram_weights` {self.ngram_weights} must be numbers of at least 0, or an empty list")
 
     def _check_own_modules(self) -> None:
-        """Reject what heads with embeddings or logits of their own cannot have."""
+        """Reject options that heads with their own embeddings or logits cannot have."""
         if self.own_embedding and self.mask_token_id is None:
             raise ValueError("`own_embedding` needs a `mask_token_id`: its embedding fills the rows after the anchor")
         if self.logit_softcap is not None and self.logit_softcap <= 0:
@@ -270,11 +270,11 @@ class JetFlowConfig(PreTrainedConfig):
     @classmethod
     def for_target(cls, target_config: PreTrainedConfig, **overrides: Any) -> "JetFlowConfig":
         """
-        A configuration whose sizes, rotary embedding, vocabulary and tapped layers fit a target.
+        Make a configuration that fits a target: sizes, rotary embedding, vocabulary and tapped layers.
 
         Args:
             target_config (`PreTrainedConfig`): Configuration of the target model.
-            overrides: Fields of `JetFlowConfig` to set otherwise, e.g. `num_hidden_layers=3, block_size=16`.
+            overrides: Fields of `JetFlowConfig` to set, e.g. `num_hidden_layers=3, block_size=16`.
 
         Returns:
             `JetFlowConfig`: The configuration of a fresh head.
@@ -333,7 +333,7 @@ def _rotatable(head_dim: int) -> int:
 
 
 def _dense_width(layer: PreTrainedConfig) -> int:
-    """A target layer's dense MLP width, or SwiGLU's default where its `intermediate_size` is per expert or missing."""
+    """MLP width of a target layer: the largest of several; 8/3 of the hidden size, as usual for SwiGLU, if missing."""
     width = getattr(layer, "intermediate_size", None)
     if isinstance(width, list):
         width = max(width)
@@ -341,9 +341,11 @@ def _dense_width(layer: PreTrainedConfig) -> int:
 
 
 def _head_rope(text: PreTrainedConfig) -> dict[str, Any]:
-    """The target's rotary parameters for a head that always rotates whole attention heads."""
+    """The target's rotary parameters without partial rotation: the head rotates whole attention heads."""
     rope = getattr(text, "rope_parameters", None) or {}
-    per_kind = [value for value in rope.values() if isinstance(value, dict)]  # where layer kinds rotate differently
+    per_kind = [
+        value for value in rope.values() if isinstance(value, dict)
+    ]  # layer kinds with different rotary parameters
     if per_kind:
         rope = rope.get("full_attention") or per_kind[0]
     rope = {key: value for key, value in rope.items() if key not in ("partial_rotary_factor", "mrope_section")}

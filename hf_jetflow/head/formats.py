@@ -1,7 +1,7 @@
-"""Which checkpoint layouts are known: how each is recognised, what reads it, and what is said about the rest.
+"""The table of checkpoint layouts: how each is recognized and which function reads it, or why it is refused.
 
-Reads `config.json` itself, before any class is chosen from it, so that a foreign layout is refused by its name. To add
-a layout, add one entry to `LAYOUTS`.
+Layouts are recognized from `config.json` before transformers chooses a class from it, so a third-party layout is
+refused by its name. To add a layout, add one entry to `LAYOUTS`.
 """
 
 from collections.abc import Callable, Iterable
@@ -35,16 +35,16 @@ class Layout:
     name: str
     matches: Callable[[Config], bool]
     read: Callable[[Config, Tensors], Reading]
-    checked: str  # with what it was checked, for docs/heads.md
+    checked: str  # what its reader was tested with, for docs/heads.md
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A layout that does not load, by its config or by the names of its tensors."""
+    """A layout that is refused, recognized by its config or by its tensor names."""
 
     name: str
     matches: Callable[[Config], bool]
-    tensors: tuple[str, ...]  # parts of tensor names that no other layout has
+    tensors: tuple[str, ...]  # substrings of tensor names that are unique to this layout
     reason: str
 
 
@@ -57,12 +57,12 @@ def _is_speculators(*kinds: str) -> Callable[[Config], bool]:
 
 
 def _has(key: str, nested: str | None = None) -> Callable[[Config], bool]:
-    """Whether a config has a key, or a section with that key."""
+    """Match configs that have a key, or that key within a section."""
     return lambda config: key in config and (nested is None or nested in (config[key] or {}))
 
 
 def _setting(config: Config, key: str) -> Any:
-    """A key of the config or of its `dflash_config`."""
+    """Value of a key in `dflash_config` or at the top of the config."""
     return (config.get("dflash_config") or {}).get(key) or config.get(key)
 
 
@@ -168,17 +168,17 @@ REFUSED = (
 ADAPTER = "adapter/head.safetensors"  # marks the root of a JetSpec++ repository
 
 
-def recognise(config: Config) -> Layout:
+def recognize(config: Config) -> Layout:
     """
-    The layout of a `config.json`.
+    Find the layout of a `config.json`.
 
     Raises:
-        ValueError: Naming a layout that is not supported, and what to do.
+        ValueError: If the layout is not supported. The message names it and says what to do.
     """
     for section in ("dflash_config", "jetspec_config", "speculators_config", "transformer_layer_config"):
         if not isinstance(config.get(section) or {}, dict):
             raise ValueError(
-                f"config.json: `{section}` is {config[section]!r}, but a JSON object is needed; correct config.json"
+                f"config.json: `{section}` is {config[section]!r}, but must be a JSON object; correct config.json"
             )
     for refusal in REFUSED:
         if refusal.matches(config):
@@ -199,12 +199,12 @@ def recognise(config: Config) -> Layout:
     )
 
 
-def refuse_foreign_tensors(names: Iterable[str]) -> None:
+def refuse_unsupported_tensors(names: Iterable[str]) -> None:
     """
-    Refuse a checkpoint whose config passed but whose tensors are those of a layout that does not load.
+    Refuse a checkpoint whose config is readable but whose tensors belong to an unsupported layout.
 
     Raises:
-        ValueError: Naming the layout and a tensor.
+        ValueError: If there is such a tensor. The message names the layout and the tensor.
     """
     for name in sorted(names):
         for refusal in REFUSED:
@@ -220,19 +220,19 @@ def _refused(refusal: Refusal) -> str:
 
 def read_checkpoint(layout: Layout, config: Config, tensors: Tensors, given: Config) -> Reading:
     """
-    A checkpoint in our terms.
+    Translate a checkpoint into our configuration fields and tensor names.
 
     Args:
-        layout ([`Layout`]): What `recognise` made of the config.
+        layout ([`Layout`]): The result of `recognize`.
         config (`dict`), tensors (`dict`): The checkpoint.
-        given (`dict`): Fields of `JetFlowConfig` that the caller sets; they win over the file.
+        given (`dict`): Fields of `JetFlowConfig` that the caller sets; they override the file.
 
     Raises:
-        ValueError: If the file says something that is not known here, or too little; the message names it.
+        ValueError: If the file has unsupported keys or lacks required ones. The message names them.
     """
     is_own = layout.read is read_jetflow
     if not is_own:
-        refuse_foreign_tensors(tensors)
+        refuse_unsupported_tensors(tensors)
     reading = layout.read(config, tensors)
     reading.fields = {**reading.fields, **given}
     if is_own:
@@ -253,13 +253,13 @@ def read_head(
     source: Source, layout: Layout, settings: Config, tensors: Tensors, kwargs: dict[str, Any]
 ) -> tuple[JetFlowConfig, Tensors]:
     """
-    The configuration and the tensors of a checkpoint. Logs what was made of a third-party layout.
+    Return the configuration and tensors of a checkpoint. Logs how a third-party layout was read.
 
     Args:
-        source ([`Source`]): Where the checkpoint lies.
-        layout ([`Layout`]): What `recognise` made of its config.
+        source ([`Source`]): Location of the checkpoint.
+        layout ([`Layout`]): The result of `recognize`.
         settings (`dict`), tensors (`dict`): Its config and its tensors.
-        kwargs (`dict`): Arguments of `from_pretrained`; a `config` and fields of `JetFlowConfig` are taken out.
+        kwargs (`dict`): Arguments of `from_pretrained`; a `config` and fields of `JetFlowConfig` are removed.
     """
     own_fields = JetFlowConfig.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
     given = {field: kwargs.pop(field) for field in list(kwargs) if field in own_fields}
@@ -278,7 +278,7 @@ def read_head(
 
 
 def _check_windows(fields: Config) -> None:
-    """Refuse windows that implementations read differently."""
+    """Refuse windows that implementations interpret differently."""
     flags, window = fields["is_causal"], fields["sliding_window"]
     flags = [flags] * len(fields["layer_types"]) if isinstance(flags, bool) else flags
     is_open = any(
@@ -292,7 +292,7 @@ def _check_windows(fields: Config) -> None:
 
 
 def summary(layout: Layout, reading: Reading) -> str:
-    """One line on what was read, for the log."""
+    """One line for the log on how a checkpoint was read."""
     flags = reading.fields["is_causal"]
     flags = [flags] if isinstance(flags, bool) else flags
     kinds = ", ".join("causal" if flag else "bidirectional" for flag in flags)

@@ -1,7 +1,7 @@
-"""Reading public layouts: a `config.json` and tensors in, the fields of a `JetFlowConfig` and our tensors out.
+"""One reader per checkpoint layout: `config.json` and tensors in, fields of `JetFlowConfig` and our tensors out.
 
-Pure functions. What a file says and these do not know is an error, never a warning: a head that drafts rubbish looks
-like one that loads.
+All functions are pure. An unsupported key is an error, never a warning: a head that was read wrongly loads without a
+sign and drafts badly.
 """
 
 import copy
@@ -18,7 +18,7 @@ from .configuration_jetflow import spaced_layer_ids
 
 Config = dict[str, Any]
 
-BODIES = ("qwen3", "llama")  # whose defaults a file may leave out; all layouts share Qwen3's layer
+BODIES = ("qwen3", "llama")  # a file may omit their defaults; all layouts share Qwen3's layer
 BODY_KEYS = (
     "vocab_size",
     "hidden_size",
@@ -37,7 +37,7 @@ BODY_KEYS = (
 ROPE_KEYS = ("rope_parameters", "rope_theta", "rope_scaling")
 WINDOW_KEYS = ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers")
 LAYER_KEYS = {*BODY_KEYS, *ROPE_KEYS, *WINDOW_KEYS}
-# What says nothing about how a head drafts.
+# Keys that do not affect drafting.
 DESCRIPTIVE_KEYS = {
     "_attn_implementation",
     "_attn_implementation_autoset",
@@ -67,29 +67,29 @@ DESCRIPTIVE_KEYS = {
     "transformers_version",
     "use_cache",
 }
-# Values at which a key that we do not use changes nothing; other keys change nothing where they are empty, 0 or false.
+# Values at which an unsupported key has no effect. All other keys have no effect if they are empty, 0 or false.
 NEUTRAL_VALUES = {
     "attention_value_scale": 1,
     "is_neox_style": True,
     "partial_rotary_factor": 1,
     "projector_type": "dflash",
 }
-# Text has one position per token, for which these make no difference.
+# These have no effect on text, which has one position per token.
 NEUTRAL_ROPE_KEYS = {"mrope_section", "mrope_interleaved"}
 
 
 @dataclass
 class Reading:
-    """A checkpoint in our terms."""
+    """A checkpoint, translated into our configuration fields and tensor names."""
 
     fields: Config  # of `JetFlowConfig`
     tensors: Tensors  # by our names
-    causality: str = ""  # where it was read from
-    contradictions: list[str] = field(default_factory=list)  # flags that say otherwise and were overruled
+    causality: str = ""  # the flag or rule that `is_causal` was read from
+    contradictions: list[str] = field(default_factory=list)  # flags that disagree and were overruled
 
 
 def read_jetflow(config: Config, tensors: Tensors) -> Reading:
-    """Our own layout."""
+    """Read our own layout."""
     return Reading(config, tensors)
 
 
@@ -97,11 +97,11 @@ def read_dflash(
     config: Config, tensors: Tensors, section: str = "dflash_config", scale: float | None = 1.0
 ) -> Reading:
     """
-    The body that DFlash, JetSpec, Automodel and TensorRT-Edge-LLM share: settings in a section of its own.
+    Read the layout that DFlash, JetSpec, Automodel and TensorRT-Edge-LLM share: settings in a section of their own.
 
     Args:
         section (`str`): Name of that section.
-        scale (`float`, *optional*): `embedding_scale` where the file gives none.
+        scale (`float`, *optional*): `embedding_scale` if the file has none.
     """
     settings = config.get(section) or {}
     shared = ("input_embedding_scale", "output_multiplier", "logit_scale", "final_logit_softcapping")
@@ -134,17 +134,17 @@ def read_dflash(
 
 
 def read_jetspec(config: Config, tensors: Tensors) -> Reading:
-    """JetSpec and Automodel: DFlash's keys, the target's embedding module taken as it is."""
+    """Read JetSpec and Automodel: DFlash's keys; the target's embedding module is called."""
     return read_dflash(config, tensors, scale=None)
 
 
 def read_tensorrt(config: Config, tensors: Tensors) -> Reading:
-    """TensorRT-Edge-LLM: JetSpec's keys in a section `jetspec_config`."""
+    """Read TensorRT-Edge-LLM: JetSpec's keys in a section `jetspec_config`."""
     return read_dflash(config, tensors, section="jetspec_config", scale=None)
 
 
 def read_deepspec(config: Config, tensors: Tensors) -> Reading:
-    """DeepSpec's dflash: every row predicts, embedding and LM head are in the file; ids from -1, the embeddings."""
+    """Read DeepSpec's dflash: every row predicts, the file holds embedding and LM head, id -1 is the embedding."""
     block = ("block_size", "mask_token_id", "target_layer_ids")
     refuse_unknown_keys(config, {*LAYER_KEYS, *block, "num_target_layers", "is_causal"})
     fields = read_body(config)
@@ -163,7 +163,7 @@ def read_deepspec(config: Config, tensors: Tensors) -> Reading:
 
 
 def read_speculators(config: Config, tensors: Tensors) -> Reading:
-    """speculators' dflash: layer ids count `hidden_states` directly, the draft vocabulary is kept as offsets."""
+    """Read speculators' dflash: layer ids index `hidden_states`; the draft vocabulary is stored as offsets."""
     known = {
         "speculators_model_type",
         "speculators_version",
@@ -208,15 +208,15 @@ def read_speculators(config: Config, tensors: Tensors) -> Reading:
 
 
 def _block_size(config: Config, anchor_predicts: bool) -> int | None:
-    """Our block size, one more than the depths: where the anchor's row predicts, the files count rows."""
+    """Our block size, the number of depths plus one. If the anchor's row predicts, files count rows, one fewer."""
     size = config.get("block_size")
     if size is not None and not isinstance(size, int):
-        raise ValueError(f"`block_size` is {size!r}, but an integer is needed")
+        raise ValueError(f"`block_size` is {size!r}, but must be an integer")
     return size + 1 if size is not None and anchor_predicts else size
 
 
 def _behind_embeddings(layer_ids: Any) -> list[int] | None:
-    """Indices into `hidden_states`, whose entry 0 are the embeddings, of layers counted from 0."""
+    """Convert layer ids, from 0, to indices into `hidden_states`, whose entry 0 is the embedding output."""
     if layer_ids is None:
         return None
     if not isinstance(layer_ids, list) or not all(isinstance(layer_id, int) for layer_id in layer_ids):
@@ -233,7 +233,7 @@ def _speculators_causality(config: Config, layer_types: list[str]) -> tuple[list
 
 
 def _speculators_tensors(tensors: Tensors, is_reduced: bool) -> Tensors:
-    """Offsets become token ids; what only the training of the head used is left out."""
+    """Convert offsets to token ids, and drop tensors that only the training of the head used."""
     unused = ("t2d", "d2t", "verifier_lm_head.weight", "verifier_norm.weight")
     kept = {name: tensor for name, tensor in tensors.items() if name not in unused}
     if "d2t" not in tensors:
@@ -255,7 +255,7 @@ def _speculators_tensors(tensors: Tensors, is_reduced: bool) -> Tensors:
 
 
 def read_body(config: Config) -> Config:
-    """Sizes, rotary parameters and windows of the layers, with the defaults of the body the file names."""
+    """Read sizes, rotary parameters and windows of the layers, with the defaults of the named body."""
     model_type = config.get("model_type", "qwen3")
     if model_type not in BODIES:
         raise ValueError(f"`model_type` of the layers is {model_type!r}, but one of {BODIES} is needed")
@@ -288,10 +288,10 @@ def read_body(config: Config) -> Config:
 
 def read_causality(config: Config, section: str | None, layer_types: list[str]) -> tuple[list[bool], str, list[str]]:
     """
-    In-block causality by layer, where it was read from, and the flags that say otherwise.
+    Return the in-block causality of each layer, its origin, and the flags that disagree.
 
-    Nested flags win over `is_causal`, which shared recipes stamp on heads of either kind. Without any, sliding layers
-    are causal and full ones bidirectional.
+    Nested flags override `is_causal`, which shared recipes write into heads of either kind. Without a flag, sliding
+    layers are causal and full ones bidirectional.
     """
     settings = (config.get(section) or {}) if section else {}
     stated = [(f"{section}.{key}", settings.get(key)) for key in ("causal_head", "causal")]
@@ -308,7 +308,7 @@ def read_causality(config: Config, section: str | None, layer_types: list[str]) 
 
 
 def refuse_unknown_keys(config: Config, known: Collection[str], prefix: str = "") -> None:
-    """Raise a `ValueError` naming the keys of a config that are not known and ask for something."""
+    """Raise a `ValueError` that names the unsupported keys of a config that have an effect."""
     unknown = sorted(
         f"`{prefix}{key}: {value}`"
         for key, value in config.items()
@@ -316,9 +316,9 @@ def refuse_unknown_keys(config: Config, known: Collection[str], prefix: str = ""
     )
     if unknown:
         raise ValueError(
-            f"config.json has {', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}, and what that asks of a "
-            "head is not known here; a head that ignored it might draft rubbish. Where you know that it changes "
-            "nothing, remove it from config.json"
+            f"config.json has unsupported keys: {', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}. "
+            "Ignoring them could silently lower acceptance; update hf_jetflow, or remove keys that do not affect "
+            "drafting from config.json"
         )
 
 
@@ -327,7 +327,7 @@ def _is_neutral(key: str, value: Any) -> bool:
 
 
 def _one_value(config: Config, section: str, key: str) -> Any:
-    """A setting that may stand in the section or at the top, old and new files differ; both must agree."""
+    """A setting that old and new files place differently, in the section or at the top; both must agree."""
     inner, outer = (config.get(section) or {}).get(key), config.get(key)
     if inner is not None and outer is not None and inner != outer:
         raise ValueError(f"`{section}.{key}` is {inner}, but `{key}` is {outer}; correct config.json")

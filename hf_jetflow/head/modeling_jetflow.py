@@ -34,7 +34,7 @@ from .checkpoint_files import (
     readable_load_errors,
 )
 from .configuration_jetflow import JetFlowConfig
-from .formats import read_head, recognise
+from .formats import read_head, recognize
 from .linear import DraftLinear
 
 
@@ -42,7 +42,7 @@ FLOAT16_TAP_LIMIT = 64.0  # largest value in float16 taps before the fusion; its
 
 
 class HeadCacheLike(Protocol):
-    """What the head needs of its cache: context rows are kept, block rows are placed behind them for one forward."""
+    """The interface of the head's cache. It stores context rows; block rows follow them for one forward only."""
 
     def extend(
         self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor, num_context: int
@@ -52,7 +52,7 @@ class HeadCacheLike(Protocol):
 
 
 class JetFlowAttention(nn.Module):
-    """Block rows attend to the context features and to their own block; only block rows ask questions."""
+    """Cross- and self-attention in one: queries of the block, keys and values of the context and the block."""
 
     def __init__(self, config: JetFlowConfig, layer_idx: int):
         super().__init__()
@@ -139,7 +139,7 @@ class _ThreadResults(threading.local):
 
 class JetFlowHead(PreTrainedModel):
     r"""
-    The draft head. It borrows the target's embedding and output embedding, unless it came with its own.
+    The draft head. It borrows the target's embedding and output embedding, unless its checkpoint holds its own.
 
     Pass it to `generate` as `assistant_model=head`. `head.generation_config` holds `node_budget` (rows the target
     verifies per round, root included) and `max_depth` (1 .. `config.block_size - 1`); after a call
@@ -232,11 +232,11 @@ class JetFlowHead(PreTrainedModel):
         return self.d2t if self.config.draft_vocab_size is not None else None
 
     def get_input_embeddings(self) -> nn.Module | None:
-        """The head's own embedding; `None` where it borrows the target's. FSDP asks."""
+        """The head's own embedding; `None` if it borrows the target's. FSDP calls this."""
         return self.embed_tokens
 
     def shape_logits(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits (..., draft_vocab) of the output embedding, scaled and soft-capped as the head was trained with."""
+        """Scale and soft-cap logits (..., draft_vocab) of the output embedding as in the head's training."""
         if self.config.logit_scale != 1:
             logits = logits * self.config.logit_scale
         cap = self.config.logit_softcap
@@ -309,7 +309,7 @@ class JetFlowHead(PreTrainedModel):
         return self.hidden_norm(fused.float() * scale).to(features.dtype)
 
     def _shifts(self, rows: torch.Tensor, parent_embeds: torch.Tensor) -> torch.Tensor:
-        """Shifts of whole blocks along the true path; depth 1 has but one parent, the anchor, and is not shifted."""
+        """Shifts of whole blocks along the true path. Depth 1 is not shifted: its only parent is the anchor."""
         assert self.branch_correction is not None
         batch, num_rows, hidden = rows.shape
         blocks = (batch, num_rows // self.config.block_size, self.config.block_size, hidden)
@@ -335,12 +335,12 @@ class JetFlowHead(PreTrainedModel):
         Load a head of any known layout from a local folder or a Hub id. Only config files and safetensors are read.
 
         Takes the arguments of [`~transformers.PreTrainedModel.from_pretrained`] (`dtype`, `device_map`, `revision`,
-        `subfolder`, `token`, ...), and fields of [`JetFlowConfig`], which win over what the file says:
-        `is_causal=True`. A subfolder may also be spelled `id::subfolder`. What was made of a foreign layout is logged.
+        `subfolder`, `token`, ...), and fields of [`JetFlowConfig`], which override the file, such as
+        `is_causal=True`. A subfolder may also be written `id::subfolder`. How a third-party layout was read is logged.
 
         Raises:
-            ValueError: If the layout or something in its config is not known, or tensors are missing, unexpected or
-                misshapen: nothing is ever initialised at random.
+            ValueError: If the layout or a key of its config is not supported, or tensors are missing, unexpected or of
+                the wrong shape. No tensor is ever initialized at random.
             OSError: If a file is missing or damaged.
         """
         wants_info = kwargs.pop("output_loading_info", False)
@@ -348,10 +348,10 @@ class JetFlowHead(PreTrainedModel):
         with readable_load_errors(name.partition("::")[0]):
             source = locate(name, kwargs)
             settings = read_config(source)
-            layout = recognise(settings)
+            layout = recognize(settings)
             folder = source.folder(*WEIGHT_PATTERNS)
             config, tensors = read_head(source, layout, settings, read_tensors(folder), kwargs)
-            # Misshapen tensors are let through here and refused by name below.
+            # Tensors of the wrong shape pass here and are refused by name below.
             kwargs |= dict(state_dict=tensors, output_loading_info=True, ignore_mismatched_sizes=True)
             head, info = super().from_pretrained(None, *model_args, config=config, **kwargs)
             head.name_or_path = head.config.name_or_path = source.name
@@ -361,7 +361,7 @@ class JetFlowHead(PreTrainedModel):
         return (head, info) if wants_info else head  # type: ignore[return-value]  # a pair only when asked for
 
     def _take_settings(self, settings: GenerationConfig) -> None:
-        """Saved node budget, depth and width; a file of another layout may not have them."""
+        """Adopt saved settings; fill in the node budget and depth that files of other layouts lack."""
         for name in ("node_budget", "max_depth"):
             if getattr(settings, name, None) is None:
                 setattr(settings, name, getattr(self.generation_config, name))
@@ -374,7 +374,7 @@ class JetFlowHead(PreTrainedModel):
         hub_kwargs = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "create_pr") if key in kwargs}
         super().save_pretrained(save_directory, *args, **kwargs)
         self.generation_config.save_pretrained(save_directory)
-        if push_to_hub:  # by itself: the parent would upload before the generation config is there
+        if push_to_hub:  # here, because the parent would upload before the generation config is saved
             hub_kwargs.setdefault("repo_id", os.path.basename(os.path.normpath(save_directory)))
             self.push_to_hub(token=kwargs.get("token"), **hub_kwargs)
 
@@ -386,7 +386,7 @@ def visibility(
     is_causal: bool,
     window: int | None,
 ) -> torch.Tensor:
-    """Which keys each block row sees, context first: (batch, 1, rows, seq + rows), boolean."""
+    """Boolean mask (batch, 1, rows, seq + rows) of the keys that each block row sees, context first."""
     row = position_ids[:, :, None]
     anchor = anchor_position_ids[:, :, None]
     sees_context = context_position_ids[:, None, :] < anchor

@@ -14,7 +14,7 @@ from ..errors import JetFlowError
 from ..files import read_json, write_json
 from ..head.checkpoint_files import locate, read_config, readable_load_errors
 from ..head.configuration_jetflow import JetFlowConfig
-from ..head.formats import recognise
+from ..head.formats import recognize
 from ..target.loading import head_errors, load_target_config
 from ..trees.tree import Candidates, build_tree
 from .fitting import fit_hardware, fitting_rows
@@ -192,7 +192,7 @@ def _read_hardware(source: str, target: ModelShape, head: HeadShape, context: in
 def _read_head_config(head: str) -> JetFlowConfig:
     with head_errors(), readable_load_errors(head):
         settings = read_config(locate(head, {}))
-        layout = recognise(settings).name
+        layout = recognize(settings).name
         if layout != "JetFlow":
             raise JetFlowError(
                 f"`{head}` is in the layout {layout}, but JetFlow is expected; convert it with `hf-jetflow convert "
