@@ -17,16 +17,11 @@ from ..head.configuration_jetflow import JetFlowConfig
 from ..trees.tree import DraftTree, chain_of, trim_tree
 from .attention import grouped_attention
 from .batch_caches import BatchRows, commit_paths, retire_row, settle_batch, spread_layers
-from .caches import (
-    UNSEEN_POSITION,
-    cache_windows,
-    check_target_cache,
-    commit_path,
-    most_static_nodes,
-    static_rows,
-)
+from .caches import check_target_cache, commit_path, most_static_nodes
 from .growing_cache import grow_layers, settle_layers
-from .layer_kinds import Window, layer_windows, scaling_step, takes_trees
+from .layer_kinds import layer_windows, scaling_step, takes_trees
+from .masks import num_verified, padding_mask, tree_masks
+from .positions import text_positions, without_padding
 from .recurrent import RecurrentStates, check_states, needs_replay, record_rows
 
 
@@ -115,6 +110,7 @@ class Target:
         self._text_config = model.config.get_text_config(decoder=True)
         self._windows = layer_windows(model)
         self._takes_trees = takes_trees(model)
+        self._mask_dtype = model.dtype if self._text_config._attn_implementation == "eager" else torch.bool
 
     def prefill(
         self, input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
@@ -150,7 +146,7 @@ class Target:
         features = torch.cat([part for part, _ in parts], dim=1)
         batch, num_rows = features.shape[:2]
         num_cached = int(cache.get_seq_length())
-        last_positions, kind_offsets = _text_positions(parts[-1][1], num_cached, batch)
+        last_positions, kind_offsets = text_positions(parts[-1][1], num_cached, batch)
         position_ids = (last_positions[:, None] + torch.arange(1 - num_rows, 1)).to(features.device)
         is_padding = None
         if model_kwargs.get("attention_mask") is not None:
@@ -158,7 +154,7 @@ class Target:
             # Virtual tokens of an adapter lie before the prompt's.
             is_padding = pad(is_padding, (num_cached - is_padding.shape[1], 0))
             is_pad = is_padding[:, -num_rows:].to(features.device)
-            features, position_ids = _without_padding(features, position_ids, is_pad)
+            features, position_ids = without_padding(features, position_ids, is_pad)
         rows = BatchRows(batch, num_cached)
         context = Context(cache, rows, last_positions + 1 - num_cached, is_padding, wants_states, forward_kwargs)
         context.scaling_step, context.kind_offsets = scaling_step(self.model), kind_offsets
@@ -227,11 +223,14 @@ class Target:
 
     def _read(self, context: Context, tree: DraftTree, position_ids: torch.Tensor) -> ModelOutput:
         """The model's forward over all nodes, and padding with a static cache."""
-        num_pad = self._num_rows(context, tree) - tree.num_nodes
+        num_pad = num_verified(context, tree) - tree.num_nodes
         position_ids = torch.cat([position_ids, position_ids[:, :1].expand(-1, num_pad)], dim=1)
         if context.kind_offsets is not None:
             position_ids = context.kind_offsets[:, context.rows.decoded, None].to(self.device) + position_ids
-        masks = self._tree_masks(context, tree)
+        if self._takes_trees:
+            masks = tree_masks(context, tree, self._windows, self._mask_dtype, self.device)
+        else:
+            masks = padding_mask(context, tree.num_nodes, self.device)
         record_rows(context.cache)
         with grouped_attention(self.model) if position_ids.shape[-1] > 1 else nullcontext():
             return context.forward_of(self.model)(
@@ -261,7 +260,7 @@ class Target:
                 return
             tree = trim_tree(tree, len(path))
             self._read(context, tree, self._node_positions(context, tree))
-        commit_path(context.cache, path, self._num_rows(context, tree))
+        commit_path(context.cache, path, num_verified(context, tree))
 
     def retire(self, context: Context, place: int) -> None:
         """Go on without the sequence at `place`; the last one takes its place."""
@@ -301,74 +300,6 @@ class Target:
                 else:
                     self._commit_one(context, tree, [])
                 self.settle(context, int(context.rows.lengths.min()))
-
-    def _num_rows(self, context: Context, tree: DraftTree) -> int:
-        """Rows of the forward that verifies the tree."""
-        return tree.num_nodes if context.num_static_slots is None else static_rows(tree.num_nodes)
-
-    def _tree_masks(self, context: Context, tree: DraftTree) -> Any:
-        """The 4-D mask for the model's forward: one tensor, or one per kind of layer where the model has several.
-
-        A root alone needs none, as in plain decoding, unless there is padding. Nor does a chain for a target that
-        takes no trees: there padding is all that it needs to know.
-        """
-        if not self._takes_trees:
-            return self._padding_mask(context, tree.num_nodes)
-        is_even = context.padding is None and len(set(context.rows.lengths.tolist())) == 1
-        if tree.num_nodes == 1 and is_even and context.num_static_slots is None:
-            return None
-        if self._windows.keys() == {"full_attention"}:
-            return self._tree_mask(context, tree, None)
-        masks = {kind: self._tree_mask(context, tree, window) for kind, window in self._windows.items()}
-        return masks if len(masks) > 1 else next(iter(masks.values()))
-
-    def _padding_mask(self, context: Context, num_rows: int) -> torch.Tensor | None:
-        """(1, keys): 0 where the prompt was padded, as in plain decoding; `None` without padding."""
-        if context.padding is None:
-            return None
-        num_new = int(context.rows.lengths) + num_rows - context.padding.shape[1]
-        return pad((~context.padding).long(), (0, num_new), value=1).to(self.device)
-
-    def _tree_mask(self, context: Context, tree: DraftTree, window: Window | None) -> torch.Tensor:
-        """(places, 1, rows, keys): a node sees the prefix within the window in positions, its ancestors and itself.
-
-        Slots behind a sequence's nodes are seen by none. With a static cache, rows that pad see what the root sees.
-        """
-        device, nodes = self.device, tree.num_nodes
-        cached = self._cached_rows(context, window)
-        slots = torch.arange(int(cached.max()), device=device)
-        num_forgotten = (context.rows.lengths - cached).to(device)[:, None]
-        cached, positions = cached.to(device)[:, None], context.positions.to(device)[:, None]
-        is_seen = slots < cached
-        if context.padding is not None:
-            is_pad = context.padding[context.rows.decoded].to(device)
-            places = slots + num_forgotten
-            is_prompt = places < is_pad.shape[1]
-            is_seen = is_seen & ~(is_prompt & is_pad.gather(1, places.clamp_max(is_pad.shape[1] - 1)))
-        sees_prefix = is_seen[:, None].expand(-1, nodes, -1)
-        sees_node = tree.ancestor_mask.to(device)
-        if window is not None:
-            # A cached row's distance is counted in positions: the last one lies directly before the anchor.
-            slot_positions = positions - cached + slots
-            node_positions = positions + tree.depths.to(device)
-            sees_prefix = sees_prefix & window.sees(node_positions[:, :, None], slot_positions[:, None])
-            sees_node = sees_node & window.sees(node_positions[:, :, None], node_positions[:, None])
-        node_slots = cached + torch.arange(nodes, device=device)
-        mask = pad(sees_prefix, (0, nodes)).scatter_(2, node_slots[:, None].expand_as(sees_node), sees_node)
-        if (num_slots := context.num_static_slots) is not None:
-            mask = torch.cat([mask, mask[:, :1].expand(-1, self._num_rows(context, tree) - nodes, -1)], dim=1)
-            mask = pad(mask, (0, num_slots - mask.shape[2]))
-        mask = mask[:, None]
-        if self._text_config._attn_implementation == "eager":
-            dtype = self.model.dtype
-            return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-        return mask
-
-    def _cached_rows(self, context: Context, window: Window | None) -> torch.Tensor:
-        """Rows (places,) that a layer with this window returns from the cache in front of the nodes."""
-        lengths = context.rows.lengths
-        forgets = window is not None and window.size in cache_windows(context.cache)
-        return lengths.clamp_max(window.size - 1) if forgets else lengths  # type: ignore[union-attr]
 
     @torch.no_grad()
     def states(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -435,43 +366,3 @@ class Target:
         """Logits (..., draft_vocab) by the target's own output module, whatever it is (quantized, biased, ...)."""
         logits = self.model.get_output_embeddings()(rows)
         return logits if token_ids is None else logits[..., token_ids.to(logits.device)]
-
-
-def _text_positions(
-    last: torch.Tensor | None, num_cached: int, batch: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """
-    Places in the text of the newest cached tokens (batch,), and how their other kinds of positions (kinds, batch)
-    differ from them, both on the host.
-
-    Multimodal targets have positions (kinds, batch, seq), which all grow by one with each generated token: places in
-    the text first, where there are four kinds, then time, height and width.
-
-    Args:
-        last (`torch.Tensor`, (batch,) or (kinds, batch)): Their positions, `None` where the target takes none.
-        num_cached (`int`): Tokens in the cache.
-        batch (`int`): Sequences.
-    """
-    places = torch.full((batch,), num_cached - 1)
-    if last is None:
-        return places, None
-    last = last.cpu()
-    if last.ndim == 1:
-        return last.expand(batch), None
-    last = last.expand(-1, batch)
-    if len(last) == 4:
-        places = last[0]
-    return places, last - places
-
-
-def _without_padding(
-    features: torch.Tensor, position_ids: torch.Tensor, is_pad: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features (batch, rows, ...) and positions (batch, rows) without the rows that are padding in every sequence;
-    those of some sequences are seen by no block."""
-    keep = ~is_pad.all(dim=0)
-    features, position_ids, is_pad = features[:, keep], position_ids[:, keep], is_pad[:, keep]
-    if is_pad.any():
-        features = features.masked_fill(is_pad[..., None], 0)
-        position_ids = position_ids.masked_fill(is_pad, UNSEEN_POSITION)
-    return features, position_ids

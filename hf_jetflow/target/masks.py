@@ -1,0 +1,97 @@
+"""Attention masks of a verify: each node sees the prefix, its ancestors and itself."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import pad
+
+from ..trees.tree import DraftTree
+from .caches import cache_windows, static_rows
+from .layer_kinds import Window
+
+
+if TYPE_CHECKING:
+    from .target import Context
+
+
+def num_verified(context: "Context", tree: DraftTree) -> int:
+    """Rows of the forward that verifies the tree; with a static cache some of them are padding."""
+    return tree.num_nodes if context.num_static_slots is None else static_rows(tree.num_nodes)
+
+
+def tree_masks(
+    context: "Context",
+    tree: DraftTree,
+    windows: dict[str, Window | None],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> torch.Tensor | dict[str, torch.Tensor] | None:
+    """
+    The mask for the model's forward: one tensor, or one per kind of layer where the model has several.
+
+    A lone root needs none, as in plain decoding, unless there is padding.
+
+    Args:
+        windows (`dict`): Attention kinds of the layers and their windows.
+        dtype (`torch.dtype`): Boolean (True: seen), or the type of numbers that are added to the scores.
+    """
+    is_even = context.padding is None and len(set(context.rows.lengths.tolist())) == 1
+    if tree.num_nodes == 1 and is_even and context.num_static_slots is None:
+        return None
+    masks = {kind: _as_dtype(_tree_mask(context, tree, window, device), dtype) for kind, window in windows.items()}
+    return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def padding_mask(context: "Context", num_rows: int, device: torch.device) -> torch.Tensor | None:
+    """(1, keys): 0 for the prompt's padding, as in plain decoding; `None` without padding. All that a target which
+    verifies chains needs to know."""
+    if context.padding is None:
+        return None
+    num_new = int(context.rows.lengths) + num_rows - context.padding.shape[1]
+    return pad((~context.padding).long(), (0, num_new), value=1).to(device)
+
+
+def _tree_mask(context: "Context", tree: DraftTree, window: Window | None, device: torch.device) -> torch.Tensor:
+    """(batch, 1, rows, keys) bool: a node sees the prefix within the window in positions, its ancestors and itself.
+
+    No row sees the slots behind a sequence's nodes. With a static cache, rows that pad see what the root sees.
+    """
+    nodes, cached = tree.num_nodes, _cached_rows(context, window)
+    slots = torch.arange(int(cached.max()), device=device)
+    num_forgotten = (context.rows.lengths - cached).to(device)[:, None]
+    cached, positions = cached.to(device)[:, None], context.positions.to(device)[:, None]
+    is_seen = slots < cached
+    if context.padding is not None:
+        is_pad = context.padding[context.rows.decoded].to(device)
+        indices = slots + num_forgotten
+        is_prompt = indices < is_pad.shape[1]
+        is_seen = is_seen & ~(is_prompt & is_pad.gather(1, indices.clamp_max(is_pad.shape[1] - 1)))
+    sees_prefix = is_seen[:, None].expand(-1, nodes, -1)
+    sees_node = tree.ancestor_mask.to(device)
+    if window is not None:
+        # A cached row's distance is counted in positions: the last one lies directly before the anchor.
+        slot_positions = positions - cached + slots
+        node_positions = positions + tree.depths.to(device)
+        sees_prefix = sees_prefix & window.sees(node_positions[:, :, None], slot_positions[:, None])
+        sees_node = sees_node & window.sees(node_positions[:, :, None], node_positions[:, None])
+    node_slots = cached + torch.arange(nodes, device=device)
+    mask = pad(sees_prefix, (0, nodes)).scatter_(2, node_slots[:, None].expand_as(sees_node), sees_node)
+    if (num_slots := context.num_static_slots) is not None:
+        mask = torch.cat([mask, mask[:, :1].expand(-1, num_verified(context, tree) - nodes, -1)], dim=1)
+        mask = pad(mask, (0, num_slots - mask.shape[2]))
+    return mask[:, None]
+
+
+def _as_dtype(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A boolean mask as `dtype` says."""
+    if dtype == torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def _cached_rows(context: "Context", window: Window | None) -> torch.Tensor:
+    """Rows (batch,) that a layer with this window returns from the cache in front of the nodes."""
+    lengths = context.rows.lengths
+    if window is not None and window.size in cache_windows(context.cache):
+        return lengths.clamp_max(window.size - 1)
+    return lengths
