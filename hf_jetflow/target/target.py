@@ -23,6 +23,7 @@ from .layer_kinds import layer_windows, scaling_step, takes_trees
 from .masks import num_verified, padding_mask, tree_masks
 from .positions import text_positions, without_padding
 from .recurrent import RecurrentStates, check_states, needs_replay, record_rows
+from .step_inputs import StepInputs, check_step_inputs, read_step_inputs
 
 
 REST_ROWS = 16  # tokens that sequences read at a time when a batch's cache is left to the caller
@@ -58,6 +59,7 @@ class Context:
     compile_config: CompileConfig | None = None
     kind_offsets: torch.Tensor | None = None  # (kinds, batch) where there are several kinds of positions
     states_before: RecurrentStates | None = None  # of the newest verify, where the target has recurrent layers
+    step_inputs: StepInputs = field(default_factory=StepInputs)  # what plain decoding passes to every step
     scaling_step: int | None = None  # see `layer_kinds.scaling_step`
     _positions: tuple[torch.Tensor, torch.Tensor] | None = None  # lengths, and the positions that go with them
 
@@ -138,15 +140,18 @@ class Target:
                     "`cache_implementation` unset, or generate without `assistant_model`"
                 )
             forward_kwargs["output_attentions"] = True
+        check_step_inputs(self.model, input_ids, model_kwargs)
         with self._collected_features() as parts:
             outputs = self.model._prefill(input_ids, generation_config, {**model_kwargs, **forward_kwargs})
         # Adapters with virtual tokens bring a cache of their own, and few targets return none.
         cache = check_target_cache(getattr(outputs, CACHE_NAME, cache))
         check_states(cache)
+        steps = read_step_inputs(self.model, input_ids, model_kwargs, outputs)
         features = torch.cat([part for part, _ in parts], dim=1)
         batch, num_rows = features.shape[:2]
         num_cached = int(cache.get_seq_length())
-        last_positions, kind_offsets = text_positions(parts[-1][1], num_cached, batch)
+        last = parts[-1][1] if steps.position_ids is None else steps.position_ids[..., -1] - 1
+        last_positions, kind_offsets = text_positions(last, num_cached, batch)
         position_ids = (last_positions[:, None] + torch.arange(1 - num_rows, 1)).to(features.device)
         is_padding = None
         if model_kwargs.get("attention_mask") is not None:
@@ -158,6 +163,7 @@ class Target:
         rows = BatchRows(batch, num_cached)
         context = Context(cache, rows, last_positions + 1 - num_cached, is_padding, wants_states, forward_kwargs)
         context.scaling_step, context.kind_offsets = scaling_step(self.model), kind_offsets
+        context.step_inputs = steps
         if isinstance(cache, StaticCache):
             context.is_compiled = self.model._valid_auto_compile_criteria(model_kwargs, generation_config)
             context.compile_config = generation_config.compile_config
@@ -241,6 +247,7 @@ class Target:
                 return_dict=True,
                 **{CACHE_NAME: context.cache},
                 **context.forward_kwargs,
+                **context.step_inputs.keywords(context.rows.decoded, tree.num_nodes + num_pad),
             )
 
     def commit(self, context: Context, tree: DraftTree, paths: list[list[int]]) -> None:
