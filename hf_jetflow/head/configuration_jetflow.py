@@ -280,7 +280,8 @@ class JetFlowConfig(PreTrainedConfig):
             `JetFlowConfig`: The configuration of a fresh head.
 
         Raises:
-            ValueError: If the target is an encoder-decoder model, or an override is not a field of the configuration.
+            ValueError: If the target is an encoder-decoder model or not one stack of layers over one vocabulary, or
+                an override is not a field of the configuration.
         """
         if target_config.is_encoder_decoder:
             raise ValueError(
@@ -290,6 +291,12 @@ class JetFlowConfig(PreTrainedConfig):
         if unknown:
             raise ValueError(f"{unknown} are not fields of `JetFlowConfig`; see its docstring for the names")
         text = target_config.get_text_config(decoder=True)
+        missing = [name for name in ("vocab_size", "hidden_size", "num_hidden_layers") if not hasattr(text, name)]
+        if missing:
+            raise ValueError(
+                f"the configuration of `{target_config.model_type}` has no `{missing[0]}`, but draft heads need a "
+                "target that is one stack of layers over one vocabulary"
+            )
         layer = text.per_layer_config[0]  # the layers of some targets have heads of different sizes
         heads = getattr(layer, "num_attention_heads", None)
         if not heads:
