@@ -24,6 +24,7 @@ SET_BY_VERIFY = {
     *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "use_cache", "return_dict", "logits_to_keep"),
     *("output_attentions", "output_hidden_states", "output_router_logits"),
 }
+COUNTS_OWN_POSITIONS = {"kosmos-2", "kosmos-2.5"}  # from the tokens of a forward, of which padding tokens count none
 PLAIN_TYPES = (bool, int, float, complex, str, torch.Tensor, torch.dtype, torch.device, type(None))
 
 
@@ -45,20 +46,31 @@ class StepInputs:
 
 def check_step_inputs(model: PreTrainedModel, input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
     """
-    Refuse, before the prompt is read, what `read_step_inputs` would refuse after it.
+    Refuse, before the prompt is read, targets and keywords whose plain steps a verify cannot repeat.
+
+    A model that makes keywords from the prompt's outputs is left to `read_step_inputs`.
 
     Raises:
         ValueError: Naming the keyword.
     """
+    if model.config.model_type in COUNTS_OWN_POSITIONS:
+        raise _refusal(model, "the target numbers positions by the tokens of each forward")
+    if hasattr(model, "depth_decoder"):
+        raise _refusal(model, "another model decodes between its steps (`depth_decoder`)")
+    adapters = _last_row_adapters(model)
+    if adapters:
+        raise ValueError(
+            f"the adapter {adapters[0]!r} (activated LoRA) adapts only the last rows of a forward, so draft heads "
+            "cannot verify several tokens at once; delete or disable it, or generate without `assistant_model`"
+        )
     consumed = [name for name, value in model_kwargs.items() if isinstance(value, Iterator)]
     if consumed:
         raise _refusal(model, f"`{consumed[0]}` is read on by every step")
     mask, batch = model_kwargs.get("attention_mask"), len(input_ids)
     length = (input_ids if mask is None or mask.ndim != 2 else mask).shape[1]
-    cache = DynamicCache()
-    cache.update(*torch.zeros(2, batch, 1, length, 1), 0)
+    outputs = CausalLMOutputWithPast(**{CACHE_NAME: _filled_cache(batch, length)})
     try:
-        steps = _plain_steps(model, input_ids, model_kwargs, CausalLMOutputWithPast(**{CACHE_NAME: cache}))
+        steps = _plain_steps(model, input_ids, model_kwargs, outputs)
     except Exception:  # the model builds on more of the prompt's outputs
         return
     _compare(model, steps, model_kwargs, batch)
@@ -81,6 +93,35 @@ def read_step_inputs(
     return _compare(model, _plain_steps(model, input_ids, model_kwargs, outputs), model_kwargs, len(input_ids))
 
 
+def passes_positions(model: PreTrainedModel) -> bool:
+    """Whether plain decoding passes the positions of new tokens to the forward, which then makes none up."""
+    if "position_ids" not in inspect.signature(type(model).forward).parameters:
+        return False
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    known = dict(position_ids=torch.arange(2, device=ids.device)[None], attention_mask=torch.ones_like(ids))
+    known |= {CACHE_NAME: _filled_cache(1, 1), "use_cache": True}
+    try:
+        step = model.prepare_inputs_for_generation(ids, next_sequence_length=1, **known)
+    except Exception:  # the model builds on more than this: `read_step_inputs` decides
+        return True
+    return step.get("position_ids") is not None
+
+
+def _filled_cache(batch: int, length: int) -> DynamicCache:
+    """A cache that says it holds `length` tokens of each sequence."""
+    cache = DynamicCache()
+    cache.update(*torch.zeros(2, batch, 1, length, 1), 0)
+    return cache
+
+
+def _last_row_adapters(model: PreTrainedModel) -> list[str]:
+    """Names of the activated LoRA adapters of peft that are loaded and not disabled."""
+    configs = getattr(model, "peft_config", None) or {}
+    names = [name for name, config in configs.items() if getattr(config, "alora_invocation_tokens", None)]
+    layers = [module for module in model.modules() if hasattr(module, "lora_variant")] if names else []
+    return names if any(not layer.disable_adapters for layer in layers) else []
+
+
 def _plain_steps(
     model: PreTrainedModel, input_ids: torch.Tensor, model_kwargs: dict[str, Any], outputs: ModelOutput
 ) -> list[dict[str, Any]]:
@@ -90,7 +131,7 @@ def _plain_steps(
     other = torch.where(last > 0, last - 1, last + 1)
     one = torch.cat([input_ids, last], dim=1)
     both = torch.cat([one, other], dim=1)
-    # Early in the list of arguments: some models' updates write into the dictionary.
+    # Updates write into the dictionary that they are given.
     after_one = model._update_model_kwargs_for_generation(outputs, dict(model_kwargs), is_encoder_decoder=False)
     first = model.prepare_inputs_for_generation(one, next_sequence_length=1, **after_one)
     after_both = model._update_model_kwargs_for_generation(outputs, dict(after_one), is_encoder_decoder=False)
@@ -128,7 +169,7 @@ def _compare(
 def _step_positions(model: PreTrainedModel, first: dict[str, Any], second: dict[str, Any]) -> torch.Tensor | None:
     one, two = (step.get("position_ids") for step in (first, second))
     if one is None:
-        if "position_ids" in inspect.signature(type(model).forward).parameters:
+        if passes_positions(model):
             raise _refusal(model, "the target makes up the `position_ids` of a step itself")
     elif two is None or not torch.equal(one + 1, two):
         raise _refusal(model, "the `position_ids` of steps do not grow by one")

@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 from .._compat import CACHE_NAME
 from ..head.configuration_jetflow import JetFlowConfig
 from ..trees.tree import DraftTree, chain_of, trim_tree
-from .attention import grouped_attention
+from .attention import grouped_attention, mask_dtype
 from .batch_caches import BatchRows, commit_paths, retire_row, settle_batch, spread_layers
 from .caches import check_target_cache, commit_path, most_static_nodes
 from .growing_cache import grow_layers, settle_layers
@@ -60,6 +60,7 @@ class Context:
     kind_offsets: torch.Tensor | None = None  # (kinds, batch) where there are several kinds of positions
     states_before: RecurrentStates | None = None  # of the newest verify, where the target has recurrent layers
     step_inputs: StepInputs = field(default_factory=StepInputs)  # what plain decoding passes to every step
+    mask_dtype: torch.dtype = torch.bool  # see `attention.mask_dtype`
     scaling_step: int | None = None  # see `layer_kinds.scaling_step`
     _positions: tuple[torch.Tensor, torch.Tensor] | None = None  # lengths, and the positions that go with them
 
@@ -112,7 +113,6 @@ class Target:
         self._text_config = model.config.get_text_config(decoder=True)
         self._windows = layer_windows(model)
         self._takes_trees = takes_trees(model)
-        self._mask_dtype = model.dtype if self._text_config._attn_implementation == "eager" else torch.bool
 
     def prefill(
         self, input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
@@ -163,7 +163,7 @@ class Target:
         rows = BatchRows(batch, num_cached)
         context = Context(cache, rows, last_positions + 1 - num_cached, is_padding, wants_states, forward_kwargs)
         context.scaling_step, context.kind_offsets = scaling_step(self.model), kind_offsets
-        context.step_inputs = steps
+        context.step_inputs, context.mask_dtype = steps, mask_dtype(self.model)
         if isinstance(cache, StaticCache):
             context.is_compiled = self.model._valid_auto_compile_criteria(model_kwargs, generation_config)
             context.compile_config = generation_config.compile_config
@@ -234,7 +234,7 @@ class Target:
         if context.kind_offsets is not None:
             position_ids = context.kind_offsets[:, context.rows.decoded, None].to(self.device) + position_ids
         if self._takes_trees:
-            masks = tree_masks(context, tree, self._windows, self._mask_dtype, self.device)
+            masks = tree_masks(context, tree, self._windows, context.mask_dtype, self.device)
         else:
             masks = padding_mask(context, tree.num_nodes, self.device)
         record_rows(context.cache)
@@ -242,7 +242,7 @@ class Target:
             return context.forward_of(self.model)(
                 input_ids=pad(tree.tokens.to(self.device), (0, num_pad)),
                 attention_mask=masks,
-                position_ids=position_ids,
+                position_ids=None if context.step_inputs.position_ids is None else position_ids,
                 use_cache=True,
                 return_dict=True,
                 **{CACHE_NAME: context.cache},
