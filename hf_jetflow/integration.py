@@ -24,6 +24,7 @@ from .decoding.loop import decode
 from .head.configuration_jetflow import JetFlowConfig
 from .head.modeling_jetflow import JetFlowHead
 from .stats import GenerationStats
+from .target.attention import mask_dtype
 from .target.position_limits import plain_reason
 
 
@@ -287,11 +288,7 @@ def check_call(model: PreTrainedModel, generation_config: GenerationConfig, sync
         raise ValueError(f"draft heads need the target's cache; leave `use_cache` at True, or {without}")
     if synced_gpus:
         raise ValueError(f"draft heads do not decode in step with other processes (`synced_gpus`); {without}")
-    if "flash" in (model.config._attn_implementation or "") or model.config._attn_implementation == "flex_attention":
-        raise ValueError(
-            f"the attention implementation {model.config._attn_implementation!r} takes no tree masks; load the target "
-            'with `attn_implementation="sdpa"` (or "eager")'
-        )
+    mask_dtype(model)
 
 
 def check_processes(model: PreTrainedModel, head: JetFlowHead) -> None:

@@ -189,7 +189,7 @@ class Emitter:
         nodes, windows = states.logits.shape[1], cache_windows(cache)
         for place, node in enumerate(path):
             if states.hidden_states:
-                self._hidden_states.append(tuple(layer[:, node : node + 1] for layer in states.hidden_states))
+                self._hidden_states.append(tuple(layer[..., node : node + 1, :] for layer in states.hidden_states))
             entry = []
             for layer, window in zip(states.attentions, windows, strict=False):
                 in_cache = layer.shape[-1] - nodes

@@ -9,7 +9,10 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .._compat import CACHE_NAME
 
 
 NAME = "jetflow_sdpa"
@@ -67,16 +70,41 @@ def _repeated_mask(mask: torch.Tensor, groups: int, dtype: torch.dtype) -> torch
     return known[1]
 
 
+def mask_dtype(model: PreTrainedModel) -> torch.dtype:
+    """
+    The type of the masks that the target's attention function takes: boolean (True: seen), or numbers that are added
+    to the scores. The mask function registered under its name makes a small one to tell.
+
+    Raises:
+        ValueError: If it takes no masks (batch, 1, rows, keys), in which a draft tree can be written.
+    """
+    config = model.config.get_text_config(decoder=True)
+    name = config._attn_implementation or "eager"
+    mask = None
+    if name in ALL_MASK_ATTENTION_FUNCTIONS and name != "flex_attention":
+        # A padded token keeps the mask from being left out.
+        padding, inputs = torch.tensor([[0, 1]], device="cpu"), torch.zeros(1, 2, 1, dtype=model.dtype, device="cpu")
+        mask = create_causal_mask(config, inputs, padding, position_ids=None, **{CACHE_NAME: None})
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 4:
+        raise ValueError(
+            f"the attention implementation {name!r} takes no tree masks; load the target with "
+            '`attn_implementation="sdpa"` (or "eager"), or register a function with `AttentionMaskInterface` that '
+            "returns masks (batch, 1, rows, keys) for it"
+        )
+    return mask.dtype
+
+
 @contextmanager
 def grouped_attention(model: PreTrainedModel) -> Iterator[None]:
     """
-    Lets the model attend by `grouped_sdpa` inside, where it uses SDPA and looks its attention function up by name.
+    Lets the model attend by `grouped_sdpa` inside, where it uses transformers' SDPA and looks the function up by name.
 
     Another thread that runs the same model meanwhile gets the same results, by either function.
     """
     config = model.config.get_text_config(decoder=True)
     # Older models, such as falcon, compare the name themselves: any other one means eager attention to them.
-    if config._attn_implementation != "sdpa" or not model._supports_attention_backend:
+    is_theirs = ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+    if config._attn_implementation != "sdpa" or not is_theirs or not model._supports_attention_backend:
         yield
         return
     config._attn_implementation = NAME

@@ -4,15 +4,17 @@ A tree needs a mask and a position of its own for every node. A target that take
 by place in the cache) or that carries a state from row to row (recurrent layers) verifies one path at a time.
 """
 
-import inspect
 from dataclasses import dataclass
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .step_inputs import passes_positions
+
 
 RECURRENT_KINDS = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
 SCANS_FROM_NOTHING = {"jamba", "zamba"}  # transformers' scan of mamba-1 layers takes no state to begin with
+MAKES_OWN_MASKS = {"paligemma"}  # models around a text model that do not hand its masks on, one per kind of layer
 KINDS_WITHOUT_ROWS = {"moe", "mlp"}  # layers that keep nothing of what they read
 
 
@@ -66,6 +68,11 @@ def layer_windows(model: PreTrainedModel) -> dict[str, Window | None]:
             raise ValueError(
                 f"the target has {kind!r} layers, which draft heads do not know; generate without `assistant_model`"
             )
+    if len(windows) > 1 and model.config.model_type in MAKES_OWN_MASKS:
+        raise ValueError(
+            f"`{model.config.model_type}` makes the masks of its {' and '.join(sorted(windows))} layers itself, so it "
+            "takes no tree masks by kind of layer; generate without `assistant_model`"
+        )
     return dict(sorted(windows.items()))
 
 
@@ -76,8 +83,7 @@ def takes_trees(model: PreTrainedModel) -> bool:
     # Probed because few configurations have them: `alibi` of falcon and, in `attn_config`, of mpt; gpt_neo's layers.
     has_alibi = any(getattr(config, "alibi", False) for config in (text, getattr(text, "attn_config", None)))
     has_local_layers = "local" in getattr(text, "attention_layers", ())
-    takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
-    return takes_positions and not (kinds & RECURRENT_KINDS or has_alibi or has_local_layers)
+    return passes_positions(model) and not (kinds & RECURRENT_KINDS or has_alibi or has_local_layers)
 
 
 def scaling_step(model: PreTrainedModel) -> int | None:

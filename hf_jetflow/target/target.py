@@ -16,7 +16,7 @@ from .._compat import CACHE_NAME
 from ..head.configuration_jetflow import JetFlowConfig
 from ..trees.tree import DraftTree
 from .adapters import AdapterNames
-from .attention import grouped_attention
+from .attention import grouped_attention, mask_dtype
 from .batch_caches import BatchRows
 from .caches import check_padded_rows, check_target_cache
 from .layer_kinds import layer_windows, scaling_step, takes_trees
@@ -24,6 +24,7 @@ from .masks import padding_mask, tree_masks
 from .position_limits import PositionLimits, position_limits
 from .positions import text_positions, without_padding
 from .recurrent import check_states
+from .step_inputs import StepInputs, check_step_inputs, read_step_inputs
 from .strategies import CacheStrategy, cache_strategy
 
 
@@ -55,6 +56,8 @@ class Context:
     is_compiled: bool = False  # `generate` would compile the target's forward
     compile_config: CompileConfig | None = None
     kind_offsets: torch.Tensor | None = None  # (kinds, batch) where there are several kinds of positions
+    step_inputs: StepInputs = field(default_factory=StepInputs)  # what plain decoding passes to every step
+    mask_dtype: torch.dtype = torch.bool  # see `attention.mask_dtype`
     scaling_step: int | None = None  # see `layer_kinds.scaling_step`
     position_limits: PositionLimits = field(default_factory=PositionLimits)
     _positions: tuple[torch.Tensor, torch.Tensor] | None = None  # lengths, and the positions that go with them
@@ -114,7 +117,6 @@ class Target:
         self._text_config = model.config.get_text_config(decoder=True)
         self._windows = layer_windows(model)
         self._takes_trees = takes_trees(model)
-        self._mask_dtype = model.dtype if self._text_config._attn_implementation == "eager" else torch.bool
 
     def prefill(
         self, input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
@@ -142,15 +144,18 @@ class Target:
                     "`cache_implementation` unset, or generate without `assistant_model`"
                 )
             forward_kwargs["output_attentions"] = True
+        check_step_inputs(self.model, input_ids, model_kwargs)
         with self._collected_features() as parts:
             outputs = self.model._prefill(input_ids, generation_config, {**model_kwargs, **forward_kwargs})
         # Adapters with virtual tokens bring a cache of their own, and few targets return none.
         cache = check_target_cache(getattr(outputs, CACHE_NAME, cache))
         check_states(cache)
+        steps = read_step_inputs(self.model, input_ids, model_kwargs, outputs)
         features = torch.cat([part for part, _ in parts], dim=1)
         batch, num_rows = features.shape[:2]
         num_cached = int(cache.get_seq_length())
-        last_positions, kind_offsets = text_positions(parts[-1][1], num_cached, batch)
+        last = parts[-1][1] if steps.position_ids is None else steps.position_ids[..., -1] - 1
+        last_positions, kind_offsets = text_positions(last, num_cached, batch)
         position_ids = (last_positions[:, None] + torch.arange(1 - num_rows, 1, device="cpu")).to(features.device)
         is_padding = None
         if model_kwargs.get("attention_mask") is not None:
@@ -164,6 +169,7 @@ class Target:
         strategy = cache_strategy(cache, BatchRows(batch, num_cached, names), lambda chain: self._read(context, chain))
         context = Context(strategy, last_positions + 1 - num_cached, is_padding, wants_states, forward_kwargs)
         context.scaling_step, context.kind_offsets = scaling_step(self.model), kind_offsets
+        context.step_inputs, context.mask_dtype = steps, mask_dtype(self.model)
         context.position_limits = position_limits(self.model)
         if isinstance(cache, StaticCache):
             context.is_compiled = self.model._valid_auto_compile_criteria(model_kwargs, generation_config)
@@ -227,18 +233,19 @@ class Target:
         if context.kind_offsets is not None:
             position_ids = context.kind_offsets[:, context.rows.decoded, None].to(self.device) + position_ids
         if self._takes_trees:
-            masks = tree_masks(context, tree, self._windows, self._mask_dtype, self.device)
+            masks = tree_masks(context, tree, self._windows, context.mask_dtype, self.device)
         else:
             masks = padding_mask(context, tree.num_nodes, self.device)
         with grouped_attention(self.model) if position_ids.shape[-1] > 1 else nullcontext():
             return context.forward_of(self.model)(
                 input_ids=pad(tree.tokens.to(self.device), (0, num_pad)),
                 attention_mask=masks,
-                position_ids=position_ids,
+                position_ids=None if context.step_inputs.position_ids is None else position_ids,
                 use_cache=True,
                 return_dict=True,
                 **{CACHE_NAME: context.cache},
                 **context.forward_kwargs,
+                **context.step_inputs.keywords(context.rows.decoded, tree.num_nodes + num_pad),
             )
 
     @torch.no_grad()
