@@ -4,6 +4,7 @@
 # make notebooks   examples/notebooks run anew, outputs and all
 # make parity   logits of heads in other projects' layouts, against their own packages, in an environment of its own
 # make targets-test   the tests of adapted and quantized targets, with peft, torchao, bitsandbytes and quanto, in an environment of its own
+# make generation-tests SOURCES=DIR   transformers' own generation tests with a draft head; DIR is a checkout of transformers
 # make vllm-check   the exported head in vLLM on the CPU: same text, tokens per pass; in an environment of its own (3.5 GB)
 #
 # Needs python3 (3.10 or newer, with venv) only: everything else goes into $(VENV), once.
@@ -12,6 +13,7 @@
 #   TORCH='torch==2.13.0 --index-url URL'   another torch, such as the small CPU build from PyTorch's own index
 #   TRANSFORMERS=transformers==5.17.0       another transformers; give it a VENV of its own
 #   PYTEST_ARGS='-k tree'  DEMO_ARGS=...  NOTEBOOK_ARGS='02 --set NODE_BUDGET=64'  TRAIN_ARGS=...
+#   GENERATION_ARGS='--families llama gpt2 -k inputs_embeds'
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,6 +24,8 @@ TARGETS_VENV ?= .venv-targets
 VLLM_VENV ?= .venv-vllm
 VLLM_ARGS ?=
 PYTEST_ARGS ?=
+SOURCES ?=
+GENERATION_ARGS ?=
 DEMO_ARGS ?=
 NOTEBOOK_ARGS ?=
 TRAIN_ARGS ?=
@@ -46,7 +50,7 @@ PIP = $(BIN)/python -m pip install -q --disable-pip-version-check
 INSTALLED = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo notebooks test test-only lint format docs train-demo-head support-matrix parity targets-test vllm-check clean
+.PHONY: help venv demo notebooks test test-only lint format docs train-demo-head support-matrix generation-tests parity targets-test vllm-check clean
 
 help:
 	@sed -n '/^# make/,/^$$/s/^# \{0,1\}//p' Makefile
@@ -112,6 +116,12 @@ train-demo-head: venv
 
 support-matrix: venv
 	$(BIN)/python tests/support_matrix.py
+
+generation-tests: venv
+	@test -d '$(SOURCES)/tests/generation' \
+	    || { echo "error: SOURCES is '$(SOURCES)', expected a checkout of transformers at the installed release: make generation-tests SOURCES=DIR"; exit 1; }
+	@$(PIP) parameterized
+	$(BIN)/python tests/generation_tests.py '$(SOURCES)' $(GENERATION_ARGS)
 
 # These packages want older releases than ours; what they import only for training on GPUs is left out.
 parity:

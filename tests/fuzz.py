@@ -1,20 +1,24 @@
 """Calls of random settings, each compared with plain decoding: text, random numbers and the returned cache's length.
 
-    python tests/fuzz.py --calls 2000 --seed 0        # a soak; ends with what was seen, and fails at any mismatch
-    python tests/fuzz.py --seed 0 --only 137          # one call again, with its settings
+    python tests/fuzz.py --calls 2000 --seed 0                 # a soak; ends with counts, and fails at any mismatch
+    python tests/fuzz.py --calls 200 --dimensions rope table   # some of the dimensions of DIMENSIONS only
+    python tests/fuzz.py --seed 0 --only 137                   # one call again, with its settings
 
 Two logits of a float32 target can be so near to each other that a forward over more rows orders them otherwise. A
 mismatch is therefore decoded once more in float64, where such ties do not happen: if it vanishes, it counts as one.
 """
 
 import argparse
+import contextlib
 import copy
 import functools
 import gc
+import json
 import os
 import random
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +26,10 @@ import support_matrix
 import torch
 from conftest import build_random
 from rich.progress import track
-from transformers import LogitsProcessor, PreTrainedModel, StoppingCriteria
+from transformers import LlamaForCausalLM, LogitsProcessor, PreTrainedModel, StoppingCriteria, logging
 
 from hf_jetflow import JetFlowConfig, JetFlowHead
+from hf_jetflow._compat import CACHE_NAME
 
 
 VOCAB = support_matrix.COMMON["vocab_size"]
@@ -46,25 +51,41 @@ class FavourRecent(LogitsProcessor):
 
 
 class StopAt(StoppingCriteria):
-    """A caller's own criterion: the text ends where its tokens sum to a multiple of 11."""
+    """A caller's own criterion: a text ends where its tokens sum to a multiple of 11, or at a length."""
 
-    is_row_wise = True
+    def __init__(self, kind: str = "rows", length: int | None = None):
+        self.kind, self.length, self.is_row_wise = kind, length, kind == "rows"
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        return input_ids.sum(dim=1) % 11 == 0
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor | bool:
+        is_done = input_ids.sum(dim=1) % 11 == 0
+        if self.length is not None:
+            is_done = torch.full_like(is_done, input_ids.shape[1] >= self.length)
+        return {"rows": is_done, "scalar": is_done.any(), "bool": bool(is_done.any())}[self.kind]
 
 
-@functools.cache
-def target_of(name: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    target = support_matrix.build(name).to(dtype)
+class Steered(LlamaForCausalLM):
+    """A target whose forward has a keyword of its own, as in remote code: it moves the logits of every step."""
+
+    def forward(self, *args: Any, steer: float = 0.0, **kwargs: Any) -> Any:
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = outputs.logits + steer * torch.arange(VOCAB).to(outputs.logits).cos()
+        return outputs
+
+
+@functools.lru_cache(maxsize=256)
+def target_of(name: str, dtype: torch.dtype, attention: str, config: str) -> PreTrainedModel:
+    """The target of a family; `config` is JSON of values that differ from the family's own."""
+    target = support_matrix.build("llama" if name == "steered" else name, **json.loads(config)).to(dtype)
+    if name == "steered":
+        target.__class__ = Steered
     if attention == "eager":
         target.set_attn_implementation("eager")
     return target
 
 
 @functools.lru_cache(maxsize=16)
-def head_of(name: str, dtype: torch.dtype, config: tuple[tuple[str, Any], ...]) -> JetFlowHead:
-    head = build_random(target_of(name, torch.float32, "sdpa"), **dict(config))
+def head_of(name: str, dtype: torch.dtype, target_config: str, config: tuple[tuple[str, Any], ...]) -> JetFlowHead:
+    head = build_random(target_of(name, torch.float32, "sdpa", target_config), **dict(config))
     generator = torch.Generator().manual_seed(6)
     if head.branch_correction is not None:  # it starts at zero, where it would change nothing
         with torch.no_grad():
@@ -102,12 +123,93 @@ def crib_head(case: dict[str, Any], dtype: torch.dtype, plain: list[Any]) -> Jet
     """A head that knows what plain decoding wrote."""
     width, repeats = max(case["lengths"]), case["settings"].get("num_return_sequences", 1)
     num_pads = [width - length for length in case["lengths"] for _ in range(repeats)]
-    target = target_of(case["name"], dtype, case["attention"])
+    target = target_of(case["name"], dtype, case["attention"], case["config"])
     return CribHead(target, dict(case["head"])["block_size"], plain[-1][0], num_pads).to(dtype).eval()
 
 
-def draw_case(seed: int, number: int) -> dict[str, Any]:
+LEARNED_POSITIONS = ["biogpt", "gpt2", "gpt_bigcode", "gpt_neo", "opt"]
+TAKE_TOKEN_TYPES = ["codegen", "gpt2", "gpt_bigcode", "gpt_neo", "gptj"]
+
+
+def draw_keywords(rng: random.Random, case: dict[str, Any]) -> None:
+    """What plain decoding hands to every forward: token types, or a keyword of the target's own."""
+    case["name"] = rng.choice(["steered", *TAKE_TOKEN_TYPES])
+    if case["name"] == "steered":
+        case["settings"]["steer"] = 5.0
+    else:
+        case["has_token_types"] = True
+
+
+def draw_rope(rng: random.Random, case: dict[str, Any]) -> None:
+    """Rotary frequencies that a text's length changes, or that are scaled, with a border that the texts cross."""
+    border, kind = (
+        rng.choice([8, 16, 24]),
+        rng.choice(["dynamic", "dynamic", "longrope", "longrope", "yarn", "llama3"]),
+    )
+    rope: dict[str, Any] = dict(rope_type=kind, rope_theta=10_000.0, factor=4.0)
+    config: dict[str, Any] = dict(rope_parameters=rope, max_position_embeddings=border if kind == "dynamic" else 128)
+    case["name"] = "llama"
+    if kind != "dynamic":
+        rope["original_max_position_embeddings"] = border
+    if kind == "llama3":
+        rope |= dict(low_freq_factor=1.0, high_freq_factor=4.0)
+    if kind == "longrope":
+        rope |= dict(short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[2.0, 3.0, 4.0, 5.0])
+        config["original_max_position_embeddings"] = border
+        case["name"] = rng.choice(["llama", "phi3"])
+    case["config"] = json.dumps(config)
+
+
+def draw_table(rng: random.Random, case: dict[str, Any]) -> None:
+    """Learned positions that end where a criterion ends the text, well before its token limit."""
+    num_positions = max(case["lengths"]) + rng.randint(1, 12)
+    case |= dict(name=rng.choice(LEARNED_POSITIONS), turns=1, criterion="rows", stop_length=num_positions + 1)
+    case["config"] = json.dumps(dict(max_position_embeddings=num_positions))
+    case["settings"] |= dict(max_new_tokens=40)
+
+
+def draw_criterion(rng: random.Random, case: dict[str, Any]) -> None:
+    """A criterion that answers once for the whole batch."""
+    case["criterion"] = rng.choice(["bool", "scalar"])
+
+
+def draw_half(rng: random.Random, case: dict[str, Any]) -> None:
+    """A half-precision type, in which forwards of one row alone give the same text."""
+    case["half"] = rng.choice(["float16", "bfloat16"])
+    if rng.random() < 0.5:
+        case |= dict(lengths=case["lengths"][:1], node_budget=1)
+        case["settings"].pop("num_return_sequences", None)
+
+
+# Dimensions that a call has besides its settings; each draws for itself, so that a new one leaves the others alone.
+DIMENSIONS = dict(
+    keywords=draw_keywords,
+    rope=draw_rope,
+    table=draw_table,
+    criterion=draw_criterion,
+    default_device=lambda _, case: case.update(default_device="meta"),  # where no host tensor may land
+    int32=lambda _, case: case.update(prompt_dtype=torch.int32),
+    embeds=lambda _, case: case.update(is_embedded=True),
+    half=draw_half,
+)
+TARGET_DIMENSIONS = {"keywords", "rope", "table"}  # they choose the target: a call has one of them at most
+CHANCE = 0.12  # of each dimension
+
+
+def draw_case(seed: int, number: int, dimensions: Iterable[str] = DIMENSIONS) -> dict[str, Any]:
     """The settings of a call, drawn from its number."""
+    case = draw_settings(seed, number)
+    for name in dimensions:
+        rng = random.Random(f"{seed} {number} {name}")
+        is_taken = name in TARGET_DIMENSIONS and TARGET_DIMENSIONS.intersection(case["dimensions"])
+        if rng.random() < CHANCE and not is_taken:
+            DIMENSIONS[name](rng, case)
+            case["dimensions"].append(name)
+    return case
+
+
+def draw_settings(seed: int, number: int) -> dict[str, Any]:
+    """A call of one of the families, without the dimensions."""
     rng = random.Random(f"{seed} {number}")
     some = lambda chance: rng.random() < chance  # noqa: E731
     batch = rng.choice([1, 1, 2, 3, 5])
@@ -133,13 +235,15 @@ def draw_case(seed: int, number: int) -> dict[str, Any]:
     head = dict(block_size=rng.choice([2, 4, 8]))
     head |= dict(branch_correction=rng.choice(["parent", "path"]), branch_intermediate_size=16) if some(0.4) else {}
     return dict(
+        dimensions=[],
         name=rng.choice(NAMES),
+        config="{}",
         attention="eager" if some(0.15) else "sdpa",
         lengths=lengths,
         prompt_seed=rng.randrange(10**6),
         settings=settings,
         own_processor=some(0.15),
-        own_criterion=some(0.1),
+        criterion="rows" if some(0.1) else None,
         knows_the_text=some(0.6),
         turns=turns,
         head=tuple(head.items()),
@@ -151,8 +255,10 @@ def draw_case(seed: int, number: int) -> dict[str, Any]:
 
 
 def decode(case: dict[str, Any], dtype: torch.dtype, head: JetFlowHead | None) -> list[Any]:
-    """What a call hands out, turn by turn: ids, length of the cache, state of the random generator."""
-    target = target_of(case["name"], dtype, case["attention"])
+    """What a call returns, turn by turn: ids, state of the random generator, type of the ids, length of the cache."""
+    target = target_of(case["name"], dtype, case["attention"], case["config"])
+    if case["config"] != "{}":
+        target = copy.deepcopy(target)  # a rotary embedding may remember the longest text that it has seen
     door = {} if head is None else {"assistant_model": head}
     if head is not None and case["door"] == "custom_generate":
         door = {"custom_generate": head.custom_generate}
@@ -160,37 +266,79 @@ def decode(case: dict[str, Any], dtype: torch.dtype, head: JetFlowHead | None) -
     width = max(case["lengths"])
     mask = torch.stack([torch.arange(width) >= width - length for length in case["lengths"]]).long()
     ids = torch.randint(3, VOCAB, mask.shape, generator=generator).masked_fill(mask == 0, 0)
+    ids = ids.to(case.get("prompt_dtype", torch.long))
     seen, cache = [], None
     torch.manual_seed(case["prompt_seed"])
     for _ in range(case["turns"]):
-        settings = copy.deepcopy(case["settings"])
+        settings = copy.deepcopy(case["settings"]) | dict(attention_mask=mask)
         settings |= dict(logits_processor=[FavourRecent()]) if case["own_processor"] else {}
-        settings |= dict(stopping_criteria=[StopAt()]) if case["own_criterion"] else {}
-        settings |= dict(past_key_values=cache) if cache is not None else {}
-        output = target.generate(input_ids=ids, attention_mask=mask, **settings, **door)
+        settings |= {CACHE_NAME: cache} if cache is not None else {}
+        if case["criterion"] is not None:
+            settings["stopping_criteria"] = [StopAt(case["criterion"], case.get("stop_length"))]
+        if case.get("has_token_types"):
+            settings["token_type_ids"] = (torch.arange(ids.shape[1]) // 3 % VOCAB).expand_as(ids).contiguous()
+        is_embedded = case.get("is_embedded", False)
+        prompt = (
+            dict(inputs_embeds=target.get_input_embeddings()(ids).detach()) if is_embedded else dict(input_ids=ids)
+        )
+        with torch.device(case["default_device"]) if "default_device" in case else contextlib.nullcontext():
+            output = target.generate(**prompt, **settings, **door)
         text = output if isinstance(output, torch.Tensor) else output.sequences
-        seen.append([text.tolist(), torch.get_rng_state().sum().item()])
+        ids_dtype = str(text.dtype)
+        if is_embedded:  # the output has the new tokens only
+            text = torch.cat([ids.repeat_interleave(len(text) // len(ids), dim=0), text], dim=1)
+        seen.append([text.tolist(), torch.get_rng_state().sum().item(), ids_dtype])
         if not isinstance(output, torch.Tensor) and output.past_key_values is not None:
             cache = output.past_key_values
             seen[-1].append(int(cache.get_seq_length()))
         if case["turns"] > 1:
             more = torch.randint(3, VOCAB, (len(text), 3), generator=generator)
             mask = torch.cat([mask, torch.ones(len(text), text.shape[1] + 3 - ids.shape[1], dtype=torch.long)], dim=1)
-            ids = torch.cat([text, more], dim=1)
+            ids = torch.cat([text, more], dim=1).to(ids.dtype)
     return seen
 
 
 def run_case(case: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[str, Counter[str]]:
     """`same`, or what differs; and counts of what the head did."""
-    plain = decode(case, dtype, None)
-    head = crib_head(case, dtype, plain) if case["knows_the_text"] else head_of(case["name"], dtype, case["head"])
+    try:
+        plain = decode(case, dtype, None)
+    except Exception as error:  # such as a family whose own forward does not work with a default device
+        return "same", Counter({f"calls that plain decoding refuses ({type(error).__name__})": 1})
+    head_config = (case["config"], case["head"])
+    head = crib_head(case, dtype, plain) if case["knows_the_text"] else head_of(case["name"], dtype, *head_config)
     config = head.generation_config
     config.node_budget, config.max_depth, config.width = case["node_budget"], case["max_depth"], case["width"]
-    drafted = decode(case, dtype, head)
+    try:
+        drafted = decode(case, dtype, head)
+    except ValueError as error:
+        if "assistant_model" not in str(error):
+            raise
+        return "same", Counter({f"calls refused ({error})": 1})
     stats = head.last_stats
     counts = Counter(tokens=stats.num_new_tokens, drafted=stats.num_drafted, accepted=stats.num_accepted)
     counts["calls decoded plainly"] = int("plain" in stats.policy)
-    return ("same" if plain == drafted else f"plain {plain}, with the head {drafted}"), counts
+    # In half precision more rows in a forward round differently: then the call must only work.
+    is_compared = dtype not in (torch.float16, torch.bfloat16) or (case["node_budget"] == 1 and len(plain[0][0]) == 1)
+    if is_compared and plain != drafted:
+        return f"plain {plain}, with the head {drafted}", counts
+    return "same", counts
+
+
+def check_case(case: dict[str, Any]) -> tuple[str, Counter[str]]:
+    """`same`, or what went wrong in any of the number types; a near tie of float32 counts as one."""
+    counts: Counter[str] = Counter({f"calls with {name}": 1 for name in case["dimensions"]}, calls=1)
+    try:
+        if "half" in case:
+            verdict, _ = run_case(case, getattr(torch, case["half"]))
+            if verdict != "same":
+                return f"{case['half']}: {verdict}", counts
+        verdict, of_call = run_case(case)
+        if verdict != "same":
+            verdict, _ = run_case(case, torch.float64)
+            counts["near ties"] += verdict == "same"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", counts
+    return verdict, counts + of_call
 
 
 def memory_bytes() -> int:
@@ -198,25 +346,24 @@ def memory_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def soak(seed: int, numbers: range) -> Counter[str]:
+def soak(seed: int, numbers: range, dimensions: Iterable[str] = DIMENSIONS) -> Counter[str]:
     """
     Run many calls.
 
     Raises:
-        AssertionError: At a mismatch that is no near tie, or memory that grows.
+        AssertionError: At mismatches that are no near ties, with the commands that repeat them, or growing memory.
     """
     counts: Counter[str] = Counter()
+    failures = []
     settled = 0
     for number in track(numbers, description="calls", disable=not sys.stderr.isatty()):
-        case = draw_case(seed, number)
-        verdict, of_case = run_case(case)
+        case = draw_case(seed, number, dimensions)
+        verdict, of_case = check_case(case)
         if verdict != "same":
-            again, _ = run_case(case, torch.float64)
-            assert again == "same", f"call {number} of seed {seed}: {again}\n{case}"
-            counts["near ties"] += 1
-            print(f"call {number}: a near tie in float32 ({case['name']})", flush=True)
+            replay = f"python tests/fuzz.py --seed {seed} --only {number} --dimensions {' '.join(dimensions)}"
+            failures.append(f"{case['name']}, {case['dimensions']}: {verdict[:2000]}\n    {replay}")
+            print(failures[-1], flush=True)
         counts += of_case
-        counts["calls"] += 1
         if number - numbers.start == len(numbers) // 2:
             settled = memory_bytes()
     if len(numbers) > 500:
@@ -224,6 +371,7 @@ def soak(seed: int, numbers: range) -> Counter[str]:
         counts["memory gained in the second half (MiB)"] = growth // 2**20
         print(dict(counts), flush=True)
         assert growth < MOST_GROWTH, f"memory grew by {growth / 2**20:.0f} MiB in the second half of the calls"
+    assert not failures, f"{len(failures)} of {len(numbers)} calls failed ({dict(counts)}):\n" + "\n".join(failures)
     return counts
 
 
@@ -232,13 +380,15 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="the number of one call")
+    parser.add_argument("--dimensions", nargs="*", choices=DIMENSIONS, default=list(DIMENSIONS))
     args = parser.parse_args()
+    logging.set_verbosity_error()
     if args.only is not None:
-        case = draw_case(args.seed, args.only)
+        case = draw_case(args.seed, args.only, args.dimensions)
         print(case)
-        print(run_case(case))
+        print(*check_case(case), sep="\n")
         return
-    for name, count in soak(args.seed, range(args.calls)).items():
+    for name, count in soak(args.seed, range(args.calls), args.dimensions).items():
         print(f"{name}: {count:,}")
 
 

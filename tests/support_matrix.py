@@ -5,6 +5,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -39,7 +40,7 @@ def is_known(name: str) -> bool:
     return (FAMILIES[name].model_type or name) in CONFIG_MAPPING
 
 
-def build(name: str, tie_word_embeddings: bool = False) -> PreTrainedModel:
+def build(name: str, tie_word_embeddings: bool = False, **overrides: Any) -> PreTrainedModel:
     """The family's target, with weights that make its text depend on the whole context."""
     family = FAMILIES[name]
     torch.manual_seed(family.seed)
@@ -47,7 +48,9 @@ def build(name: str, tie_word_embeddings: bool = False) -> PreTrainedModel:
     for level in (settings, settings.get("text_config", {})):
         level["tie_word_embeddings"] = tie_word_embeddings
     sees = "vision_config" in settings
-    config = AutoConfig.for_model(family.model_type or name, **(settings if sees else {**COMMON, **settings}))
+    config = AutoConfig.for_model(
+        family.model_type or name, **(settings if sees else {**COMMON, **settings, **overrides})
+    )
     target = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_config(config).eval()
     with torch.no_grad():
         for parameter_name, parameter in target.named_parameters():
