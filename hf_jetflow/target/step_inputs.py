@@ -25,6 +25,8 @@ SET_BY_VERIFY = {
     *("output_attentions", "output_hidden_states", "output_router_logits"),
 }
 COUNTS_OWN_POSITIONS = {"kosmos-2", "kosmos-2.5"}  # from the tokens of a forward, of which padding tokens count none
+# What a model raises that builds its step's inputs from more than it is given.
+NEEDS_MORE = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 PLAIN_TYPES = (bool, int, float, complex, str, torch.Tensor, torch.dtype, torch.device, type(None))
 
 
@@ -34,7 +36,7 @@ class StepInputs:
 
     position_ids: torch.Tensor | None = None  # (1 or batch, 1) or (kinds, batch, 1), of the first step
     constants: dict[str, Any] = field(default_factory=dict)
-    rows: dict[str, tuple[torch.Tensor, int]] = field(default_factory=dict)  # one row, and its dimension
+    rows: dict[str, tuple[Any, int]] = field(default_factory=dict)  # one row, and its dimension
 
     def keywords(self, batch_indices: list[int], num_rows: int) -> dict[str, Any]:
         """Those of a verify with `num_rows` rows of the sequences `batch_indices`, in this order."""
@@ -71,7 +73,7 @@ def check_step_inputs(model: PreTrainedModel, input_ids: torch.Tensor, model_kwa
     outputs = CausalLMOutputWithPast(**{CACHE_NAME: _filled_cache(batch, length)})
     try:
         steps = _plain_steps(model, input_ids, model_kwargs, outputs)
-    except Exception:  # the model builds on more of the prompt's outputs
+    except NEEDS_MORE:  # of the prompt's outputs
         return
     _compare(model, steps, model_kwargs, batch)
 
@@ -98,11 +100,12 @@ def passes_positions(model: PreTrainedModel) -> bool:
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
         return False
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-    known = dict(position_ids=torch.arange(2, device=ids.device)[None], attention_mask=torch.ones_like(ids))
+    positions = torch.arange(2, device=ids.device)[None]
+    known: dict[str, Any] = dict(position_ids=positions, attention_mask=torch.ones_like(ids))
     known |= {CACHE_NAME: _filled_cache(1, 1), "use_cache": True}
     try:
         step = model.prepare_inputs_for_generation(ids, next_sequence_length=1, **known)
-    except Exception:  # the model builds on more than this: `read_step_inputs` decides
+    except NEEDS_MORE:  # than this: `read_step_inputs` decides
         return True
     return step.get("position_ids") is not None
 
