@@ -57,9 +57,9 @@ def test_a_new_correction_changes_no_score(kind, tiny_target, random_head, rows)
 @torch.no_grad()
 @pytest.mark.parametrize("num_kept", [4, 9, 2048])
 def test_what_is_read_of_a_token_is_kept_for_the_next_rounds(num_kept, tiny_target, random_head, monkeypatch):
-    monkeypatch.setattr(branch_scores, "MAX_KEPT_TOKENS", num_kept)
+    monkeypatch.setattr(branch_scores, "MAX_CACHED_TOKENS", num_kept)
     drafter = make_drafter(tiny_target, random_head, branch_correction="path")
-    parts = branch_scores.TokenParts(drafter.head.branch_correction, drafter.target)
+    parts = branch_scores.ProjectedTokenCache(drafter.head.branch_correction, drafter.target)
     project, asked = parts._project, []
     monkeypatch.setattr(parts, "_project", lambda tokens: asked.append(tokens.tolist()) or project(tokens))
     rounds = [([5, 7, 5], [8, 9, 7]), ([9, 7], []), ([7, 30, 8], [31]), ([1, 2, 3, 4, 5, 6], [5]), ([5, 6], [])]
@@ -79,7 +79,9 @@ def test_what_is_read_of_a_token_is_kept_for_the_next_rounds(num_kept, tiny_targ
 def test_a_branch_is_scored_as_in_training(kind, is_shared, tiny_target, random_head, rows, monkeypatch):
     """Every node of a tree: its log-probability is that of its own path under the teacher-forced shifts."""
     if not is_shared:  # as on other devices than the CPU
-        monkeypatch.setattr(branch_scores.TokenParts, "of", lambda parts, tokens, soon: parts._project(tokens))
+        monkeypatch.setattr(
+            branch_scores.ProjectedTokenCache, "of", lambda parts, tokens, soon: parts._project(tokens)
+        )
         monkeypatch.setattr(branch_scores, "_distinct", lambda ids: (ids, torch.arange(len(ids))))
     drafter = make_drafter(tiny_target, random_head, branch_correction=kind, branch_candidates=12)
     head, target = drafter.head, drafter.target.model

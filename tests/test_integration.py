@@ -351,18 +351,18 @@ def test_a_head_whose_rows_do_not_fit_the_embeddings_is_refused(target, random_h
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [
-        ("node_budget", 0, "`node_budget` is 0, but 'auto' or an integer of at least 1"),
-        ("node_budget", -3, "`node_budget` is -3, but 'auto' or an integer of at least 1"),
-        ("node_budget", True, "`node_budget` is True, but 'auto' or an integer of at least 1"),
-        ("node_budget", 1.5, "`node_budget` is 1.5, but 'auto' or an integer of at least 1"),
-        ("node_budget", None, "`node_budget` is None, but 'auto' or an integer of at least 1"),
-        ("node_budget", "many", "`node_budget` is 'many', but 'auto' or an integer of at least 1"),
+        ("node_budget", 0, "`node_budget` is 0, but must be 'auto' or an integer of at least 1"),
+        ("node_budget", -3, "`node_budget` is -3, but must be 'auto' or an integer of at least 1"),
+        ("node_budget", True, "`node_budget` is True, but must be 'auto' or an integer of at least 1"),
+        ("node_budget", 1.5, "`node_budget` is 1.5, but must be 'auto' or an integer of at least 1"),
+        ("node_budget", None, "`node_budget` is None, but must be 'auto' or an integer of at least 1"),
+        ("node_budget", "many", "`node_budget` is 'many', but must be 'auto' or an integer of at least 1"),
         ("max_depth", 0, r"`max_depth` is 0, but this head drafts 1 \.\. 7 levels"),
         ("max_depth", 8, r"`max_depth` is 8, but this head drafts 1 \.\. 7 levels"),
         ("max_depth", True, r"`max_depth` is True, but this head drafts 1 \.\. 7 levels"),
         ("max_depth", 2.0, r"`max_depth` is 2.0, but this head drafts 1 \.\. 7 levels"),
-        ("width", 0, "`width` is 0, but an integer of at least 1"),
-        ("width", 1.5, "`width` is 1.5, but an integer of at least 1"),
+        ("width", 0, "`width` is 0, but must be an integer of at least 1"),
+        ("width", 1.5, "`width` is 1.5, but must be an integer of at least 1"),
     ],
 )
 def test_a_limit_out_of_range_is_refused(setting, value, message, way, target, head, prompt):

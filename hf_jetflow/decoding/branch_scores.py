@@ -1,4 +1,4 @@
-"""What the nodes of a draft tree score: the block's own scores, changed by the branch correction and by n-grams."""
+"""Scores of the nodes of a draft tree: those of the head's block, changed by the branch correction and by n-grams."""
 
 from collections.abc import Callable
 
@@ -11,8 +11,8 @@ from ..trees.tree import Candidates, corrected_logprobs, with_rest
 from .draft_weights import DraftWeights
 
 
-MAX_KEPT_TOKENS = 2048  # whose parts of the correction are kept
-NUM_LIKELY = 8  # candidates of each depth whose parts are made with those of the first
+MAX_CACHED_TOKENS = 2048  # capacity of the projected-token cache
+NUM_PREFETCHED = 8  # top candidates per depth to project in advance
 
 # changes(depth, shifts): turns shifts (..., branches, hidden) of a depth's row into logit changes of its candidates,
 # (..., branches, width).
@@ -21,12 +21,12 @@ LogitChanges = Callable[[int, torch.Tensor], torch.Tensor]
 
 class BranchScores:
     """
-    The branch scorer of one proposal: once per depth, over all branches of the frontier (see `tree.BranchScorer`).
+    The branch scorer of one draft, called once per depth for all branches of the frontier (see `tree.BranchScorer`).
 
     Args:
-        candidates ([`Candidates`]): Their scores are the depths' own.
-        ngrams ([`ContextNgrams`], *optional*): Of the same candidates.
-        correction ([`Correction`], *optional*): Of the same candidates.
+        candidates ([`Candidates`]): Scored as if all branches of a depth were alike.
+        ngrams ([`ContextNgrams`], *optional*): Made for the same candidates.
+        correction ([`Correction`], *optional*): Made for the same candidates.
     """
 
     def __init__(self, candidates: Candidates, ngrams: ContextNgrams | None, correction: "Correction | None"):
@@ -36,7 +36,7 @@ class BranchScores:
     def __call__(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         logprobs = self._logprobs[..., depth, :].unsqueeze(-2)
         adjustments = None
-        if self._correction is not None and depth:  # the block was drafted after the anchor, the only branch at first
+        if self._correction is not None and depth:  # depth 0 has one branch, the anchor, which the block has read
             adjustments = self._correction(depth, parents, tokens).to(logprobs.device, torch.float32)
             adjustments = adjustments.nan_to_num(0.0, posinf=0.0, neginf=0.0)  # a correction that overflows is ignored
         if self._ngrams is not None:
@@ -46,12 +46,12 @@ class BranchScores:
         return scores[..., :-1]
 
 
-class TokenParts:
+class ProjectedTokenCache:
     """
-    What the branch correction reads of a branch's last token, kept over the rounds of one generation.
+    Pre-projected tokens: the branch correction's projection of a branch's last token, cached for one generation.
 
-    A token that is proposed in one round mostly is proposed again in the next ones, a depth higher. Off the CPU
-    nothing is kept: the host would have to wait for the tokens.
+    A token drafted in one round is usually drafted again in the next ones, a depth higher. On other devices than the
+    CPU nothing is cached, as the host would have to wait for the tokens.
 
     Args:
         correction ([`BranchCorrection`]): The head's.
@@ -60,7 +60,7 @@ class TokenParts:
 
     def __init__(self, correction: BranchCorrection, target: Target):
         self._correction, self._target = correction, target
-        self._kept: torch.Tensor | None = None  # (MAX_KEPT_TOKENS, 2 x width)
+        self._kept: torch.Tensor | None = None  # (MAX_CACHED_TOKENS, 2 x width)
         self._places: dict[int, int] = {}  # rows in there, by token
 
     def of(self, tokens: torch.Tensor, soon: torch.Tensor | None = None) -> torch.Tensor:
@@ -70,14 +70,14 @@ class TokenParts:
         token_ids = tokens.tolist()
         wanted = dict.fromkeys(token_ids if soon is None else [*token_ids, *soon.flatten().tolist()])
         unknown = [token for token in wanted if token not in self._places]
-        if len(self._places) + len(unknown) > MAX_KEPT_TOKENS:
+        if len(self._places) + len(unknown) > MAX_CACHED_TOKENS:
             self._places, unknown = {}, list(dict.fromkeys(token_ids))
-        if len(unknown) > MAX_KEPT_TOKENS:
+        if len(unknown) > MAX_CACHED_TOKENS:
             return self._project(tokens)
         if unknown:
             parts, num_kept = self._project(torch.tensor(unknown, device="cpu")), len(self._places)
             if self._kept is None:
-                self._kept = parts.new_empty(MAX_KEPT_TOKENS, parts.shape[-1])
+                self._kept = parts.new_empty(MAX_CACHED_TOKENS, parts.shape[-1])
             self._kept[num_kept : num_kept + len(unknown)] = parts
             self._places.update(zip(unknown, range(num_kept, num_kept + len(unknown)), strict=True))
         assert self._kept is not None
@@ -101,7 +101,7 @@ class Correction:
         correction ([`BranchCorrection`]): The head's.
         rows (`torch.Tensor`, (..., depth, hidden)): The head's rows.
         candidates ([`Candidates`]): Drafted by these rows.
-        token_parts ([`TokenParts`]): Of the same correction.
+        token_parts ([`ProjectedTokenCache`]): Of the same correction.
         logit_changes: Turns shifts of a depth into logit changes of its candidates.
         weights ([`DraftWeights`]): Of head and target.
     """
@@ -111,14 +111,14 @@ class Correction:
         correction: BranchCorrection,
         rows: torch.Tensor,
         candidates: Candidates,
-        token_parts: TokenParts,
+        token_parts: ProjectedTokenCache,
         logit_changes: LogitChanges,
         weights: DraftWeights,
     ):
         self._correction, self._token_parts, self._weights = correction, token_parts, weights
         self._slots = correction.project_slots(rows)
         self._logit_changes = logit_changes
-        self._likely_tokens = candidates.tokens[..., 1:-1, :NUM_LIKELY]  # of branches of two tokens and more
+        self._likely_tokens = candidates.tokens[..., 1:-1, :NUM_PREFETCHED]  # of branches of two tokens and more
         # Of the branches of the depth before, one after the other: inner rows, and states before that depth.
         self._inner: torch.Tensor | None = None
         self._states: torch.Tensor | None = None

@@ -17,7 +17,7 @@ from ..target.caches import UNSEEN_POSITION, HeadCache, StaticHeadCache
 from ..target.target import Context, Target, TargetStates
 from ..trees.ngrams import MAX_CONTEXT, ContextNgrams, TextNgrams, continue_tree
 from ..trees.tree import BranchScorer, Candidates, DraftTree, build_tree
-from .branch_scores import BranchScores, Correction, LogitChanges, TokenParts
+from .branch_scores import BranchScores, Correction, LogitChanges, ProjectedTokenCache
 from .draft_weights import DraftWeights, draft_weights
 from .reuse import HeadContext
 
@@ -57,15 +57,14 @@ class JetFlowCandidateGenerator(CandidateGenerator):
     """
     Drafts with a head for one generation of one sequence or a batch of them.
 
-    Feed it the target's states with `observe` whenever tokens were committed, then `propose` drafts behind the newest
-    committed tokens.
+    Call `observe` with the target's states whenever tokens were committed, then `propose` to draft behind them.
 
     Args:
         head ([`JetFlowHead`]): The draft head.
         target ([`Target`]): The target it borrows its embeddings from.
-        context ([`Context`], *optional*): The generation's. Where its cache is static, the head's forwards have one
-            shape, and are compiled where the target's are.
-        past ([`HeadContext`], *optional*): What the head was shown by an earlier call that left the target's cache.
+        context ([`Context`], *optional*): With a static cache, the head's forwards have one shape, and are compiled if
+            the target's are.
+        past ([`HeadContext`], *optional*): What an earlier call, which left the target's cache, has shown to the head.
     """
 
     def __init__(
@@ -78,7 +77,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         self.head = head
         self.target = target
         self._context = context
-        self._path_rows = head.config.block_size  # states that a round hands over at most
+        self._path_rows = head.config.block_size  # maximum number of states per round
         self._cache: HeadCache | StaticHeadCache = HeadCache(head.config.num_hidden_layers)
         if context is not None and context.strategy.num_slots is not None:
             capacity = context.strategy.num_slots + self._path_rows
@@ -87,25 +86,25 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         if past is not None:
             past.load(self._cache, head.config.num_rows)
             self._pending.append((past.features, past.feature_position_ids))
-        self._newest_positions: torch.Tensor | None = None  # (batch,), of the newest tokens that were observed
+        self._newest_positions: torch.Tensor | None = None  # (batch,) of the newest observed tokens
         self._slots = torch.arange(head.config.num_rows, device=head.device)
-        self._texts: list[TextNgrams] = []  # n-grams of each sequence, if they count
+        self._texts: list[TextNgrams] = []  # by sequence; empty without n-grams
         self._has_checked_scores = False  # done once per generation: off the CPU the host has to wait
 
     @cached_property
     def _weights(self) -> DraftWeights:
-        """Made at the first draft: some calls never draft."""
+        """Created at the first draft: some calls never draft."""
         return draft_weights(self.head, self.target)
 
     @cached_property
-    def _token_parts(self) -> TokenParts:
+    def _token_parts(self) -> ProjectedTokenCache:
         assert self.head.branch_correction is not None
-        return TokenParts(self.head.branch_correction, self.target)
+        return ProjectedTokenCache(self.head.branch_correction, self.target)
 
     @cached_property
-    def _draft_places(self) -> torch.Tensor:
-        """Place in the draft vocabulary of each target id, and of one that there is not, (vocab + 1,); behind the last
-        one where there is none."""
+    def _draft_indices(self) -> torch.Tensor:
+        """Maps a target token id to its draft-vocabulary index, (vocab + 1,); ids outside the draft vocabulary map to its
+        size."""
         size, token_ids = self.head.config.vocab_size, self.head.draft_token_ids
         if token_ids is None:
             return torch.arange(size + 1, device=self.head.device)
@@ -113,23 +112,23 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         return places.scatter_(0, token_ids, torch.arange(len(token_ids), device=token_ids.device))
 
     def observe(self, states: TargetStates, paths: list[list[int]] | None = None) -> None:
-        """Take over the states of newly committed tokens; of each sequence's path only, where trees were verified."""
+        """Take over the states of newly committed tokens; after a verify, those of each sequence's path."""
         taps, position_ids = states.taps, states.position_ids
         if paths is not None:
             taps, position_ids = _path_rows(taps, position_ids, paths)
         self._pending.append((torch.cat(taps, dim=-1), position_ids))
         self._newest_positions = position_ids[:, -1]
 
-    def keep_rows(self, places: list[int]) -> None:
-        """Go on with the sequences at `places` of the batch only, in that order."""
-        index = torch.tensor(places, device=self.head.device)
-        self._texts = [self._texts[place] for place in places if self._texts]
-        self._pending = [(features[places], position_ids[places]) for features, position_ids in self._pending]
+    def select_sequences(self, indices: list[int]) -> None:
+        """Keep only these sequences of the batch, in this order."""
+        index = torch.tensor(indices, device=self.head.device)
+        self._texts = [self._texts[i] for i in indices if self._texts]
+        self._pending = [(features[indices], position_ids[indices]) for features, position_ids in self._pending]
         if isinstance(self._cache, HeadCache):
             self._cache.select_sequences(index)
 
     def head_context(self) -> HeadContext:
-        """All that the head was shown."""
+        """Everything that the head was shown."""
         layers, position_ids = self._cache.context_rows()
         features, feature_position_ids = (torch.cat(parts, dim=1) for parts in zip(*self._pending, strict=True))
         if position_ids is None:
@@ -206,7 +205,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         logprobs, token_ids = self.logprobs(rows), self.head.draft_token_ids
         order = logprobs
         if weights:  # what the text holds is ranked by the most that its scores can gain
-            order = self._favoured(logprobs, context_ids.to(logprobs.device), sum(weights))
+            order = self._boost_context_tokens(logprobs, context_ids.to(logprobs.device), sum(weights))
         num_scored = min(config.branch_candidates if scores_branches else width, logprobs.shape[-1])
         places = order.topk(num_scored).indices
         tokens = places if token_ids is None else token_ids.to(places.device)[places]
@@ -239,12 +238,12 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             known.follow(ids[num_padding:])
         return self._texts
 
-    def _favoured(self, logprobs: torch.Tensor, context_ids: torch.Tensor, gain: float) -> torch.Tensor:
+    def _boost_context_tokens(self, logprobs: torch.Tensor, context_ids: torch.Tensor, gain: float) -> torch.Tensor:
         """Log-probabilities (..., depth, draft_vocab) and `gain` for tokens among the newest of a text."""
         size = self.head.config.vocab_size
         ids = context_ids[..., -MAX_CONTEXT:]
         ids = ids.where((ids >= 0) & (ids < size), size)  # padding; placeholders of images may lie outside too
-        places = self._draft_places.to(ids.device)[ids].unsqueeze(-2).expand(*logprobs.shape[:-1], -1)
+        places = self._draft_indices.to(ids.device)[ids].unsqueeze(-2).expand(*logprobs.shape[:-1], -1)
         order = pad(logprobs, (0, 1))  # the last column stands for ids outside the draft vocabulary
         return order.scatter_(-1, places, order.gather(-1, places) + gain)[..., :-1]
 

@@ -142,7 +142,7 @@ class Emitter:
         return len(self._finished_rows) == len(self._lengths)
 
     @property
-    def finished_places(self) -> list[int]:
+    def finished_indices(self) -> list[int]:
         """Places whose sequence has ended, the last one first."""
         return [place for place, row in reversed(list(enumerate(self.rows))) if row in self._finished_rows]
 

@@ -1,4 +1,8 @@
-"""What to draft in the next round: a fixed node budget, or the one that the running machine repays best."""
+"""What to draft in the next round: a fixed node budget, or the one with the highest measured throughput.
+
+`AutoPolicy` times its rounds by tree size and adapts. Each round it drafts a tree, estimates from the tree's own
+probabilities how many tokens every size would yield, and verifies the size whose last node still repays its time.
+"""
 
 import math
 import time
@@ -12,25 +16,25 @@ from transformers import GenerationConfig
 from ..trees.tree import DraftTree, trim_tree
 
 
-MAX_WIDTH = 64  # children considered per node; a child ranked lower has a probability below 1/64 of its parent's
-MAX_CONTINUED = 16  # levels that n-grams may add where the head's own end
-AUTO_BUDGETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # what "auto" chooses from; 1 is plain decoding
-FIRST_TRIALS = (16, 1, 32, 8, 64)  # tried in the first rounds of a process; the other budgets are read off these
-NUM_TRIALS = 2  # rounds per trial; each budget's first round is not counted (kernels are made ready in it)
-NUM_SAMPLES = 9  # rounds of each size whose seconds are kept
-ROOFLINE_SAMPLES = 9  # rounds of a size that what the other sizes suggest for it counts as
-NUM_PACES = 5  # latest rounds of any size by which the pace of now is known
-LEAST_SECONDS = 1e-9  # of a round: a caller's tests may have stopped the clock
-EVIDENCE = 4.0  # drafted rounds by which it is decided whether drafting pays
-MARGIN = 1.03  # drafted rounds must yield so many times what plain ones would
-EXPLORING_SHARE = 0.01  # of all time that drafting may lose where it does not pay, to notice when it does
-LEAST_CREDIT, MOST_CREDIT = -1.0, 6.0  # plain rounds whose time may be owed, and saved up, for that
-REFRESH_EVERY = 16  # drafted rounds after which a neighbour of the best budget may be taken, to learn its seconds anew
-REFRESH_FIRST = (4, 8, 12)  # the same among the first of them, when little is known
-REFRESH_SHARE = 0.01  # of the time of drafted rounds that may be lost that way, saved up until a neighbour's loss
-RETIME_EVERY = 8  # rounds after which a plain one is timed anew, while drafted ones are little better
-LITTLE_BETTER = 1.25
-WORTH_DRAFTING = 0.75  # least gain of a node that is drafted, over what its verification costs
+MAX_WIDTH = 64  # children per node; a child ranked lower has less than 1/64 of its parent's probability
+MAX_CONTINUED = 16  # levels that n-grams may add below the head's last depth
+AUTO_BUDGETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # choices of "auto"; 1 is plain decoding
+FIRST_TRIALS = (16, 1, 32, 8, 64)  # measured in the first rounds of a process; the others are interpolated
+NUM_TRIALS = 2  # rounds per trial; each budget's first round is a warm-up
+NUM_SAMPLES = 9  # newest timings stored per size
+ROOFLINE_SAMPLES = 9  # weight of the roofline fit, in samples, when blended with a size's own timings
+NUM_SPEED_SAMPLES = 5  # newest rounds, of any size, from which the machine's current speed is estimated
+MIN_SECONDS = 1e-9  # of a round: tests may stop the clock
+EVIDENCE = 4.0  # drafted rounds needed to decide whether drafting pays
+MARGIN = 1.03  # minimum throughput of drafted rounds over plain ones
+PROBE_SHARE = 0.01  # maximum share of run time spent probing whether drafting pays again
+MIN_CREDIT, MAX_CREDIT = -1.0, 6.0  # bounds of the time saved up for probing, in plain rounds
+REFRESH_EVERY = 16  # drafted rounds between probes of a neighboring budget, to update its timings
+REFRESH_FIRST = (4, 8, 12)  # further probes among the first rounds, when little is known
+REFRESH_SHARE = 0.01  # maximum share of drafted time spent on these probes
+RETIME_EVERY = 8  # rounds between plain rounds that update their timing, while the gain is small
+SMALL_GAIN = 1.25  # throughput over plain rounds that counts as small
+MIN_NODE_GAIN = 0.75  # minimum expected gain of a drafted node over its verification cost
 
 
 @dataclass(frozen=True)
@@ -40,13 +44,13 @@ class RoundPlan:
     node_budget: int  # rows to verify, root included
     max_depth: int  # levels to draft
     width: int  # candidates per depth
-    min_logprob: float = -math.inf  # of a path that is worth drafting
+    min_logprob: float = -math.inf  # nodes below it are not drafted
     max_continued: int = 0  # levels that n-grams may add below the head's deepest
 
 
 def read_limits(generation_config: GenerationConfig, block_size: int) -> RoundPlan:
     """
-    The head's own limits, checked; for `node_budget="auto"` the greatest budget that may be chosen.
+    The limits of the head's generation config, validated; for `node_budget="auto"` its largest budget.
 
     Raises:
         ValueError: If `node_budget`, `max_depth` or `width` is out of range; the message gives the range.
@@ -59,7 +63,7 @@ def read_limits(generation_config: GenerationConfig, block_size: int) -> RoundPl
         node_budget = AUTO_BUDGETS[-1]
     if not _is_int(node_budget) or node_budget < 1:
         raise ValueError(
-            f"`node_budget` is {node_budget!r}, but 'auto' or an integer of at least 1 (root included) is needed"
+            f"`node_budget` is {node_budget!r}, but must be 'auto' or an integer of at least 1 (root included)"
         )
     if not _is_int(max_depth) or not 1 <= max_depth < block_size:
         raise ValueError(
@@ -67,19 +71,24 @@ def read_limits(generation_config: GenerationConfig, block_size: int) -> RoundPl
             f"(`block_size` {block_size})"
         )
     if width is not None and (not _is_int(width) or width < 1):
-        raise ValueError(f"`width` is {width!r}, but an integer of at least 1 is needed (1 drafts a chain)")
+        raise ValueError(f"`width` is {width!r}, but must be an integer of at least 1 (1 drafts a chain)")
     width = min(width or MAX_WIDTH, max(node_budget - 1, 1))
     return RoundPlan(node_budget, max_depth, width, max_continued=MAX_CONTINUED * (max_depth == block_size - 1))
 
 
 def chain_limits(limits: RoundPlan) -> RoundPlan:
-    """The same limits for a target that takes chains only."""
+    """The same limits for a target that verifies chains only."""
     return RoundPlan(min(limits.node_budget, limits.max_depth + 1), limits.max_depth, width=1)
 
 
 def plan_round(limits: RoundPlan, num_remaining: int | None, max_nodes: int | None = None) -> RoundPlan:
-    """The next round, with `num_remaining` tokens left to emit, the bonus token included, in a cache that takes
-    `max_nodes` (`None`: no limit)."""
+    """
+    The next round within the limits.
+
+    Args:
+        num_remaining (`int`, *optional*): Tokens that it may yield, the bonus token included.
+        max_nodes (`int`, *optional*): Nodes that the cache has room for.
+    """
     node_budget = limits.node_budget if max_nodes is None else min(limits.node_budget, max_nodes)
     max_depth, max_continued = min(limits.max_depth, node_budget - 1), limits.max_continued
     if num_remaining is not None:
@@ -138,7 +147,7 @@ def roofline(known: list[tuple[int, float, int]]) -> list[float]:
 @dataclass
 class RoundCosts:
     """
-    What rounds cost and yield on this machine, for one pair of head and target; kept for the process.
+    Costs and yields of rounds on this machine, for one pair of head and target; stored for the process.
 
     Threads share it. Samples are replaced, never changed, so that one thread can read what another one adds to.
     """
@@ -152,40 +161,40 @@ class RoundCosts:
     drafted_seconds: float = 0.0  # mean time of them, at pace 1
     num_drafted: int = 0
     credit: float = 0.0  # seconds at pace 1 that drafting may lose
-    refresh_credit: float = 0.0  # seconds at pace 1 that taking neighbours of the best budget may lose
+    refresh_credit: float = 0.0  # seconds at pace 1 that taking neighbors of the best budget may lose
     _curve: list[tuple[int, float]] | None = None  # what `by_nodes` returns, until the next sample
 
     @property
     def pace(self) -> float:
-        """How slow the machine is now: a size that was not used of late is slower by as much as the others are."""
+        """Current slowdown of the machine: sizes not used lately are assumed to be as much slower as the others."""
         return median(self.paces) if self.paces else 1.0
 
     def add(self, num_nodes: int, seconds: float) -> None:
-        """Count a round, a drafted one from the moment its tree is known; the first one of each size is left out."""
+        """Add the timing of a round, without its drafting; the first of each size is a warm-up."""
         known = self.samples.get(num_nodes)
         if known:
-            self.paces = (*self.paces, seconds / median(known))[-NUM_PACES:]
+            self.paces = (*self.paces, seconds / median(known))[-NUM_SPEED_SAMPLES:]
         self.samples[num_nodes] = () if known is None else (*known, seconds / self.pace)[-NUM_SAMPLES:]
         self._curve = None
 
     def untried(self, max_nodes: int) -> int | None:
-        """A node budget that must be tried before there is anything to choose by; no tree exceeds `max_nodes`."""
+        """A node budget still to be measured before there is anything to choose from; at most `max_nodes`."""
         trials = [1 if budget == 1 else min(max(budget // self.num_places, 2), max_nodes) for budget in FIRST_TRIALS]
         return next((budget for budget in trials if len(self.samples.get(budget, ())) < NUM_TRIALS - 1), None)
 
     def seconds(self, num_nodes: int) -> float:
-        """Of a round without its drafting, at the pace of now."""
+        """Predicted time of a round without its drafting, at the current speed."""
         return self.pace * self.level(num_nodes)
 
     def level(self, num_nodes: int) -> float:
-        """The same at pace 1: what its latest took, or what lies on the line between its neighbours'."""
+        """The same at pace 1: from its own timings, or interpolated between its neighbors."""
         known = self.by_nodes()
         above = next((i for i, (nodes, _) in enumerate(known) if nodes >= num_nodes), len(known) - 1)
         (low, low_seconds), (high, high_seconds) = known[max(above - 1, 0)], known[max(above, 1)]
         return low_seconds + (high_seconds - low_seconds) * (num_nodes - low) / (high - low)
 
     def seconds_per_node(self) -> float:
-        """The least that verifying one node more than the anchor costs, on average over some number of nodes."""
+        """Minimum average time of verifying one more node than the anchor."""
         (_, plain), *others = self.by_nodes()
         return self.pace * min(((seconds - plain) / (nodes - 1) for nodes, seconds in others), default=0.0)
 
@@ -210,12 +219,12 @@ class RoundCosts:
         return curve
 
     def earn(self, seconds: float) -> None:
-        """Add to the credit, or take from it, at pace 1."""
+        """Add to the probing credit, or take from it; seconds at pace 1."""
         plain = self.level(1)
-        self.credit = min(max(self.credit + seconds, LEAST_CREDIT * plain), MOST_CREDIT * plain)
+        self.credit = min(max(self.credit + seconds, MIN_CREDIT * plain), MAX_CREDIT * plain)
 
     def count(self, expected: float, num_accepted: float, seconds: float) -> None:
-        """Compare a drafted round's promise with what was kept of it, and what it yielded with what it took."""
+        """Record a drafted round: tokens expected and accepted, and its time."""
         self.expected = 0.98 * self.expected + expected
         self.accepted = 0.98 * self.accepted + num_accepted
         self.num_drafted += 1
@@ -233,7 +242,7 @@ class AutoPolicy:
     """
     Chooses the node budget of each round that yields most tokens per second, and plain decoding where none repays.
 
-    A tree is drafted, then cut to the `n` likeliest nodes that maximise 1 + c x sum of their path probabilities -
+    A tree is drafted, then cut to the `n` likeliest nodes that maximize 1 + c x sum of their path probabilities -
     r x seconds(n), with the seconds of earlier rounds and the calibration c of `RoundCosts`, and the tokens per second
     r of recent rounds: a round's last node must repay its time as well as the text does on average, which makes most
     of all rounds together, while the best ratio of each round alone does not. Where drafted rounds yield less than
@@ -265,23 +274,23 @@ class AutoPolicy:
         return plan_round(limits, num_remaining, max_nodes)
 
     def _min_logprob(self) -> float:
-        """Of a node that may repay its verification at all: others need not be drafted."""
-        gain = WORTH_DRAFTING * (self._rate or 0) * self._costs.seconds_per_node() / self._costs.calibration
+        """Minimum log-probability of a node that can repay its verification."""
+        gain = MIN_NODE_GAIN * (self._rate or 0) * self._costs.seconds_per_node() / self._costs.calibration
         return math.log(gain) if gain > 0 else -math.inf
 
     def _choose(self) -> int:
-        """Nodes to draft; 1 decodes plainly."""
+        """Number of nodes to draft; 1 decodes plainly."""
         costs = self._costs
         if self._weight >= EVIDENCE:
             over_plain = self._tokens * costs.level(1) / self._seconds
             if over_plain < MARGIN and costs.credit <= 0:
                 return 1
-            if MARGIN <= over_plain < LITTLE_BETTER and self._num_planned % RETIME_EVERY == 0:
+            if MARGIN <= over_plain < SMALL_GAIN and self._num_planned % RETIME_EVERY == 0:
                 return 1
         return self._ceiling
 
     def fit(self, tree: DraftTree) -> DraftTree:
-        """The part of the tree that is worth its verification."""
+        """The part of the tree that repays its verification."""
         num_nodes = tree.num_nodes
         if num_nodes == 1:
             self._start_of_rest = self._start
@@ -317,16 +326,16 @@ class AutoPolicy:
         return budgets[place]
 
     def record(self, tree: DraftTree, num_accepted: float) -> None:
-        """Learn from a round that is over; of a batch, `num_accepted` is the mean."""
+        """Learn from a finished round; in a batch, `num_accepted` is the mean."""
         now, costs, num_nodes = time.perf_counter(), self._costs, tree.num_nodes
-        rest = max(now - self._start_of_rest, LEAST_SECONDS)
+        rest = max(now - self._start_of_rest, MIN_SECONDS)
         seconds = max(now - self._start, rest)
         costs.add(num_nodes, rest)
         if self._is_trial:
             return
         # How slow the machine was in this very round: it must not tell for or against drafting later.
         seconds *= costs.level(num_nodes) / rest
-        costs.earn(EXPLORING_SHARE * seconds)
+        costs.earn(PROBE_SHARE * seconds)
         if num_nodes == 1:
             return
         costs.earn((num_accepted + 1) * costs.level(1) - seconds)
@@ -338,7 +347,7 @@ class AutoPolicy:
 
     @property
     def _rate(self) -> float | None:
-        """Tokens per second of recent drafted rounds, at the pace of now."""
+        """Tokens per second of recent drafted rounds, at the current speed."""
         return self._tokens / (self._costs.pace * self._seconds) if self._seconds else None
 
     def report(self) -> dict[str, Any]:

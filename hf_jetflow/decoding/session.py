@@ -147,9 +147,9 @@ class DecodingSession:
 
     def drop_finished(self) -> None:
         """Go on without the sequences that have ended; the last active one takes over the slot of each."""
-        for index in self._emitter.finished_places:
+        for index in self._emitter.finished_indices:
             last = len(self._emitter.rows) - 1
-            self._drafter.keep_rows([last if kept == index else kept for kept in range(last)])
+            self._drafter.select_sequences([last if kept == index else kept for kept in range(last)])
             self._context.strategy.retire(index)
             self._emitter.retire(index)
 

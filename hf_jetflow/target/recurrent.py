@@ -47,7 +47,7 @@ def check_states(cache: Cache) -> None:
     Refuse a target that, after the prompt, keeps what it read anywhere but in its cache.
 
     Raises:
-        ValueError: Naming the way round.
+        ValueError: Saying what to do instead.
     """
     layers = [layer for layer in cache.layers if isinstance(layer, LinearAttentionLayer)]
     is_stateless = layers and not any(any(layer.has_previous_state.values()) for layer in layers)

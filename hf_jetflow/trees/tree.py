@@ -129,7 +129,7 @@ def build_tree(
         # An early exit: what is out of reach of the tree is not scored further. The tree is the same without it, as on
         # other devices, where the host would have to wait for the count.
         if scorer is not None and device.type == "cpu":
-            num_in_reach = _count_in_reach(scores, best_scores, most, floor)
+            num_in_reach = _count_reachable(scores, best_scores, most, floor)
             if not num_in_reach and depth:  # the best child of the root always is
                 break
             num_in_reach = max(num_in_reach, 1)
@@ -161,7 +161,7 @@ def chain_of(tokens: torch.Tensor) -> DraftTree:
     return DraftTree(tokens, parents, parents + 1, torch.zeros_like(tokens).float(), max_depth=tokens.shape[-1] - 1)
 
 
-def _count_in_reach(scores: torch.Tensor, best: list[list[float]], most: int, floor: float) -> int:
+def _count_reachable(scores: torch.Tensor, best: list[list[float]], most: int, floor: float) -> int:
     """
     Count a frontier's scores, best first, that are at least `floor` and among the best `most` of all so far.
 

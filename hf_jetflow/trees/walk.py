@@ -84,7 +84,7 @@ def walk_trees(
         The paths: node ids, root first, whose logits were used.
     """
     all_choices: list[Any] = [None] * len(choosers)
-    if choosers[0].is_plain_argmax and _transfer_is_dear(logits):
+    if choosers[0].is_plain_argmax and _prefers_batched_argmax(logits):
         all_choices, tokens, parents = torch.stack([logits.argmax(dim=-1), tree.tokens, tree.parents]).tolist()
     else:
         tokens, parents = torch.stack([tree.tokens, tree.parents]).tolist()
@@ -112,7 +112,7 @@ def _walk(
         elif chooser.is_plain_argmax:
             token = int(
                 logits[node].float().numpy().argmax()
-            )  # twice as fast as torch's, with the same first of equals
+            )  # NumPy's argmax is about 2x faster on the CPU and breaks ties the same way
         else:
             token = chooser.choose(logits[node : node + 1], committer.committed_ids(row))
         is_finished = committer.push(row, token, chooser.scores)
@@ -122,6 +122,6 @@ def _walk(
         path.append(child)
 
 
-def _transfer_is_dear(logits: torch.Tensor) -> bool:
-    """Whether one argmax over all nodes and one transfer beat a choice at each node of the path."""
+def _prefers_batched_argmax(logits: torch.Tensor) -> bool:
+    """Whether one argmax over all nodes and one transfer beat an argmax at each node of the path."""
     return logits.device.type != "cpu"
