@@ -27,7 +27,7 @@ class DraftWeights:
         self._version: int | None = None
 
     def refresh(self, head: JetFlowHead, target: Target) -> None:
-        """Make again what has changed."""
+        """Recompute what has changed."""
         if self._version != head._weights_version:
             self._made_of, self._laid_out, self._version = [], LaidOutWeights(), head._weights_version
         self.projection = head.lm_head if head.lm_head is not None else self._projection(head, target)
@@ -38,8 +38,10 @@ class DraftWeights:
         whole, token_ids = target.output_rows(None), head.draft_token_ids
         if whole is None:
             return None
-        if token_ids is None:
-            return _linear(nn.Linear, whole)  # shares the target's memory, so it is never stale
+        if token_ids is None:  # shares the target's memory, so it is never stale
+            known = self.projection
+            is_same = known is not None and known.weight.is_set_to(whole)
+            return known if is_same else _linear(nn.Linear, whole)
         sources = [whole, token_ids]
         is_known = isinstance(self.projection, DraftLinear) and len(self._made_of) == len(sources)
         if not (is_known and all(made_of.matches(now) for made_of, now in zip(self._made_of, sources, strict=True))):

@@ -103,7 +103,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
 
     @cached_property
     def _draft_indices(self) -> torch.Tensor:
-        """Maps a target token id to its draft-vocabulary index, (vocab + 1,); ids outside the draft vocabulary map to its
+        """Maps a target token id to its draft-vocabulary index, (vocab + 1,); other ids map to the draft vocabulary's
         size."""
         size, token_ids = self.head.config.vocab_size, self.head.draft_token_ids
         if token_ids is None:
