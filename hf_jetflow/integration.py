@@ -170,9 +170,11 @@ def check_unwrapped(assistant: Any) -> None:
     Raises:
         ValueError: Naming what to pass instead.
     """
-    if not isinstance(assistant, torch.nn.Module) or isinstance(assistant, PreTrainedModel):
+    if not isinstance(assistant, torch.nn.Module) or not {"base_model", "module", "_orig_mod"} & set(
+        assistant._modules
+    ):
         return
-    if any(isinstance(module, JetFlowHead) for module in assistant.modules()):
+    if not isinstance(assistant, PreTrainedModel) and any(isinstance(m, JetFlowHead) for m in assistant.modules()):
         raise ValueError(
             f"`assistant_model` is a `{type(assistant).__name__}` around a draft head, but must be the head itself; "
             "pass `wrapper.merge_and_unload()` for peft, `wrapper.module` for parallel training, "

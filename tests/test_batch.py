@@ -186,9 +186,13 @@ def test_sequences_that_have_ended_take_part_in_no_further_forward(monkeypatch):
         if any(token in text[:9] for text in texts) and any(token not in text for text in texts)
     )
     seen, forward = [], target.forward
-    monkeypatch.setattr(
-        target, "forward", lambda *args, **kwargs: seen.append(len(kwargs["input_ids"])) or forward(*args, **kwargs)
-    )
+
+    @functools.wraps(forward)  # `generate` reads the signature
+    def counting(*args, **kwargs):
+        seen.append(len(kwargs["input_ids"]))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(target, "forward", counting)
     output, _ = generate(target, head, eos_token_id=eos)
     num_ended = sum(eos in text[:9] for text in output[:, 12:].tolist())
     assert 0 < num_ended < 5

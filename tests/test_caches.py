@@ -9,6 +9,7 @@ from transformers.cache_utils import LinearAttentionAndSlidingWindowAttentionLay
 from hf_jetflow import JetFlowConfig
 from hf_jetflow.target.batch_caches import BatchRows
 from hf_jetflow.target.caches import HeadCache, check_target_cache, commit_path
+from hf_jetflow.target.step_inputs import StepInputs
 from hf_jetflow.target.strategies import cache_strategy
 from hf_jetflow.target.target import Context, Target
 from hf_jetflow.trees.tree import DraftTree, ancestor_mask
@@ -89,7 +90,8 @@ def prefilled(model, ids: torch.Tensor) -> tuple[Target, Context]:
         model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
     forward_kwargs = {"output_hidden_states": True}
     strategy = cache_strategy(cache, BatchRows(1, ids.shape[1] - 1), read=lambda chain: None)
-    return target, Context(strategy, torch.tensor([0]), forward_kwargs=forward_kwargs)
+    steps = StepInputs(position_ids=torch.zeros(1, 1))
+    return target, Context(strategy, torch.tensor([0]), forward_kwargs=forward_kwargs, step_inputs=steps)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gemma3_text"])
@@ -192,7 +194,7 @@ def test_an_offloaded_cache_is_refused(tiny_target):
 def test_a_cache_with_layers_that_cannot_roll_back_is_refused_by_name():
     cache = DynamicCache()
     cache.layers.append(LinearAttentionAndSlidingWindowAttentionLayer(sliding_window=4))
-    with pytest.raises(ValueError, match=r"LinearAttentionAndSliding.*cannot take back.*generate without"):
+    with pytest.raises(ValueError, match=r"LinearAttentionAndSliding.*cannot roll back.*generate without"):
         check_target_cache(cache)
 
 

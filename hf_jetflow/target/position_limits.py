@@ -65,22 +65,26 @@ def plain_reason(model: PreTrainedModel, num_sequences: int, num_prompt: int, ma
         max_length (`int`, *optional*): Tokens of the longest text that the call may yield; `None` without a limit.
     """
     text = model.config.get_text_config(decoder=True)
-    borders = [rope_border(model, is_growing=True), rope_border(model, is_growing=False)]
     restart = getattr(text, "original_max_position_embeddings", None)
-    if restart is not None and _restarts(model):
-        borders.append(restart)
-        if num_prompt <= restart and (max_length is None or max_length > restart):
-            return (
-                f"`{text.model_type}` reads its text from scratch once it is longer than {restart} tokens; set "
-                "`max_new_tokens` so that the text stays shorter, to draft it"
-            )
-    border = min((border for border in borders if border is not None), default=None)
-    if num_sequences > 1 and border is not None and (max_length is None or max_length > border):
+    if restart is not None and num_prompt <= restart and _is_longer(max_length, restart) and _restarts(model):
         return (
-            f"`{text.model_type}` changes its rotary frequencies with the longest text of the batch beyond {border} "
-            "tokens"
+            f"`{text.model_type}` reads its text from scratch once it is longer than {restart} tokens; set "
+            "`max_new_tokens` so that the text stays shorter, to draft it"
         )
+    if num_sequences > 1:
+        limits = position_limits(model)
+        borders = [None if limits.end is None else limits.end + 1, limits.switch]
+        border = min((border for border in borders if border is not None), default=None)
+        if border is not None and _is_longer(max_length, border):
+            return (
+                f"beyond {border} tokens `{text.model_type}` has other rotary frequencies or no positions, and the "
+                "sequences of a batch would get there at different times"
+            )
     return None
+
+
+def _is_longer(max_length: int | None, border: int) -> bool:
+    return max_length is None or max_length > border
 
 
 def _rope_parameters(text: PreTrainedConfig) -> list[dict]:
