@@ -41,6 +41,7 @@ def prefilled(target: Target, num_cached: int) -> Context:
     ids = torch.randint(3, vocab_size(target), (1, num_cached), generator=torch.Generator().manual_seed(0))
     cache = DynamicCache(config=target.model.config)
     kwargs = {CACHE_NAME: cache, "attention_mask": torch.ones_like(ids), "use_cache": True}
+    kwargs["position_ids"] = torch.arange(num_cached)[None]
     return target.prefill(ids, GenerationConfig(prefill_chunk_size=1024), kwargs)[0]
 
 
