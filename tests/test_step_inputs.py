@@ -156,42 +156,10 @@ def test_keywords_of_the_models_own_forward(batch, budget):
         assert_same(target, head, input_ids=ids, **own, do_sample=do_sample, pad_token_id=0)
 
 
-def test_keywords_with_a_static_cache():
-    target, ids = subclassed(Steered), ids_of(1)
-    own = dict(steering=torch.randn(1, 32), row_weights=torch.full(ids.shape, 0.5), strength=0.7)
-    text = target.generate(ids, **own, max_new_tokens=14, do_sample=False)
-    settings = dict(input_ids=ids, **own, cache_implementation="static", disable_compile=True)
-    assert_same(target, head_for(target, text, 16), **settings)
-
-
-@pytest.mark.parametrize(
-    ("kind", "match"),
-    [
-        ("number of the step", "`extra` differs from step to step"),
-        ("whole text", "`extra` differs from step to step"),
-        ("made from the token", "`extra` differs from step to step"),
-        ("object", "`extra`, a `SimpleNamespace` that it may change"),
-        ("positions", "`position_ids` of steps do not grow by one"),
-        ("mask", "`attention_mask` of a step is not the prompt's"),
-    ],
-)
-def test_what_cannot_be_passed_on_is_refused_before_the_prompt_is_read(kind, match):
-    target, ids = subclassed(Other), ids_of(1)
-    target.kind = kind
-    mask = torch.ones_like(ids)
-    mask[0, :2] = 0
-    refused(target, match, input_ids=ids, attention_mask=mask)
-
-
 def test_an_iterator_is_refused_unread():
     chunks = iter([torch.ones(1, 32)])
     refused(subclassed(Steered), "`steering` is read on by every step", input_ids=ids_of(1), steering=chunks)
     assert len(list(chunks)) == 1
-
-
-def test_a_value_without_an_entry_per_sequence_is_refused_in_a_batch():
-    ids = ids_of(3)
-    refused(subclassed(Steered), "`steering` has no entry per sequence", input_ids=ids, steering=torch.ones(2, 32))
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -282,9 +250,3 @@ def test_hidden_states_of_several_streams_are_those_of_plain_decoding():
     for theirs, ours in zip(plain.hidden_states, drafted.hidden_states, strict=True):
         for one, other in zip(theirs, ours, strict=True):
             torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
-
-
-@pytest.mark.parametrize("model_type", ["blt", "pi0"])
-def test_a_config_that_is_not_one_stack_of_layers_is_refused_readably(model_type):
-    with pytest.raises(ValueError, match=f"`{model_type}` has no `.*one stack of layers over one vocabulary"):
-        JetFlowConfig.for_target(AutoConfig.for_model(model_type))
