@@ -248,7 +248,7 @@ def test_import_survives_a_release_in_which_a_wrapped_or_listed_name_is_gone():
     from hf_jetflow.decoding.batching import ROW_WISE
     listed = {kind.__name__: sys.modules[kind.__module__] for kind in ROW_WISE}
     gone += [(module, name) for name, module in listed.items()]
-    for module, name in gone:
+    for module, name in [pair for pair in gone if hasattr(*pair)]:  # early releases lack some of them
         hf_jetflow.disable()
         for known in [known for known in sys.modules if known.partition(".")[0] == "hf_jetflow"]:
             del sys.modules[known]
