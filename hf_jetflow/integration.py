@@ -21,6 +21,7 @@ from transformers.utils import logging
 from ._compat import CACHE_NAME, allow_pickling
 from .decoding.batching import plain_batch_reason
 from .decoding.loop import decode
+from .errors import JetFlowError
 from .head.configuration_jetflow import JetFlowConfig
 from .head.modeling_jetflow import JetFlowHead
 from .stats import GenerationStats
@@ -168,14 +169,14 @@ def check_unwrapped(assistant: Any) -> None:
     Refuse a wrapper around a head, such as peft's or `torch.compile`'s.
 
     Raises:
-        ValueError: Naming what to pass instead.
+        JetFlowError: Naming what to pass instead.
     """
     if not isinstance(assistant, torch.nn.Module) or not {"base_model", "module", "_orig_mod"} & set(
         assistant._modules
     ):
         return
     if not isinstance(assistant, PreTrainedModel) and any(isinstance(m, JetFlowHead) for m in assistant.modules()):
-        raise ValueError(
+        raise JetFlowError(
             f"`assistant_model` is a `{type(assistant).__name__}` around a draft head, but must be the head itself; "
             "pass `wrapper.merge_and_unload()` for peft, `wrapper.module` for parallel training, "
             "`wrapper._orig_mod` for `torch.compile`"
@@ -193,10 +194,10 @@ def check_pairing(model: PreTrainedModel, head: JetFlowHead) -> None:
     Refuse a head that does not fit a target.
 
     Raises:
-        ValueError: Naming what differs and what to load instead.
+        JetFlowError: Naming what differs and what to load instead.
     """
     if model.config.is_encoder_decoder:
-        raise ValueError(
+        raise JetFlowError(
             f"`{model.config.model_type}` is an encoder-decoder model; draft heads need a decoder-only target, "
             "generate without `assistant_model`"
         )
@@ -206,7 +207,7 @@ def check_pairing(model: PreTrainedModel, head: JetFlowHead) -> None:
     )
     borrows, embedding_width = not (config.own_embedding and config.own_lm_head), _embedding_width(model)
     if borrows and embedding_width != text.hidden_size == config.hidden_size:
-        raise ValueError(
+        raise JetFlowError(
             f"the target's embeddings are {embedding_width} wide and its hidden states {text.hidden_size}, so this "
             "head cannot borrow them; load a head with embeddings of its own, or generate without `assistant_model`"
         )
@@ -225,12 +226,12 @@ def check_pairing(model: PreTrainedModel, head: JetFlowHead) -> None:
                     else f"target.resize_token_embeddings({of_head})"
                 )
                 remedy += f" instead; or, if the embeddings of that target were resized, call `{undo}`"
-            raise ValueError(
+            raise JetFlowError(
                 f"the head expects a target with {name} {of_head}, but this target has {of_target}{remedy}"
             )
     assert config.hidden_state_indices is not None
     if max(config.hidden_state_indices) > text.num_hidden_layers:
-        raise ValueError(
+        raise JetFlowError(
             f"the head listens to `hidden_states` {config.hidden_state_indices}, but this target ends at "
             f"{text.num_hidden_layers}{made_for}"
         )
@@ -259,7 +260,7 @@ def check_mode(generation_config: GenerationConfig) -> None:
     Refuse decoding modes other than greedy search and sampling, and settings that would be ignored.
 
     Raises:
-        ValueError: Naming the setting and what to do.
+        JetFlowError: Naming the setting and what to do.
     """
     mode, given = generation_config.get_generation_mode(), []
     if generation_config.num_beams is not None and generation_config.num_beams > 1:
@@ -271,7 +272,7 @@ def check_mode(generation_config: GenerationConfig) -> None:
     if not given and mode not in ("greedy_search", "sample"):
         given = [f"got {mode.value}"]
     if given:
-        raise ValueError(
+        raise JetFlowError(
             f"draft heads work with greedy search and sampling only; {', '.join(given)}, or generate without "
             "`assistant_model`"
         )
@@ -282,14 +283,14 @@ def check_call(model: PreTrainedModel, generation_config: GenerationConfig, sync
     Refuse calls that the loop does not decode exactly yet.
 
     Raises:
-        ValueError: Naming the setting and the way round.
+        JetFlowError: Naming the setting and the way round.
     """
     without = "generate without `assistant_model`"
     check_mode(generation_config)
     if not generation_config.use_cache:
-        raise ValueError(f"draft heads need the target's cache; leave `use_cache` at True, or {without}")
+        raise JetFlowError(f"draft heads need the target's cache; leave `use_cache` at True, or {without}")
     if synced_gpus:
-        raise ValueError(f"draft heads do not decode in step with other processes (`synced_gpus`); {without}")
+        raise JetFlowError(f"draft heads do not decode in step with other processes (`synced_gpus`); {without}")
     mask_dtype(model)
 
 
@@ -298,10 +299,10 @@ def check_processes(model: PreTrainedModel, head: JetFlowHead) -> None:
     Refuse what processes that share a target could decide differently.
 
     Raises:
-        ValueError: Naming the setting and the way round.
+        JetFlowError: Naming the setting and the way round.
     """
     if (model.tp_size or 1) > 1 and getattr(head.generation_config, "node_budget", None) == "auto":
-        raise ValueError(
+        raise JetFlowError(
             "`node_budget` is 'auto', which goes by each process's own clock, but the processes of a tensor parallel "
             "target must verify the same tree; set `head.generation_config.node_budget` to a number, such as 16"
         )

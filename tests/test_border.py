@@ -17,6 +17,7 @@ from transformers import GenerationMixin
 
 import hf_jetflow
 from hf_jetflow._compat import check_transformers
+from hf_jetflow.errors import JetFlowError
 from hf_jetflow.stats import GenerationStats
 
 
@@ -279,3 +280,10 @@ def test_import_survives_a_release_in_which_a_wrapped_or_listed_name_is_gone():
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert int(result.stdout.split("survived")[1]) > 25
+
+
+def test_a_head_for_another_target_is_an_error_that_the_command_line_prints_in_one_line(tiny_target, random_head):
+    head = random_head(tiny_target("llama"))
+    head.config.num_target_layers += 1
+    with pytest.raises(JetFlowError, match="number of layers"):
+        tiny_target("llama").generate(torch.tensor([[5, 6, 7]]), assistant_model=head, max_new_tokens=2)
