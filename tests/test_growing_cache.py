@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hf_jetflow.target.caches import commit_path
-from hf_jetflow.target.growing_cache import MAX_SHARING, GrowingLayer, grow_layers, settle_layers
+from hf_jetflow.target.growing_cache import MAX_LAYERS, GrowingLayer, grow_layers, settle_layers
 
 
 HEADS, DIM = 2, 3
@@ -89,7 +89,7 @@ def test_a_cache_grows_and_settles_with_the_rows_of_the_caller_untouched():
 
 
 def test_only_layers_of_one_shape_share_a_buffer():
-    num_alike = MAX_SHARING + 3
+    num_alike = MAX_LAYERS + 3
     cache = DynamicCache()
     for layer in range(num_alike + 2):
         heads = HEADS if layer < num_alike else HEADS + 1
@@ -186,7 +186,7 @@ def test_keys_and_values_may_differ_in_shape():
 def test_paths_are_committed_as_in_ordinary_layers(seed, is_replaced):
     """Many rounds over more layers than share a buffer, one of them with a sliding window."""
     generator = torch.Generator().manual_seed(seed)
-    num_layers = MAX_SHARING + 2
+    num_layers = MAX_LAYERS + 2
     window = {"sliding_window": 9}
     caches = [
         cache_of([DynamicLayer() for _ in range(num_layers)] + [DynamicSlidingWindowLayer(**window)]) for _ in range(2)
