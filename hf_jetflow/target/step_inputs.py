@@ -24,6 +24,8 @@ SET_BY_VERIFY = {
     *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "use_cache", "return_dict", "logits_to_keep"),
     *("output_attentions", "output_hidden_states", "output_router_logits"),
 }
+# Early releases pass it for the whole text, later ones for the tokens of a step; new tokens are text in both.
+TYPES_OF_TEXT = "mm_token_type_ids"
 COUNTS_OWN_POSITIONS = {"kosmos-2", "kosmos-2.5"}  # from the tokens of a forward, of which padding tokens count none
 # What a model raises that builds its step's inputs from more than it is given.
 NEEDS_MORE = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
@@ -138,9 +140,13 @@ def _plain_steps(
     after_one = model._update_model_kwargs_for_generation(outputs, dict(model_kwargs), is_encoder_decoder=False)
     first = model.prepare_inputs_for_generation(one, next_sequence_length=1, **after_one)
     after_both = model._update_model_kwargs_for_generation(outputs, dict(after_one), is_encoder_decoder=False)
-    return [first] + [
+    steps = [first] + [
         model.prepare_inputs_for_generation(both, next_sequence_length=rows, **after_both) for rows in (1, 2)
     ]
+    for step, rows in zip(steps, (1, 1, 2), strict=True):
+        if isinstance(types := step.get(TYPES_OF_TEXT), torch.Tensor):
+            step[TYPES_OF_TEXT] = types[..., -rows:]
+    return steps
 
 
 def _compare(
