@@ -26,7 +26,7 @@ from .head.configuration_jetflow import JetFlowConfig
 from .head.modeling_jetflow import JetFlowHead
 from .stats import GenerationStats
 from .target.attention import mask_dtype
-from .target.position_limits import plain_reason
+from .target.position_limits import border_reason
 
 
 logger = logging.get_logger(__name__)
@@ -151,9 +151,12 @@ def _checked_decode(
     generation_config = kwargs["generation_config"]
     check_call(model, generation_config, kwargs.pop("synced_gpus", False))
     check_processes(model, head)
-    reason = plain_reason(model, len(input_ids), _num_prompt(input_ids, kwargs), generation_config.max_length)
+    num_given, max_length = _num_given(input_ids, kwargs), generation_config.max_length
+    cache, num_prompt = kwargs.get(CACHE_NAME), input_ids.shape[1] + num_given
+    max_length = None if max_length is None else max_length + num_given
+    reason = border_reason(model, cache, len(input_ids), num_prompt, max_length)
     if reason is None and len(input_ids) > 1:
-        reason = plain_batch_reason(model, kwargs["logits_processor"], generation_config, kwargs.get(CACHE_NAME))
+        reason = plain_batch_reason(model, kwargs["logits_processor"], generation_config, cache)
     if reason is not None:
         logger.warning_once(f"this call is decoded plainly, without the draft head: {reason}.")
         head.last_stats = GenerationStats(policy={"plain": reason})
@@ -183,10 +186,10 @@ def check_unwrapped(assistant: Any) -> None:
         )
 
 
-def _num_prompt(input_ids: torch.Tensor, kwargs: dict[str, Any]) -> int:
-    """Tokens of the prompt, of those given as embeddings or cached too."""
-    mask = kwargs.get("attention_mask")
-    return max(input_ids.shape[1], mask.shape[-1] if isinstance(mask, torch.Tensor) and mask.ndim == 2 else 0)
+def _num_given(input_ids: torch.Tensor, kwargs: dict[str, Any]) -> int:
+    """Tokens of the prompt that are no part of `input_ids`: given as embeddings, or cached."""
+    given = [kwargs.get(name) for name in ("attention_mask", "inputs_embeds")]
+    return max([0, *(part.shape[1] - input_ids.shape[1] for part in given if isinstance(part, torch.Tensor))])
 
 
 def check_pairing(model: PreTrainedModel, head: JetFlowHead) -> None:

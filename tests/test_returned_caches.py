@@ -1,5 +1,7 @@
 """What a generation leaves in the cache that it returns is what plain decoding leaves."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from reference import assert_same_text
@@ -65,16 +67,45 @@ def test_a_compressed_cache_of_a_padded_prompt_is_refused(tiny_target, random_he
     target = tiny_target("llama")
     head, (ids, mask) = random_head(target), prompts()
 
+    with (
+        compressed(target, lambda index: 2),
+        pytest.raises(ValueError, match=r"holds 5 of the prompt's 9 tokens.*give one prompt without padding"),
+    ):
+        generate(target, head, input_ids=ids, attention_mask=mask)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_layers_that_were_compressed_alike_are_drafted_for(batch, tiny_target, random_head):
+    target = tiny_target("llama")
+    with compressed(target, lambda index: 2):
+        plain, drafted = both(target, random_head(target), input_ids=prompts(batch)[0])
+    assert_same_text(plain.sequences, drafted.sequences)
+    assert plain.past_key_values.get_seq_length() == drafted.past_key_values.get_seq_length()
+    for layer, other in zip(plain.past_key_values.layers, drafted.past_key_values.layers, strict=True):
+        torch.testing.assert_close(other.keys, layer.keys, atol=2e-4, rtol=2e-4)
+
+
+def test_layers_that_were_compressed_differently_are_refused(tiny_target, random_head):
+    target = tiny_target("llama")
+    with (
+        compressed(target, lambda index: 1 + index % 2),
+        pytest.raises(ValueError, match=r"hold 5 to 9 tokens.*compress every layer to the same length"),
+    ):
+        generate(target, random_head(target), input_ids=prompts(1)[0])
+
+
+@contextmanager
+def compressed(target, step_of):
+    """Layer `i` of the cache then holds every `step_of(i)`-th token of the prompt."""
+
     def compress(_module, _args, kwargs, _outputs):
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
-        for layer in cache.layers:
-            if layer.get_seq_length() == ids.shape[1]:
-                layer.keys, layer.values = layer.keys[:, :, ::2], layer.values[:, :, ::2]
+        for index, layer in enumerate(kwargs.get("cache", kwargs.get("past_key_values")).layers):
+            if layer.get_seq_length() == kwargs["input_ids"].shape[1]:
+                layer.keys, layer.values = (rows[:, :, :: step_of(index)] for rows in (layer.keys, layer.values))
 
     handle = target.base_model.register_forward_hook(compress, with_kwargs=True)
     try:
-        with pytest.raises(ValueError, match=r"holds 5 of the prompt's 9 tokens.*give one prompt without padding"):
-            generate(target, head, input_ids=ids, attention_mask=mask)
+        yield
     finally:
         handle.remove()
 

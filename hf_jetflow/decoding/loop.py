@@ -33,6 +33,9 @@ def decode(
     call = Call(input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs)
     session = DecodingSession(model, head, call)
     while not session.is_finished:
+        if session.needs_fresh_cache:
+            session.read_again()
+            continue
         session.drop_finished()
         policy = session.policy
         plan = policy.plan(session.num_remaining, session.max_nodes)

@@ -8,7 +8,7 @@ swapped out: the last active sequence takes over its batch slot.
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -16,6 +16,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.utils import ModelOutput
 
 from .._compat import CACHE_NAME
 from ..head.modeling_jetflow import JetFlowHead
@@ -99,23 +100,44 @@ class DecodingSession:
         )
         self._target = Target(model, head.config)
         self.stats = head.last_stats = GenerationStats()
-        self._read_prompt(call)
+        self._call = call
+        self._read_text(call.input_ids, call.model_kwargs)
         self._observers = (*TreeLog(head, self.stats).observers, *head.round_observers)
-        if not self.is_finished:
-            self._context.strategy.open()
 
     @_step("prefill")
-    def _read_prompt(self, call: Call) -> None:
-        past = recall(call.model_kwargs.get(CACHE_NAME), self._head)
-        self._context, states = self._target.prefill(call.input_ids, call.generation_config, call.model_kwargs)
+    def _read_text(self, input_ids: torch.Tensor, model_kwargs: dict[str, Any], is_prompt: bool = True) -> None:
+        cache = model_kwargs.get(CACHE_NAME)
+        past = recall(cache, self._head)
+        self._context, states = self._target.prefill(input_ids, self._call.generation_config, model_kwargs, is_prompt)
         # Prompts given as embeddings, and an adapter's virtual tokens, are cached without an id.
-        self._num_without_id = int(self._context.rows.lengths[0]) - self._num_prompt
+        self._num_without_id = int(self._context.rows.lengths[0]) - input_ids.shape[1]
         self._emitter.record_prompt(states)
+        if self._context.cache is not cache:  # a target may start a new one, and read all of the text
+            past = None
         self._drafter = JetFlowCandidateGenerator(self._head, self._target, self._context, past)
         self._drafter.observe(states)
         for row, chooser in enumerate(self._choosers):
             token = chooser.choose(states.logits[row], self._emitter.committed_ids(row))
             self._emitter.push(row, token, chooser.scores)
+        if not self.is_finished:
+            self._context.strategy.open()
+
+    @property
+    def needs_fresh_cache(self) -> bool:
+        """Whether plain decoding's next step starts a new cache."""
+        return self._context.needs_fresh_cache(self._emitter.length)
+
+    def read_again(self) -> None:
+        """Read all text so far into a new cache, as plain decoding does where one is needed."""
+        strategy, emitter = self._context.strategy, self._emitter
+        strategy.settle(emitter.length - 1 + self._num_without_id)
+        model_kwargs = self._model._update_model_kwargs_for_generation(
+            ModelOutput({CACHE_NAME: strategy.cache}),
+            dict(self._call.model_kwargs),
+            num_new_tokens=emitter.num_new_tokens,
+        )
+        self._read_text(emitter.committed_ids(), model_kwargs, False)
+        self.stats.count_round(0, 0, [0])
 
     @property
     def is_finished(self) -> bool:
@@ -219,10 +241,15 @@ class DecodingSession:
         strategy, rest_ids = self._context.strategy, self._emitter.rest_ids()
         strategy.rows.cut([length - 1 + self._num_without_id for length in self._emitter.lengths])
         strategy.rows.recall()
+        num_missing = strategy.rows.lengths.max() - strategy.rows.lengths
         for start in range(0, rest_ids.shape[1], REST_ROWS):
             chain = chain_of(rest_ids[strategy.rows.order, start : start + REST_ROWS])
+            num_read = (num_missing - start).clamp(0, chain.num_nodes)
+            # Sequences that lack fewer tokens repeat their last position: there may be none behind it.
+            depths = chain.depths.minimum((num_read - 1).clamp_min(0)[:, None].to(chain.depths.device))
+            chain = replace(chain, depths=depths)
             self._target.verify(self._context, chain)
-            strategy.commit(chain, [list(range(chain.num_nodes))] * len(rest_ids))
+            strategy.commit(chain, [list(range(length)) for length in num_read.tolist()])
 
 
 def make_choosers(call: Call, wants: dict[str, Any], noise: BatchNoise) -> list[Chooser]:

@@ -18,7 +18,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3RMSNorm,
-    Qwen3RotaryEmbedding,
     eager_attention_forward,
     rotate_half,
 )
@@ -36,6 +35,7 @@ from .checkpoint_files import (
 from .configuration_jetflow import JetFlowConfig
 from .formats import read_head, recognize
 from .linear import DraftLinear
+from .rotary import DraftRotaryEmbedding
 
 
 FLOAT16_TAP_LIMIT = 64.0  # largest value in float16 taps before the fusion; its sums must stay below 65504
@@ -174,7 +174,7 @@ class JetFlowHead(PreTrainedModel):
         self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.layers = nn.ModuleList(JetFlowDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = Qwen3RotaryEmbedding(config)
+        self.rotary_emb = DraftRotaryEmbedding(config)
         self.mask_embedding = nn.Parameter(torch.zeros(config.hidden_size)) if config.mask_token_id is None else None
         self.branch_correction = BranchCorrection(config) if config.branch_correction is not None else None
         num_scored = config.draft_vocab_size or config.vocab_size

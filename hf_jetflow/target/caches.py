@@ -188,6 +188,21 @@ def check_padded_rows(cache: Cache, is_padding: torch.Tensor) -> None:
         )
 
 
+def check_even_rows(cache: Cache) -> None:
+    """
+    Refuse a cache whose layers hold different numbers of tokens, as some hooks that compress it leave it.
+
+    Raises:
+        ValueError: Saying how many tokens the layers hold.
+    """
+    lengths = {layer.get_seq_length() for layer in cache.layers if type(layer) in (DynamicLayer, GrowingLayer)} - {0}
+    if len(lengths) > 1:
+        raise ValueError(
+            f"the layers of the cache hold {min(lengths)} to {max(lengths)} tokens, but a draft tree has one mask for "
+            "all layers; compress every layer to the same length, or generate without `assistant_model`"
+        )
+
+
 def cache_windows(cache: Cache) -> list[int | None]:
     """Window of each layer of the target's cache in positions; `None` for layers that hold every token."""
     return [layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None for layer in cache.layers]

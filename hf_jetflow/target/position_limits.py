@@ -1,90 +1,123 @@
-"""Positions behind which a target must not be shown drafted tokens.
+"""Positions that the rows of one forward must not straddle.
 
-Two kinds of borders. A table of learned positions ends: a drafted token behind its end cannot be looked up, although
-the text may end before it. And rotary frequencies may depend on the longest position of a forward: a drafted token
-behind the border would switch them for every row of the forward. Plain decoding crosses such a border with one token;
-so does a round without drafted tokens.
+Three kinds of borders. A table of positions ends: a drafted token behind its end cannot be looked up, although the
+text may end before it. Rotary frequencies depend on the longest position of a forward: a drafted token behind the
+border would switch them for every row. And plain decoding may read the whole text again there, into a new cache
+(Phi-3). Plain decoding comes to a border with a forward of one row, so a round ends in front of it or starts on it.
 """
 
 import inspect
+from bisect import bisect_right
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+# Lengths in configurations. One name too many costs a short round, a missing one may cost an index error.
+LENGTHS = (
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "max_seq_len",
+    "max_target_positions",
+    "original_max_position_embeddings",
+)
+SINES = ("embed_positions", "pos_encoding")  # tensors of sines by position, as in GPT-J and CTRL
 
 
 @dataclass(frozen=True)
 class PositionLimits:
     """The borders of one target."""
 
-    end: int | None = None  # last position that drafted tokens may ever have
-    switch: int | None = None  # first position with other rotary frequencies, which are constant on both sides
+    borders: tuple[int, ...] = ()  # ascending; no round has rows on both sides of one
+    plain_from: int | None = None  # from here on every length has frequencies of its own, so a forward reads one row
+    fresh_at: int | None = None  # cached tokens at which plain decoding starts a new cache
+    batch_end: int | None = None  # a longer text changes how the other sequences of its batch are read, or fails
 
-    def max_depth(self, anchor_position: int) -> int | None:
-        """Depth that drafted tokens may have behind an anchor, the foremost of a batch; `None` if any."""
-        limits = [] if self.end is None else [self.end - anchor_position]
-        if self.switch is not None and anchor_position < self.switch:
-            limits.append(self.switch - 1 - anchor_position)
-        return max(min(limits), 0) if limits else None
+    def max_depth(self, position: int) -> int | None:
+        """Depth that drafted tokens may have behind an anchor at `position`; `None` if any."""
+        if self.plain_from is not None and position >= self.plain_from:
+            logger.warning_once(
+                f"from position {self.plain_from} on, the target's dynamic RoPE changes with every token: the rest of "
+                "the text is decoded plainly, without the draft head."
+            )
+            return 0
+        index = bisect_right(self.borders, position)
+        return self.borders[index] - 1 - position if index < len(self.borders) else None
 
 
 def position_limits(model: PreTrainedModel) -> PositionLimits:
     """The borders of a target."""
-    sizes = [*_table_sizes(model), rope_border(model, is_growing=True)]
-    end = min((size - 1 for size in sizes if size is not None), default=None)
-    return PositionLimits(end, rope_border(model, is_growing=False))
-
-
-def rope_border(model: PreTrainedModel, is_growing: bool) -> int | None:
-    """
-    Length of text from which on rotary frequencies are others, the least over the layers; `None` if they never change.
-
-    Args:
-        is_growing (`bool`): Asks for frequencies that go on changing with the length (dynamic NTK); else for those
-            that change once (longrope).
-    """
     text = model.config.get_text_config(decoder=True)
-    borders = []
+    lengths = [getattr(text, name, None) for name in LENGTHS]
+    tables, growing, switching = _table_sizes(model), [], []
     for rope in _rope_parameters(text):
         kind = rope.get("rope_type") or rope.get("type") or "default"
-        if is_growing and "dynamic" in kind:
-            borders.append(text.max_position_embeddings)
-        elif not is_growing and kind == "longrope":
+        if "dynamic" in kind:
+            growing.append(text.max_position_embeddings)
+        elif kind == "longrope":
             original = rope.get("original_max_position_embeddings")
-            borders.append(original or getattr(text, "original_max_position_embeddings", text.max_position_embeddings))
-    return min(borders, default=None)
+            switching.append(original or getattr(text, LENGTHS[-1], None) or text.max_position_embeddings)
+    fresh_at = getattr(text, LENGTHS[-1], None) if _restarting_names(model) else None
+    ends = [end for end in (*tables, *growing, *switching, fresh_at) if end is not None]
+    return PositionLimits(
+        borders=tuple(sorted({*ends, *(length for length in lengths if isinstance(length, int))})),
+        plain_from=min(growing, default=None),
+        fresh_at=fresh_at,
+        batch_end=min(ends, default=None),
+    )
 
 
-def plain_reason(model: PreTrainedModel, num_sequences: int, num_prompt: int, max_length: int | None) -> str | None:
+def border_reason(
+    model: PreTrainedModel, cache: Cache | None, num_sequences: int, num_prompt: int, max_length: int | None
+) -> str | None:
     """
-    Why the text of a call crosses a border that only plain decoding crosses exactly; `None` if it does not.
+    Why a call must be decoded plainly on account of a border; `None` if it need not.
 
     Args:
-        num_prompt (`int`): Tokens of the prompt, padding included.
+        cache (`Cache`, *optional*): The one that the call is given.
+        num_prompt (`int`): Tokens of the prompt; padding and those given as embeddings or cached are included.
         max_length (`int`, *optional*): Tokens of the longest text that the call may yield; `None` without a limit.
     """
-    text = model.config.get_text_config(decoder=True)
-    restart = getattr(text, "original_max_position_embeddings", None)
-    if restart is not None and num_prompt <= restart and _is_longer(max_length, restart) and _restarts(model):
+    limits, kind = position_limits(model), model.config.model_type
+
+    def reaches(end: int | None) -> bool:
+        return end is not None and (max_length is None or max_length - 1 > end)  # the last token is not read
+
+    if num_sequences > 1 and reaches(limits.batch_end):
         return (
-            f"`{text.model_type}` reads its text from scratch once it is longer than {restart} tokens; set "
-            "`max_new_tokens` so that the text stays shorter, to draft it"
+            f"beyond {limits.batch_end} tokens `{kind}` has other rotary frequencies or no positions, and the "
+            "sequences of a batch would get there at different times"
         )
-    if num_sequences > 1:
-        limits = position_limits(model)
-        borders = [None if limits.end is None else limits.end + 1, limits.switch]
-        border = min((border for border in borders if border is not None), default=None)
-        if border is not None and _is_longer(max_length, border):
-            return (
-                f"beyond {border} tokens `{text.model_type}` has other rotary frequencies or no positions, and the "
-                "sequences of a batch would get there at different times"
-            )
+    if limits.fresh_at is not None and reaches(limits.fresh_at) and _forgets(model):
+        num_read = (0 if cache is None else int(cache.get_seq_length())) or num_prompt
+        if num_read > limits.fresh_at:  # never again
+            return None
+        return (
+            f"beyond {limits.fresh_at} tokens `{kind}` starts a new cache, and this release of transformers then "
+            "forgets the text; use transformers 5.24 or newer"
+        )
     return None
 
 
-def _is_longer(max_length: int | None, border: int) -> bool:
-    return max_length is None or max_length > border
+def _forgets(model: PreTrainedModel) -> bool:
+    """Whether the step that starts a new cache is given the last token only, as early releases of transformers do."""
+    return "next_sequence_length" not in _restarting_names(model)
+
+
+def _restarting_names(model: PreTrainedModel) -> tuple[Any, ...]:
+    """Names and constants in the method that starts a new cache at the original length; empty if none does."""
+    for kind in type(model).__mro__:
+        prepare = vars(kind).get("prepare_inputs_for_generation")
+        code = getattr(inspect.unwrap(prepare), "__code__", None) if callable(prepare) else None
+        if code is not None and LENGTHS[-1] in (names := code.co_names + code.co_consts):
+            return names
+    return ()
 
 
 def _rope_parameters(text: PreTrainedConfig) -> list[dict]:
@@ -92,12 +125,6 @@ def _rope_parameters(text: PreTrainedConfig) -> list[dict]:
     parameters = getattr(text, "rope_parameters", None) or {}
     nested = [entry for entry in parameters.values() if isinstance(entry, dict)]
     return nested or [parameters]
-
-
-def _restarts(model: PreTrainedModel) -> bool:
-    """Whether the target drops its cache when a text outgrows its original length (Phi-3 and its kin)."""
-    prepare = inspect.unwrap(type(model).prepare_inputs_for_generation)
-    return "original_max_position_embeddings" in prepare.__code__.co_names + prepare.__code__.co_consts
 
 
 def _table_sizes(model: PreTrainedModel) -> list[int]:
@@ -109,7 +136,6 @@ def _table_sizes(model: PreTrainedModel) -> list[int]:
         leaf = name.rsplit(".", 1)[-1]
         if isinstance(module, nn.Embedding) and ("position" in leaf or leaf == "wpe"):
             sizes.append(module.num_embeddings - getattr(module, "offset", 0))
-        table = getattr(module, "embed_positions", None)  # sines by position, as in GPT-J
-        if isinstance(table, torch.Tensor) and table.ndim == 2:
-            sizes.append(len(table))
+        tables = [module._buffers.get(sines, vars(module).get(sines)) for sines in SINES]
+        sizes += [len(table) for table in tables if isinstance(table, torch.Tensor) and table.ndim == 2]
     return sizes

@@ -177,6 +177,8 @@ def _compare(
 
 def _step_positions(model: PreTrainedModel, first: dict[str, Any], second: dict[str, Any]) -> torch.Tensor | None:
     one, two = (step.get("position_ids") for step in (first, second))
+    if one is not None and two is not None:  # a step that starts a new cache has those of the whole text
+        one, two = one[..., -1:], two[..., -1:]
     if one is None:
         if passes_positions(model):
             raise _refusal(model, "the target makes up the `position_ids` of a step itself")

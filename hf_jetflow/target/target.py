@@ -18,7 +18,7 @@ from ..trees.tree import DraftTree
 from .adapters import AdapterNames
 from .attention import grouped_attention, mask_dtype
 from .batch_caches import BatchRows
-from .caches import check_padded_rows, check_target_cache
+from .caches import check_even_rows, check_padded_rows, check_target_cache
 from .layer_kinds import layer_windows, scaling_step, takes_trees
 from .masks import padding_mask, tree_masks
 from .position_limits import PositionLimits, position_limits
@@ -85,7 +85,17 @@ class Context:
     @property
     def max_depth(self) -> int | None:
         """Depth that the next round can draft; `None` if any."""
-        return self.position_limits.max_depth(int(self.positions.max()))
+        positions = self.positions
+        anchors = {*positions.tolist(), *self.rows.lengths.tolist()}  # some tables and caches go by place
+        if self.kind_offsets is not None:
+            anchors.update((self.kind_offsets[:, self.rows.decoded] + positions).flatten().tolist())
+        limits = [self.position_limits.max_depth(anchor) for anchor in anchors]
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def needs_fresh_cache(self, num_tokens: int) -> bool:
+        """Whether plain decoding's next step, with `num_tokens` of text, starts a new cache; never in a batch."""
+        fresh_at = self.position_limits.fresh_at
+        return fresh_at is not None and num_tokens > fresh_at and self.rows.lengths.tolist() == [fresh_at]
 
     @property
     def max_nodes(self) -> int | None:
@@ -119,10 +129,16 @@ class Target:
         self._takes_trees = takes_trees(model)
 
     def prefill(
-        self, input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+        self,
+        input_ids: torch.Tensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        is_prompt: bool = True,
     ) -> tuple[Context, TargetStates]:
         """
         Run the prompt as plain decoding does (chunks, embeddings and an earlier cache included).
+
+        Not `is_prompt`, it is the text of a later step of plain decoding that starts a new cache.
 
         Returns:
             `Context` and the `TargetStates` of the prompt's rows, padding left out; logits of the last row only.
@@ -146,10 +162,15 @@ class Target:
             forward_kwargs["output_attentions"] = True
         check_step_inputs(self.model, input_ids, model_kwargs)
         with self._collected_features() as parts:
-            outputs = self.model._prefill(input_ids, generation_config, {**model_kwargs, **forward_kwargs})
+            outputs = (
+                self.model._prefill(input_ids, generation_config, {**model_kwargs, **forward_kwargs})
+                if is_prompt
+                else self._step(input_ids, {**model_kwargs, **forward_kwargs})
+            )
         # Adapters with virtual tokens bring a cache of their own, and few targets return none.
         cache = check_target_cache(getattr(outputs, CACHE_NAME, cache))
         check_states(cache)
+        check_even_rows(cache)
         steps = read_step_inputs(self.model, input_ids, model_kwargs, outputs)
         features = torch.cat([part for part, _ in parts], dim=1)
         batch, num_rows = features.shape[:2]
@@ -161,10 +182,11 @@ class Target:
         if model_kwargs.get("attention_mask") is not None:
             is_padding = model_kwargs["attention_mask"] == 0
             check_padded_rows(cache, is_padding)
-            # Virtual tokens of an adapter lie before the prompt's.
-            is_padding = pad(is_padding, (num_cached - is_padding.shape[1], 0))
+            # An adapter's virtual tokens lie before the prompt's; a compressed cache holds fewer than were read.
+            is_padding = pad(is_padding, (max(num_cached, num_rows) - is_padding.shape[1], 0))
             is_pad = is_padding[:, -num_rows:].to(features.device)
             features, position_ids = without_padding(features, position_ids, is_pad)
+            is_padding = is_padding[:, -num_cached:]
         names = AdapterNames(self.model) if batch > 1 else None
         strategy = cache_strategy(cache, BatchRows(batch, num_cached, names), lambda chain: self._read(context, chain))
         context = Context(strategy, last_positions + 1 - num_cached, is_padding, wants_states, forward_kwargs)
@@ -182,6 +204,11 @@ class Target:
             attentions=(outputs.attentions or ()) if generation_config.output_attentions else (),
         )
         return context, states
+
+    def _step(self, input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> ModelOutput:
+        """One step of plain decoding, as the model itself prepares it."""
+        inputs = self.model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
+        return self.model(**inputs, return_dict=True)
 
     @contextmanager
     def _collected_features(self) -> Iterator[list[tuple[torch.Tensor, torch.Tensor | None]]]:
