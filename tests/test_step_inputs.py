@@ -101,6 +101,14 @@ class Steered(LlamaForCausalLM):
         return inputs
 
 
+class Shifted(LlamaForCausalLM):
+    """A model of the user's own, whose forward shifts the embeddings."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, shift=None, **kwargs):
+        own = dict(attention_mask=attention_mask, position_ids=position_ids)
+        return super().forward(inputs_embeds=self.get_input_embeddings()(input_ids) + shift, **own, **kwargs)
+
+
 class Other(Steered):
     """A subclass that hands each step something that verifies cannot repeat; `kind` says what."""
 
@@ -123,8 +131,8 @@ class Other(Steered):
             inputs["attention_mask"] = None
         return inputs
 
-    def forward(self, *args, extra=None, **kwargs):
-        return super().forward(*args, **kwargs)
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, extra=None, **kwargs):
+        return super().forward(input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
 
 
 def subclassed(kind: type[Steered], **overrides) -> Steered:
@@ -154,6 +162,39 @@ def test_keywords_of_the_models_own_forward(batch, budget):
     head = head_for(target, text[:1], budget)
     for do_sample in (False, True):
         assert_same(target, head, input_ids=ids, **own, do_sample=do_sample, pad_token_id=0)
+
+
+@pytest.mark.parametrize("shape", [(), (32,), (1, 1, 32)])
+def test_a_keyword_that_all_tokens_share(shape):
+    target = subclassed(Shifted)
+    shift = 2 * torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    text = target.generate(ids_of(1), shift=shift, max_new_tokens=14, do_sample=False)
+    assert_same(target, head_for(target, text, 16), input_ids=ids_of(1), shift=shift, do_sample=False)
+
+
+REFUSED = {
+    "number of the step": "`extra` differs from step to step",
+    "whole text": "`extra` differs from step to step",
+    "made from the token": "`extra` differs from step to step",
+    "object": "every step is given `extra`, a `SimpleNamespace`",
+    "positions": "`position_ids` of steps do not grow by one",
+    "mask": "`attention_mask` of a step is not the prompt's",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_a_verify_cannot_repeat_is_refused_before_the_prompt_is_read(kind):
+    target, ids = subclassed(Other), ids_of(1).repeat(2, 1)
+    target.kind = kind
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    kept = slice(0, 2) if kind == "mask" else slice(1, 2)
+    refused(target, REFUSED[kind], input_ids=ids[kept], attention_mask=mask[kept], pad_token_id=0)
+
+
+def test_a_value_without_an_entry_for_each_sequence_is_refused_in_a_batch():
+    shift = torch.randn(2, 1, 32)
+    refused(subclassed(Shifted), "`shift` has no entry per sequence", input_ids=ids_of(3), shift=shift)
 
 
 def test_an_iterator_is_refused_unread():

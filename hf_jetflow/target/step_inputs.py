@@ -39,13 +39,19 @@ class StepInputs:
     position_ids: torch.Tensor | None = None  # (1 or batch, 1) or (kinds, batch, 1), of the first step
     constants: dict[str, Any] = field(default_factory=dict)
     rows: dict[str, tuple[Any, int]] = field(default_factory=dict)  # one row, and its dimension
+    num_sequences: int = 1
 
     def keywords(self, batch_indices: list[int], num_rows: int) -> dict[str, Any]:
         """Those of a verify with `num_rows` rows of the sequences `batch_indices`, in this order."""
-        keywords = {name: _of_sequences(value, batch_indices) for name, value in self.constants.items()}
+        keywords = {name: self._of_sequences(value, batch_indices) for name, value in self.constants.items()}
         for name, (value, dim) in self.rows.items():
-            keywords[name] = _of_sequences(value, batch_indices).repeat_interleave(num_rows, dim)
+            keywords[name] = self._of_sequences(value, batch_indices).repeat_interleave(num_rows, dim)
         return keywords
+
+    def _of_sequences(self, value: Any, batch_indices: list[int]) -> Any:
+        """The value's entries of these sequences, if it has an entry for each; one sequence owns any value."""
+        is_batch = self.num_sequences > 1 and isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) > 1
+        return value[batch_indices] if is_batch else value
 
 
 def check_step_inputs(model: PreTrainedModel, input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
@@ -156,7 +162,7 @@ def _compare(
     if first.get("inputs_embeds") is not None:
         raise _refusal(model, "a step's `inputs_embeds` are made from more than its token")
     _check_mask(model, first.get("attention_mask"), model_kwargs.get("attention_mask"))
-    inputs = StepInputs(_step_positions(model, first, second))
+    inputs = StepInputs(_step_positions(model, first, second), num_sequences=batch)
     for name in sorted((first.keys() | second.keys() | both.keys()) - SET_BY_VERIFY):
         values = [step.get(name) for step in steps]
         if all(value is None for value in values):
@@ -240,11 +246,6 @@ def _is_per_sequence(value: Any, batch: int) -> bool:
     if isinstance(value, torch.Tensor):
         return value.ndim == 0 or value.shape[0] in (1, batch)
     return not isinstance(value, dict | list | tuple)
-
-
-def _of_sequences(value: Any, batch_indices: list[int]) -> Any:
-    is_batch = isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape[0] > 1
-    return value[batch_indices] if is_batch else value
 
 
 def _refusal(model: PreTrainedModel, reason: str) -> ValueError:
