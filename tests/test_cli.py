@@ -190,9 +190,9 @@ def test_a_bench_that_cannot_be_run_says_why(target_folder, prompts, tmp_path, o
 @pytest.mark.parametrize(
     ("arguments", "cause"),
     [
-        (["train", "--target", "x.gguf", "--prompts", "PROMPTS", "--output", "run"], "`x.gguf` does not exist"),
-        (["train", "--target", "TARGET", "--output", "run"], "nothing to train on"),
-        (["train", "--target", "TARGET", "--prompts", "BAD", "--output", "run"], "line 1: not valid JSON"),
+        (["train", "--target", "x.gguf", "--prompts", "PROMPTS", "--output", "OUT"], "`x.gguf` does not exist"),
+        (["train", "--target", "TARGET", "--output", "OUT"], "nothing to train on"),
+        (["train", "--target", "TARGET", "--prompts", "BAD", "--output", "OUT"], "line 1: not valid JSON"),
         (
             ["train", "--target", "TARGET", "--prompts", "PROMPTS", "--output", "OUT", "--mask-token", "<none>"],
             "'<none>'",

@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from ..errors import JetFlowError
 from ..trees.tree import DraftTree, trim_tree
 
 
@@ -53,7 +54,7 @@ def read_limits(generation_config: GenerationConfig, block_size: int) -> RoundPl
     The limits of the head's generation config, validated; for `node_budget="auto"` its largest budget.
 
     Raises:
-        ValueError: If `node_budget`, `max_depth` or `width` is out of range; the message gives the range.
+        JetFlowError: If `node_budget`, `max_depth` or `width` is out of range; the message gives the range.
     """
     # Not declared by `GenerationConfig`, so read with a default.
     node_budget: Any = getattr(generation_config, "node_budget", None)
@@ -62,16 +63,16 @@ def read_limits(generation_config: GenerationConfig, block_size: int) -> RoundPl
     if node_budget == "auto":
         node_budget = AUTO_BUDGETS[-1]
     if not _is_int(node_budget) or node_budget < 1:
-        raise ValueError(
+        raise JetFlowError(
             f"`node_budget` is {node_budget!r}, but must be 'auto' or an integer of at least 1 (root included)"
         )
     if not _is_int(max_depth) or not 1 <= max_depth < block_size:
-        raise ValueError(
+        raise JetFlowError(
             f"`max_depth` is {max_depth!r}, but this head drafts 1 .. {block_size - 1} levels "
             f"(`block_size` {block_size})"
         )
     if width is not None and (not _is_int(width) or width < 1):
-        raise ValueError(f"`width` is {width!r}, but must be an integer of at least 1 (1 drafts a chain)")
+        raise JetFlowError(f"`width` is {width!r}, but must be an integer of at least 1 (1 drafts a chain)")
     width = min(width or MAX_WIDTH, max(node_budget - 1, 1))
     return RoundPlan(node_budget, max_depth, width, max_continued=MAX_CONTINUED * (max_depth == block_size - 1))
 
