@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .rows import Row, machine, nodes_label, row_groups, row_name
+from .rows import CONTROL_NAME, Row, machine, nodes_label, row_groups, row_name
 from .settings import LOOP_METHODS
 
 
@@ -13,13 +13,15 @@ def print_tables(result: dict[str, Any], console: Console) -> None:
     """Print the result as tables."""
     found = result["environment"]
     console.print(f"{machine(found)}, torch {found['torch']}, transformers {found['transformers']}", highlight=False)
+    control = {f"{label}, greedy": share for label, share in result.get("control", {}).items()}
     for label, rows in row_groups(result["rows"]):
-        console.print(_rows_table(label, rows))
+        console.print(_rows_table(label, rows, control.get(label)))
     if any(result["agreement"].values()):
         console.print(_agreement_table(result["agreement"]))
 
 
-def _rows_table(label: str, rows: list[Row]) -> Table:
+def _rows_table(label: str, rows: list[Row], control: float | None) -> Table:
+    """The rows of a prompt set; `control` is the share of plain texts that stay the same in a batch."""
     counts = f"{rows[0]['num_prompts']} prompts of {rows[0]['prompt_tokens']:g} tokens"
     table = Table(title=f"{label} ({counts}, {rows[0]['dtype']})", caption=_auto_choices(rows))
     columns = ("tokens/round", "tokens/s", "speedup", "quartiles", "prefill", "decoding", "loop", "identical")
@@ -38,6 +40,8 @@ def _rows_table(label: str, rows: list[Row]) -> Table:
             "" if row["loop_efficiency"] is None else f"{100 * row['loop_efficiency']:.0f} %",
             f"{100 * row['identical_to_plain']:.0f} %",
         )
+    if control is not None:
+        table.add_row(CONTROL_NAME, *[""] * (len(columns) - 1), f"{100 * control:.0f} %")
     return table
 
 
@@ -72,13 +76,14 @@ def _agreement_table(agreement: dict[str, dict[str, list[float]]]) -> Table:
 
 
 def closing_sentences(rows: list[Row]) -> list[str]:
-    """The best method of each prompt set, or that no method helps; and methods whose text is wrong."""
+    """The best method of each prompt set, or that no method helps; and methods whose text or speed cannot be right."""
     sentences = []
     for label, group in row_groups(rows):
         drafted = [row for row in group if row["method"] != "plain"]
         if drafted:
             sentences.append(f"{label}: {_verdict(max(drafted, key=lambda row: row['speedup']))}")
         sentences += [f"{label}: {row_name(row)} {_WRONG_TEXT}" for row in drafted if _has_wrong_text(row)]
+        sentences += [f"{label}: {row_name(row)} {_DISTURBED}" for row in drafted if _is_disturbed(row)]
     return sentences
 
 
@@ -91,6 +96,16 @@ def _verdict(best: Row) -> str:
 
 
 _WRONG_TEXT = "gave other text than plain decoding, which must not happen in float32; please report it."
+
+
+_DISTURBED = (
+    "shows a speedup above its tokens per round, which drafting alone cannot give: plain decoding was slowed down, by "
+    "other work or by its attention over a long context. Measure again on a quiet machine."
+)
+
+
+def _is_disturbed(row: Row) -> bool:
+    return row["method"] in LOOP_METHODS and row["speedup"] > row["tokens_per_round"]
 
 
 def _has_wrong_text(row: Row) -> bool:
