@@ -433,6 +433,25 @@ def test_the_command_prints_a_table_and_writes_json_from_configurations_alone(fo
     assert 0 < row["speedup"] < 2.2 * row["seconds"]["plain"]  # the round takes over a second
 
 
+def test_the_command_says_what_was_never_confirmed_and_why_batch_sizes_do_not_differ(folders):
+    arguments = ["--target", folders / "target", "--head", folders / "head", "--acceptance", folders / "ranks.json"]
+
+    def output(*options):
+        return " ".join(simulate_command(*arguments, "--node-budgets", "4", *options).output.split())
+
+    eager = output("--batch-sizes", "1,4,16")
+    assert "Never confirmed by a measurement: the speed of hf_jetflow on a GPU, batches of several sequences." in eager
+    assert "The batch sizes do not differ: in eager mode launching the layers takes longer" in eager
+    graphed = output("--batch-sizes", "1,64", "--hardware", "a100-graphed", "--context", "4096")
+    assert "any figure of an A100, graphed execution, batches" in graphed
+    assert "do not differ" not in graphed
+    alone = output("--batch-sizes", "1")
+    assert "batches" not in alone
+    assert "do not differ" not in alone
+    (folders / "mine.json").write_text(json.dumps({**dataclasses.asdict(PRESETS["h100"]), "host_seconds": 1.0}))
+    assert "Never confirmed" not in output("--batch-sizes", "1", "--hardware", folders / "mine.json")
+
+
 def test_the_command_draws_a_figure_or_names_the_missing_package(folders, monkeypatch):
     arguments = ["--target", folders / "target", "--head", folders / "head", "--acceptance", folders / "ranks.json"]
     if importlib.util.find_spec("matplotlib"):
