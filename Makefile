@@ -106,8 +106,9 @@ format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Pages that are made from code and results, and the site, in site/.
+# Pages and tables that are made from code and results, and the site, in site/.
 docs: $(VENV)/.docs
+	$(BIN)/python tools/tables.py
 	$(BIN)/python tools/command_page.py
 	$(BIN)/python examples/write_card.py
 	$(BIN)/python examples/write_card.py --template MODEL_CARD.md

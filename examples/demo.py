@@ -3,8 +3,8 @@
 make demo
 python examples/demo.py --max-new-tokens 200 --node-budget 32 --temperature 0.7
 
-The first prompt is answered in float32, where both texts are identical. Then follow the others in the dtype that is fastest
-on this machine, plain and with the head in turn. The texts of the first runs are shown, the speeds are medians.
+The first prompt is answered in float32, where both texts are identical. The others follow in the dtype that is fastest on
+this machine, plain and with the head in turn. The texts of the first runs are shown; speeds are medians.
 """
 
 import argparse
@@ -90,7 +90,12 @@ class Demo:
         return f"{self.head.last_stats.tokens_per_round:.2f} tokens per round"
 
     def compare(self, name: str, prompt: str) -> tuple[str, list[int], bool]:
-        """A line of the summary, the plain ids, and whether the head's are the same. Plain and drafted runs alternate."""
+        """
+        Answer a prompt, plain and with the head in turn.
+
+        Returns:
+            The line of the summary, the plain answer's ids, and whether the head's answer is the same.
+        """
         console.print(f"[bold]{name}[/]: {prompt}")
         ids: dict[str, list[int]] = {}
         seconds: dict[str, list[float]] = {"plain": [], "with the draft head": []}

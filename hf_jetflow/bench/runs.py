@@ -192,9 +192,7 @@ def new_answers(target: PreTrainedModel, inputs: dict[str, torch.Tensor], output
     ends = target.generation_config.eos_token_id
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     answers = output[:, inputs["input_ids"].shape[1] :].tolist()
-    return [
-        ids[: next((index + 1 for index, token in enumerate(ids) if token in ends), len(ids))] for ids in answers
-    ]
+    return [ids[: next((index + 1 for index, token in enumerate(ids) if token in ends), len(ids))] for ids in answers]
 
 
 def synchronize(model: PreTrainedModel) -> None:
