@@ -3,8 +3,8 @@
 make demo
 python examples/demo.py --max-new-tokens 200 --node-budget 32 --temperature 0.7
 
-The first prompt is answered in float32, where both texts are identical. The others follow in the dtype that is fastest on
-this machine, plain and with the head in turn. The texts of the first runs are shown; speeds are medians.
+The first prompt is answered in float32, where both texts are identical. The others follow in the dtype that is
+fastest on this machine, plain and with the head in turn. The texts of the first runs are shown; speeds are medians.
 """
 
 import argparse

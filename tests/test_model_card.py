@@ -134,6 +134,6 @@ def test_a_card_is_written_for_a_head_of_one_s_own(tmp_path, monkeypatch, tiny_t
     written = ModelCard.load(tmp_path / "head" / "README.md")
     assert (written.data.license, written.data.base_model, written.data.datasets) == ("mit", "org/target", None)
     assert "Three answers." in written.text
-    assert 'JetFlowHead.from_pretrained("me/head"' in written.text
+    assert '    "me/head",\n' in written.text
     facts = read_result(write_card.SHIPPED["results"])["environment"]
     assert f"AMD EPYC with 2 threads, torch 2.13.0+cpu, transformers {facts['transformers']}." in written.text

@@ -2,8 +2,8 @@
 
 make docs
 
-A table stands between `<!-- table NAME -->` and `<!-- end of table -->`; NAME is a key of `TABLES`. Each ends with a line
-that says when and with what it was measured.
+A table stands between `<!-- table NAME -->` and `<!-- end of table -->`; NAME is a key of `TABLES`. Each ends with a
+line that says when and with what it was measured.
 """
 
 import json
@@ -275,11 +275,11 @@ def memory() -> str:
 
 def branch_scores() -> str:
     fields = ["tokens_per_round", "without_ngrams", "without_correction", "without_both"]
-    lines = [
-        [SETS[row["prompts"]], str(row["node_budget"])]
-        + best_is_bold([f"{row[field]:.2f}" for field in fields], [row[field] for field in fields])
-        for row in read("correction_smollm2")["rows"]
-    ]
+    lines = []
+    for row in read("correction_smollm2")["rows"]:
+        values = [row[field] for field in fields]
+        cells = best_is_bold([f"{value:.2f}" for value in values], values)
+        lines.append([SETS[row["prompts"]], str(row["node_budget"]), *cells])
     heading = ["prompts", "nodes", "both", "without n-grams", "without correction", "without both"]
     return table(heading, lines, "correction_smollm2")
 

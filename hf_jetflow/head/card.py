@@ -24,7 +24,11 @@ from hf_jetflow import JetFlowHead
 
 target = AutoModelForCausalLM.from_pretrained("{target_id}", dtype="auto", device_map="auto")
 tokenizer = AutoTokenizer.from_pretrained("{target_id}")
-head = JetFlowHead.from_pretrained("{name}", dtype=target.dtype, device_map=target.device)
+head = JetFlowHead.from_pretrained(
+    "{name}",
+    dtype=target.dtype,
+    device_map=target.device,
+)
 
 messages = [{{"role": "user", "content": "Why is the sky blue?"}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
