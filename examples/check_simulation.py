@@ -7,7 +7,6 @@ import argparse
 import dataclasses
 import json
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +39,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
     result = run_checks()
-    for line in table_lines(result):
-        print(line)
+    for lines in tables(result).values():
+        print(*lines, sep="\n")
     for name, check in result.items():
         if "errors_percent" in check:
             print(f"{name}: {json.dumps(check['errors_percent'])}")
@@ -234,36 +233,53 @@ def _errors(groups: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, floa
     }
 
 
-def table_lines(result: dict[str, Any]) -> Iterator[str]:
-    """Rows of the tables of docs/cost-model.md."""
-    for row in result["this_cpu"]["rows"]:
-        kind = "chain of 8" if row["method"] == "chain" else row["node_budget"]
-        errors = f"{row['error_percent']:+.1f} % | {row['error_percent_of_median']:+.1f} %"
-        speedups = f"{row['predicted_speedup']:.2f} | {row['measured_speedup']:.2f} | {row['median_of_prompts']:.2f}"
-        tokens = f"{row['tokens_per_round']:.2f}"
-        yield f"| {row['prompts']} | {kind} | {tokens} | {speedups} | {'fitted | ' if row['is_fitted'] else errors} |"
-    for row in result["eager_plain_h20"]["rows"]:
-        error = "fitted" if row["is_fitted"] else f"{row['error_percent']:+.1f} %"
-        rates = f"{row['predicted_tokens_per_second']:.2f} | {row['published_tokens_per_second']:.2f}"
-        yield f"| {row['target']} | {row['num_layers']} | {rates} | {error} |"
-    for row in result["published_h100_eager"]["rows"]:
-        method = f"{row['method']} ({row['node_budget']}), T = {row['temperature']}"
-        speedups = f"{row['predicted_speedup']:.2f} | {row['published_speedup']:.2f} | {row['error_percent']:+.1f} %"
-        yield f"| {row['target']} | {method} | {row['prompts']} | {row['tokens_per_round']:.2f} | {speedups} |"
-    for row in result["trees_from_ranks"]["rows"]:
-        tokens = f"{row['predicted_tokens_per_round']:.2f} | {row['measured_tokens_per_round']:.2f}"
-        yield f"| {row['prompts']} | {row['node_budget']} | {tokens} | {row['error_percent']:+.1f} % |"
-    gains: dict[tuple[Any, ...], list[float]] = {}
-    rows = result["predicted_h100_graphed"]["rows"]
+def tables(result: dict[str, Any]) -> dict[str, list[str]]:
+    """Rows of the tables of docs/cost-model.md, by the check that they belong to."""
+    return {
+        "this_cpu": [_cpu_line(row) for row in result["this_cpu"]["rows"]],
+        "eager_plain_h20": [_plain_line(row) for row in result["eager_plain_h20"]["rows"]],
+        "published_h100_eager": [_published_line(row) for row in result["published_h100_eager"]["rows"]],
+        "trees_from_ranks": [_ranks_line(row) for row in result["trees_from_ranks"]["rows"]],
+        "predicted_h100_graphed": _graphed_lines(result["predicted_h100_graphed"]["rows"]),
+    }
+
+
+def _cpu_line(row: dict[str, Any]) -> str:
+    kind = "chain of 8" if row["method"] == "chain" else row["node_budget"]
+    errors = f"{row['error_percent']:+.1f} % | {row['error_percent_of_median']:+.1f} %"
+    speedups = f"{row['predicted_speedup']:.2f} | {row['measured_speedup']:.2f} | {row['median_of_prompts']:.2f}"
+    errors = "fitted | " if row["is_fitted"] else errors
+    return f"| {row['prompts']} | {kind} | {row['tokens_per_round']:.2f} | {speedups} | {errors} |"
+
+
+def _plain_line(row: dict[str, Any]) -> str:
+    error = "fitted" if row["is_fitted"] else f"{row['error_percent']:+.1f} %"
+    rates = f"{row['predicted_tokens_per_second']:.2f} | {row['published_tokens_per_second']:.2f}"
+    return f"| {row['target']} | {row['num_layers']} | {rates} | {error} |"
+
+
+def _published_line(row: dict[str, Any]) -> str:
+    method = f"{row['method']} ({row['node_budget']}), T = {row['temperature']}"
+    speedups = f"{row['predicted_speedup']:.2f} | {row['published_speedup']:.2f} | {row['error_percent']:+.1f} %"
+    return f"| {row['target']} | {method} | {row['prompts']} | {row['tokens_per_round']:.2f} | {speedups} |"
+
+
+def _ranks_line(row: dict[str, Any]) -> str:
+    tokens = f"{row['predicted_tokens_per_round']:.2f} | {row['measured_tokens_per_round']:.2f}"
+    return f"| {row['prompts']} | {row['node_budget']} | {tokens} | {row['error_percent']:+.1f} % |"
+
+
+def _graphed_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """One line for the middle matrix efficiency, with the gains of the lowest and the highest."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        key = row["target"], row["batch_size"], row["node_budget"]
-        gains.setdefault(key, []).append(row["speedup_per_token_of_a_round"])
-    for row in rows:
-        if row["matrix_efficiency"] == MATRIX_EFFICIENCIES[1]:
-            key = row["target"], row["batch_size"], row["node_budget"]
-            low, middle, high = gains[key]
-            times = f"{row['plain_milliseconds']:.1f} | {row['verify_milliseconds']:.1f}"
-            yield f"| {' | '.join(map(str, key))} | {times} | {middle:.2f} | {low:.2f} - {high:.2f} |"
+        groups.setdefault((row["target"], row["batch_size"], row["node_budget"]), []).append(row)
+    lines = []
+    for key, group in groups.items():
+        low, middle, high = (row["speedup_per_token_of_a_round"] for row in group)
+        times = " | ".join(f"{group[1][name]:.1f}" for name in ("plain_milliseconds", "verify_milliseconds"))
+        lines.append(f"| {' | '.join(map(str, key))} | {times} | {middle:.2f} | {low:.2f} - {high:.2f} |")
+    return lines
 
 
 if __name__ == "__main__":

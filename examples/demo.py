@@ -1,12 +1,17 @@
-"""Let SmolLM2-135M-Instruct answer three prompts, without and with its draft head, through `model.generate`.
+"""Let SmolLM2-135M-Instruct answer prompts, without and with its draft head, through `model.generate`.
 
 make demo
 python examples/demo.py --max-new-tokens 200 --node-budget 32 --temperature 0.7
+
+The first prompt is answered in float32, where both texts are identical. The others follow in the dtype that is
+fastest on this machine, plain and with the head in turn. The texts of the first runs are shown; speeds are medians.
 """
 
 import argparse
+import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -14,10 +19,13 @@ from smollm2 import gguf_path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from hf_jetflow import JetFlowHead
-from hf_jetflow.target.loading import load_target
+from hf_jetflow.bench.runs import new_answers, padded_inputs
+from hf_jetflow.prompts import encode_chat
+from hf_jetflow.target.loading import fast_dtype, load_target
 
 
 HEAD = Path(__file__).parent / "heads" / "smollm2-135m-instruct"
+PROOF = "Why is the sky blue?"
 PROMPTS = {
     "math": "A bakery sells 24 muffins in the morning and twice as many in the afternoon. Each muffin costs $3. "
     "How much money does the bakery make that day?",
@@ -35,45 +43,112 @@ class TimedStreamer(TextStreamer):
         console.print(text, end="\n" if stream_end else "", markup=False, style="dim")
 
 
-def answer(
-    target: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    input_ids: torch.Tensor,
-    args: argparse.Namespace,
-    head: JetFlowHead | None,
-) -> tuple[list[int], float]:
-    """New token ids and seconds of one `generate` call; the text is streamed."""
-    torch.manual_seed(0)
-    sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
-    start = time.perf_counter()
-    output = target.generate(
-        input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=args.max_new_tokens,
-        streamer=TimedStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        assistant_model=head,
-        **sampling,
-    )
-    return output[0, input_ids.shape[1] :].tolist(), time.perf_counter() - start
+class Demo:
+    """A target with its head, and how they answer."""
+
+    def __init__(self, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace):
+        self.target, self.tokenizer, self.args = target, tokenizer, args
+        self.head = JetFlowHead.from_pretrained(HEAD, dtype=target.dtype).to(target.device)
+        if args.node_budget is not None:
+            self.head.generation_config.node_budget = args.node_budget
+
+    def options(self) -> dict[str, Any]:
+        """Keywords of `generate`."""
+        temperature = self.args.temperature
+        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        return {"max_new_tokens": self.args.max_new_tokens, **sampling}
+
+    def encode(self, prompt: str) -> list[int]:
+        return encode_chat(self.tokenizer, [{"role": "user", "content": prompt}])
+
+    def answer(self, prompt: str, head: JetFlowHead | None, is_shown: bool) -> tuple[list[int], float]:
+        """New token ids and seconds of one `generate` call."""
+        streamer = TimedStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if is_shown else None
+        inputs = padded_inputs(self.target, [self.encode(prompt)])
+        torch.manual_seed(0)
+        start = time.perf_counter()
+        output = self.target.generate(**inputs, assistant_model=head, streamer=streamer, **self.options())
+        return new_answers(self.target, inputs, output)[0], time.perf_counter() - start
+
+    def warm_up(self) -> None:
+        """One short call each; node budget "auto" takes its first measurements."""
+        inputs = padded_inputs(self.target, [self.encode("Hello")])
+        for head in (None, self.head):
+            self.target.generate(**inputs, assistant_model=head, min_new_tokens=48, max_new_tokens=48)
+
+    def prove(self) -> None:
+        """Answer one prompt in float32, plain and with the head: the texts are identical."""
+        if self.head.generation_config.node_budget == "auto":
+            self.head.generation_config.node_budget = 16  # nothing was timed yet
+        console.print(f"[bold]float32[/]: {PROOF}")
+        plain, _ = self.answer(PROOF, None, is_shown=False)
+        drafted, _ = self.answer(PROOF, self.head, is_shown=True)
+        verdict = "identical to plain decoding, token for token" if plain == drafted else "NOT IDENTICAL: report it"
+        console.print(f"{len(drafted)} tokens, {self.rounds()}: {verdict}\n", style="green")
+
+    def rounds(self) -> str:
+        return f"{self.head.last_stats.tokens_per_round:.2f} tokens per round"
+
+    def compare(self, name: str, prompt: str) -> tuple[str, list[int], bool]:
+        """
+        Answer a prompt, plain and with the head in turn.
+
+        Returns:
+            The line of the summary, the plain answer's ids, and whether the head's answer is the same.
+        """
+        console.print(f"[bold]{name}[/]: {prompt}")
+        ids: dict[str, list[int]] = {}
+        seconds: dict[str, list[float]] = {"plain": [], "with the draft head": []}
+        for run in range(self.args.runs):
+            for method, head in zip(seconds, (None, self.head), strict=True):
+                if run == 0:
+                    console.print(f"\n[bold]{method}[/]")
+                new_ids, duration = self.answer(prompt, head, is_shown=run == 0)
+                seconds[method].append(duration)
+                ids.setdefault(method, new_ids)
+        plain, drafted = ids.values()
+        rates = [len(ids[method]) / statistics.median(seconds[method]) for method in seconds]
+        speedup, limit = rates[1] / rates[0], self.head.last_stats.tokens_per_round
+        shown = f"speedup {speedup:.2f}" if speedup <= limit else "no speedup stated: other work slowed a run down"
+        line = (
+            f"{name:5} {rates[0]:5.1f} -> {rates[1]:5.1f} tokens/s  {shown}  {self.rounds()}  "
+            f"{'identical' if plain == drafted else 'texts differ'}"
+        )
+        console.print("\n" + line, style="green")
+        sizes = ", ".join(f"{n} of {nodes}" for nodes, n in sorted(self.head.last_stats.rounds_by_nodes.items()))
+        console.print(f"rounds by number of nodes: {sizes}", style="dim")
+        if plain != drafted:
+            console.print(self.explain_difference(prompt, plain, drafted), style="yellow")
+        console.print()
+        return line, plain, plain == drafted
+
+    def batched(self) -> list[list[int]]:
+        """Plain answers to all prompts in one batch of four."""
+        inputs = padded_inputs(self.target, [self.encode(prompt) for prompt in [*PROMPTS.values(), PROOF]])
+        return new_answers(self.target, inputs, self.target.generate(**inputs, **self.options()))
+
+    @torch.no_grad()
+    def explain_difference(self, prompt: str, plain: list[int], drafted: list[int]) -> str:
+        """Where two texts differ first, and the margin between the target's two best tokens there."""
+        pairs = list(zip(plain, drafted, strict=False))
+        first = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+        prefix = torch.tensor([self.encode(prompt) + plain[:first]], device=self.target.device)
+        best = torch.log_softmax(self.target(prefix).logits[0, -1].float(), -1).topk(2).values
+        return (
+            f"the texts differ from token {first + 1} on, where the target's two best tokens are "
+            f"{float(best[0] - best[1]):.3f} nats apart: in {dtype_name(self.target)} a forward over many rows rounds "
+            "differently than one over a single row, which decides near-ties (float32 has no difference)"
+        )
 
 
-@torch.no_grad()
-def explain_difference(target: PreTrainedModel, prompt: torch.Tensor, plain: list[int], drafted: list[int]) -> str:
-    """Where two texts differ first, and the margin between the target's two best tokens there."""
-    pairs = list(zip(plain, drafted, strict=False))
-    first = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
-    prefix = torch.cat([prompt, torch.tensor([plain[:first]], dtype=torch.long)], dim=1)
-    best = torch.log_softmax(target(prefix).logits[0, -1].float(), -1).topk(2).values
-    return (
-        f"the texts differ from token {first + 1} on, where the target's two best tokens are "
-        f"{float(best[0] - best[1]):.3f} nats apart: in {str(target.dtype).removeprefix('torch.')} a forward over "
-        "many rows rounds differently than one over a single row, which decides near-ties (float32 has no difference)"
-    )
+def dtype_name(target: PreTrainedModel) -> str:
+    return str(target.dtype).removeprefix("torch.")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--max-new-tokens", type=int, default=160)
+    parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--runs", type=int, default=3, help="runs of each prompt, plain and with the head in turn")
     parser.add_argument(
         "--node-budget", type=int, default=None, help="rows verified per round; the head's own if not given"
     )
@@ -84,41 +159,21 @@ def main() -> None:
     args = parser.parse_args()
 
     console.print("Loading SmolLM2-135M-Instruct and its draft head ...")
-    target, tokenizer = load_target(gguf_path(), args.dtype)
-    head = JetFlowHead.from_pretrained(HEAD, dtype=target.dtype).to(target.device)
-    if args.node_budget is not None:
-        head.generation_config.node_budget = args.node_budget
-    settings = f"{str(target.dtype).removeprefix('torch.')}, node budget {head.generation_config.node_budget}"
-    console.print(f"{settings}, {torch.get_num_threads()} threads\n")
-    warm_up = torch.tensor([tokenizer("Hello").input_ids], device=target.device)
-    warm = dict(attention_mask=torch.ones_like(warm_up), min_new_tokens=48, max_new_tokens=48)
-    for assistant in (None, head):  # node budget "auto" takes its first measurements
-        target.generate(warm_up, assistant_model=assistant, **warm)
+    target, tokenizer = load_target(gguf_path(), "float32")
+    Demo(target, tokenizer, args).prove()
 
-    summary = []
-    for name, prompt in PROMPTS.items():
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+    demo = Demo(target.to(getattr(torch, fast_dtype() if args.dtype == "auto" else args.dtype)), tokenizer, args)
+    settings = f"{dtype_name(target)}, node budget {demo.head.generation_config.node_budget}"
+    console.print(f"{settings}, {torch.get_num_threads()} threads, medians of {args.runs} runs\n")
+    demo.warm_up()
+    lines, answers, are_same = zip(*(demo.compare(name, prompt) for name, prompt in PROMPTS.items()), strict=True)
+    console.print("\n".join(["[bold]summary[/]", *lines]))
+    if not args.temperature:  # a batch draws other random numbers
+        num_same = sum(plain == alone for plain, alone in zip(demo.batched(), answers, strict=False))
+        console.print(
+            f"same text as plain decoding alone, {dtype_name(target)}: {sum(are_same)} of {len(PROMPTS)} with the "
+            f"head, {num_same} of {len(PROMPTS)} for plain decoding in a batch of four"
         )
-        input_ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids], device=target.device)
-        console.print(f"[bold]{name}[/]: {prompt}")
-        console.print("\n[bold]plain[/]")
-        plain, plain_seconds = answer(target, tokenizer, input_ids, args, None)
-        console.print("\n[bold]with the draft head[/]")
-        drafted, head_seconds = answer(target, tokenizer, input_ids, args, head)
-        stats = head.last_stats
-        rates = len(plain) / plain_seconds, len(drafted) / head_seconds
-        summary.append(
-            f"{name:5} {rates[0]:5.1f} -> {rates[1]:5.1f} tokens/s  speedup {rates[1] / rates[0]:.2f}  "
-            f"{stats.tokens_per_round:.2f} tokens per round  {'identical' if plain == drafted else 'texts differ'}"
-        )
-        console.print("\n" + summary[-1], style="green")
-        sizes = ", ".join(f"{count} of {nodes}" for nodes, count in sorted(stats.rounds_by_nodes.items()))
-        console.print(f"rounds by number of nodes: {sizes}", style="dim")
-        if plain != drafted:
-            console.print(explain_difference(target, input_ids, plain, drafted), style="yellow")
-        console.print()
-    console.print("\n".join(["[bold]summary[/]", *summary]))
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ def card_of(
         num_parameters=head.num_parameters(),
         training=training.read_text(encoding="utf-8").strip(),
         rows=[{**row, "prompts": sets.get(row["prompts"], row["prompts"])} for row in result["rows"]],
+        control={sets.get(name, name): share for name, share in result.get("control", {}).items()},
         hardware=f"{device}, torch {facts['torch']}, transformers {facts['transformers']}",
         license=license,
         datasets=datasets or None,

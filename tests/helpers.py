@@ -2,6 +2,9 @@
 
 import io
 import json
+import shutil
+import subprocess
+import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -161,3 +164,15 @@ def run_command(*arguments: Any) -> Finished:
         except SystemExit as exit:
             status = exit.code
     return Finished(status, output.getvalue())
+
+
+def build_wheel(project: Path, folder: Path) -> Path:
+    """Builds the wheel of a project of this repository in `folder`, from a copy of its tracked files."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=project, capture_output=True, text=True, check=True)
+    for name in filter(None, listed.stdout.split("\0")):
+        copy = folder / "source" / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(project / name, copy)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", str(folder)]
+    subprocess.run([*command, str(folder / "source")], check=True)
+    return next(folder.glob("*.whl"))

@@ -9,6 +9,7 @@ import torch
 from conftest import SIZES
 from helpers import tiny_tokenizer, write_lines
 
+import hf_jetflow.bench.bench
 from hf_jetflow.bench.bench import read_result, run_bench
 from hf_jetflow.bench.environment import weights_hash
 from hf_jetflow.bench.log import BenchLog
@@ -330,6 +331,20 @@ def test_prompt_files_of_one_name_and_empty_ones_are_refused(pair, prompts, tmp_
     twin.write_text("")
     with pytest.raises(ValueError, match="holds no prompts"):
         bench(pair, [twin])
+
+
+def test_the_control_compares_plain_texts_with_those_of_a_batch_of_four(pair, tmp_path, monkeypatch):
+    path = write_lines(tmp_path / "six.jsonl", *({"id": i, "prompt": "t010 " * (i + 1)} for i in range(6)))
+    settings = dict(methods=["plain"], max_new_tokens=5)
+    calls = []
+    result = bench(pair, [path], **settings, progress=lambda *call: calls.append(call))
+    assert result["control"] == {"six": 1.0}, "in float32 padding and batch size change no text here"
+    assert calls[-1][:2] == (7, 7), "six answers and one batch"
+    real = hf_jetflow.bench.bench.new_answers
+    monkeypatch.setattr(hf_jetflow.bench.bench, "new_answers", lambda *call: [[1], *real(*call)[1:]])
+    assert bench(pair, [path], **settings)["control"] == {"six": 0.75}
+    assert bench(pair, [path], **settings, num_prompts=3)["control"] == {"six": None}
+    assert bench(pair, [path], **settings, temperatures=(0.7,))["control"] == {}
 
 
 def test_progress_reaches_the_number_of_runs(pair, prompts):

@@ -64,6 +64,10 @@ def test_each_prompt_set_has_a_table_with_all_methods(result):
         assert text.count(words) >= 2, words
     assert "auto chose 16 nodes in 75 %, 1 node in 25 %" in text
     assert "on the greedy spine" in text
+    assert "batch of 4" not in text
+    print_tables({**result, "control": {"math": 0.375, "chat": None}}, Console(file=file, width=120))
+    (line,) = [line for line in file.getvalue().splitlines() if "plain, batch of 4" in line]
+    assert line.split("│")[-2].strip() == "38 %"
 
 
 @pytest.mark.parametrize(
@@ -103,6 +107,24 @@ def test_closing_sentences_go_by_prompt_set_context_and_temperature():
 def test_wrong_text_in_float32_is_reported(changes, is_reported):
     other = {**row(), **changes, "identical_to_plain": 0.75}
     assert any("must not happen" in sentence for sentence in closing_sentences([other])) == is_reported
+
+
+def test_a_table_fits_80_columns_without_cut_cells(result):
+    file = io.StringIO()
+    rates = {"math": {"sibling_corrected_top1": [0.5] * 7}, "chat": {"spine_top1": [0.7] * 7}}
+    print_tables({**result, "agreement": rates, "control": {"math": 0.375}}, Console(file=file, width=80))
+    text = file.getvalue()
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    for words in ("native-dflash", "plain, batch of 4", "1.20 - 1.80", "identical"):
+        assert words in text
+    assert "prefill" not in text
+
+
+def test_a_speedup_that_drafting_cannot_give_is_reported():
+    assert closing_sentences([plain(), row(speedup=2.4)])[1:] == []
+    _, sentence = closing_sentences([plain(), row(speedup=2.6)])
+    assert "jetflow, 16 nodes shows a speedup above its tokens per round" in sentence
 
 
 @needs_matplotlib

@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import os
 import pkgutil
 import re
 import shlex
@@ -64,11 +65,23 @@ def links(text):
                 yield target
 
 
+def repository_urls():
+    """Where the index's page of the package finds files and pictures of the repository."""
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    url = re.search(r'^Repository = "(.*)"$', pyproject, re.MULTILINE)[1]
+    return f"{url}/blob/main/", url.replace("github.com", "raw.githubusercontent.com") + "/main/"
+
+
+HOSTED = repository_urls()
+
+
 def broken_links(path):
     for link in links(path.read_text(encoding="utf-8")):
-        if re.match(r"[a-z]+:", link):
-            continue
         place, _, anchor = link.partition("#")
+        if place.startswith(HOSTED):
+            place = os.path.relpath(ROOT / place.removeprefix(HOSTED[0]).removeprefix(HOSTED[1]), path.parent)
+        elif re.match(r"[a-z]+:", link):
+            continue
         target = (path.parent / place).resolve() if place else path
         if not target.exists():
             yield f"{link}: no such file"
@@ -87,11 +100,20 @@ def test_the_link_check_sees_missing_files_and_headings(tmp_path, monkeypatch):
     monkeypatch.setattr("test_docs.ROOT", tmp_path)
     (tmp_path / "b.md").write_text("# One `two`, three\n\n## Same\n\n## Same\n\n```\n# code\n[no](link.md)\n```\n")
     good = "[a](b.md) [b](b.md#one-two-three) [c](b.md#same-1) [d](#here) [e](https://x.y/z) ![f](b.md)\n\n# Here\n"
+    good += f"[g]({HOSTED[0]}b.md#same) ![h]({HOSTED[1]}b.md)\n"
     bad = "| t |\n|---|\n| [a](c.md) |\n\n[b](b.md#code) [c](b.md#same-2) [d](#there) ![e](p.png) [f](../x)\n"
+    bad += f"[g]({HOSTED[0]}b.md#no) ![h]({HOSTED[1]}p.png)\n"
     (tmp_path / "a.md").write_text(good)
     assert list(broken_links(tmp_path / "a.md")) == []
     (tmp_path / "a.md").write_text(bad)
-    assert len(list(broken_links(tmp_path / "a.md"))) == 6
+    assert len(list(broken_links(tmp_path / "a.md"))) == 8
+
+
+def test_the_readme_reads_the_same_on_the_package_index():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [link for link in links(text) if not link.startswith(("https://", "#"))] == [], "relative links break there"
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", text)
+    assert [link for link in pictures if not link.startswith(HOSTED[1])] == []
 
 
 # --- code ------------------------------------------------------------------------------------------------------------

@@ -59,6 +59,33 @@ def test_generate_prints_plain_decoding_s_answer(example, pair, tiny_target, cap
 
 
 @pytest.fixture
+def demo(example, pair, monkeypatch):
+    """Runs the demo with a tiny pair, in float32."""
+    module = importlib.import_module("demo")
+    monkeypatch.setattr(module, "gguf_path", lambda: str(pair[1]))
+    monkeypatch.setattr(module, "HEAD", pair[3])
+    return lambda *arguments: example("demo", "--dtype", "float32", "--max-new-tokens", 6, *arguments)
+
+
+def test_the_demo_proves_equality_and_counts_equal_texts_beside_those_of_a_batch(demo, capsys):
+    demo("--runs", 2)
+    text = capsys.readouterr().out
+    assert text.index("identical to plain decoding, token for token") < text.index("medians of 2 runs")
+    assert "float32: 3 of 3 with the head, 3 of 3 for plain decoding in a batch of four" in " ".join(text.split())
+
+
+def test_the_demo_states_no_speedup_above_the_tokens_per_round(demo, capsys, monkeypatch):
+    module = importlib.import_module("demo")
+    real = module.Demo.answer
+    durations = {True: 9.0, False: 1.0}  # of plain runs and of those with a head
+    monkeypatch.setattr(module.Demo, "answer", lambda *call, **k: (real(*call, **k)[0], durations[call[2] is None]))
+    demo("--runs", 1)
+    text = capsys.readouterr().out
+    assert "no speedup stated" in text
+    assert "speedup 9" not in text
+
+
+@pytest.fixture
 def says(monkeypatch):
     """`says(*lines)`: what the user types, then Ctrl-D."""
 

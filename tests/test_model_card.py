@@ -89,8 +89,10 @@ def test_a_target_that_is_no_hub_id_is_left_out_of_the_metadata(name):
 
 
 def test_the_table_quotes_the_measured_rows_and_their_setting():
-    table = measured_table([ROW], "2 cores")
+    table = measured_table([ROW], {"dev_math": 0.5, "dev_chat": None}, "2 cores")
     assert "| dev_math | 0 | jetflow | 32 | 3.21 | 65.6 | 1.88 (1.50 - 2.25) | 95 % |" in table
+    assert table.count("batch of 4") == 1
+    assert "| dev_math | 0 | plain, batch of 4 | - | 1.00 | - | - | 50 % |" in table
     assert table.endswith("bfloat16, 20 prompts each, batch 1, medians of interleaved runs, 2 cores.")
 
 
@@ -132,6 +134,6 @@ def test_a_card_is_written_for_a_head_of_one_s_own(tmp_path, monkeypatch, tiny_t
     written = ModelCard.load(tmp_path / "head" / "README.md")
     assert (written.data.license, written.data.base_model, written.data.datasets) == ("mit", "org/target", None)
     assert "Three answers." in written.text
-    assert 'JetFlowHead.from_pretrained("me/head"' in written.text
+    assert '    "me/head",\n' in written.text
     facts = read_result(write_card.SHIPPED["results"])["environment"]
     assert f"AMD EPYC with 2 threads, torch 2.13.0+cpu, transformers {facts['transformers']}." in written.text

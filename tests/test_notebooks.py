@@ -101,7 +101,12 @@ def test_committed_notebooks_are_small_and_name_no_machine(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert path.stat().st_size < 300_000
-    assert "pip install" in next(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    badge = f"colab.research.google.com/github/hf-jetflow/hf_jetflow/blob/main/examples/notebooks/{path.name})"
+    assert badge in notebook.cells[0].source
+    parameters, install = [cell.source for cell in notebook.cells if cell.cell_type == "code"][:2]
+    assert "%pip install" in install
+    assert ".." not in parameters, "a notebook runs without the folders around it"
+    assert [line for line in text_of(notebook).splitlines() if len(line) > 80 and "│" in line] == [], "wide tables"
     assert sum("parameters" in cell.metadata.get("tags", []) for cell in notebook.cells) == 1
     assert not re.search(r"/(root|home|Users|tmp|work)/", text_of(notebook))
     assert any(cell.get("outputs") for cell in notebook.cells), "run `make notebooks`"

@@ -10,6 +10,10 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
+# How the README links to files of the repository, so that its links work on the package index too.
+HOSTED = re.compile(
+    r"https://(?:github\.com/[\w-]+/hf_jetflow/blob|raw\.githubusercontent\.com/[\w-]+/hf_jetflow)/main/"
+)
 LINK = re.compile(r"(\]\()([^)#\s]+)")
 STUB = re.compile(r"^::: (\S+)", re.MULTILINE)
 NAME = re.compile(r"\[<code>(~?)([\w.]+)</code>\](?!\()")  # [`name`] and [`~module.name`], as transformers writes
@@ -34,9 +38,10 @@ def uri_of(source: Path) -> str:
 
 
 def linked_files(source: Path) -> dict[str, Path]:
-    """Files that a document links to, by the link as it is written."""
-    links = [match[2] for match in LINK.finditer(source.read_text(encoding="utf-8")) if ":" not in match[2]]
-    return {link: path for link in links if (path := (source.parent / link).resolve()).is_file()}
+    """Files of the repository that a document links to, by the link as it is written."""
+    links = [match[2] for match in LINK.finditer(source.read_text(encoding="utf-8"))]
+    paths = {link: (source.parent / HOSTED.sub(f"{ROOT}/", link)).resolve() for link in links}
+    return {link: path for link, path in paths.items() if path.is_file()}
 
 
 def on_files(files: Files, config: Any) -> Files:

@@ -26,8 +26,8 @@ from .log import BenchLog
 from .plots import draw_bench, plot_path
 from .prompts import PromptSet, make_prompt_sets
 from .rivals import rival_kwargs
-from .rows import make_row
-from .runs import Run, Variant, make_variants, timed_run
+from .rows import CONTROL_BATCH, make_row
+from .runs import Run, Variant, cache_kwargs, make_variants, new_answers, padded_inputs, timed_run
 from .settings import BenchSettings, is_rival
 
 
@@ -76,9 +76,10 @@ def run_bench(
         progress: Called with (runs done, runs in total, prompt set).
 
     Returns:
-        `dict`: `environment`, `settings` and `rows`, as described in docs/benchmarks.md, and `agreement`: by prompt
-            set and depth, how often the head ranks the target's token first on plain greedy texts (see
-            [`~blocks.Agreement`]).
+        `dict`: `environment`, `settings` and `rows`, as described in docs/benchmarks.md; `agreement`: by prompt set
+            and depth, how often the head ranks the target's token first on plain greedy texts (see
+            [`~blocks.Agreement`]); `control`: by prompt set, the share of plain greedy texts that stay the same in a
+            batch of four.
 
     Raises:
         JetFlowError: If a rival or a prompt file is not usable, or `log_path` holds other measurements.
@@ -107,9 +108,15 @@ def run_bench(
         for temperature in settings.temperatures
         for row in bench.measure(prompt_set, temperature)
     ]
-    agreement = {} if 0 not in settings.temperatures else {each.label: bench.agreement(each) for each in prompt_sets}
+    greedy_sets = prompt_sets if 0 in settings.temperatures else []
     names = {"target": _public_name(target.name_or_path), "head": _public_name(head.name_or_path)}
-    return {"environment": measured_with, "settings": {**facts, **names}, "rows": rows, "agreement": agreement}
+    return {
+        "environment": measured_with,
+        "settings": {**facts, **names},
+        "rows": rows,
+        "agreement": {each.label: bench.agreement(each) for each in greedy_sets},
+        "control": {each.label: bench.control(each) for each in greedy_sets},
+    }
 
 
 class _Bench:
@@ -130,6 +137,9 @@ class _Bench:
         self._variants = make_variants(settings)
         num_batches = sum(len(prompt_set.batches) for prompt_set in prompt_sets)
         self._total = settings.repeats * len(settings.temperatures) * len(self._variants) * num_batches
+        if 0 in settings.temperatures:
+            singles = [prompt_set for prompt_set in prompt_sets if prompt_set.batch_size == 1]
+            self._total += sum(len(each.prompt_ids) // CONTROL_BATCH for each in singles)
         self._done = 0
 
     def measure(self, prompt_set: PromptSet, temperature: float) -> list[dict[str, Any]]:
@@ -221,12 +231,41 @@ class _Bench:
         is_comparable = view.output_rows(None) is not None and self._head.config.is_plain
         if not is_comparable or prompt_set.batch_size > 1:
             return {}
-        texts = [
-            (ids + self._log.get(*prompt_set.key, 0.0, f"run 0 {number}")[0]["new_ids"], len(ids))
-            for number, ids in enumerate(prompt_set.prompt_ids)
-        ]
+        answers = self._plain_answers(prompt_set)
+        texts = [(ids + new_ids, len(ids)) for ids, new_ids in zip(prompt_set.prompt_ids, answers, strict=True)]
         rates = measure_agreement(view, self._head, texts).rates()
         return {name: [round(value, 4) for value in values] for name, values in rates.items()}
+
+    def control(self, prompt_set: PromptSet) -> float | None:
+        """
+        Share of plain greedy texts that stay the same when plain decoding answers four prompts in one batch.
+
+        It says how much rounding alone changes, without any draft. Prompts beyond the last whole batch are left out.
+        """
+        if prompt_set.batch_size > 1 or len(prompt_set.prompt_ids) < CONTROL_BATCH:
+            return None
+        alone, same = self._plain_answers(prompt_set), []
+        for start in range(0, len(alone) - CONTROL_BATCH + 1, CONTROL_BATCH):
+            key = (*prompt_set.key, 0.0, f"control {start}")
+            batch = slice(start, start + CONTROL_BATCH)
+            if self._log.get(*key) is None:
+                self._log.add(self._batched(prompt_set.prompt_ids[batch]), *key)
+            same += [together == ids for together, ids in zip(self._log.get(*key), alone[batch], strict=True)]
+            self._done += 1
+            self._report(prompt_set)
+        return round(sum(same) / len(same), 4)
+
+    def _plain_answers(self, prompt_set: PromptSet) -> list[list[int]]:
+        """New ids of the plain greedy answers of the first pass; batch 1 only."""
+        numbers = range(len(prompt_set.prompt_ids))
+        return [self._log.get(*prompt_set.key, 0.0, f"run 0 {number}")[0]["new_ids"] for number in numbers]
+
+    def _batched(self, prompts: list[list[int]]) -> list[list[int]]:
+        """New ids of plain greedy answers to the prompts in one batch."""
+        inputs = padded_inputs(self._target, prompts)
+        limits = {"max_new_tokens": self._settings.max_new_tokens, "do_sample": False}
+        output = self._target.generate(**inputs, **limits, **cache_kwargs(self._settings.cache))
+        return new_answers(self._target, inputs, output)
 
     def _report(self, prompt_set: PromptSet, num_more: int = 0) -> None:
         if self._progress is not None:

@@ -35,11 +35,12 @@ def environment(head: JetFlowHead | None = None) -> dict[str, Any]:
 
 
 def weights_hash(head: JetFlowHead) -> str:
-    """Hash of names and weights: equal for equal heads."""
+    """Hash of names and weights: equal for equal heads, also where one was loaded in a wider dtype."""
     digest = hashlib.sha256()
     for name, tensor in sorted(head.state_dict().items()):
+        wide = tensor.float() if tensor.is_floating_point() else tensor
         digest.update(name.encode())
-        digest.update(tensor.contiguous().cpu().view(torch.uint8).numpy().data)
+        digest.update(wide.contiguous().cpu().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 

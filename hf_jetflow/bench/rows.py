@@ -12,6 +12,9 @@ from .runs import Run, Variant
 
 Row = dict[str, Any]
 
+CONTROL_BATCH = 4  # prompts of a batch that shows what the batch size alone changes in a text
+CONTROL_NAME = f"plain, batch of {CONTROL_BATCH}"
+
 
 def make_row(variant: Variant, runs: Sequence[Run], plain: Sequence[Run], forwards: Sequence[Any]) -> Row:
     """

@@ -151,17 +151,13 @@ def timed_run(
     is_ours = variant.method in LOOP_METHODS
     if is_ours:
         kwargs["assistant_model"] = head
-    width = max(map(len, prompts))
-    pad_token_id = target.generation_config.pad_token_id or 0
-    padded = [[pad_token_id] * (width - len(ids)) + list(ids) for ids in prompts]
-    is_token = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
-    input_ids, attention_mask = (torch.tensor(rows, device=target.device) for rows in (padded, is_token))
+    inputs = padded_inputs(target, prompts)
     clock = TokenClock()
     with head_settings(head, **variant.head_settings(head)), counted_forwards(target) as count:
         torch.manual_seed(seed)
         synchronize(target)
         start = time.perf_counter()
-        output = target.generate(input_ids, attention_mask=attention_mask, streamer=clock, **kwargs)
+        output = target.generate(**inputs, streamer=clock, **kwargs)
         synchronize(target)
         seconds = time.perf_counter() - start
         stats = asdict(head.last_stats) if is_ours else None
@@ -171,7 +167,7 @@ def timed_run(
         node_budget=variant.node_budget,
         seconds=seconds,
         prefill_seconds=clock.first_time - start,
-        new_ids=[token for row in output[:, width:].tolist() for token in _answer(row, target)],
+        new_ids=[token for answer in new_answers(target, inputs, output) for token in answer],
         num_first=clock.num_first,
         num_forwards=count[0],
         stats=stats,
@@ -179,11 +175,24 @@ def timed_run(
     )
 
 
-def _answer(ids: list[int], target: PreTrainedModel) -> list[int]:
-    """The ids up to and including the end token, without the padding after it."""
+def padded_inputs(target: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+    """Inputs of `generate` for a batch of prompts, padded on the left."""
+    width = max(map(len, prompts))
+    pad_token_id = target.generation_config.pad_token_id or 0
+    padded = [[pad_token_id] * (width - len(ids)) + list(ids) for ids in prompts]
+    is_token = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
+    return {
+        "input_ids": torch.tensor(padded, device=target.device),
+        "attention_mask": torch.tensor(is_token, device=target.device),
+    }
+
+
+def new_answers(target: PreTrainedModel, inputs: dict[str, torch.Tensor], output: torch.Tensor) -> list[list[int]]:
+    """New ids of each sequence, up to and including its end token, without the padding after it."""
     ends = target.generation_config.eos_token_id
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-    return ids[: next((index + 1 for index, token in enumerate(ids) if token in ends), len(ids))]
+    answers = output[:, inputs["input_ids"].shape[1] :].tolist()
+    return [ids[: next((index + 1 for index, token in enumerate(ids) if token in ends), len(ids))] for ids in answers]
 
 
 def synchronize(model: PreTrainedModel) -> None:

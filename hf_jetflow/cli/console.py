@@ -1,5 +1,6 @@
 """What the commands print: progress and notes on stderr, results on stdout."""
 
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from rich.progress import (
 )
 
 
-TABLE_WIDTH = 120  # in a file or a pipe
+TABLE_WIDTH = 120  # in a file or a pipe, unless COLUMNS is set
 
 
 class ConsoleReporter:
@@ -74,5 +75,5 @@ def note_files(paths: Sequence[Path | None]) -> None:
 
 
 def table_console() -> Console:
-    """The console for tables: as wide as the terminal."""
-    return Console(width=None if sys.stdout.isatty() else TABLE_WIDTH)
+    """The console for tables: as wide as the terminal or the variable COLUMNS says."""
+    return Console(width=shutil.get_terminal_size((TABLE_WIDTH, 0)).columns)

@@ -35,5 +35,7 @@ def run(settings: SimulateSettings, output: Output) -> None:
 
     result = run_simulation(settings)
     if not output.quiet:
-        table_console().print(speedup_table(result))
+        console = table_console()
+        console.print(speedup_table(result))
+        console.print(*result["notes"], sep="\n", highlight=False, soft_wrap=True)
     note_files([settings.json, settings.plot])

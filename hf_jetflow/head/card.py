@@ -22,12 +22,20 @@ output as it is. It needs the package `hf_jetflow`.
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_jetflow import JetFlowHead
 
-target = AutoModelForCausalLM.from_pretrained("{target_id}", dtype="auto")
+target = AutoModelForCausalLM.from_pretrained("{target_id}", dtype="auto", device_map="auto")
 tokenizer = AutoTokenizer.from_pretrained("{target_id}")
-head = JetFlowHead.from_pretrained("{name}", dtype=target.dtype)
-inputs = tokenizer("Why is the sky blue?", return_tensors="pt")
-output = target.generate(**inputs, assistant_model=head, max_new_tokens=256)
-print(tokenizer.decode(output[0]), head.last_stats.tokens_per_round)
+head = JetFlowHead.from_pretrained(
+    "{name}",
+    dtype=target.dtype,
+    device_map=target.device,
+)
+
+messages = [{{"role": "user", "content": "Why is the sky blue?"}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+inputs = inputs.to(target.device)
+output = target.generate(**inputs, assistant_model=head, do_sample=False, max_new_tokens=256)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+print(head.last_stats.tokens_per_round)
 ```
 
 ## The head
@@ -84,6 +92,7 @@ def card_text(
     num_parameters: int,
     training: str,
     rows: list[dict[str, Any]] | None = None,
+    control: dict[str, float | None] | None = None,
     hardware: str | None = None,
     tokens_per_round: dict[str, dict[int, float]] | None = None,
     license: str | None = None,
@@ -99,6 +108,8 @@ def card_text(
         num_parameters (`int`): Number of parameters of the head.
         training (`str`): Data and length of the training, in Markdown.
         rows (`list[dict]`, *optional*): Rows of a bench result.
+        control (`dict[str, float | None]`, *optional*): Its `control`: by prompt set, the share of plain texts that
+            stay the same in a batch of four.
         hardware (`str`, *optional*): Hardware they were measured on.
         tokens_per_round (`dict[str, dict[int, float]]`, *optional*): Figures of greedy decoding by prompt set and node
             budget, if there is no bench result.
@@ -133,7 +144,7 @@ def card_text(
             "path": "A branch correction re-scores candidates given all tokens of their branch.",
         }[config.branch_correction]
         + _ngrams(config),
-        measured=_measured(rows, hardware, tokens_per_round),
+        measured=_measured(rows, control or {}, hardware, tokens_per_round),
         training=training,
         license=f"`{license}` for this head." if license else "None was stated for this head.",
     )
@@ -170,17 +181,22 @@ def _ngrams(config: JetFlowConfig) -> str:
 
 
 def _measured(
-    rows: list[dict[str, Any]] | None, hardware: str | None, tokens_per_round: dict[str, dict[int, float]] | None
+    rows: list[dict[str, Any]] | None,
+    control: dict[str, float | None],
+    hardware: str | None,
+    tokens_per_round: dict[str, dict[int, float]] | None,
 ) -> str:
     if rows:
-        return f"{measured_table(rows, hardware)}\n\n{depth_table(rows)}"
+        return f"{measured_table(rows, control, hardware)}\n\n{depth_table(rows)}"
     if tokens_per_round:
         return rounds_table(tokens_per_round)
     return "Nothing was measured yet; run `hf-jetflow bench`."
 
 
-def measured_table(rows: list[dict[str, Any]], hardware: str | None = None) -> str:
-    """Bench rows as a Markdown table, without plain decoding, to which the speedup relates."""
+def measured_table(
+    rows: list[dict[str, Any]], control: dict[str, float | None] | None = None, hardware: str | None = None
+) -> str:
+    """Bench rows as a Markdown table, and plain decoding in a batch: how many texts rounding alone changes."""
     lines = [
         "| prompts | temperature | method | node budget | tokens per round | tokens/s | speedup (quartiles) "
         "| same as plain |",
@@ -196,6 +212,9 @@ def measured_table(rows: list[dict[str, Any]], hardware: str | None = None) -> s
             f"| {row['tokens_per_round']:.2f} | {row['tokens_per_second']:.1f} | {speedup} "
             f"| {100 * row['identical_to_plain']:.0f} % |"
         )
+    for prompts, share in (control or {}).items():
+        if share is not None:
+            lines.append(f"| {prompts} | 0 | plain, batch of 4 | - | 1.00 | - | - | {100 * share:.0f} % |")
     first = rows[0]
     setting = f"{first['dtype']}, {first['num_prompts']} prompts each, batch 1, medians of interleaved runs"
     return "\n".join(lines) + f"\n\n{setting}{', ' + hardware if hardware else ''}."

@@ -138,7 +138,8 @@ def run_simulation(settings: SimulateSettings) -> dict[str, Any]:
     Run `simulate` on files, and write the files that the settings ask for.
 
     Returns:
-        `dict`: `target`, `head`, `context`, `hardware` and `rows`, each row with its `prompts`.
+        `dict`: `target`, `head`, `context`, `hardware`, `notes` (what was never confirmed, and why batch sizes may not
+            differ) and `rows`, each row with its `prompts`.
 
     Raises:
         JetFlowError: If head and target do not fit together, or figures are missing or out of range.
@@ -167,6 +168,7 @@ def run_simulation(settings: SimulateSettings) -> dict[str, Any]:
         "head": settings.head,
         "context": settings.context,
         "hardware": dataclasses.asdict(machine),
+        "notes": notes(machine, rows),
         "rows": rows,
     }
     if settings.json is not None:
@@ -174,6 +176,29 @@ def run_simulation(settings: SimulateSettings) -> dict[str, Any]:
     if settings.plot is not None:
         plot_speedup(result, settings.plot)
     return result
+
+
+def notes(hardware: Hardware, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What no measurement confirmed of these rows, and why batch sizes do not differ where they do not."""
+    has_batches = any(row["batch_size"] > 1 for row in rows)
+    unconfirmed = {
+        "the speed of hf_jetflow on a GPU": hardware in PRESETS.values(),
+        "any figure of an A100": "A100" in hardware.name,
+        "graphed execution": hardware.launch_seconds == 0,
+        "batches of several sequences": has_batches,
+    }
+    lines = []
+    if any(unconfirmed.values()):
+        lines.append(f"Never confirmed by a measurement: {', '.join(name for name, it in unconfirmed.items() if it)}.")
+    speedups: dict[Any, set[float]] = {}
+    for row in rows:
+        speedups.setdefault((row["prompts"], row["node_budget"]), set()).add(round(row["speedup"], 2))
+    if has_batches and all(len(values) == 1 for values in speedups.values()):
+        lines.append(
+            "The batch sizes do not differ: in eager mode launching the layers takes longer than all reads and "
+            "operations, up to the largest batch. Larger batches, or a graphed preset, show where that ends."
+        )
+    return lines
 
 
 def _read_hardware(source: str, target: ModelShape, head: HeadShape, context: int) -> Hardware:

