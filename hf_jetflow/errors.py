@@ -2,4 +2,4 @@
 
 
 class JetFlowError(ValueError):
-    """What a user can mend: the command line prints it in one line, without a traceback."""
+    """An error that the user can fix: the command line prints it in one line, without a traceback."""

@@ -286,7 +286,7 @@ def check_call(model: PreTrainedModel, generation_config: GenerationConfig, sync
     Refuse calls that the loop does not decode exactly yet.
 
     Raises:
-        JetFlowError: Naming the setting and the way round.
+        JetFlowError: Naming the setting and the workaround.
     """
     without = "generate without `assistant_model`"
     check_mode(generation_config)
@@ -302,7 +302,7 @@ def check_processes(model: PreTrainedModel, head: JetFlowHead) -> None:
     Refuse what processes that share a target could decide differently.
 
     Raises:
-        JetFlowError: Naming the setting and the way round.
+        JetFlowError: Naming the setting and the workaround.
     """
     if (model.tp_size or 1) > 1 and getattr(head.generation_config, "node_budget", None) == "auto":
         raise JetFlowError(

@@ -176,7 +176,7 @@ REFUSED = {
     "number of the step": "`extra` differs from step to step",
     "whole text": "`extra` differs from step to step",
     "made from the token": "`extra` differs from step to step",
-    "object": "every step is given `extra`, a `SimpleNamespace`",
+    "object": "`extra` is a `SimpleNamespace`",
     "positions": "`position_ids` of steps do not grow by one",
     "mask": "`attention_mask` of a step is not the prompt's",
 }
@@ -199,7 +199,9 @@ def test_a_value_without_an_entry_for_each_sequence_is_refused_in_a_batch():
 
 def test_an_iterator_is_refused_unread():
     chunks = iter([torch.ones(1, 32)])
-    refused(subclassed(Steered), "`steering` is read on by every step", input_ids=ids_of(1), steering=chunks)
+    refused(
+        subclassed(Steered), "`steering` is an iterator that every step advances", input_ids=ids_of(1), steering=chunks
+    )
     assert len(list(chunks)) == 1
 
 

@@ -1,4 +1,4 @@
-"""Stores with the target's cache what the head was shown, so that a call that continues from it drafts as well.
+"""Stores the head's context with the target's cache, so that a follow-up call need not rebuild it.
 
 The cache may be cropped, copied, extended, reset or used for another text in between: only the part that still belongs
 to its tokens is loaded. Stored states are never changed: a call copies them, and copies of the cache share them.
@@ -59,7 +59,7 @@ class HeadContext:
 
 @dataclass(frozen=True)
 class CacheMarks:
-    """A few numbers of each row in the target's cache, to tell later which of its tokens are still the same."""
+    """Fingerprint of a target cache: four key values of each row, to find the common prefix later."""
 
     numbers: torch.Tensor  # (batch, rows, 4), of the deepest layer's keys: they depend on the whole text before
     num_cached: int  # tokens in the cache; a layer with a window holds the last rows only
@@ -75,13 +75,13 @@ class CacheMarks:
         return CacheMarks(deepest.keys[:, 0, :num_cached, :4].clone(), num_cached)
 
     def num_common(self, other: "CacheMarks") -> int:
-        """Tokens at the start of both caches, judged by the rows that both still hold."""
+        """Tokens at the start of both caches, compared on the rows that both caches still hold."""
         if len(self.numbers) != len(other.numbers):
             return 0
         fewest = min(self.num_cached, other.num_cached)
         starts = [marks.num_cached - marks.numbers.shape[1] for marks in (self, other)]
         num_compared = fewest - max(starts)
-        if num_compared <= 0:
+        if num_compared <= 0:  # no common rows: assume the same text; an error costs acceptance, never exactness
             return fewest
         mine, others = (
             marks.numbers[:, max(starts) - start :][:, :num_compared]

@@ -225,7 +225,7 @@ def depth_table(rows: list[dict[str, Any]]) -> str:
     counted = [row for row in rows if row["acceptance_by_depth"]]
     depths = max((len(row["acceptance_by_depth"]) for row in counted), default=0)
     lines = [
-        "Share of the rounds, of those that drafted so deep, which kept a token at depth",
+        "Share of the rounds, of those that drafted so deep, which accepted a token at depth",
         "",
         f"| prompts | temperature | method | node budget | {' | '.join(map(str, range(1, depths + 1)))} |",
         "|---" * (4 + depths) + "|",

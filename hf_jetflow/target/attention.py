@@ -29,7 +29,7 @@ def grouped_sdpa(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """
-    Attention whose query heads of one key/value head are rows of one head, so that nothing is repeated per query head.
+    Grouped-query SDPA with a mask, without repeating keys and values per query head.
 
     transformers' own function copies all keys and values per query head as soon as there is a mask. Same arguments and
     same result; calls of any other kind go to it.
@@ -59,7 +59,7 @@ def grouped_sdpa(
 
 
 def _repeated_mask(mask: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
-    """The mask for all rows of a key/value head; made by the first layer and kept with the mask for the others."""
+    """The mask repeated for all query heads of a key/value head; made by the first layer and stored with the mask."""
     known = getattr(mask, "_jetflow_repeated", None)
     if known is None or known[0] != (groups, dtype):
         added = mask
@@ -82,7 +82,7 @@ def mask_dtype(model: PreTrainedModel) -> torch.dtype:
     name = config._attn_implementation or "eager"
     mask = None
     if name in ALL_MASK_ATTENTION_FUNCTIONS and name != "flex_attention":
-        # A padded token keeps the mask from being left out.
+        # Padding forces a mask: without it, transformers may return none.
         padding, inputs = torch.tensor([[0, 1]], device="cpu"), torch.zeros(1, 2, 1, dtype=model.dtype, device="cpu")
         mask = create_causal_mask(config, inputs, padding, position_ids=None, **{CACHE_NAME: None})
     if not isinstance(mask, torch.Tensor) or mask.ndim != 4:
@@ -97,7 +97,7 @@ def mask_dtype(model: PreTrainedModel) -> torch.dtype:
 @contextmanager
 def grouped_attention(model: PreTrainedModel) -> Iterator[None]:
     """
-    Lets the model attend by `grouped_sdpa` inside, where it uses transformers' SDPA and looks the function up by name.
+    Use `grouped_sdpa` inside the block, if the model uses transformers' SDPA and looks the function up by name.
 
     Another thread that runs the same model meanwhile gets the same results, by either function.
     """

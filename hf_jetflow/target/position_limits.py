@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
-# Lengths in configurations. One name too many costs a short round, a missing one may cost an index error.
+# Lengths in configurations. A superfluous name costs a short round; a missing one may cause an index error.
 LENGTHS = (
     "max_position_embeddings",
     "n_positions",
@@ -77,7 +77,7 @@ def border_reason(
     model: PreTrainedModel, cache: Cache | None, num_sequences: int, num_prompt: int, max_length: int | None
 ) -> str | None:
     """
-    Why a call must be decoded plainly on account of a border; `None` if it need not.
+    Reason to decode a call plainly because its text crosses a border; `None` if there is none.
 
     Args:
         cache (`Cache`, *optional*): The one that the call is given.

@@ -1,6 +1,6 @@
 """The inputs of plain decoding's forwards after the prompt, which verifies must pass on.
 
-The model's own `prepare_inputs_for_generation` is asked three times: for two consecutive steps of one token, and for
+The model's own `prepare_inputs_for_generation` is called three times: for two consecutive steps of one token, and for
 one step of both tokens. A keyword with one value in all three is passed on as it is. A keyword with one row per token,
 all alike, gets as many rows as a verify. Anything else would need a rule that only the model knows, and is refused.
 """
@@ -75,7 +75,7 @@ def check_step_inputs(model: PreTrainedModel, input_ids: torch.Tensor, model_kwa
         )
     consumed = [name for name, value in model_kwargs.items() if isinstance(value, Iterator)]
     if consumed:
-        raise _refusal(model, f"`{consumed[0]}` is read on by every step")
+        raise _refusal(model, f"`{consumed[0]}` is an iterator that every step advances")
     mask, batch = model_kwargs.get("attention_mask"), len(input_ids)
     length = (input_ids if mask is None or mask.ndim != 2 else mask).shape[1]
     outputs = CausalLMOutputWithPast(**{CACHE_NAME: _filled_cache(batch, length)})
@@ -104,7 +104,7 @@ def read_step_inputs(
 
 
 def passes_positions(model: PreTrainedModel) -> bool:
-    """Whether plain decoding passes the positions of new tokens to the forward, which then makes none up."""
+    """Whether plain decoding passes the positions of new tokens to the forward, which then computes none."""
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
         return False
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
@@ -168,7 +168,7 @@ def _compare(
         if all(value is None for value in values):
             continue
         if not all(map(_is_plain, values)):
-            raise _refusal(model, f"every step is given `{name}`, a `{type(values[0]).__name__}` that it may change")
+            raise _refusal(model, f"`{name}` is a `{type(values[0]).__name__}`, which a step may change")
         dim = _row_dim(*values)
         if dim is not None:
             inputs.rows[name] = values[0], dim
@@ -187,7 +187,7 @@ def _step_positions(model: PreTrainedModel, first: dict[str, Any], second: dict[
         one, two = one[..., -1:], two[..., -1:]
     if one is None:
         if passes_positions(model):
-            raise _refusal(model, "the target makes up the `position_ids` of a step itself")
+            raise _refusal(model, "the target computes the `position_ids` of a step itself")
     elif two is None or not torch.equal(one + 1, two):
         raise _refusal(model, "the `position_ids` of steps do not grow by one")
     return one

@@ -75,10 +75,10 @@ def walk_trees(
     Walk from each root while a child holds the token the target chose; all tokens chosen are pushed.
 
     Args:
-        tree (`DraftTree`): The verified trees of all places.
-        logits (`torch.Tensor`, (places, nodes, vocab)): The target's logits at every node.
-        choosers (`list[Chooser]`): Of the places; each runs only at nodes of its path.
-        committer ([`Committer`]): Takes the tokens; its `rows` are the sequences at the places.
+        tree (`DraftTree`): Verified trees, one for each active sequence.
+        logits (`torch.Tensor`, (active, nodes, vocab)): The target's logits at every node.
+        choosers (`list[Chooser]`): One for each tree; called only at nodes of its path.
+        committer ([`Committer`]): Receives the tokens; `rows[i]` is the sequence of tree `i`.
 
     Returns:
         The paths: node ids, root first, whose logits were used.
@@ -89,9 +89,9 @@ def walk_trees(
     else:
         tokens, parents = torch.stack([tree.tokens, tree.parents]).tolist()
     paths = []
-    for place, chooser in enumerate(choosers):
-        children = {pair: node for node, pair in enumerate(zip(parents[place], tokens[place], strict=True))}
-        paths.append(_walk(children, logits[place], all_choices[place], chooser, committer, committer.rows[place]))
+    for index, chooser in enumerate(choosers):
+        children = {pair: node for node, pair in enumerate(zip(parents[index], tokens[index], strict=True))}
+        paths.append(_walk(children, logits[index], all_choices[index], chooser, committer, committer.rows[index]))
     return paths
 
 
@@ -110,9 +110,8 @@ def _walk(
         if choices is not None:
             token = choices[node]
         elif chooser.is_plain_argmax:
-            token = int(
-                logits[node].float().numpy().argmax()
-            )  # NumPy's argmax is about 2x faster on the CPU and breaks ties the same way
+            # NumPy's argmax is about 2x faster on the CPU and breaks ties the same way.
+            token = int(logits[node].float().numpy().argmax())
         else:
             token = chooser.choose(logits[node : node + 1], committer.committed_ids(row))
         is_finished = committer.push(row, token, chooser.scores)
