@@ -10,15 +10,8 @@ from helpers import make_tree
 from reference import assert_same_text
 
 from hf_jetflow.decoding import policy as policy_module
-from hf_jetflow.decoding.policy import (
-    AUTO_BUDGETS,
-    FIRST_TRIALS,
-    REFRESH_EVERY,
-    AutoPolicy,
-    RoundCosts,
-    RoundPlan,
-    roofline,
-)
+from hf_jetflow.decoding.policy import AUTO_BUDGETS, REFRESH_EVERY, AutoPolicy, RoundPlan
+from hf_jetflow.decoding.round_costs import FIRST_TRIALS, RoundCosts, roofline
 from hf_jetflow.trees.tree import Candidates, build_tree, chain_of, trim_tree
 
 
@@ -315,10 +308,10 @@ def test_a_size_of_few_rounds_is_read_off_the_others():
 
 def test_a_machine_that_slows_down_slows_every_size():
     costs = RoundCosts()
-    for pace in (1.0, 1.5):
+    for slowdown in (1.0, 1.5):
         for _ in range(20):
-            costs.add(8, 2.0 * pace)
-        if pace == 1.0:
+            costs.add(8, 2.0 * slowdown)
+        if slowdown == 1.0:
             for _ in range(3):
                 costs.add(16, 4.0)
     assert costs.seconds(16) == pytest.approx(6.0)
@@ -342,7 +335,7 @@ def test_the_last_node_repays_its_time_as_well_as_the_text_does(text_rate):
     assert AutoPolicy(LIMITS, costs).fit(tree).num_nodes == best
 
 
-@pytest.mark.parametrize(("per_node", "least"), [(0.1, 0.075), (0.02, 0.015), (0.0, 0.0)])
+@pytest.mark.parametrize(("per_node", "least"), [(0.1, 0.1), (0.02, 0.02), (0.0, 0.0)])
 def test_nodes_that_cannot_repay_their_verification_are_not_drafted(per_node, least):
     """Nor those that hardly do; two disturbed sizes change little of that."""
     samples = {nodes: (1 + per_node * (nodes - 1),) * 9 for nodes in (1, 4, 8, 16, 24, 32, 64)}

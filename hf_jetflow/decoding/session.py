@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
@@ -21,14 +20,13 @@ from transformers.utils import ModelOutput
 from .._compat import CACHE_NAME
 from ..head.modeling_jetflow import JetFlowHead
 from ..stats import GenerationStats
-from ..target.layer_kinds import takes_trees
 from ..target.target import Target, TargetStates
 from ..trees.tree import DraftTree, chain_of
 from ..trees.walk import Chooser, walk_trees
 from .batching import BatchNoise, row_processors
 from .drafter import Draft, JetFlowCandidateGenerator
 from .emitter import Emitter
-from .policy import AutoPolicy, FixedPolicy, RoundCosts, RoundPlan, chain_limits, read_limits
+from .policy import Policy, RoundPlan, choose_policy
 from .reuse import recall, remember
 from .tree_log import Round, TreeLog
 
@@ -86,7 +84,7 @@ class DecodingSession:
     def __init__(self, model: PreTrainedModel, head: JetFlowHead, call: Call):
         self._head, self._model = head, model
         self._wants = {name: getattr(call.generation_config, name) for name in OUTPUT_FLAGS}
-        self._policies: dict[int, AutoPolicy | FixedPolicy] = {}
+        self._policies: dict[int, Policy] = {}
         self._policy_for(len(call.input_ids))  # wrong settings are refused before the prompt is read
         self._noise = BatchNoise(len(call.input_ids))
         self._choosers = make_choosers(call, self._wants, self._noise)
@@ -157,11 +155,11 @@ class DecodingSession:
         return self._context.max_nodes
 
     @property
-    def policy(self) -> AutoPolicy | FixedPolicy:
+    def policy(self) -> Policy:
         """Plans the rounds of as many sequences as are active."""
         return self._policy_for(len(self._emitter.rows))
 
-    def _policy_for(self, num_sequences: int) -> AutoPolicy | FixedPolicy:
+    def _policy_for(self, num_sequences: int) -> Policy:
         size = 2 ** (num_sequences - 1).bit_length()  # batches of about one size share a policy
         if size not in self._policies:
             self._policies[size] = choose_policy(self._head, self._model, size)
@@ -267,19 +265,3 @@ def make_choosers(call: Call, wants: dict[str, Any], noise: BatchNoise) -> list[
 def _pad_token_id(generation_config: GenerationConfig) -> int | None:
     pad_token = getattr(generation_config, "_pad_token_tensor", None)
     return None if pad_token is None else int(pad_token)
-
-
-# Costs of rounds, learned where `node_budget` is "auto", for each head and target that are still in use.
-ROUND_COSTS: WeakKeyDictionary[JetFlowHead, WeakKeyDictionary[PreTrainedModel, dict]] = WeakKeyDictionary()
-
-
-def choose_policy(head: JetFlowHead, model: PreTrainedModel, num_sequences: int) -> AutoPolicy | FixedPolicy:
-    """The policy that the head's generation config asks for, for about `num_sequences` at once."""
-    limits = read_limits(head.generation_config, head.config.block_size)
-    if not takes_trees(model):
-        limits = chain_limits(limits)
-    if getattr(head.generation_config, "node_budget", None) != "auto":
-        return FixedPolicy(limits)
-    of_pair = ROUND_COSTS.setdefault(head, WeakKeyDictionary()).setdefault(model, {})
-    key = (model.device, model.dtype, head.dtype, limits, num_sequences)
-    return AutoPolicy(limits, of_pair.setdefault(key, RoundCosts(num_sequences)))
