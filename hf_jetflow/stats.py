@@ -1,5 +1,6 @@
 """`GenerationStats`: what one `generate` call drafted and what the target kept of it."""
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,6 +45,26 @@ class GenerationStats:
         for depth in range(tree_depth):
             self.offered_by_depth[depth] += 1
             self.accepted_by_depth[depth] += depth < num_accepted
+
+    def to_dict(self) -> dict[str, Any]:
+        """
+        The figures under the names of vLLM's per-request metrics (`metrics.speculative_decoding`), which AIPerf reads.
+
+        Plain steps, which draft nothing, are left out. `acceptance_histogram[n]` counts the rounds that accepted `n`
+        drafted tokens. `num_spec_tokens` is the deepest level that was drafted: a tree drafts more tokens than a path
+        can hold, so `draft_acceptance_rate` is lower than that of a chain.
+        """
+        num_steps = self.num_rounds - self.rounds_by_nodes.get(1, 0)
+        at_least = [num_steps, *self.accepted_by_depth, 0]  # rounds that accepted 0, 1, ... tokens or more
+        return {
+            "mean_acceptance_length": 1 + self.num_accepted / num_steps if num_steps else 1.0,
+            "draft_acceptance_rate": self.num_accepted / self.num_drafted if self.num_drafted else 0.0,
+            "acceptance_histogram": [more - fewer for more, fewer in itertools.pairwise(at_least)],
+            "num_spec_steps": num_steps,
+            "num_accepted_draft_tokens": self.num_accepted,
+            "num_draft_tokens": self.num_drafted,
+            "num_spec_tokens": len(self.accepted_by_depth),
+        }
 
     @property
     def tokens_per_round(self) -> float:

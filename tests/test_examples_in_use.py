@@ -310,3 +310,25 @@ def test_every_example_is_listed():
     listed = (EXAMPLES / "README.md").read_text()
     files = [path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".sh")]
     assert [name for name in files if f"({name})" not in listed and name not in SHARED] == []
+
+
+@pytest.mark.slow  # the harness collects facts about the machine
+def test_the_harness_scores_the_same_in_batches_with_a_head(example, pair, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    lengths = (1, 4, 2, 3, 6)
+    questions = [{"question": "t011 " * length, "answer": str(length)} for length in lengths]
+    write_lines(tmp_path / "questions.jsonl", *questions)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    tokenizer = tiny_tokenizer(257)
+    tokenizer.eos_token, tokenizer.pad_token = word(2), word(0)
+    tokenizer.save_pretrained(tmp_path / "target")
+    options = ["--questions", tmp_path / "questions.jsonl", "--dtype", "float32", "--max-new-tokens", 12]
+    example("evaluate_head", *pair, *options, "--batch-size", 2)
+    lines = capsys.readouterr().out.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("plain: "))
+    _, score, drafted, same_score, same = lines[start:]
+    assert drafted.startswith("with the head: ")
+    assert "tokens per round" in drafted
+    assert score == same_score
+    assert same == "same answers: 5 of 5"

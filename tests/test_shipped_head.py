@@ -1,5 +1,6 @@
 """The shipped head with the real SmolLM2-135M-Instruct: plain decoding's text in fp32, several tokens per round."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -61,6 +62,21 @@ def test_the_head_drafts_several_tokens_per_round_on_a_math_question(pair, head)
     head.generation_config.node_budget = 32
     target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=False, assistant_model=head)
     assert head.last_stats.tokens_per_round > 2.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [EXAMPLES.parent / "README.md", HEAD / "README.md"], ids=["readme", "card"])
+def test_the_example_that_is_shown_answers_as_pasted(page, pair, tmp_path, monkeypatch, capsys):
+    """In a folder where the target's id is the real target; nothing is changed but the length."""
+    for part in pair:
+        part.save_pretrained(tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct")
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"```python\n(.*?assistant_model=head.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)[1]
+    exec(code.replace("max_new_tokens=256", "max_new_tokens=24"), {})
+    answer, tokens_per_round = capsys.readouterr().out.strip().rsplit("\n", 1)
+    assert "sky" in answer.lower()
+    assert float(tokens_per_round) > 1
 
 
 @pytest.mark.slow
