@@ -5,6 +5,7 @@ recurrent layer. Between rounds the cache holds every committed token but the an
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from transformers import DynamicCache, StaticCache
@@ -13,7 +14,8 @@ from ..trees.tree import DraftTree, trim_tree
 from .batch_caches import BatchRows, commit_paths, retire_row, settle_batch, spread_layers
 from .caches import commit_path, max_static_nodes, static_rows
 from .growing_cache import grow_layers, settle_layers
-from .recurrent import RecurrentStates, needs_replay, record_rows
+from .mixer_adapters import TreeMixer, TreeNodes, reading_trees
+from .recurrent import RecurrentStates, has_states, record_rows
 
 
 class CacheStrategy:
@@ -49,6 +51,10 @@ class CacheStrategy:
     def prepare(self) -> None:
         """Called before each verify: nodes may be rejected."""
         record_rows(self.cache)
+
+    def reading(self, tree: DraftTree) -> AbstractContextManager[None]:
+        """Around the forward over a tree's nodes."""
+        return nullcontext()
 
     def commit(self, tree: DraftTree, paths: list[list[int]]) -> None:
         """Keep each sequence's path, compacted behind its prefix, and drop the other nodes."""
@@ -98,7 +104,7 @@ class StaticStrategy(CacheStrategy):
 
 class ReplayedStrategy(CacheStrategy):
     """
-    A cache with recurrent states, which cannot forget rows: accepted rows of a rejected chain are read once more.
+    A cache with recurrent states of unknown layers: accepted rows of a rejected chain are read once more.
 
     Args:
         read: Runs the target over the nodes of a chain behind the cache.
@@ -147,20 +153,75 @@ class BatchStrategy(CacheStrategy):
         settle_batch(self.cache, self.rows, length)
 
 
+class HybridStrategy(CacheStrategy):
+    """
+    A cache with recurrent states. They stay as they are while a tree is verified, and are moved along the path at
+    commit.
+
+    Args:
+        mixers (`list[TreeMixer]`): The recurrent layers.
+    """
+
+    def __init__(self, cache: DynamicCache, rows: BatchRows, mixers: list[TreeMixer]):
+        super().__init__(cache, rows)
+        self._mixers = mixers
+
+    def reading(self, tree: DraftTree) -> AbstractContextManager[None]:
+        return reading_trees(self._mixers, TreeNodes(tree))
+
+    def commit(self, tree: DraftTree, paths: list[list[int]]) -> None:
+        for mixer in self._mixers:
+            mixer.advance(paths)
+        super().commit(tree, paths)
+
+    def roll_back(self, tree: DraftTree) -> None:
+        for mixer in self._mixers:
+            mixer.forget()
+        super().roll_back(tree)
+
+
+class HybridBatchStrategy(HybridStrategy, BatchStrategy):
+    """A cache with recurrent states, of several sequences."""
+
+    def roll_back(self, tree: DraftTree) -> None:
+        is_even = len({*self.rows.lengths.tolist()}) == 1 and len(self.rows.decoded) == len(self.rows.order)
+        super().roll_back(tree)
+        if not is_even:  # states of longer sequences cannot go back: a later call reads everything
+            super().settle(0)
+            for mixer in self._mixers:
+                mixer.states.reset()
+
+    def retire(self, index: int) -> None:
+        last = len(self.rows.lengths) - 1
+        super().retire(index)
+        for mixer in self._mixers:
+            mixer.reorder([index, last], [last, index])
+
+    def settle(self, length: int) -> None:
+        places = sorted(range(len(self.rows.order)), key=self.rows.order.__getitem__)
+        for mixer in self._mixers:
+            mixer.reorder(list(range(len(places))), places)
+        super().settle(length)
+
+
 def cache_strategy(
-    cache: DynamicCache | StaticCache, rows: BatchRows, read: Callable[[DraftTree], Any]
+    cache: DynamicCache | StaticCache, rows: BatchRows, mixers: list[TreeMixer], read: Callable[[DraftTree], Any]
 ) -> CacheStrategy:
     """
     The strategy for a cache that holds the prompts.
 
     Args:
         rows ([`BatchRows`]): How many tokens of each sequence it holds.
+        mixers (`list[TreeMixer]`): The target's recurrent layers, if they read trees.
         read: Runs the target over the nodes of a chain behind the cache.
     """
-    if len(rows.order) > 1:
+    is_batch = len(rows.order) > 1
+    if mixers:
+        return HybridBatchStrategy(cache, rows, mixers) if is_batch else HybridStrategy(cache, rows, mixers)
+    if is_batch:
         return BatchStrategy(cache, rows)
     if isinstance(cache, StaticCache):
         return StaticStrategy(cache, rows)
-    if needs_replay(cache):
+    if has_states(cache):
         return ReplayedStrategy(cache, rows, read)
     return CacheStrategy(cache, rows)

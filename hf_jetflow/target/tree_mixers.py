@@ -1,10 +1,10 @@
 """Recurrent layers over a draft tree, as pure functions of tensors.
 
 A gated linear recurrence along one path is `S_n = a_n S_parent + k_n d_n^T`, read by `o_n = S_n^T q_n`. Unrolled along
-all paths at once it is a few matrix products under the ancestor mask, as in attention: node n sees the state before the
-tree decayed by `exp(total_n)`, and the updates `k_j d_j^T` of its ancestors j decayed by `exp` of the log decays on the
-path between them. A delta rule (d_n = b_n (v_n - a_n S_parent^T k_n)) takes one triangular solve for all `d`; a state
-space layer has its `d` at hand.
+all paths at once, it is a few matrix products under the ancestor mask. Node n sees the state before the tree, decayed
+along its whole path, and the updates `k_j d_j^T` of its ancestors j, decayed along the path from j to n. A delta rule
+has `d_n = b_n (v_n - a_n S_parent^T k_n)`, so it takes one triangular solve for all `d`; a state space layer is given
+its `d`.
 
 Shapes: nodes in an order with parents first; heads in `groups` that share queries and keys, so these have one head in
 each group: (batch, groups, 1, nodes, dim), and everything else (batch, groups, heads, nodes, ...).
@@ -31,8 +31,9 @@ class Recurrence:
 
     def advance(self, state: torch.Tensor, nodes: torch.Tensor) -> None:
         """Replace the states (batch, groups, heads, key_dim, value_dim) before the tree by those after the path to
-        `nodes` (batch,), in place."""
-        is_on_path = self.ancestors[torch.arange(len(nodes), device=nodes.device), nodes][:, None, None, :, None]
+        `nodes` (batch,), in place; -1 leaves a state as it is."""
+        is_on_path = self.ancestors[torch.arange(len(nodes), device=nodes.device), nodes] & (nodes >= 0)[:, None]
+        is_on_path = is_on_path[:, None, None, :, None]
         on_path = self.log_decays.where(is_on_path, 0)
         # Summed over what lies behind each node of the path, not subtracted: strong decays would cancel.
         behind = (~self.ancestors).to(on_path.dtype)[:, None, None] @ on_path
@@ -147,6 +148,12 @@ def path_windows(parents: torch.Tensor, width: int) -> torch.Tensor:
     for _ in range(width - 1):
         lineage.append(previous.gather(1, lineage[-1]))
     return torch.stack(lineage[::-1], dim=-1)
+
+
+def newest_window(windows: torch.Tensor, nodes: torch.Tensor) -> torch.Tensor:
+    """The window of one node of each tree, (batch, width); for -1, the inputs before the tree."""
+    chosen = windows[torch.arange(len(nodes), device=nodes.device), nodes]
+    return chosen.where((nodes >= 0)[:, None], torch.arange(chosen.shape[1], device=nodes.device))
 
 
 def windows_of(inputs: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
