@@ -184,12 +184,14 @@ class HybridBatchStrategy(HybridStrategy, BatchStrategy):
     """A cache with recurrent states, of several sequences."""
 
     def roll_back(self, tree: DraftTree) -> None:
-        is_even = len({*self.rows.lengths.tolist()}) == 1 and len(self.rows.decoded) == len(self.rows.order)
-        super().roll_back(tree)
-        if not is_even:  # states of longer sequences cannot go back: a later call reads everything
-            super().settle(0)
-            for mixer in self._mixers:
-                mixer.states.reset()
+        self.rows.recall()
+        lengths = {*self.rows.lengths.tolist()}
+        if len(lengths) == 1:
+            return super().roll_back(tree)
+        self.settle(0)  # states of longer sequences cannot go back: a later call reads everything
+        for mixer in self._mixers:
+            mixer.forget()
+            mixer.states.reset()
 
     def retire(self, index: int) -> None:
         last = len(self.rows.lengths) - 1
