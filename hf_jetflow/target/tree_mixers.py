@@ -33,13 +33,14 @@ class Recurrence:
         """Replace the states (batch, groups, heads, key_dim, value_dim) before the tree by those after the path to
         `nodes` (batch,), in place; -1 leaves a state as it is."""
         is_on_path = self.ancestors[torch.arange(len(nodes), device=nodes.device), nodes] & (nodes >= 0)[:, None]
-        is_on_path = is_on_path[:, None, None, :, None]
-        on_path = self.log_decays.where(is_on_path, 0)
+        on_path = is_on_path[:, None, None, :, None]
+        log_decays = self.log_decays.where(on_path, 0)
         # Summed over what lies behind each node of the path, not subtracted: strong decays would cancel.
-        behind = (~self.ancestors).to(on_path.dtype)[:, None, None] @ on_path
-        keys = (self.keys * behind.exp()).where(is_on_path, 0)
-        new = keys.transpose(-1, -2) @ self.updates
-        state.copy_(on_path.sum(-2).exp()[..., None] * state + new)
+        behind = (~self.ancestors).to(log_decays.dtype)[:, None, None] @ log_decays
+        keys = (self.keys * behind.exp_()).where(on_path, 0)
+        total = on_path.transpose(-1, -2).to(log_decays.dtype) @ log_decays
+        after = keys.transpose(-1, -2) @ self.updates
+        state.copy_(after.addcmul_(total.exp_().transpose(-1, -2), state.to(after.dtype)))
 
 
 def gated_delta_rule(
