@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import softplus
+from torch.nn.functional import pad, softplus
 from transformers import Cache
 from transformers.activations import ACT2FN
 from transformers.integrations.accelerate import force_accelerate_hooks
@@ -48,20 +48,22 @@ class TreeNodes:
 
     Args:
         tree ([`DraftTree`]): Of all active sequences.
+        num_rows (`int`): Rows of the forward; those beyond the nodes are padding.
     """
 
-    def __init__(self, tree: DraftTree):
-        self._tree = tree
+    def __init__(self, tree: DraftTree, num_rows: int):
+        self._tree, self._num_pad = tree, num_rows - tree.num_nodes
         self.num_sequences = len(tree.tokens)
         self._known: dict[Any, torch.Tensor] = {}
 
     def ancestors(self, device: torch.device) -> torch.Tensor:
-        """(batch, nodes, nodes) bool."""
-        return self._once((device,), lambda: self._tree.ancestor_mask)
+        """(batch, rows, rows) bool; padding sees nothing."""
+        return self._once((device,), lambda: pad(self._tree.ancestor_mask, (0, self._num_pad, 0, self._num_pad)))
 
     def windows(self, width: int, device: torch.device) -> torch.Tensor:
         """See `path_windows`."""
-        return self._once((device, width), lambda: path_windows(self._tree.parents, width))
+        parents = pad(self._tree.parents, (0, self._num_pad), value=-1)
+        return self._once((device, width), lambda: path_windows(parents, width))
 
     def ends(self, paths: list[list[int]], device: torch.device) -> torch.Tensor:
         """The last node of each sequence's path, (batch,); -1 for an empty path."""

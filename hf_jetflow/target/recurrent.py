@@ -16,12 +16,20 @@ from .._compat import class_of
 
 
 if TYPE_CHECKING:
-    from transformers.cache_utils import LinearAttentionAndFullAttentionLayer
+    from transformers.cache_utils import (
+        LinearAttentionAndFullAttentionLayer,
+        LinearAttentionAndStaticFullAttentionLayer,
+    )
     from transformers.cache_utils import LinearAttentionLayer as LinearAttentionLayer
 else:
     LinearAttentionLayer = class_of(cache_utils, "LinearAttentionLayer")
     LinearAttentionAndFullAttentionLayer = class_of(cache_utils, "LinearAttentionAndFullAttentionLayer")
-RECURRENT_LAYERS = (LinearAttentionLayer, LinearAttentionAndFullAttentionLayer)  # the second has keys and values, too
+    LinearAttentionAndStaticFullAttentionLayer = class_of(cache_utils, "LinearAttentionAndStaticFullAttentionLayer")
+RECURRENT_LAYERS = (  # all but the first have keys and values, too
+    LinearAttentionLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndStaticFullAttentionLayer,
+)
 
 
 @dataclass

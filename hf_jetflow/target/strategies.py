@@ -12,7 +12,7 @@ from transformers import DynamicCache, StaticCache
 
 from ..trees.tree import DraftTree, trim_tree
 from .batch_caches import BatchRows, commit_paths, retire_row, settle_batch, spread_layers
-from .caches import commit_path, max_static_nodes, static_rows
+from .caches import StaticLayer, commit_path, max_static_nodes, static_rows
 from .growing_cache import grow_layers, settle_layers
 from .mixer_adapters import TreeMixer, TreeNodes, reading_trees
 from .recurrent import RecurrentStates, has_states, record_rows
@@ -90,7 +90,7 @@ class StaticStrategy(CacheStrategy):
 
     @property
     def num_slots(self) -> int:
-        return self.cache.layers[0].max_cache_len
+        return next(layer.max_cache_len for layer in self.cache.layers if isinstance(layer, StaticLayer))
 
     def num_rows(self, num_nodes: int) -> int:
         return static_rows(num_nodes)
@@ -162,12 +162,12 @@ class HybridStrategy(CacheStrategy):
         mixers (`list[TreeMixer]`): The recurrent layers.
     """
 
-    def __init__(self, cache: DynamicCache, rows: BatchRows, mixers: list[TreeMixer]):
+    def __init__(self, cache: DynamicCache | StaticCache, rows: BatchRows, mixers: list[TreeMixer]):
         super().__init__(cache, rows)
         self._mixers = mixers
 
     def reading(self, tree: DraftTree) -> AbstractContextManager[None]:
-        return reading_trees(self._mixers, TreeNodes(tree))
+        return reading_trees(self._mixers, TreeNodes(tree, self.num_rows(tree.num_nodes)))
 
     def commit(self, tree: DraftTree, paths: list[list[int]]) -> None:
         for mixer in self._mixers:
@@ -178,6 +178,10 @@ class HybridStrategy(CacheStrategy):
         for mixer in self._mixers:
             mixer.forget()
         super().roll_back(tree)
+
+
+class HybridStaticStrategy(HybridStrategy, StaticStrategy):
+    """A static cache with recurrent states, of one sequence."""
 
 
 class HybridBatchStrategy(HybridStrategy, BatchStrategy):
@@ -217,12 +221,13 @@ def cache_strategy(
         mixers (`list[TreeMixer]`): The target's recurrent layers, if they read trees.
         read: Runs the target over the nodes of a chain behind the cache.
     """
-    is_batch = len(rows.order) > 1
+    is_batch, is_static = len(rows.order) > 1, isinstance(cache, StaticCache)
     if mixers:
-        return HybridBatchStrategy(cache, rows, mixers) if is_batch else HybridStrategy(cache, rows, mixers)
+        kind = HybridBatchStrategy if is_batch else HybridStaticStrategy if is_static else HybridStrategy
+        return kind(cache, rows, mixers)
     if is_batch:
         return BatchStrategy(cache, rows)
-    if isinstance(cache, StaticCache):
+    if is_static:
         return StaticStrategy(cache, rows)
     if has_states(cache):
         return ReplayedStrategy(cache, rows, read)

@@ -19,7 +19,7 @@ from .adapters import AdapterNames
 from .attention import grouped_attention, mask_dtype
 from .batch_caches import BatchRows
 from .caches import check_even_rows, check_padded_rows, check_target_cache
-from .layer_kinds import is_recurrent, layer_windows, scaling_step, takes_trees
+from .layer_kinds import layer_windows, scaling_step, takes_trees
 from .masks import padding_mask, tree_masks
 from .mixer_adapters import tree_mixers
 from .position_limits import PositionLimits, position_limits
@@ -147,10 +147,10 @@ class Target:
         if self.device.type == "meta":  # accelerate brings the weights in for each module's forward
             self.device = input_ids.device
         cache = check_target_cache(model_kwargs.get(CACHE_NAME))
-        if isinstance(cache, StaticCache) and (not self._takes_trees or is_recurrent(self.model)):
+        if isinstance(cache, StaticCache) and not self._takes_trees:
             raise ValueError(
-                "this target verifies chains only or has recurrent layers, which are not supported with a static "
-                "cache; leave `cache_implementation` unset, or generate without `assistant_model`"
+                "this target verifies chains only, which are not supported with a static cache; leave "
+                "`cache_implementation` unset, or generate without `assistant_model`"
             )
         wants_states = bool(generation_config.output_hidden_states)
         forward_kwargs: dict[str, Any] = {"output_hidden_states": wants_states or self._wanted_states}
@@ -196,7 +196,7 @@ class Target:
         context.scaling_step, context.kind_offsets = scaling_step(self.model), kind_offsets
         context.step_inputs, context.mask_dtype = steps, mask_dtype(self.model)
         context.position_limits = position_limits(self.model)
-        if isinstance(cache, StaticCache):
+        if isinstance(cache, StaticCache) and not mixers:  # their forward is replaced by name
             context.is_compiled = self.model._valid_auto_compile_criteria(model_kwargs, generation_config)
             context.compile_config = generation_config.compile_config
         states = TargetStates(
