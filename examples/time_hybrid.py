@@ -4,17 +4,17 @@
 
 The targets have 12 layers of width 512 in float32, the head's first choice is right half of the time, and the methods
 answer in turn. Chains are what a target with recurrent layers of unknown classes gets. One round's cost is a verify of
-64 nodes over a plain forward of as many rows behind the same cache. Peak memory is that of a process per method.
+64 nodes over a plain forward of as many rows behind the same cache.
+
+Times are processor seconds of one thread, so that other programs matter little. Memory is the peak of resident memory
+during an answer, less that before it (Linux only).
 """
 
 import argparse
 import copy
 import functools
 import json
-import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -125,24 +125,38 @@ def answer(target: PreTrainedModel, method: str, head: JetFlowHead | None, num_t
         )
 
 
-def speeds(target: PreTrainedModel, num_tokens: int, repeats: int) -> dict[str, dict[str, float]]:
-    """Tokens per second, median over answers in turn, and tokens per round."""
+def resident_mebibytes(field: str) -> float:
+    """`VmRSS`, now, or `VmHWM`, the peak since it was reset."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 2**10
+
+
+def measure(target: PreTrainedModel, num_tokens: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Tokens per second and MiB, medians over answers in turn; tokens per round."""
     text = answer(target, "plain", None, num_tokens)
     head = HalfRight(target, text).eval()
     seconds: dict[str, list[float]] = {method: [] for method in METHODS}
+    peaks: dict[str, list[float]] = {method: [] for method in METHODS}
     rounds = {}
     for repeat in range(repeats + 1):
-        for method, times in seconds.items():
-            start = time.perf_counter()
-            assert torch.equal(answer(target, method, head, num_tokens), text), f"{method} changed the text"
+        for method in METHODS:
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+            before, start = resident_mebibytes("VmRSS"), time.process_time()
+            is_same = torch.equal(answer(target, method, head, num_tokens), text)
+            took, peak = time.process_time() - start, resident_mebibytes("VmHWM") - before
+            assert is_same, f"{method} changed the text"
             if repeat:  # the first answers are warm-up
-                times.append(time.perf_counter() - start)
+                seconds[method].append(took)
+                peaks[method].append(peak)
             if METHODS[method]:
-                rounds[method] = head.last_stats.tokens_per_round
+                rounds[method] = {"tokens_per_round": round(head.last_stats.tokens_per_round, 2)}
     return {
-        method: {"tokens_per_second": round(num_tokens / statistics.median(times), 1)}
-        | ({"tokens_per_round": round(rounds[method], 2)} if method in rounds else {})
-        for method, times in seconds.items()
+        method: {
+            "tokens_per_second": round(num_tokens / statistics.median(seconds[method]), 2),
+            "peak_mebibytes": round(statistics.median(peaks[method]), 1),
+            **rounds.get(method, {}),
+        }
+        for method in METHODS
     }
 
 
@@ -176,21 +190,14 @@ def round_cost(target: PreTrainedModel, num_nodes: int, repeats: int) -> dict[st
     for repeat in range(repeats + 1):
         for name, prepare in (("verify", verify), ("plain", plain)):
             run = prepare()
-            start = time.perf_counter()
+            start = time.process_time()
             run()
             if repeat:
-                times[name].append(1e3 * (time.perf_counter() - start))
+                times[name].append(1e3 * (time.process_time() - start))
             if name == "verify":
                 context.strategy.commit(tree, [[]])
     took = {name: round(statistics.median(values), 2) for name, values in times.items()}
     return took | {"ratio": round(took["verify"] / took["plain"], 3)}
-
-
-def peak_mebibytes(name: str, method: str, num_tokens: int) -> float:
-    target = build(name)
-    head = HalfRight(target, answer(target, "plain", None, num_tokens)).eval()
-    answer(target, method, head, num_tokens)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def main() -> None:
@@ -199,22 +206,14 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=64, help="of the tree whose round is timed")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--only", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.only:
-        print(json.dumps(peak_mebibytes(*args.only, args.max_new_tokens)))
-        return
+    torch.set_num_threads(1)
     results = {}
     for name in SHAPES:
         target = build(name)
-        methods = speeds(target, args.max_new_tokens, args.repeats)
-        for method, figures in methods.items():
-            command = [sys.executable, *sys.argv, "--only", name, method]
-            done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-            figures["peak_mebibytes"] = round(json.loads(done.stdout.splitlines()[-1]), 1)
-            print(f"{name}, {method}: {figures}", flush=True)
+        methods = measure(target, args.max_new_tokens, args.repeats)
         results[name] = {"methods": methods, "round": round_cost(target, args.nodes, 3 * args.repeats)}
-        print(f"{name}, a round of {args.nodes} nodes: {results[name]['round']}", flush=True)
+        print(json.dumps({name: results[name]}, indent=2), flush=True)
     if args.json:
         write_json({"environment": environment(), "settings": COMMON, "targets": results}, args.json)
 
