@@ -156,7 +156,8 @@ def _checked_decode(
     max_length = None if max_length is None else max_length + num_given
     reason = border_reason(model, cache, len(input_ids), num_prompt, max_length)
     if reason is None and len(input_ids) > 1:
-        reason = plain_batch_reason(model, kwargs["logits_processor"], generation_config, cache)
+        deciders = kwargs["logits_processor"], kwargs["stopping_criteria"]
+        reason = plain_batch_reason(model, *deciders, generation_config, cache)
     if reason is not None:
         logger.warning_once(f"this call is decoded plainly, without the draft head: {reason}.")
         head.last_stats = GenerationStats(policy={"plain": reason})

@@ -5,16 +5,19 @@ from collections import OrderedDict
 
 import torch
 from transformers import (
+    EosTokenCriteria,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    MaxLengthCriteria,
     PreTrainedModel,
     StaticCache,
+    StoppingCriteriaList,
 )
 from transformers.generation import logits_process, stopping_criteria
 
 from .._compat import class_of
-from ..target.layer_kinds import scaling_step, takes_trees
+from ..target.layer_kinds import is_recurrent, scaling_step, takes_trees
 
 
 # Processors and criteria that look at one sequence at a time and remember nothing.
@@ -63,6 +66,7 @@ def is_row_wise(part: object) -> bool:
 def plain_batch_reason(
     model: PreTrainedModel,
     logits_processor: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     cache: object,
 ) -> str | None:
@@ -81,7 +85,21 @@ def plain_batch_reason(
         return f"`{recorded[0]}` returns something for every step of the whole batch"
     if isinstance(cache, StaticCache):
         return "the sequences of a static cache have one length"
+    is_returned = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
+    if is_returned and is_recurrent(model) and (judging := _batch_criteria(criteria)):
+        return (
+            f"{', '.join(judging)} may end a sequence behind which others have been decoded, and the recurrent states "
+            f"of `{model.config.model_type}` in the returned cache cannot go back"
+        )
     return None
+
+
+def _batch_criteria(criteria: StoppingCriteriaList) -> list[str]:
+    """Names of the criteria that are asked about the whole batch; see [`Emitter`]."""
+    stops_each = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+    known = (MaxLengthCriteria, EosTokenCriteria)
+    asked = [c for c in criteria if type(c) not in known and not (stops_each and is_row_wise(c))]
+    return sorted({type(criterion).__name__ for criterion in asked})
 
 
 def row_processors(logits_processor: LogitsProcessorList, row: int) -> LogitsProcessorList:

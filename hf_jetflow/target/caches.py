@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicLayer
 
 from .._compat import class_of
 from .growing_cache import GrowingLayer
-from .recurrent import RECURRENT_LAYERS, LinearAttentionLayer, drop_rows
+from .recurrent import RECURRENT_LAYERS
 
 
 UNSEEN_POSITION = torch.iinfo(torch.int32).max  # of padding among context rows: no block row sees past its anchor
@@ -239,8 +239,6 @@ def commit_path(cache: Cache, path: list[int], num_rows: int) -> None:
     for layer in cache.layers:
         if isinstance(layer, EMPTY_LAYERS):
             continue
-        if isinstance(layer, LinearAttentionLayer):
-            drop_rows(layer, num_rows - len(path))
         if isinstance(layer, StaticLayer):
             if first < len(path):
                 _move((layer.keys, layer.values), layer.cumulative_length - num_rows, moves)

@@ -1,17 +1,20 @@
 """What the layers of a target see, by kind, and whether they take draft trees or chains only.
 
 A tree needs a mask and a position of its own for every node. A target that takes neither (alibi biases and local masks
-by place in the cache) or that carries a state from row to row (recurrent layers) verifies one path at a time.
+by place in the cache), or whose recurrent layers are not known (see `mixer_plans.py`), verifies one path at a time.
 """
 
 from dataclasses import dataclass
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
+from .mixer_plans import unknown_reason
 from .step_inputs import passes_positions
 
 
+logger = logging.get_logger(__name__)
 RECURRENT_KINDS = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
 SCANS_FROM_NOTHING = {"jamba", "zamba"}  # transformers' scan of mamba-1 layers takes no state to begin with
 MAKES_OWN_MASKS = {"paligemma"}  # models around a text model that do not hand its masks on, one per kind of layer
@@ -58,8 +61,8 @@ def layer_windows(model: PreTrainedModel) -> dict[str, Window | None]:
         )
     windows: dict[str, Window | None] = {}
     for kind, layer in layers:
-        if kind == "full_attention":
-            windows[kind] = None
+        if kind in ("full_attention", "hybrid"):
+            windows["full_attention"] = None
         elif kind in ("sliding_attention", "hybrid_sliding"):
             windows[kind] = Window(layer.sliding_window)
         elif kind == "chunked_attention":
@@ -79,11 +82,26 @@ def layer_windows(model: PreTrainedModel) -> dict[str, Window | None]:
 def takes_trees(model: PreTrainedModel) -> bool:
     """Whether the target can verify several branches in one forward; otherwise chains only."""
     text = model.config.get_text_config(decoder=True)
-    kinds = {kind for kind, _ in _kinds(text)}
     # Probed because few configurations have them: `alibi` of falcon and, in `attn_config`, of mpt; gpt_neo's layers.
     has_alibi = any(getattr(config, "alibi", False) for config in (text, getattr(text, "attn_config", None)))
     has_local_layers = "local" in getattr(text, "attention_layers", ())
-    return passes_positions(model) and not (kinds & RECURRENT_KINDS or has_alibi or has_local_layers)
+    if has_alibi or has_local_layers or not passes_positions(model):
+        return False
+    recurrent = _recurrent_layers(model)
+    reason = unknown_reason(model, recurrent) if recurrent else None
+    if reason is not None:
+        logger.warning_once(f"`{text.model_type}` verifies chains instead of draft trees: {reason}.")
+    return reason is None
+
+
+def is_recurrent(model: PreTrainedModel) -> bool:
+    """Whether the target has recurrent layers."""
+    return bool(_recurrent_layers(model))
+
+
+def _recurrent_layers(model: PreTrainedModel) -> list[int]:
+    text = model.config.get_text_config(decoder=True)
+    return [index for index, (kind, _) in enumerate(_kinds(text)) if kind in RECURRENT_KINDS]
 
 
 def scaling_step(model: PreTrainedModel) -> int | None:

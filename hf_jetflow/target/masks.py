@@ -14,13 +14,17 @@ if TYPE_CHECKING:
     from .target import Context
 
 
+# Models look up their recurrent layers' kinds, too, which mask padding only.
+NO_MASKS = dict.fromkeys(("linear_attention", "conv"))
+
+
 def tree_masks(
     context: "Context",
     tree: DraftTree,
     windows: dict[str, Window | None],
     dtype: torch.dtype,
     device: torch.device,
-) -> torch.Tensor | dict[str, torch.Tensor] | None:
+) -> torch.Tensor | dict[str, torch.Tensor | None] | None:
     """
     The mask for the model's forward: one tensor, or one per kind of layer where the model has several.
 
@@ -34,7 +38,7 @@ def tree_masks(
     if tree.num_nodes == 1 and is_even and context.strategy.num_slots is None:
         return None
     masks = {kind: _as_dtype(_tree_mask(context, tree, window, device), dtype) for kind, window in windows.items()}
-    return masks if len(masks) > 1 else next(iter(masks.values()))
+    return {**NO_MASKS, **masks} if len(masks) > 1 else next(iter(masks.values()))
 
 
 def padding_mask(context: "Context", num_rows: int, device: torch.device) -> torch.Tensor | None:

@@ -1,8 +1,8 @@
-"""Recurrent layers in the target's cache: chains are verified on top of a copy of their states.
+"""Recurrent layers in the target's cache; those of unknown classes verify chains, on top of a copy of their states.
 
-A recurrent state cannot forget its newest rows. Before a chain is verified the states are copied; where not all of it
-is accepted they are put back, the other layers drop the chain's rows, and the accepted rows are read once more. Layers
-that keep the rows of a short convolution only (lfm2) drop rows as attention layers do, without a second reading.
+A recurrent state cannot forget its newest rows. Layers of known classes do without (see `mixer_adapters.py`). For the
+others, the states are copied before a chain is verified. If not all of it is accepted, they are put back, the other
+layers drop the chain's rows, and the target reads the accepted rows once more.
 """
 
 from dataclasses import dataclass
@@ -10,18 +10,26 @@ from typing import TYPE_CHECKING
 
 import torch
 from transformers import Cache, cache_utils
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from .._compat import class_of
 
 
 if TYPE_CHECKING:
-    from transformers.cache_utils import LinearAttentionAndFullAttentionLayer
+    from transformers.cache_utils import (
+        LinearAttentionAndFullAttentionLayer,
+        LinearAttentionAndStaticFullAttentionLayer,
+    )
     from transformers.cache_utils import LinearAttentionLayer as LinearAttentionLayer
 else:
     LinearAttentionLayer = class_of(cache_utils, "LinearAttentionLayer")
     LinearAttentionAndFullAttentionLayer = class_of(cache_utils, "LinearAttentionAndFullAttentionLayer")
-RECURRENT_LAYERS = (LinearAttentionLayer, LinearAttentionAndFullAttentionLayer)  # the second has keys and values, too
+    LinearAttentionAndStaticFullAttentionLayer = class_of(cache_utils, "LinearAttentionAndStaticFullAttentionLayer")
+RECURRENT_LAYERS = (  # all but the first have keys and values, too
+    LinearAttentionLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndStaticFullAttentionLayer,
+)
 
 
 @dataclass
@@ -32,11 +40,12 @@ class RecurrentStates:
 
     @classmethod
     def copy(cls, cache: Cache) -> "RecurrentStates":
-        return cls([(_copies(layer.conv_states), _copies(layer.recurrent_states)) for layer in _replayed(cache)])
+        layers = filter(_is_recurrent, cache.layers)
+        return cls([(_copies(layer.conv_states), _copies(layer.recurrent_states)) for layer in layers])
 
     def put_back(self, cache: Cache) -> None:
         """Into the very tensors that they came from: compiled graphs hold on to them."""
-        for layer, kept in zip(_replayed(cache), self.states, strict=True):
+        for layer, kept in zip(filter(_is_recurrent, cache.layers), self.states, strict=True):
             for places, states in zip((layer.conv_states, layer.recurrent_states), kept, strict=True):
                 for index, state in states.items():
                     places[index].copy_(state)
@@ -59,30 +68,20 @@ def check_states(cache: Cache) -> None:
         )
 
 
-def needs_replay(cache: Cache) -> bool:
-    """Whether rejected rows can only be taken back by reading the accepted ones again."""
-    return bool(_replayed(cache))
+def has_states(cache: Cache) -> bool:
+    """Whether some layer is recurrent."""
+    return any(map(_is_recurrent, cache.layers))
 
 
 def record_rows(cache: Cache) -> None:
-    """Let the layers that can drop rows keep all rows of the next forward, until `drop_rows`."""
+    """Let the sliding-window layers keep all rows of the next forward, until rows are dropped."""
     for layer in cache.layers:
-        if not isinstance(layer, LinearAttentionLayer):
-            if hasattr(layer, "activate_past_recording"):
-                layer.activate_past_recording()
-        elif layer.is_croppable:
+        if hasattr(layer, "activate_past_recording") and not isinstance(layer, LinearAttentionLayer):
             layer.activate_past_recording()
 
 
-def drop_rows(layer: LinearAttentionLayer, num_rows: int) -> None:
-    """Forget the newest rows of a convolution's; a recurrence is replayed instead."""
-    if layer.record_past:
-        LinearAttentionLayer.crop(layer, -num_rows)
-        layer.record_past = False
-
-
-def _replayed(cache: Cache) -> list[LinearAttentionLayer]:
-    return [layer for layer in cache.layers if isinstance(layer, LinearAttentionLayer) and not layer.is_croppable]
+def _is_recurrent(layer: CacheLayerMixin) -> bool:
+    return isinstance(layer, LinearAttentionLayer)
 
 
 def _copies(states: dict[int, torch.Tensor | None]) -> dict[int, torch.Tensor]:

@@ -5,15 +5,17 @@ recurrent layer. Between rounds the cache holds every committed token but the an
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from transformers import DynamicCache, StaticCache
 
 from ..trees.tree import DraftTree, trim_tree
 from .batch_caches import BatchRows, commit_paths, retire_row, settle_batch, spread_layers
-from .caches import commit_path, max_static_nodes, static_rows
+from .caches import StaticLayer, commit_path, max_static_nodes, static_rows
 from .growing_cache import grow_layers, settle_layers
-from .recurrent import RecurrentStates, needs_replay, record_rows
+from .mixer_adapters import TreeMixer, TreeNodes, reading_trees
+from .recurrent import RecurrentStates, has_states, record_rows
 
 
 class CacheStrategy:
@@ -50,6 +52,10 @@ class CacheStrategy:
         """Called before each verify: nodes may be rejected."""
         record_rows(self.cache)
 
+    def reading(self, tree: DraftTree) -> AbstractContextManager[None]:
+        """Around the forward over a tree's nodes."""
+        return nullcontext()
+
     def commit(self, tree: DraftTree, paths: list[list[int]]) -> None:
         """Keep each sequence's path, compacted behind its prefix, and drop the other nodes."""
         self._commit_path(tree, paths[0])
@@ -84,7 +90,7 @@ class StaticStrategy(CacheStrategy):
 
     @property
     def num_slots(self) -> int:
-        return self.cache.layers[0].max_cache_len
+        return next(layer.max_cache_len for layer in self.cache.layers if isinstance(layer, StaticLayer))
 
     def num_rows(self, num_nodes: int) -> int:
         return static_rows(num_nodes)
@@ -98,7 +104,7 @@ class StaticStrategy(CacheStrategy):
 
 class ReplayedStrategy(CacheStrategy):
     """
-    A cache with recurrent states, which cannot forget rows: accepted rows of a rejected chain are read once more.
+    A cache with recurrent states of unknown layers: accepted rows of a rejected chain are read once more.
 
     Args:
         read: Runs the target over the nodes of a chain behind the cache.
@@ -147,20 +153,82 @@ class BatchStrategy(CacheStrategy):
         settle_batch(self.cache, self.rows, length)
 
 
+class HybridStrategy(CacheStrategy):
+    """
+    A cache with recurrent states. They stay as they are while a tree is verified, and are moved along the path at
+    commit.
+
+    Args:
+        mixers (`list[TreeMixer]`): The recurrent layers.
+    """
+
+    def __init__(self, cache: DynamicCache | StaticCache, rows: BatchRows, mixers: list[TreeMixer]):
+        super().__init__(cache, rows)
+        self._mixers = mixers
+
+    def reading(self, tree: DraftTree) -> AbstractContextManager[None]:
+        return reading_trees(self._mixers, TreeNodes(tree, self.num_rows(tree.num_nodes)))
+
+    def commit(self, tree: DraftTree, paths: list[list[int]]) -> None:
+        for mixer in self._mixers:
+            mixer.advance(paths)
+        super().commit(tree, paths)
+
+    def roll_back(self, tree: DraftTree) -> None:
+        for mixer in self._mixers:
+            mixer.forget()
+        super().roll_back(tree)
+
+
+class HybridStaticStrategy(HybridStrategy, StaticStrategy):
+    """A static cache with recurrent states, of one sequence."""
+
+
+class HybridBatchStrategy(HybridStrategy, BatchStrategy):
+    """A cache with recurrent states, of several sequences."""
+
+    def roll_back(self, tree: DraftTree) -> None:
+        self.rows.recall()
+        lengths = {*self.rows.lengths.tolist()}
+        if len(lengths) == 1:
+            return super().roll_back(tree)
+        self.settle(0)  # states of longer sequences cannot go back: a later call reads everything
+        for mixer in self._mixers:
+            mixer.forget()
+            mixer.states.reset()
+
+    def retire(self, index: int) -> None:
+        last = len(self.rows.lengths) - 1
+        super().retire(index)
+        for mixer in self._mixers:
+            mixer.reorder([index, last], [last, index])
+
+    def settle(self, length: int) -> None:
+        places = sorted(range(len(self.rows.order)), key=self.rows.order.__getitem__)
+        for mixer in self._mixers:
+            mixer.reorder(list(range(len(places))), places)
+        super().settle(length)
+
+
 def cache_strategy(
-    cache: DynamicCache | StaticCache, rows: BatchRows, read: Callable[[DraftTree], Any]
+    cache: DynamicCache | StaticCache, rows: BatchRows, mixers: list[TreeMixer], read: Callable[[DraftTree], Any]
 ) -> CacheStrategy:
     """
     The strategy for a cache that holds the prompts.
 
     Args:
         rows ([`BatchRows`]): How many tokens of each sequence it holds.
+        mixers (`list[TreeMixer]`): The target's recurrent layers, if they read trees.
         read: Runs the target over the nodes of a chain behind the cache.
     """
-    if len(rows.order) > 1:
+    is_batch, is_static = len(rows.order) > 1, isinstance(cache, StaticCache)
+    if mixers:
+        kind = HybridBatchStrategy if is_batch else HybridStaticStrategy if is_static else HybridStrategy
+        return kind(cache, rows, mixers)
+    if is_batch:
         return BatchStrategy(cache, rows)
-    if isinstance(cache, StaticCache):
+    if is_static:
         return StaticStrategy(cache, rows)
-    if needs_replay(cache):
+    if has_states(cache):
         return ReplayedStrategy(cache, rows, read)
     return CacheStrategy(cache, rows)

@@ -21,6 +21,7 @@ from .batch_caches import BatchRows
 from .caches import check_even_rows, check_padded_rows, check_target_cache
 from .layer_kinds import layer_windows, scaling_step, takes_trees
 from .masks import padding_mask, tree_masks
+from .mixer_adapters import tree_mixers
 from .position_limits import PositionLimits, position_limits
 from .positions import text_positions, without_padding
 from .recurrent import check_states
@@ -188,12 +189,14 @@ class Target:
             features, position_ids = without_padding(features, position_ids, is_pad)
             is_padding = is_padding[:, -num_cached:]
         names = AdapterNames(self.model) if batch > 1 else None
-        strategy = cache_strategy(cache, BatchRows(batch, num_cached, names), lambda chain: self._read(context, chain))
+        rows = BatchRows(batch, num_cached, names)
+        mixers = tree_mixers(self.model, cache) if self._takes_trees else []
+        strategy = cache_strategy(cache, rows, mixers, lambda chain: self._read(context, chain))
         context = Context(strategy, last_positions + 1 - num_cached, is_padding, wants_states, forward_kwargs)
         context.scaling_step, context.kind_offsets = scaling_step(self.model), kind_offsets
         context.step_inputs, context.mask_dtype = steps, mask_dtype(self.model)
         context.position_limits = position_limits(self.model)
-        if isinstance(cache, StaticCache):
+        if isinstance(cache, StaticCache) and not mixers:  # their forward is replaced by name
             context.is_compiled = self.model._valid_auto_compile_criteria(model_kwargs, generation_config)
             context.compile_config = generation_config.compile_config
         states = TargetStates(
@@ -263,7 +266,8 @@ class Target:
             masks = tree_masks(context, tree, self._windows, context.mask_dtype, self.device)
         else:
             masks = padding_mask(context, tree.num_nodes, self.device)
-        with grouped_attention(self.model) if position_ids.shape[-1] > 1 else nullcontext():
+        is_grouped = position_ids.shape[-1] > 1
+        with grouped_attention(self.model) if is_grouped else nullcontext(), context.strategy.reading(tree):
             return context.forward_of(self.model)(
                 input_ids=pad(tree.tokens.to(self.device), (0, num_pad)),
                 attention_mask=masks,
