@@ -29,10 +29,32 @@ from .configuration_jetflow import JetFlowConfig
 from .decoder_layers import HeadCacheLike, JetFlowDecoderLayer, visibility
 from .formats import read_head, recognize
 from .linear import DraftLinear
+from .path_scorers import RecurrentCorrection, Refiner, TreeFlashCorrection
 from .rotary import DraftRotaryEmbedding
+from .scorers import Markov, RecurrentMarkov, Selector, StepScorer, TableScorer
 
 
 FLOAT16_TAP_LIMIT = 64.0  # largest value in float16 taps before the fusion; its sums must stay below 65504
+
+
+SCORERS: dict[str, Callable[[JetFlowConfig], StepScorer | TableScorer]] = {
+    "parent": BranchCorrection,
+    "path": BranchCorrection,
+    "selector": Selector,
+    "markov": Markov,
+    "gated": Markov,
+    "rnn": RecurrentMarkov,
+    "gru": RecurrentCorrection,
+    "refiner": Refiner,
+}
+
+
+def make_scorer(config: JetFlowConfig, norm: nn.Module) -> Any:
+    """The branch scorer of a head with this final norm, a [`StepScorer`] or a [`TableScorer`]; `None` without one."""
+    kind = config.branch_correction
+    if kind is None:
+        return None
+    return TreeFlashCorrection(config, norm) if kind == "treeflash" else SCORERS[kind](config)
 
 
 class _ThreadResults(threading.local):
@@ -75,13 +97,17 @@ class JetFlowHead(PreTrainedModel):
         assert config.hidden_state_indices is not None
         assert config.target_hidden_size is not None
         num_taps = len(config.hidden_state_indices)
-        self.fc = DraftLinear(num_taps * config.target_hidden_size, config.hidden_size, bias=False)
+        has_fc, mixes = config.context_fusion != "layers", config.context_fusion != "fc"
+        self.fc = DraftLinear(num_taps * config.target_hidden_size, config.hidden_size, bias=False) if has_fc else None
+        self.layer_fusion_weights = nn.Parameter(torch.zeros(config.num_hidden_layers, num_taps)) if mixes else None
         self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.layers = nn.ModuleList(JetFlowDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = DraftRotaryEmbedding(config)
         self.mask_embedding = nn.Parameter(torch.zeros(config.hidden_size)) if config.mask_token_id is None else None
-        self.branch_correction = BranchCorrection(config) if config.branch_correction is not None else None
+        self.branch_correction = make_scorer(config, self.norm)
+        inputs = config.confidence_inputs
+        self.confidence_head = nn.Linear(inputs, 1) if inputs is not None else None
         num_scored = config.draft_vocab_size or config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size) if config.own_embedding else None
         self.lm_head = DraftLinear(config.hidden_size, num_scored, bias=False) if config.own_lm_head else None
@@ -179,31 +205,45 @@ class JetFlowHead(PreTrainedModel):
                 of `inputs_embeds` (training, where what wraps the head must see each of its tensors used).
 
         Returns:
-            `torch.Tensor`: (batch, rows, hidden), after the final norm, ready for the target's output embedding. With
-            `parent_embeds` a pair of them and the branch correction's shifts, of the same shape.
+            `torch.Tensor`: (batch, rows, hidden), after the final norm, ready for the target's output embedding. Some
+            branch scorers read more of a row, which follows it: (batch, rows, features). With `parent_embeds` a pair
+            of them and the branch correction's shifts, of the same shape.
         """
         if anchor_position_ids is None:
             anchor_position_ids = position_ids[:, :1].expand_as(position_ids)
         if is_mask is not None:
             assert self.mask_embedding is not None
             inputs_embeds = torch.where(is_mask[..., None], self.mask_embedding.to(inputs_embeds.dtype), inputs_embeds)
-        context = self._fuse(features)
+        contexts = self._contexts(features)
         cos_sin = self.rotary_emb(inputs_embeds, torch.cat([context_position_ids, position_ids], dim=1))
         if past_key_values is not None:
             context_position_ids = past_key_values.extend_positions(context_position_ids)
         masks: dict[tuple[bool, int | None], torch.Tensor] = {}
-        block = inputs_embeds
+        block, offsets = inputs_embeds, position_ids - anchor_position_ids
         kinds = zip(self.config.causal_layers, self.config.layer_windows, strict=True)
-        for layer, kind in zip(self.layers, kinds, strict=True):
+        for layer, context, kind in zip(self.layers, contexts, kinds, strict=True):
             if kind not in masks:
                 mask = visibility(position_ids, context_position_ids, anchor_position_ids, *kind)
                 masks[kind] = self._mask_for_backend(mask, block.dtype)
-            block = layer(block, context, cos_sin, masks[kind], past_key_values)
+            block = layer(block, context, cos_sin, masks[kind], past_key_values, offsets)
         rows = self.norm(block)
+        if self.branch_correction is not None:
+            rows = self.branch_correction.row_features(rows, block, self.config.num_rows)
         return rows if parent_embeds is None else (rows, self._shifts(rows, parent_embeds))
+
+    def _contexts(self, features: torch.Tensor) -> list[torch.Tensor]:
+        """Context features (batch, seq, hidden) of each layer. Some layouts add a mixture of taps per layer."""
+        if self.layer_fusion_weights is None:
+            return [self._fuse(features)] * len(self.layers)
+        weights = torch.softmax(self.layer_fusion_weights.float(), dim=-1)
+        mixtures = torch.einsum("lt,bsth->lbsh", weights, features.unflatten(-1, (weights.shape[1], -1)).float())
+        if self.fc is not None:
+            mixtures = mixtures + self.fc(features)
+        return [self.hidden_norm(mixture).to(features.dtype) for mixture in mixtures]
 
     def _fuse(self, features: torch.Tensor) -> torch.Tensor:
         """Fused context features (batch, seq, hidden) of concatenated taps."""
+        assert self.fc is not None
         if features.dtype != torch.float16:
             return self.hidden_norm(self.fc(features))
         # A few channels of a target's residual stream are so large that sums of their products exceed float16's range.
