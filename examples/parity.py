@@ -70,10 +70,10 @@ def small_target(folder: Path) -> PreTrainedModel:
 
 @torch.no_grad()
 def randomize(model: torch.nn.Module) -> None:
-    """Give every tensor of a head random values, norms included."""
+    """Give every tensor of a head random values, norms included, but not those of the target."""
     generator = torch.Generator().manual_seed(5)
     for name, parameter in sorted(model.named_parameters()):
-        if "verifier" not in name and "embed_tokens" not in name:
+        if not any(part in name for part in ("verifier", "embed_tokens", "lm_head")):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + (parameter.ndim == 1))
 
 
@@ -116,25 +116,60 @@ def dflash_logits(target: PreTrainedModel, model: Any) -> Logits:
     return logits
 
 
+@torch.no_grad()
+def speculators_rows(model: Any, ids: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden rows (block_size, hidden) of a block of theirs and their logits (block_size, draft_vocab)."""
+    # This is the forward of training: an anchor within a longer text, the rest of which the block must not see.
+    anchor, length = ids.shape[1] - 1, ids.shape[1] + model.block_size
+    text = torch.cat([ids, ids.new_full((1, length - ids.shape[1]), 7)], dim=1)
+    shown = torch.cat([features, torch.randn(1, length - anchor, features.shape[-1])], dim=1)
+    is_anchor = (torch.arange(length) == anchor)[None]
+    hidden, drafted, *_ = model._backbone_forward(
+        shown,
+        text,
+        is_anchor.float(),
+        torch.zeros(1, length, HIDDEN),
+        torch.zeros(1, length, dtype=torch.long),
+        max_anchors=1,
+    )
+    return hidden[0], drafted[0]
+
+
 def speculators_logits(model: Any) -> Logits:
-    @torch.no_grad()
     def logits(ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        # This is the forward of training: an anchor within a longer text, the rest of which the block must not see.
-        anchor, length = ids.shape[1] - 1, ids.shape[1] + model.block_size
-        text = torch.cat([ids, ids.new_full((1, length - ids.shape[1]), 7)], dim=1)
-        shown = torch.cat([features, torch.randn(1, length - anchor, features.shape[-1])], dim=1)
-        is_anchor = (torch.arange(length) == anchor)[None]
-        _, drafted, *_ = model._backbone_forward(
-            shown,
-            text,
-            is_anchor.float(),
-            torch.zeros(1, length, HIDDEN),
-            torch.zeros(1, length, dtype=torch.long),
-            max_anchors=1,
-        )
-        return drafted[0] if model.config.sample_from_anchor else drafted[0, 1:]
+        _, drafted = speculators_rows(model, ids, features)
+        return drafted if model.config.sample_from_anchor else drafted[1:]
 
     return logits
+
+
+def speculators_chain(model: Any) -> Chain:
+    """The greedy chain, drafted token by token with the teacher-forced modules of training."""
+    kind = model.config.speculators_model_type
+
+    @torch.no_grad()
+    def chain(ids: torch.Tensor, features: torch.Tensor) -> list[int]:
+        hidden, logits = speculators_rows(model, ids, features)
+        first, anchor, tokens = 0 if model.config.sample_from_anchor else 1, int(ids[0, -1]), []
+        before = torch.full((1, len(hidden)), anchor)  # the token before each row's own
+        if first and kind == "xpress":
+            before[0, 0] = ids[0, -2]
+        for row in range(first, len(hidden)):
+            if kind == "dflash2":
+                found, scores = model.candidate_selector.select(logits[row], hidden[row], before[0, row])
+                token = int(found[scores.argmax()])
+            else:
+                module = model.markov_head if kind == "dspark" else model.refiner_head
+                bias = module.block_bias(prev_token_ids=before, hidden_states=hidden[None])[0, row]
+                token = int((logits[row] + bias).argmax())
+            if model.config.draft_vocab_size != VOCAB:
+                token += int(model.d2t[token])
+            tokens.append(token)
+            if row + 1 < len(hidden):
+                before[0, row + 1] = token
+        return tokens
+
+    return chain
 
 
 @torch.no_grad()
@@ -248,30 +283,10 @@ SPECULATORS_CASES: dict[str, dict[str, Any]] = {
 
 
 def compare_speculators(target: PreTrainedModel, folder: Path) -> Iterator[dict[str, Any]]:
-    from speculators import SpeculatorsConfig, VerifierConfig
     from speculators.models.dflash import DFlashDraftModel, DFlashSpeculatorConfig
-    from speculators.proposals.greedy import GreedyTokenProposalConfig
-
-    def described(settings: dict[str, Any]) -> Any:
-        settings = dict(settings)
-        layers = Qwen3Config(**{**BODY, **settings.pop("layers", {})})
-        layers._attn_implementation = "eager"
-        proposal = GreedyTokenProposalConfig(speculative_tokens=BLOCK - 1)
-        verifier = VerifierConfig(name_or_path=str(folder / "target"), architectures=["LlamaForCausalLM"])
-        return DFlashSpeculatorConfig(
-            transformer_layer_config=layers,
-            draft_vocab_size=settings.pop("draft_vocab_size", VOCAB),
-            block_size=BLOCK,
-            aux_hidden_state_layer_ids=[index + 1 for index in LAYER_IDS],
-            mask_token_id=MASK,
-            speculators_config=SpeculatorsConfig(
-                algorithm="dflash", proposal_methods=[proposal], default_proposal_method="greedy", verifier=verifier
-            ),
-            **settings,
-        )
 
     for number, (case, settings) in enumerate(SPECULATORS_CASES.items()):
-        model = DFlashDraftModel(described(settings)).eval()
+        model = DFlashDraftModel(speculators_config(folder, DFlashSpeculatorConfig, settings)).eval()
         if "draft_vocab_size" in settings:
             model.load_vocab_mappings(*vocabulary_maps(settings["draft_vocab_size"]))
         model.load_verifier_weights()
@@ -308,23 +323,54 @@ SPECULATORS_SCORED_CASES: dict[str, dict[str, Any]] = {
 
 
 def compare_scored_speculators(target: PreTrainedModel, folder: Path) -> Iterator[dict[str, Any]]:
-    """Heads whose scores depend on the branch: logits of all rows, and the chain token by token."""
-    from speculators import SpeculatorModel, SpeculatorModelConfig
+    """Heads that score branches: logits of all rows, and the chain token by token."""
+    from speculators.models.dflash2.core import DFlash2DraftModel
+    from speculators.models.dspark.core import DSparkDraftModel
+    from speculators.models.xpress.core import XPressDraftModel
 
+    models: dict[str, Any] = {"dflash2": DFlash2DraftModel, "dspark": DSparkDraftModel, "xpress": XPressDraftModel}
     for number, (case, settings) in enumerate(SPECULATORS_SCORED_CASES.items()):
-        kind, model_class = case.split()[0].rstrip(","), None
-        settings = dict(settings)
-        config_class = SpeculatorModelConfig.registered_model_class_from_config  # resolved by name below
-        config = speculators_config(folder, SpeculatorModelConfig.registry[kind], kind, settings)
-        model = SpeculatorModel.registry[kind](config).eval()
-        if config.draft_vocab_size != VOCAB:
-            model.load_vocab_mappings(*vocabulary_maps(config.draft_vocab_size))
+        kind = case.split()[0].rstrip(",")
+        model = models[kind](speculators_config(folder, models[kind].config_class, settings)).eval()
+        if "draft_vocab_size" in settings:
+            model.load_vocab_mappings(*vocabulary_maps(settings["draft_vocab_size"]))
         model.load_verifier_weights()
         randomize(model)
-        model.save_pretrained(saved := folder / f"theirs-scored-{number}")
+        model.save_pretrained(saved := folder / f"theirs-{kind}-{number}")
         head = JetFlowHead.from_pretrained(saved, **WHOLE).eval()
         row = compare(target, head, speculators_logits(model), speculators_chain(model))
         yield {"case": case, "saved_by": "speculators", **row}
+        if kind == "xpress":
+            continue  # it is not written
+        convert_head(str(saved), "speculators", written := folder / f"back-{kind}-{number}", str(folder / "target"))
+        config = models[kind].config_class.from_pretrained(str(written))
+        config.transformer_layer_config._attn_implementation = "eager"
+        model = models[kind].from_pretrained(str(written), config=config).eval()
+        row = compare(target, head, speculators_logits(model), speculators_chain(model))
+        yield {"case": f"{case}, written back", "saved_by": "hf_jetflow", **row}
+
+
+def speculators_config(folder: Path, config_class: Any, settings: dict[str, Any]) -> Any:
+    """A configuration of one of their models."""
+    from speculators import SpeculatorsConfig, VerifierConfig
+    from speculators.proposals.greedy import GreedyTokenProposalConfig
+
+    settings = dict(settings)
+    layers = Qwen3Config(**{**BODY, **settings.pop("layers", {})})
+    layers._attn_implementation = "eager"
+    proposal = GreedyTokenProposalConfig(speculative_tokens=BLOCK - 1)
+    verifier = VerifierConfig(name_or_path=str(folder / "target"), architectures=["LlamaForCausalLM"])
+    return config_class(
+        transformer_layer_config=layers,
+        draft_vocab_size=settings.pop("draft_vocab_size", VOCAB),
+        block_size=BLOCK,
+        aux_hidden_state_layer_ids=[index + 1 for index in LAYER_IDS],
+        mask_token_id=MASK,
+        speculators_config=SpeculatorsConfig(
+            algorithm="dflash", proposal_methods=[proposal], default_proposal_method="greedy", verifier=verifier
+        ),
+        **settings,
+    )
 
 
 def vocabulary_maps(num_drafted: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -139,12 +139,12 @@ def test_the_trees_of_a_batch_are_those_of_its_sequences(name, head, target):
 
 @pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
 def test_the_text_is_plain_decoding_s_own(name, head, target, do_sample):
-    settings = dict(max_new_tokens=10, do_sample=do_sample, top_k=0, temperature=0.8)
+    settings = dict(max_new_tokens=8, do_sample=do_sample, top_k=0, temperature=0.8)
     prompts = torch.randint(3, VOCAB, (4, 7), generator=torch.Generator().manual_seed(5))
     for ids in (prompts[:1], prompts):
         torch.manual_seed(1)
         plain = target.generate(ids, **settings)
-        for budget in (1, 2, 7, 64) if len(ids) == 1 else (16,):
+        for budget in (64,) if do_sample else (1, 7, 64) if len(ids) == 1 else (16,):
             head.generation_config.node_budget = budget
             torch.manual_seed(1)
             text = target.generate(ids, assistant_model=head, **settings)

@@ -103,8 +103,7 @@ class Refiner(StepScorer):
         assert config.branch_rank is not None
         assert config.branch_intermediate_size is not None
         hidden, rank, width = config.hidden_size, config.branch_rank, config.branch_intermediate_size
-        self.rank, self.has_anchor_row = rank, not config.anchor_predicts
-        self.starts_before_anchor = self.has_anchor_row
+        self.config, self.rank = config, rank
         self.token_embed = nn.Embedding(config.vocab_size, rank)
         self.down_h = DraftLinear(hidden, rank, bias=False)
         self.down_g = DraftLinear(hidden, rank, bias=False)
@@ -119,11 +118,16 @@ class Refiner(StepScorer):
     def output_weight(self) -> torch.Tensor:
         return self.readout.weight
 
+    @property
+    def starts_before_anchor(self) -> bool:
+        """Whether the anchor's row predicts nothing; it then stands for the anchor, behind the token before."""
+        return not self.config.anchor_predicts
+
     def row_features(self, rows: torch.Tensor, residual: torch.Tensor, num_rows: int) -> torch.Tensor:
         """Each row, the mean row of its block, and the anchor's row if that predicts nothing."""
         blocks = in_blocks(rows, num_rows)
         means = blocks.mean(dim=2, keepdim=True).expand_as(blocks).flatten(1, 2)
-        return torch.cat([rows, means, *([first_rows(rows, num_rows)] if self.has_anchor_row else [])], dim=-1)
+        return torch.cat([rows, means, *([first_rows(rows, num_rows)] if self.starts_before_anchor else [])], dim=-1)
 
     def _weights(self) -> tuple[torch.Tensor, ...]:
         """The weights (rank, rank) on the row, on the mean and on the token."""
@@ -139,7 +143,7 @@ class Refiner(StepScorer):
         return nn.functional.linear(self.token_embed(tokens), self._weights()[2])
 
     def start(self, slots: torch.Tensor, tokens: torch.Tensor) -> Memory | None:
-        return ((slots[..., self.rank :] + tokens).unsqueeze(-2),) if self.has_anchor_row else None
+        return ((slots[..., self.rank :] + tokens).unsqueeze(-2),) if self.starts_before_anchor else None
 
     def read(
         self, depth: int, slots: torch.Tensor, tokens: torch.Tensor, recalled: Memory | None

@@ -76,11 +76,15 @@ class StepScorer(BranchScorer):
 
     reads_embeddings = True  # `project_tokens` takes embeddings of the target, otherwise token ids
     reads_anchor = True  # the memory starts with the anchor, even if depth 0 is not corrected
-    starts_before_anchor = False  # `start` takes the token before the anchor, otherwise the anchor
 
     def __init__(self) -> None:
         super().__init__()
         self.candidate_logits = CandidateLogits()  # turns shifts into logit changes of candidates
+
+    @property
+    def starts_before_anchor(self) -> bool:
+        """Whether `start` takes the token before the anchor instead of the anchor."""
+        return False
 
     @property
     def output_weight(self) -> torch.Tensor | None:
@@ -191,7 +195,7 @@ class RecurrentMarkov(StepScorer):
     def __init__(self, config: JetFlowConfig):
         super().__init__()
         assert config.branch_rank is not None
-        self.rank, self.has_anchor_row = config.branch_rank, not config.anchor_predicts
+        self.config, self.rank = config, config.branch_rank
         self.markov_w1 = nn.Embedding(config.vocab_size, self.rank)
         self.markov_w2 = nn.Linear(self.rank, config.draft_vocab_size or config.vocab_size, bias=False)
         self.joint_proj = DraftLinear(2 * self.rank + config.hidden_size, 3 * self.rank)
@@ -200,8 +204,13 @@ class RecurrentMarkov(StepScorer):
     def output_weight(self) -> torch.Tensor:
         return self.markov_w2.weight
 
+    @property
+    def has_anchor_row(self) -> bool:
+        """Whether the anchor's row predicts nothing; the state then starts by reading it."""
+        return not self.config.anchor_predicts
+
     def row_features(self, rows: torch.Tensor, residual: torch.Tensor, num_rows: int) -> torch.Tensor:
-        """Each row, and the anchor's row if that predicts nothing: the state has read it."""
+        """Each row, and the anchor's row if that predicts nothing."""
         return torch.cat([rows, first_rows(rows, num_rows)], dim=-1) if self.has_anchor_row else rows
 
     def _weights(self) -> tuple[torch.Tensor, ...]:

@@ -129,6 +129,7 @@ def initialize_from_target(head: JetFlowHead, target: PreTrainedModel) -> None:
             if tensor is not None and tensor.shape == parameter.shape:
                 parameter.copy_(tensor)
         if head.config.target_hidden_size == head.config.hidden_size:
+            assert head.fc is not None  # a new head has one
             num_taps = head.fc.in_features // head.config.hidden_size
             head.fc.weight.copy_(torch.eye(head.config.hidden_size).repeat(1, num_taps) / num_taps)
 
