@@ -178,6 +178,19 @@ def xpress(predicts: bool = False) -> Checkpoint:
     return speculators("xpress", **keys, block_size=size), {**make.body_tensors(), **tensors}
 
 
+def muse_assistant() -> Checkpoint:
+    """transformers' own DFlash model: no vocabulary size (but a miniature needs one), names of an encoder."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    names += ("head_dim", "max_position_embeddings", "rms_norm_eps", "hidden_act", "attention_dropout")
+    config = {name: make.qwen3_config()[name] for name in names}
+    config |= {"architectures": ["MuseGlimmerAssistantModel"], "model_type": "muse_glimmer_assistant"}
+    config |= {"block_size": BLOCK, "mask_token_id": MASK, "target_layer_ids": LAYER_IDS, "vocab_size": VOCAB}
+    config |= {"rope_parameters": {"rope_type": "default", "rope_theta": 5000}, "sliding_window": make.LENGTH}
+    config["layer_types"] = ["sliding_attention"] * LAYERS
+    renamed = {"fc.weight": "encoder.fc.weight", "hidden_norm.weight": "encoder.output_norm_enc.weight"}
+    return config, {renamed.get(name, name): tensor for name, tensor in make.body_tensors().items()}
+
+
 # By the name in `hf_jetflow.head.formats.LAYOUTS` and what distinguishes two files of one layout.
 CHECKPOINTS: dict[str, Callable[[], Checkpoint]] = {
     "DFlash 2": dflash2,
@@ -196,6 +209,7 @@ CHECKPOINTS: dict[str, Callable[[], Checkpoint]] = {
     "Domino": domino,
     "Domino, first depth uncorrected": lambda: domino(False, 1),
     "DFlare": dflare,
+    "transformers' Muse Glimmer assistant": muse_assistant,
     "speculators xpress": xpress,
     "speculators xpress, anchor predicts": lambda: xpress(True),
 }

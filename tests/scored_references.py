@@ -82,7 +82,7 @@ def block_rows(tensors: Tensors, features: torch.Tensor, embeds: torch.Tensor) -
 def by_plain_names(tensors: Tensors) -> Tensors:
     """The tensors of a file without the prefixes and names of single dialects."""
     names = {"model.": "", "context_proj.": "fc.", "context_norm.": "hidden_norm.", "final_norm.": "norm."}
-    names["markov_head."] = ""
+    names |= {"markov_head.": "", "encoder.fc.": "fc.", "encoder.output_norm_enc.": "hidden_norm."}
     plain = {}
     for name, tensor in tensors.items():
         name = name.removeprefix("logit_head.")
@@ -106,8 +106,9 @@ def reference(
     assert num_rows == BLOCK - predicts
     block = embedding[[anchor] + [MASK] * (num_rows - 1)] * section.get("input_embedding_scale", 1.0)
     rows, residual = block_rows(tensors, features, block)
-    logits = rows @ output.T * section.get("output_multiplier", 1.0)
-    cap = section.get("final_logit_softcapping")
+    is_muse = config["architectures"] == ["MuseGlimmerAssistantModel"]  # whose target has both
+    logits = rows @ output.T * section.get("output_multiplier", 2.0 if is_muse else 1.0)
+    cap = section.get("final_logit_softcapping", 20.0 if is_muse else None)
     logits = logits if cap is None else cap * tanh(logits / cap)
     scorer = next((make_scorer for key, make_scorer in SCORERS.items() if key in tensors), None)
     if scorer is None:

@@ -117,7 +117,7 @@ def test_a_state_tells_branches_with_the_same_last_token_apart(name, head, targe
     draft = draft_behind(head, target, torch.tensor([IDS]))
     tokens = draft.candidates.tokens[0, :, :2].tolist()
     if draft.scorer is None:
-        assert name == "DFlare"
+        assert name in ("DFlare", "transformers' Muse Glimmer assistant")
         return
     draft.scorer(0, torch.zeros(1, 1, dtype=torch.long), torch.tensor([[IDS[-1]]]))
     siblings = draft.scorer(1, torch.tensor([[0, 0]]), torch.tensor([tokens[0]]))[0]
@@ -176,6 +176,20 @@ def test_convolutions_and_a_selector_that_do_nothing_are_a_plain_dflash_head(tar
     first, second = (draft_behind(head, target, ids).best_tree(40) for head in (first, second))
     assert first.tokens.tolist() == second.tokens.tolist()
     torch.testing.assert_close(first.logprobs, second.logprobs)
+
+
+@torch.no_grad()
+def test_the_rows_of_transformers_own_assistant_are_its_model_s(target, tmp_path):
+    from transformers import AutoModel
+
+    head = make.load(tmp_path, *scored.muse_assistant(), attn_implementation="eager")
+    theirs = AutoModel.from_pretrained(tmp_path, attn_implementation="eager")
+    features = torch.randn(1, 9, 128)
+    embeds = torch.randn(1, make.BLOCK, 64)
+    positions = torch.arange(9 + make.BLOCK)[None]
+    expected = theirs(noise_embeds=embeds, context_hidden_states=features, position_ids=positions)
+    rows = head(embeds, features, positions[:, 9:], positions[:, :9])
+    torch.testing.assert_close(rows, expected.last_hidden_state, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -120,7 +120,7 @@ class TableCorrection:
         first_depth: int,
     ):
         tokens, device = candidates.tokens, rows.device
-        anchors = context_ids[..., -1:].expand(tokens[..., 0, :].shape).unsqueeze(-2)
+        anchors = context_ids[..., -1:, None].expand_as(tokens[..., :1, :])
         self._parents = torch.cat([anchors, tokens[..., :-1, :]], dim=-2)  # of each depth, (..., depth, width)
         with weights.in_use():
             table = scorer.table(

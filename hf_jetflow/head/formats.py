@@ -30,6 +30,7 @@ from .scored_layouts import (
     read_dfly,
     read_domino,
     read_dspark,
+    read_muse_assistant,
     read_speculators_dflash2,
     read_speculators_dspark,
     read_treeflash,
@@ -128,6 +129,12 @@ LAYOUTS = (
         _is_speculators("xpress"),
         read_xpress,
         f"{MINIATURE}; logits and refiner of the speculators package",
+    ),
+    Layout(
+        "transformers' Muse Glimmer assistant",
+        lambda config: config.get("model_type") == "muse_glimmer_assistant",
+        read_muse_assistant,
+        f"{MINIATURE}; rows of transformers' own model",
     ),
     Layout("TensorRT-Edge-LLM JetSpec", _has("jetspec_config"), read_tensorrt, MINIATURE),
     Layout(

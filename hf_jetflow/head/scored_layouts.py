@@ -6,9 +6,10 @@ Each is one of `layouts.py` with a scorer, and sometimes other layers. All funct
 from typing import Any
 
 import torch
+from transformers import CONFIG_MAPPING
 
 from .checkpoint_files import Tensors
-from .layouts import Config, Reading, one_value, read_deepspec, read_dflash, read_speculators
+from .layouts import LAYER_KEYS, Config, Reading, one_value, read_deepspec, read_dflash, read_speculators
 
 
 SECTION = "dflash_config"
@@ -193,6 +194,24 @@ def read_xpress(config: Config, tensors: Tensors) -> Reading:
         "branch_intermediate_size": rank * config.get("xpress_mlp_ratio", 2),
     }
     return _renamed(reading, {"refiner_head.": "branch_correction."})
+
+
+def read_muse_assistant(config: Config, tensors: Tensors) -> Reading:
+    """
+    Read transformers' `muse_glimmer_assistant`: DFlash, bidirectional, on raw embeddings. The file has neither the
+    vocabulary's size nor the scale and soft cap of the logits: these are the target's.
+    """
+    defaults = CONFIG_MAPPING["muse_glimmer_assistant"](**config).to_dict()
+    target = CONFIG_MAPPING["muse_glimmer_text"]()
+    filled = {key: defaults[key] for key in LAYER_KEYS & defaults.keys()}
+    filled |= {key: defaults[key] for key in ("block_size", "mask_token_id", "target_layer_ids")}
+    filled |= {
+        "vocab_size": target.vocab_size,
+        "output_multiplier": (defaults["hidden_size"] / 256) ** -0.5,
+        "final_logit_softcapping": target.final_logit_softcapping,
+    }
+    reading = read_dflash({**filled, **config, "model_type": "qwen3"}, tensors, default_causal=False)
+    return _renamed(reading, {"encoder.fc.": "fc.", "encoder.output_norm_enc.": "hidden_norm."})
 
 
 def _own_modules(tensors: Tensors) -> Config:
