@@ -179,6 +179,26 @@ def test_convolutions_and_a_selector_that_do_nothing_are_a_plain_dflash_head(tar
 
 
 @torch.no_grad()
+def test_a_selector_scores_no_token_beyond_its_vocabulary(target, tmp_path):
+    config, tensors = scored.dflash2()
+    config["dflash_config"]["selector_vocab_size"] = 60
+    head = make.load(tmp_path, config, tensors, branch_candidates=VOCAB, ngram_weights=[])
+    draft = draft_behind(head, target, torch.tensor([IDS]))
+    for depth, scores in enumerate(scores_along(draft, [IDS[-1], 7, 8])):
+        is_changed = (scores - draft.candidates.logprobs[0, depth]).abs() > 1e-5
+        changed = draft.candidates.tokens[0, depth][is_changed]
+        assert 0 < len(changed) <= scored.TOP_K
+        assert changed.max() < 60
+
+
+def test_a_markov_head_of_rank_zero_is_none(tmp_path):
+    config, tensors = scored.speculators_dspark()
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(("markov", "confidence"))}
+    head = make.load(tmp_path, config | {"markov_rank": 0, "enable_confidence_head": False}, kept)
+    assert head.branch_correction is None
+
+
+@torch.no_grad()
 def test_the_rows_of_transformers_own_assistant_are_its_model_s(target, tmp_path):
     from transformers import AutoModel
 

@@ -109,12 +109,13 @@ def _with_markov(reading: Reading, values: Config) -> Reading:
     names |= {"confidence_head.proj.": "confidence_head.", "confidence_proj.": "confidence_head."}
     reading = _renamed(reading, names)
     confidence = reading.tensors.get("confidence_head.weight")
-    reading.fields |= {
-        "branch_correction": MARKOV_KINDS[kind],
-        "first_corrected_depth": 0,
-        "branch_rank": values["markov_rank"],
-        "confidence_inputs": None if confidence is None else confidence.shape[-1],
-    }
+    reading.fields["confidence_inputs"] = None if confidence is None else confidence.shape[-1]
+    if values.get("markov_rank"):  # 0 for heads without one
+        reading.fields |= {
+            "branch_correction": MARKOV_KINDS[kind],
+            "first_corrected_depth": 0,
+            "branch_rank": values["markov_rank"],
+        }
     return reading
 
 
