@@ -191,6 +191,17 @@ def test_a_selector_scores_no_token_beyond_its_vocabulary(target, tmp_path):
         assert changed.max() < 60
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("before", [-1, VOCAB, 10**6])
+def test_what_is_no_token_before_the_anchor_counts_as_the_anchor(target, tmp_path, before):
+    head = make.load(tmp_path, *scored.xpress(), ngram_weights=[])
+    drafter, rows = JetFlowCandidateGenerator(head, Target(target, head.config)), torch.randn(7, 3 * make.HIDDEN)
+    got, expected = (
+        scores_along(drafter.rank(rows[None], torch.tensor([[first, 9]]), 8), [9, 5, 6]) for first in (before, 9)
+    )
+    torch.testing.assert_close(got, expected)
+
+
 def test_a_markov_head_of_rank_zero_is_none(tmp_path):
     config, tensors = scored.speculators_dspark()
     kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(("markov", "confidence"))}

@@ -172,7 +172,7 @@ class StepCorrection:
         with weights.in_use():
             self._slots = scorer.project_slots(rows)
         self._logit_changes, self._first_depth = logit_changes, first_depth
-        self._start_ids = _start_ids(context_ids, scorer.starts_before_anchor)
+        self._start_ids = _start_ids(context_ids, scorer)
         # Of branches of two tokens and more; made together with the first ones that are asked for.
         self._likely_tokens: torch.Tensor | None = candidates.tokens[..., 1:-1, :NUM_PREFETCHED]
         self._memory: Memory = ()  # of the branches of the depth before, one after the other
@@ -212,13 +212,14 @@ class StepCorrection:
         return tuple(part.index_select(0, of_branch).unflatten(0, shape) for part in recalled)
 
 
-def _start_ids(context_ids: torch.Tensor, before_anchor: bool) -> torch.Tensor:
+def _start_ids(context_ids: torch.Tensor, scorer: StepScorer) -> torch.Tensor:
     """Token (..., 1) with which memory starts: the anchor, or the one before it if there is one."""
     anchors = context_ids[..., -1:]
-    if not before_anchor or context_ids.shape[-1] == 1:
+    if not scorer.starts_before_anchor or context_ids.shape[-1] == 1:
         return anchors
     before = context_ids[..., -2:-1]
-    return torch.where(before < 0, anchors, before)  # padding
+    is_token = (before >= 0) & (before < scorer.config.vocab_size)  # no padding, no placeholder of an image
+    return torch.where(is_token, before, anchors)
 
 
 def gather_rows(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

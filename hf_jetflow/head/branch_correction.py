@@ -34,7 +34,7 @@ class BranchCorrection(StepScorer):
     reads_anchor = False  # the block has read the anchor
 
     def __init__(self, config: JetFlowConfig):
-        super().__init__()
+        super().__init__(config)
         assert config.branch_intermediate_size is not None
         hidden, width = config.hidden_size, config.branch_intermediate_size
         self.slot_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)

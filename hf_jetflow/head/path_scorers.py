@@ -22,7 +22,7 @@ class TreeFlashCorrection(StepScorer):
     """
 
     def __init__(self, config: JetFlowConfig, norm: nn.Module):
-        super().__init__()
+        super().__init__(config)
         assert config.branch_intermediate_size is not None
         self.hidden, width = config.hidden_size, config.branch_intermediate_size
         self.norm = Qwen3RMSNorm(self.hidden, eps=TREEFLASH_EPS)
@@ -52,7 +52,7 @@ class RecurrentCorrection(StepScorer):
     """Domino's correction: a GRU reads the embeddings of a branch, and a layer reads its state and the row."""
 
     def __init__(self, config: JetFlowConfig):
-        super().__init__()
+        super().__init__(config)
         assert config.branch_rank is not None
         assert config.branch_state_size is not None
         self.hidden, self.state_size, rank = config.hidden_size, config.branch_state_size, config.branch_rank
@@ -99,11 +99,11 @@ class Refiner(StepScorer):
     reads_embeddings = False
 
     def __init__(self, config: JetFlowConfig):
-        super().__init__()
+        super().__init__(config)
         assert config.branch_rank is not None
         assert config.branch_intermediate_size is not None
         hidden, rank, width = config.hidden_size, config.branch_rank, config.branch_intermediate_size
-        self.config, self.rank = config, rank
+        self.rank = rank
         self.token_embed = nn.Embedding(config.vocab_size, rank)
         self.down_h = DraftLinear(hidden, rank, bias=False)
         self.down_g = DraftLinear(hidden, rank, bias=False)

@@ -30,6 +30,10 @@ class CandidateLogits(nn.Module):
 class BranchScorer(nn.Module):
     """What all branch scorers share."""
 
+    def __init__(self, config: JetFlowConfig):
+        super().__init__()
+        self.config = config
+
     def row_features(self, rows: torch.Tensor, residual: torch.Tensor, num_rows: int) -> torch.Tensor:
         """
         What the scorer reads of each row of a block, (batch, rows, features), the row itself first.
@@ -77,8 +81,8 @@ class StepScorer(BranchScorer):
     reads_embeddings = True  # `project_tokens` takes embeddings of the target, otherwise token ids
     reads_anchor = True  # the memory starts with the anchor, even if depth 0 is not corrected
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, config: JetFlowConfig):
+        super().__init__(config)
         self.candidate_logits = CandidateLogits()  # turns shifts into logit changes of candidates
 
     @property
@@ -133,7 +137,7 @@ class Selector(TableScorer):
     """
 
     def __init__(self, config: JetFlowConfig):
-        super().__init__()
+        super().__init__(config)
         assert config.branch_rank is not None
         assert config.branch_top_k is not None
         self.top_k, self.num_selectable = config.branch_top_k, config.branch_vocab_size or config.vocab_size
@@ -163,7 +167,7 @@ class Markov(TableScorer):
     """DSpark's Markov head: U(b) + <f, W2[b]>. The vanilla kind has f = W1[a], the gated one also reads the row."""
 
     def __init__(self, config: JetFlowConfig):
-        super().__init__()
+        super().__init__(config)
         assert config.branch_rank is not None
         rank, num_scored = config.branch_rank, config.draft_vocab_size or config.vocab_size
         self.markov_w1 = nn.Embedding(config.vocab_size, rank)  # by target ids
@@ -193,9 +197,9 @@ class RecurrentMarkov(StepScorer):
     reads_embeddings = False
 
     def __init__(self, config: JetFlowConfig):
-        super().__init__()
+        super().__init__(config)
         assert config.branch_rank is not None
-        self.config, self.rank = config, config.branch_rank
+        self.rank = config.branch_rank
         self.markov_w1 = nn.Embedding(config.vocab_size, self.rank)
         self.markov_w2 = nn.Linear(self.rank, config.draft_vocab_size or config.vocab_size, bias=False)
         self.joint_proj = DraftLinear(2 * self.rank + config.hidden_size, 3 * self.rank)

@@ -179,8 +179,9 @@ def start_from_head(source: str, target: PreTrainedModel, branch_correction: str
     check_pairing(target, head)
     if not head.config.is_plain:
         raise JetFlowError(
-            f"the head {source} has its own embedding or LM head, scaled logits, or an anchor row that predicts; such "
-            "heads draft in `generate`, but cannot be trained; remove `--head` to train a new one"
+            f"the head {source} has parts of another layout (its own embedding or LM head, scaled logits, an anchor "
+            "row that predicts, or another layout's scorer or layers); such heads draft in `generate`, but cannot be "
+            "trained; remove `--head` to train a new one"
         )
     own = head.config.branch_correction
     if own is not None and own != branch_correction:
