@@ -88,6 +88,7 @@ def deepspec() -> Checkpoint:
 def specforge() -> Checkpoint:
     """SpecForge: settings in the section, an older prefix of the Markov head's tensors."""
     section = SECTION | markov_keys("gated") | {"projector_type": "dspark", "attention_mode": "gqa"}
+    section["attn_output_gate"] = True  # without tensors of a gate
     config = make.qwen3_config() | {"architectures": ["DSparkDraftModel"], "block_size": BLOCK - 1}
     tensors = {
         f"logit_head.{name}" if name.split("_")[0] in ("markov", "confidence") else name: tensor

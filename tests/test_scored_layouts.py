@@ -127,6 +127,15 @@ def test_a_state_tells_branches_with_the_same_last_token_apart(name, head, targe
 
 
 @torch.no_grad()
+def test_a_head_saved_by_us_drafts_the_same(name, head, target, tmp_path):
+    head.save_pretrained(tmp_path)
+    again = JetFlowHead.from_pretrained(tmp_path).eval()
+    first, second = (draft_behind(each, target, torch.tensor([IDS])).best_tree(24) for each in (head, again))
+    assert first.tokens.tolist() == second.tokens.tolist()
+    assert torch.equal(first.logprobs, second.logprobs)
+
+
+@torch.no_grad()
 def test_the_trees_of_a_batch_are_those_of_its_sequences(name, head, target):
     ids = torch.randint(4, VOCAB, (3, len(IDS)), generator=torch.Generator().manual_seed(9))
     trees = draft_behind(head, target, ids).best_tree(24)

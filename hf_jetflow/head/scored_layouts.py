@@ -62,8 +62,11 @@ def _with_selector(reading: Reading, values: Config) -> Reading:
 
 
 def read_dspark(config: Config, tensors: Tensors) -> Reading:
-    """Read the DSpark of SpecForge and ModelOpt: DFlash's keys; every row predicts, unless `shift_label` is false."""
-    keys = (*MARKOV_KEYS, *CONFIDENCE_KEYS, "shift_label", "projector_type", "attention_mode")
+    """
+    Read the DSpark of SpecForge and ModelOpt: DFlash's keys; every row predicts, unless `shift_label` is false. A file
+    with `attn_output_gate` loads if it has no tensors of a gate.
+    """
+    keys = (*MARKOV_KEYS, *CONFIDENCE_KEYS, "shift_label", "projector_type", "attention_mode", "attn_output_gate")
     values = {key: one_value(config, SECTION, key) for key in keys}
     predicts = values["shift_label"] is not False
     reading = read_dflash(config, tensors, more=keys, anchor_predicts=predicts, default_causal=False)
