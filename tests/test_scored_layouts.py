@@ -127,6 +127,15 @@ def test_a_state_tells_branches_with_the_same_last_token_apart(name, head, targe
 
 
 @torch.no_grad()
+def test_a_draft_of_no_depth_is_empty(name, head, target):
+    rows = torch.zeros(1, head.config.num_rows, make.HIDDEN)
+    if head.branch_correction is not None:
+        rows = head.branch_correction.row_features(rows, rows, head.config.num_rows)
+    drafter = JetFlowCandidateGenerator(head, Target(target, head.config))
+    assert drafter.rank(rows[0, :0], torch.tensor(IDS), 8).best_tree(1).num_nodes == 1
+
+
+@torch.no_grad()
 def test_a_head_saved_by_us_drafts_the_same(name, head, target, tmp_path):
     head.save_pretrained(tmp_path)
     again = JetFlowHead.from_pretrained(tmp_path).eval()

@@ -26,7 +26,7 @@ class TreeFlashCorrection(StepScorer):
         assert config.branch_intermediate_size is not None
         self.hidden, width = config.hidden_size, config.branch_intermediate_size
         self.norm = Qwen3RMSNorm(self.hidden, eps=TREEFLASH_EPS)
-        self.ug = DraftLinear(2 * self.hidden, 2 * width)
+        self.ug = nn.Linear(2 * self.hidden, 2 * width)
         self.d = DraftLinear(width, self.hidden, bias=False)
         self._final_norm = (norm,)  # in a tuple: it is no part of this module
 
@@ -58,7 +58,7 @@ class RecurrentCorrection(StepScorer):
         self.hidden, self.state_size, rank = config.hidden_size, config.branch_state_size, config.branch_rank
         self.input_proj = DraftLinear(self.hidden, 3 * self.state_size, bias=False)
         self.state_proj = DraftLinear(self.state_size, 3 * self.state_size, bias=False)
-        self.joint_proj = DraftLinear(self.hidden + self.state_size, rank, bias=False)
+        self.joint_proj = nn.Linear(self.hidden + self.state_size, rank, bias=False)
         self.readout = nn.Linear(rank, config.draft_vocab_size or config.vocab_size, bias=False)
 
     @property
@@ -107,7 +107,7 @@ class Refiner(StepScorer):
         self.token_embed = nn.Embedding(config.vocab_size, rank)
         self.down_h = DraftLinear(hidden, rank, bias=False)
         self.down_g = DraftLinear(hidden, rank, bias=False)
-        self.in_proj = DraftLinear(3 * rank, rank, bias=False)
+        self.in_proj = nn.Linear(3 * rank, rank, bias=False)
         self.mix_l = nn.Parameter(torch.zeros(rank, config.num_rows, config.num_rows))
         self.mlp_gate = DraftLinear(rank, width, bias=False)
         self.mlp_up = DraftLinear(rank, width, bias=False)

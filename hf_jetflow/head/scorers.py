@@ -173,7 +173,7 @@ class Markov(TableScorer):
         self.markov_w1 = nn.Embedding(config.vocab_size, rank)  # by target ids
         self.markov_w2 = nn.Linear(rank, num_scored, bias=False)  # by indices into the draft vocabulary
         is_gated = config.branch_correction == "gated"
-        self.gate_proj = DraftLinear(config.hidden_size + rank, rank) if is_gated else None
+        self.gate_proj = nn.Linear(config.hidden_size + rank, rank) if is_gated else None
 
     def table(
         self,
@@ -202,7 +202,7 @@ class RecurrentMarkov(StepScorer):
         self.rank = config.branch_rank
         self.markov_w1 = nn.Embedding(config.vocab_size, self.rank)
         self.markov_w2 = nn.Linear(self.rank, config.draft_vocab_size or config.vocab_size, bias=False)
-        self.joint_proj = DraftLinear(2 * self.rank + config.hidden_size, 3 * self.rank)
+        self.joint_proj = nn.Linear(2 * self.rank + config.hidden_size, 3 * self.rank)
 
     @property
     def output_weight(self) -> torch.Tensor:
