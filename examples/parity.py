@@ -47,6 +47,10 @@ Logits = Callable[
 ]  # ids (1, seq), features of all but the last -> (depth, ...)
 
 
+Chain = Callable[[torch.Tensor, torch.Tensor], list[int]]  # of the same, the tokens drafted
+WHOLE: dict[str, Any] = {"branch_candidates": VOCAB, "ngram_weights": []}  # compare the heads alone
+
+
 def small_target(folder: Path) -> PreTrainedModel:
     torch.manual_seed(1)
     config = AutoConfig.for_model(
@@ -66,10 +70,10 @@ def small_target(folder: Path) -> PreTrainedModel:
 
 @torch.no_grad()
 def randomize(model: torch.nn.Module) -> None:
-    """Give every tensor of a head random values, norms included."""
+    """Give every tensor of a head random values, norms included, but not those of the target."""
     generator = torch.Generator().manual_seed(5)
     for name, parameter in sorted(model.named_parameters()):
-        if "verifier" not in name and "embed_tokens" not in name:
+        if not any(part in name for part in ("verifier", "embed_tokens", "lm_head")):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + (parameter.ndim == 1))
 
 
@@ -91,46 +95,95 @@ def our_logits(target: PreTrainedModel, head: JetFlowHead, ids: torch.Tensor, fe
     return by_token[:, known]
 
 
-def dflash_logits(target: PreTrainedModel, model: Any) -> Logits:
+def dflash_rows(target: PreTrainedModel, model: Any, ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """Rows (1, block_size, hidden) of a block of theirs."""
     from dflash.model import _draft_value, _raw_input_embeddings
 
+    block = torch.tensor([[int(ids[0, -1])] + [model.mask_token_id] * (model.block_size - 1)])
+    scale = float(_draft_value(model.config, "input_embedding_scale", 1.0))
+    return model(
+        target_hidden=features,
+        noise_embedding=_raw_input_embeddings(target, block, scale),
+        position_ids=torch.arange(ids.shape[1] - 1 + model.block_size)[None],
+    )
+
+
+def dflash_logits(target: PreTrainedModel, model: Any) -> Logits:
     @torch.no_grad()
     def logits(ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        block = torch.tensor([[int(ids[0, -1])] + [model.mask_token_id] * (model.block_size - 1)])
-        scale = float(_draft_value(model.config, "input_embedding_scale", 1.0))
-        rows = model(
-            target_hidden=features,
-            noise_embedding=_raw_input_embeddings(target, block, scale),
-            position_ids=torch.arange(ids.shape[1] - 1 + model.block_size)[None],
-        )
-        return model.compute_logits(rows[0, 1:], target.lm_head)
+        return model.compute_logits(dflash_rows(target, model, ids, features)[0, 1:], target.lm_head)
 
     return logits
+
+
+@torch.no_grad()
+def speculators_rows(model: Any, ids: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden rows (block_size, hidden) of a block of theirs and their logits (block_size, draft_vocab)."""
+    # This is the forward of training: an anchor within a longer text, the rest of which the block must not see.
+    anchor, length = ids.shape[1] - 1, ids.shape[1] + model.block_size
+    text = torch.cat([ids, ids.new_full((1, length - ids.shape[1]), 7)], dim=1)
+    shown = torch.cat([features, torch.randn(1, length - anchor, features.shape[-1])], dim=1)
+    is_anchor = (torch.arange(length) == anchor)[None]
+    hidden, drafted, *_ = model._backbone_forward(
+        shown,
+        text,
+        is_anchor.float(),
+        torch.zeros(1, length, HIDDEN),
+        torch.zeros(1, length, dtype=torch.long),
+        max_anchors=1,
+    )
+    return hidden[0], drafted[0]
 
 
 def speculators_logits(model: Any) -> Logits:
-    @torch.no_grad()
     def logits(ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        # This is the forward of training: an anchor within a longer text, the rest of which the block must not see.
-        anchor, length = ids.shape[1] - 1, ids.shape[1] + model.block_size
-        text = torch.cat([ids, ids.new_full((1, length - ids.shape[1]), 7)], dim=1)
-        shown = torch.cat([features, torch.randn(1, length - anchor, features.shape[-1])], dim=1)
-        is_anchor = (torch.arange(length) == anchor)[None]
-        _, drafted, *_ = model._backbone_forward(
-            shown,
-            text,
-            is_anchor.float(),
-            torch.zeros(1, length, HIDDEN),
-            torch.zeros(1, length, dtype=torch.long),
-            max_anchors=1,
-        )
-        return drafted[0] if model.config.sample_from_anchor else drafted[0, 1:]
+        _, drafted = speculators_rows(model, ids, features)
+        return drafted if model.config.sample_from_anchor else drafted[1:]
 
     return logits
 
 
-def compare(target: PreTrainedModel, head: JetFlowHead, theirs: Logits) -> dict[str, Any]:
-    """Maximum difference of log-probabilities, and whether all chains are equal."""
+def speculators_chain(model: Any) -> Chain:
+    """The greedy chain, drafted token by token with the teacher-forced modules of training."""
+    kind = model.config.speculators_model_type
+
+    @torch.no_grad()
+    def chain(ids: torch.Tensor, features: torch.Tensor) -> list[int]:
+        hidden, logits = speculators_rows(model, ids, features)
+        first, anchor, tokens = 0 if model.config.sample_from_anchor else 1, int(ids[0, -1]), []
+        before = torch.full((1, len(hidden)), anchor)  # the token before each row's own
+        if first and kind == "xpress":
+            before[0, 0] = ids[0, -2]
+        for row in range(first, len(hidden)):
+            if kind == "dflash2":
+                found, scores = model.candidate_selector.select(logits[row], hidden[row], before[0, row])
+                token = int(found[scores.argmax()])
+            else:
+                module = model.markov_head if kind == "dspark" else model.refiner_head
+                bias = module.block_bias(prev_token_ids=before, hidden_states=hidden[None])[0, row]
+                token = int((logits[row] + bias).argmax())
+            if model.config.draft_vocab_size != VOCAB:
+                token += int(model.d2t[token])
+            tokens.append(token)
+            if row + 1 < len(hidden):
+                before[0, row + 1] = token
+        return tokens
+
+    return chain
+
+
+@torch.no_grad()
+def our_chain(target: PreTrainedModel, head: JetFlowHead, ids: torch.Tensor, features: torch.Tensor) -> list[int]:
+    """The tree of width one that our drafter grows behind ids (1, seq)."""
+    drafter = JetFlowCandidateGenerator(head, Target(target, head.config))
+    drafter.observe(TargetStates(torch.empty(1, 0, VOCAB), (features,), torch.arange(ids.shape[1] - 1)[None]))
+    return drafter.get_candidates(ids)[0][0, ids.shape[1] :].tolist()
+
+
+def compare(
+    target: PreTrainedModel, head: JetFlowHead, theirs: Logits, their_chain: Chain | None = None
+) -> dict[str, Any]:
+    """Maximum difference of log-probabilities before any branch scorer, and whether all chains are equal."""
     view = Target(target, head.config)
     generator, differences, is_same = torch.Generator().manual_seed(3), [], True
     for length in PROMPTS:
@@ -140,6 +193,8 @@ def compare(target: PreTrainedModel, head: JetFlowHead, theirs: Logits) -> dict[
         expected = torch.log_softmax(theirs(ids, features).float(), dim=-1)
         differences.append(float((ours - expected).abs().max()))
         is_same &= torch.equal(ours.argmax(dim=-1), expected.argmax(dim=-1))
+        if their_chain is not None:
+            is_same &= our_chain(target, head, ids, features) == their_chain(ids, features)
     return {"max_difference": max(differences), "same_chains": is_same, "num_depths": len(ours)}
 
 
@@ -163,15 +218,47 @@ DFLASH_CASES: dict[str, dict[str, Any]] = {
 }
 
 
+DFLASH2 = {"block_size": BLOCK, "conv_kernel_size": 2, "conv_group_size": 8, "selector_rank": 8, "selector_top_k": 6}
+SCALES = {"input_embedding_scale": 1.5, "output_multiplier": 0.5, "final_logit_softcapping": 4.0}
+DFLASH2_CASES: dict[str, dict[str, Any]] = {
+    "DFlash 2": {"dflash_config": {**SECTION, **DFLASH2}},
+    "DFlash 2, sliding and full layers, soft cap": {"dflash_config": {**SECTION, **DFLASH2, **SCALES}, **WINDOWED},
+}
+
+
+def selector_walk(target: PreTrainedModel, model: Any) -> Chain:
+    """The greedy walk of a DFlash 2 head's selector."""
+
+    @torch.no_grad()
+    def walk(ids: torch.Tensor, features: torch.Tensor) -> list[int]:
+        rows = dflash_rows(target, model, ids, features)
+        return model.propose(rows[:, 1:], ids[:, -1], target.lm_head, 0.0)[0][0].tolist()
+
+    return walk
+
+
 def compare_dflash(target: PreTrainedModel, folder: Path) -> Iterator[dict[str, Any]]:
-    from dflash.model import DFlashDraftModel, dflash_generate
+    from dflash.model import DFlash2DraftModel, DFlashDraftModel, dflash_generate
 
     for number, (case, settings) in enumerate(DFLASH_CASES.items()):
         model = DFlashDraftModel(Qwen3Config(**{**BODY, **settings, "num_target_layers": TARGET_LAYERS})).eval()
         randomize(model)
         model.save_pretrained(saved := folder / f"theirs-{number}")
-        head = JetFlowHead.from_pretrained(saved).eval()
+        head = JetFlowHead.from_pretrained(saved, **WHOLE).eval()
         yield {"case": case, "saved_by": "dflash", **compare(target, head, dflash_logits(target, model))}
+    for number, (case, settings) in enumerate(DFLASH2_CASES.items()):
+        config = Qwen3Config(**{**BODY, "is_causal": False, **settings, "num_target_layers": TARGET_LAYERS})
+        model = DFlash2DraftModel(config).eval()
+        randomize(model)
+        model.save_pretrained(saved := folder / f"theirs-2-{number}")
+        head = JetFlowHead.from_pretrained(saved, **WHOLE).eval()
+        theirs = dflash_logits(target, model)
+        row = compare(target, head, theirs, selector_walk(target, model))
+        yield {"case": case, "saved_by": "dflash", **row}
+        convert_head(str(saved), "dflash", written := folder / f"back-2-{number}", target=str(folder / "target"))
+        model = DFlash2DraftModel.from_pretrained(written).eval()
+        row = compare(target, head, dflash_logits(target, model), selector_walk(target, model))
+        yield {"case": f"{case}, written back", "saved_by": "hf_jetflow", **row}
     for number, (case, settings) in enumerate(OUR_CASES.items()):
         head, written = our_head(folder, number, "dflash", settings)
         model = DFlashDraftModel.from_pretrained(written).eval()
@@ -196,30 +283,10 @@ SPECULATORS_CASES: dict[str, dict[str, Any]] = {
 
 
 def compare_speculators(target: PreTrainedModel, folder: Path) -> Iterator[dict[str, Any]]:
-    from speculators import SpeculatorsConfig, VerifierConfig
     from speculators.models.dflash import DFlashDraftModel, DFlashSpeculatorConfig
-    from speculators.proposals.greedy import GreedyTokenProposalConfig
-
-    def described(settings: dict[str, Any]) -> Any:
-        settings = dict(settings)
-        layers = Qwen3Config(**{**BODY, **settings.pop("layers", {})})
-        layers._attn_implementation = "eager"
-        proposal = GreedyTokenProposalConfig(speculative_tokens=BLOCK - 1)
-        verifier = VerifierConfig(name_or_path=str(folder / "target"), architectures=["LlamaForCausalLM"])
-        return DFlashSpeculatorConfig(
-            transformer_layer_config=layers,
-            draft_vocab_size=settings.pop("draft_vocab_size", VOCAB),
-            block_size=BLOCK,
-            aux_hidden_state_layer_ids=[index + 1 for index in LAYER_IDS],
-            mask_token_id=MASK,
-            speculators_config=SpeculatorsConfig(
-                algorithm="dflash", proposal_methods=[proposal], default_proposal_method="greedy", verifier=verifier
-            ),
-            **settings,
-        )
 
     for number, (case, settings) in enumerate(SPECULATORS_CASES.items()):
-        model = DFlashDraftModel(described(settings)).eval()
+        model = DFlashDraftModel(speculators_config(folder, DFlashSpeculatorConfig, settings)).eval()
         if "draft_vocab_size" in settings:
             model.load_vocab_mappings(*vocabulary_maps(settings["draft_vocab_size"]))
         model.load_verifier_weights()
@@ -227,14 +294,83 @@ def compare_speculators(target: PreTrainedModel, folder: Path) -> Iterator[dict[
             torch.nn.ModuleDict({name: getattr(model, name) for name in ("layers", "fc", "norm", "hidden_norm")})
         )
         model.save_pretrained(saved := folder / f"theirs-{number}")
-        head = JetFlowHead.from_pretrained(saved).eval()
+        head = JetFlowHead.from_pretrained(saved, **WHOLE).eval()
         yield {"case": case, "saved_by": "speculators", **compare(target, head, speculators_logits(model))}
+    yield from compare_scored_speculators(target, folder)
     for number, (case, settings) in enumerate({**OUR_CASES, **OUR_SPECULATORS_CASES}.items()):
         head, written = our_head(folder, number, "speculators", settings)
         config = DFlashSpeculatorConfig.from_pretrained(str(written))
         config.transformer_layer_config._attn_implementation = "eager"
         model = DFlashDraftModel.from_pretrained(str(written), config=config).eval()
         yield {"case": case, "saved_by": "hf_jetflow", **compare(target, head, speculators_logits(model))}
+
+
+# Each with settings of speculators' configuration; the type's name is the first word.
+SPECULATORS_SCORED_CASES: dict[str, dict[str, Any]] = {
+    "dflash2": {"conv_group_size": 8, "selector_rank": 8, "selector_top_k": 6},
+    "dspark vanilla": {"markov_rank": 8},
+    "dspark gated": {"markov_rank": 8, "markov_head_type": "gated", "sample_from_anchor": False},
+    "dspark recurrent": {"markov_rank": 8, "markov_head_type": "rnn"},
+    "dspark recurrent, anchor predicts nothing": {
+        "markov_rank": 8,
+        "markov_head_type": "rnn",
+        "sample_from_anchor": False,
+    },
+    "dspark reduced vocabulary": {"markov_rank": 8, "draft_vocab_size": 40},
+    "xpress": {"xpress_rank": 8},
+    "xpress, anchor predicts": {"xpress_rank": 8, "sample_from_anchor": True},
+}
+
+
+def compare_scored_speculators(target: PreTrainedModel, folder: Path) -> Iterator[dict[str, Any]]:
+    """Heads that score branches: logits of all rows, and the chain token by token."""
+    from speculators.models.dflash2.core import DFlash2DraftModel
+    from speculators.models.dspark.core import DSparkDraftModel
+    from speculators.models.xpress.core import XPressDraftModel
+
+    models: dict[str, Any] = {"dflash2": DFlash2DraftModel, "dspark": DSparkDraftModel, "xpress": XPressDraftModel}
+    for number, (case, settings) in enumerate(SPECULATORS_SCORED_CASES.items()):
+        kind = case.split()[0].rstrip(",")
+        model = models[kind](speculators_config(folder, models[kind].config_class, settings)).eval()
+        if "draft_vocab_size" in settings:
+            model.load_vocab_mappings(*vocabulary_maps(settings["draft_vocab_size"]))
+        model.load_verifier_weights()
+        randomize(model)
+        model.save_pretrained(saved := folder / f"theirs-{kind}-{number}")
+        head = JetFlowHead.from_pretrained(saved, **WHOLE).eval()
+        row = compare(target, head, speculators_logits(model), speculators_chain(model))
+        yield {"case": case, "saved_by": "speculators", **row}
+        if kind == "xpress":
+            continue  # it is not written
+        convert_head(str(saved), "speculators", written := folder / f"back-{kind}-{number}", str(folder / "target"))
+        config = models[kind].config_class.from_pretrained(str(written))
+        config.transformer_layer_config._attn_implementation = "eager"
+        model = models[kind].from_pretrained(str(written), config=config).eval()
+        row = compare(target, head, speculators_logits(model), speculators_chain(model))
+        yield {"case": f"{case}, written back", "saved_by": "hf_jetflow", **row}
+
+
+def speculators_config(folder: Path, config_class: Any, settings: dict[str, Any]) -> Any:
+    """A configuration of one of their models."""
+    from speculators import SpeculatorsConfig, VerifierConfig
+    from speculators.proposals.greedy import GreedyTokenProposalConfig
+
+    settings = dict(settings)
+    layers = Qwen3Config(**{**BODY, **settings.pop("layers", {})})
+    layers._attn_implementation = "eager"
+    proposal = GreedyTokenProposalConfig(speculative_tokens=BLOCK - 1)
+    verifier = VerifierConfig(name_or_path=str(folder / "target"), architectures=["LlamaForCausalLM"])
+    return config_class(
+        transformer_layer_config=layers,
+        draft_vocab_size=settings.pop("draft_vocab_size", VOCAB),
+        block_size=BLOCK,
+        aux_hidden_state_layer_ids=[index + 1 for index in LAYER_IDS],
+        mask_token_id=MASK,
+        speculators_config=SpeculatorsConfig(
+            algorithm="dflash", proposal_methods=[proposal], default_proposal_method="greedy", verifier=verifier
+        ),
+        **settings,
+    )
 
 
 def vocabulary_maps(num_drafted: int) -> tuple[torch.Tensor, torch.Tensor]:

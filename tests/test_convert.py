@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import make_layouts as make
+import make_scored_layouts as scored
 import pytest
 import torch
 from helpers import run_command
@@ -106,6 +107,72 @@ def test_our_own_layout_holds_a_branch_correction(tmp_path):
     back, dropped = converted(tmp_path, "jetflow")
     assert dropped == []
     assert all(torch.equal(tensor, back.state_dict()[name]) for name, tensor in head.state_dict().items())
+
+
+WRITTEN_BACK = {
+    "DFlash 2": "dflash",
+    "DFlash 2, scaled": "dflash",
+    "speculators dflash2": "speculators",
+    "DSpark, SpecForge": "dflash",
+    "DSpark, ModelOpt": "dflash",
+    "speculators dspark": "speculators",
+    "speculators dspark, anchor predicts nothing": "speculators",
+    "speculators dspark, recurrent": "speculators",
+    "speculators dspark, reduced vocabulary": "speculators",
+}
+RENAMED = {"logit_head.": "", "markov_w": "markov_head.markov_w", "confidence_proj": "confidence_head.proj"}
+
+
+def by_usual_name(name: str) -> str:
+    """The name that SpecForge and z-lab give a tensor of their older files and of ModelOpt's."""
+    old = next((old for old in RENAMED if name.startswith(old)), "")
+    return (RENAMED.get(old, "") + name.removeprefix(old)).replace("codebook.weight", "codebook")
+
+
+@pytest.mark.parametrize("name", WRITTEN_BACK)
+def test_a_head_that_scores_branches_is_written_back_bit_for_bit(tmp_path, target, target_folder, name):
+    config, tensors = scored.CHECKPOINTS[name]()
+    theirs = make.load(tmp_path / "head", config, tensors, ngram_weights=[])
+    to = WRITTEN_BACK[name]
+    back, dropped = converted(tmp_path, to, target_folder, ngram_weights=[])
+    assert dropped == []
+    written = load_file(tmp_path / to / "model.safetensors")
+    expected = {by_usual_name(name): tensor for name, tensor in tensors.items()}
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())
+    again = json.loads((tmp_path / to / "config.json").read_text())
+    for key, value in {**config, **again.get("dflash_config", {}), **config.get("dflash_config", {})}.items():
+        if key in ("block_size", "markov_rank", "markov_head_type", "sample_from_anchor", "speculators_model_type"):
+            assert again.get("dflash_config", again).get(key, again.get(key)) == value, key
+    assert chains(back, target) == chains(theirs, target)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("DFlash 2", "speculators"), ("speculators dflash2", "dflash"), ("DSpark, SpecForge", "speculators")],
+)
+def test_a_head_that_scores_branches_goes_to_another_dialect(tmp_path, target, target_folder, name, other):
+    theirs = make.load(tmp_path / "head", *scored.CHECKPOINTS[name](), ngram_weights=[])
+    back, dropped = converted(tmp_path, other, target_folder, ngram_weights=[])
+    assert dropped == []
+    assert back.config.branch_correction == theirs.config.branch_correction
+    assert chains(back, target) == chains(theirs, target)
+
+
+@pytest.mark.parametrize("name", ["TreeFlash", "speculators xpress", "Domino, first depth uncorrected"])
+def test_a_scorer_that_no_dialect_holds_is_dropped_and_said_to_be(tmp_path, target_folder, name):
+    theirs = make.load(tmp_path / "head", *scored.CHECKPOINTS[name]())
+    _, (what,) = converted(tmp_path, "dflash", target_folder)
+    assert what.startswith(f"the branch correction ({theirs.config.branch_correction})")
+
+
+@pytest.mark.parametrize(
+    ("name", "to"), [("DFlare", "dflash"), ("DFly", "speculators"), ("DFlash 2", "jetspec")], ids=lambda value: value
+)
+def test_layers_that_no_dialect_holds_are_refused(tmp_path, target_folder, name, to):
+    make.load(tmp_path / "head", *scored.CHECKPOINTS[name]())
+    with pytest.raises(ValueError, match="cannot hold the head's convolutions or its mixtures of taps"):
+        converted(tmp_path, to, target_folder)
 
 
 @pytest.mark.parametrize("to", ["jetspec", "dflash"])

@@ -18,6 +18,7 @@ from hf_jetflow.doctor.doctor import examine
 from hf_jetflow.doctor.mistakes import encode, with_fields
 from hf_jetflow.prompts import encode_chat
 from hf_jetflow.target.target import Target, TargetStates
+from hf_jetflow.training import replay as replay_module
 from hf_jetflow.training.blocks import draft_blocks
 from hf_jetflow.training.optimizer import MuonAdamW
 from hf_jetflow.training.replay import answer_logprobs, replay
@@ -136,6 +137,88 @@ def test_a_mistake_in_the_config_is_named_and_its_fix_works(fault, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     exec("\n".join(found["fix"]))
     assert tokens_per_round(JetFlowHead.from_pretrained("fixed-head")) == tokens_per_round(good_head(**trained))
+
+
+@functools.cache
+def selecting_head() -> JetFlowHead:
+    """The good head with almost flat logits and a selector that memorized which token follows which."""
+    target, head = build_target("llama"), good_head()
+    more = {"branch_correction": "selector", "first_corrected_depth": 0, "branch_rank": 32, "branch_top_k": 257}
+    fields = {**head.config.to_dict(), **more, "branch_candidates": 257, "logit_scale": 0.02, "ngram_weights": []}
+    other = JetFlowHead(JetFlowConfig.from_dict(fields)).eval()
+    other.load_state_dict(head.state_dict(), strict=False)
+    texts = []
+    for messages in CONVERSATIONS:
+        ids = encode(TOKENIZER, messages)
+        text = target.generate(torch.tensor([ids]), max_new_tokens=NUM_NEW, do_sample=False)[0].tolist()
+        texts.append((text, len(ids)))
+    drafter = JetFlowCandidateGenerator(other, Target(target, other.config))
+    pairs = []  # rows, the token before and the token itself
+    for text, num_prompt in texts:
+        rows = replay_module._rows_of_all_anchors(drafter, text, num_prompt).detach()
+        for anchor, of_anchor in enumerate(rows, num_prompt):
+            for depth, row in enumerate(of_anchor[: len(text) - anchor - 1]):
+                pairs.append((row, text[anchor + depth], text[anchor + depth + 1]))
+    rows = torch.stack([row for row, _, _ in pairs])
+    before, after = torch.tensor([pair[1:] for pair in pairs]).T
+    scorer = other.branch_correction
+    for parameter in scorer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    optimizer = torch.optim.Adam(scorer.parameters(), lr=0.02)
+    with torch.enable_grad():
+        for _ in range(120):
+            queries = scorer.predecessor_codebook[before] * scorer.hidden_projection(rows)
+            loss = cross_entropy(queries @ scorer.successor_codebook.T, after)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return other
+
+
+def test_a_good_selector_has_no_fault(tmp_path):
+    findings = diagnose(saved(selecting_head(), tmp_path))
+    assert findings["faults"] == []
+    assert findings["as_loaded"]["tokens_per_round"] > 3
+    assert {each["name"] for each in findings["mistakes"]} >= {"first depth", "selector", "layout", "context norm"}
+
+
+@pytest.mark.parametrize("fault", ["first depth", "selector", "layout"])
+def test_a_mistake_in_reading_a_selector_is_named_and_its_fix_works(fault, tmp_path, monkeypatch):
+    head = copy.deepcopy(selecting_head())
+    changed = {
+        "first depth": {"first_corrected_depth": 1},
+        "selector": {},
+        "layout": {"anchor_predicts": True, "block_size": head.config.block_size + 1},
+    }[fault]
+    if fault == "selector":
+        scorer = head.branch_correction
+        first, second = scorer.predecessor_codebook, scorer.successor_codebook
+        scorer.predecessor_codebook, scorer.successor_codebook = second, first
+    (found,) = diagnose(saved(head, tmp_path / "head", **changed))["faults"]
+    assert found["mistake"] == fault, found["message"]
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(found["fix"]))
+    assert tokens_per_round(JetFlowHead.from_pretrained("fixed-head")) == tokens_per_round(selecting_head())
+
+
+def test_norms_that_are_all_ones_are_noticed(tmp_path):
+    head = copy.deepcopy(good_head())
+    for name, parameter in head.named_parameters():
+        if parameter.ndim == 1:
+            assert "norm" in name
+            parameter.data.fill_(1.0)
+    (found,) = diagnose(saved(head, tmp_path))["faults"]
+    lines = [found["message"], *found["fix"]]
+    assert any("norms are exactly 1" in line for line in lines)
+
+
+def test_a_head_that_was_trained_without_a_norm_of_the_taps_is_noticed(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(JetFlowHead, "_fuse", lambda head, features: head.fc(features))
+        head = good_head.__wrapped__()
+    (found,) = diagnose(saved(head, tmp_path))["faults"]
+    assert found["mistake"] == "context norm", found["message"]
+    assert "head.hidden_norm = torch.nn.Identity()" in "".join(found["fix"])
 
 
 def test_an_lm_head_of_another_model_is_named_and_the_fix_removes_it(tmp_path, monkeypatch):

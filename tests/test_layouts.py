@@ -10,6 +10,7 @@ from typing import Any
 import make_layouts as make
 import pytest
 import torch
+from make_scored_layouts import CHECKPOINTS
 from reference import assert_same_text
 from safetensors.torch import load_file, save_file
 
@@ -71,7 +72,7 @@ def test_a_config_is_recognized_by_its_layout(name, is_causal):
 
 
 def test_every_layout_has_a_miniature():
-    made = {name.partition(",")[0] for name in make.CONFIGS} | {recognize(make.deepspec()).name}
+    made = {name.partition(",")[0] for name in (*make.CONFIGS, *CHECKPOINTS)} | {recognize(make.deepspec()).name}
     assert made == {layout.name for layout in LAYOUTS}
 
 
@@ -431,10 +432,17 @@ def test_what_an_early_file_does_not_say_can_be_given(tmp_path, key):
 # --- refused by name -------------------------------------------------------------------------------------------------
 
 REFUSED_CONFIGS = {
-    "DFlash 2": dict(architectures=["DFlash2DraftModel"], dflash_config=dict(selector_rank=256, conv_kernel_size=2)),
-    "DSpark": dict(architectures=["Qwen3DSparkModel"], markov_rank=64, enable_confidence_head=True),
-    "DeepSpec for Gemma 4": dict(architectures=["Gemma4DSparkModel"], markov_rank=0),
-    "Domino": dict(architectures=["DominoDraftModel"], projector_type="domino"),
+    "LiLiCorr": dict(
+        architectures=["LiLiCorrDraftModel"],
+        dflash_config=dict(
+            lilicorr_candidate_topk=8, lilicorr_hidden_size=512, conv_kernel_size=2, conv_group_size=16
+        ),
+    ),
+    "DeepSpec for Gemma 4": dict(architectures=["Gemma4DSparkModel"], markov_rank=256),
+    "DeepSeek V4 DSpark": dict(
+        architectures=["DeepseekV4ForCausalLM"], dspark_block_size=7, dspark_noise_token_id=3, dspark_markov_rank=256
+    ),
+    "MLA or MoE draft": dict(architectures=["K3DSparkModel"], model_type="k3_dspark", markov_rank=256),
     "Laguna DFlash": dict(architectures=["DFlashLagunaForCausalLM"]),
     "MiMo DFlash": dict(architectures=["DFlashDraftModel"], dflash_config={}, attention_sink_bias=True),
     "EAGLE": dict(architectures=["LlamaForCausalLMEagle3"]),
@@ -456,7 +464,7 @@ def test_a_layout_that_does_not_load_is_refused_by_name_with_what_to_do(tmp_path
     assert next(each.reason for each in REFUSED if each.name == name) in message
 
 
-@pytest.mark.parametrize("kind", ["dspark", "dflash2", "eagle3", "peagle"])
+@pytest.mark.parametrize("kind", ["dsv4_dspark", "eagle3", "peagle"])
 def test_other_speculators_are_refused_by_name(tmp_path, kind):
     assert "which does not load" in refusal(tmp_path, make.speculators(False) | {"speculators_model_type": kind})
 
@@ -468,6 +476,66 @@ def test_a_layout_that_does_not_load_is_known_by_its_tensors(tmp_path, refused):
         message = refusal(tmp_path, make.jetspec(True), {**make.body_tensors(), name: torch.zeros(2)})
         assert f"the layout {refused.name}" in message
         assert f"`{name}`" in message
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_an_unknown_key_of_a_head_that_scores_branches_is_refused(tmp_path, name):
+    config, tensors = CHECKPOINTS[name]()
+    message = refusal(tmp_path, config | {"new_trick": 1}, tensors)
+    assert "`new_trick: 1`" in message
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_an_unknown_tensor_of_a_head_that_scores_branches_is_refused(tmp_path, name):
+    config, tensors = CHECKPOINTS[name]()
+    message = refusal(tmp_path, config, {**tensors, "secret.weight": torch.zeros(2)})
+    assert f"({name.partition(',')[0]}): the tensors do not match" in message
+    assert "1 unexpected (secret.weight)" in message
+
+
+SCORED_FAULTS = {
+    "no rank": ("DFlash 2", lambda config: config["dflash_config"].pop("selector_rank"), "has no `selector_rank`"),
+    "a reduced vocabulary": (
+        "speculators dflash2",
+        lambda config: config.update(draft_vocab_size=100),
+        "`draft_vocab_size` is 100, but a dflash2 head scores the whole vocabulary",
+    ),
+    "another Markov head": (
+        "DeepSpec DSpark",
+        lambda config: config.update(markov_head_type="lstm"),
+        "`markov_head_type` is 'lstm'",
+    ),
+    "neither flag nor count": (
+        "speculators dspark",
+        lambda config: [config.pop("sample_from_anchor"), config.pop("speculators_config")],
+        "set `sample_from_anchor` in config.json",
+    ),
+    "another approximation": (
+        "TreeFlash",
+        lambda config: config["treeflash_config"].update(ar_approximation="rnn"),
+        "only `ar_approximation` 'swiglu' or null is supported",
+    ),
+    "no shift": ("Domino", lambda config: config["dflash_config"].pop("shift_label"), "has no `shift_label`"),
+    "a position factor": ("DFly", lambda config: config.update(markov_alpha_max=2.0), "`markov_alpha_max: 2.0`"),
+}
+
+
+@pytest.mark.parametrize("fault", SCORED_FAULTS)
+def test_a_contradiction_in_a_head_that_scores_branches_is_named(tmp_path, fault):
+    name, spoil, cause = SCORED_FAULTS[fault]
+    config, tensors = CHECKPOINTS[name]()
+    spoil(config)
+    assert cause in refusal(tmp_path, config, tensors)
+
+
+def test_an_early_dspark_file_says_by_its_number_of_drafts_whether_the_anchor_predicts(tmp_path):
+    config, tensors = CHECKPOINTS["speculators dspark"]()
+    del config["sample_from_anchor"]
+    for count, predicts in ((make.BLOCK - 1, True), (make.BLOCK - 2, False)):
+        config["speculators_config"]["proposal_methods"][0]["speculative_tokens"] = count
+        head = make.load(tmp_path / str(count), config, tensors)
+        assert head.config.anchor_predicts == predicts
+        assert head.config.block_size - 1 == count
 
 
 def test_an_unknown_tensor_is_refused_with_the_layout_s_name(tmp_path):

@@ -12,6 +12,7 @@ from ..errors import JetFlowError
 from ..head.checkpoint_files import Tensors
 from ..head.configuration_jetflow import JetFlowConfig
 from ..head.layouts import BODY_KEYS, Config
+from ..head.scored_layouts import MARKOV_KINDS, SELECTOR_KEYS
 
 
 SPECULATORS_VERSION = "0.9.0"  # of the format that is written
@@ -58,16 +59,23 @@ def write_jetspec(config: JetFlowConfig, tensors: Tensors, target: TargetFacts) 
 
 def write_dflash(config: JetFlowConfig, tensors: Tensors, target: TargetFacts) -> Export:
     """
-    Write DFlash's layout, with `block_size` in both fields that readers use.
+    Write DFlash's layout, with `block_size` in both fields that readers use. A head with a selector becomes a DFlash 2
+    head, one with a Markov head a DSpark head as SpecForge writes it.
 
     Raises:
         JetFlowError: If the layout cannot hold a part of the head; the message names it.
     """
-    export = _dflash_body(config, tensors, target, "DFlash")
+    parts = _scorer_parts(config)
+    export = _dflash_body(config, tensors, target, "DFlash", parts)
     settings = export.config["dflash_config"]
-    export.config["block_size"] = settings["block_size"] = config.block_size
+    export.config["block_size"] = settings["block_size"] = config.num_rows
+    if parts is not None:
+        export.config["architectures"] = [parts.architecture]
+        settings |= parts.keys
+    if parts is not None and parts.kind == "dspark":
+        settings |= {"projector_type": "dspark", "shift_label": config.anchor_predicts}
     flags = config.causal_layers
-    if flags != [window is not None for window in config.layer_windows]:
+    if parts is not None or flags != [window is not None for window in config.layer_windows]:
         if len(set(flags)) > 1:
             raise _unsupported("DFlash", f"`is_causal` {flags} with layers {config.layer_types}")
         export.config["is_causal"] = flags[0]
@@ -78,8 +86,11 @@ def write_dflash(config: JetFlowConfig, tensors: Tensors, target: TargetFacts) -
     return export
 
 
-def _dflash_body(config: JetFlowConfig, tensors: Tensors, target: TargetFacts, layout: str) -> Export:
-    if config.own_embedding or config.own_lm_head or config.anchor_predicts:
+def _dflash_body(
+    config: JetFlowConfig, tensors: Tensors, target: TargetFacts, layout: str, parts: "ScorerParts | None" = None
+) -> Export:
+    can_predict = parts is not None and parts.kind == "dspark"
+    if config.own_embedding or config.own_lm_head or (config.anchor_predicts and not can_predict):
         raise _unsupported(layout, "the head's own embedding or LM head, or an anchor row that predicts")
     num_target_layers = config.num_target_layers or target.num_layers
     if num_target_layers is None:
@@ -87,7 +98,7 @@ def _dflash_body(config: JetFlowConfig, tensors: Tensors, target: TargetFacts, l
             f"{layout} stores the target's number of layers, which the head's config lacks; give --target"
         )
     assert config.hidden_state_indices is not None
-    portable, dropped = _portable_tensors(config, tensors, layout)
+    portable, dropped = _portable_tensors(config, tensors, layout, parts)
     if "d2t" in portable:
         dropped.append(
             f"the draft vocabulary of {len(portable.pop('d2t'))} tokens: {layout} heads score all {config.vocab_size}"
@@ -108,8 +119,9 @@ def _dflash_body(config: JetFlowConfig, tensors: Tensors, target: TargetFacts, l
 
 def write_speculators(config: JetFlowConfig, tensors: Tensors, target: TargetFacts) -> Export:
     """
-    Write speculators' dflash layout. Its full-attention layers are never causal, so a causal layer becomes a sliding
-    one with the longest sequence as window. A draft vocabulary comes with the target's rows as LM head.
+    Write speculators' dflash layout; its dflash2 for a head with a selector, its dspark for one with a Markov head.
+    Its full-attention layers are never causal, so a causal layer becomes a sliding one with the longest sequence as
+    window. A draft vocabulary comes with the target's rows as LM head.
 
     Raises:
         JetFlowError: If the layout cannot hold a part of the head, or the target is not named.
@@ -122,7 +134,9 @@ def write_speculators(config: JetFlowConfig, tensors: Tensors, target: TargetFac
     if not config.own_embedding and _raw_embedding_scale(config, target, "speculators") != 1:
         raise _unsupported("speculators", f"an `embedding_scale` of {config.embedding_scale}")
     layer_types, window, is_causal = _speculators_windows(config)
-    portable, dropped = _portable_tensors(config, tensors, "speculators")
+    parts = _scorer_parts(config)
+    kind, architecture = ("dflash", "DFlashSpeculator") if parts is None else (parts.kind, parts.architecture)
+    portable, dropped = _portable_tensors(config, tensors, "speculators", parts)
     num_drafted = config.draft_vocab_size or config.vocab_size
     if "d2t" in portable:
         portable |= _vocabulary_maps(portable["d2t"], config.vocab_size)
@@ -134,11 +148,11 @@ def write_speculators(config: JetFlowConfig, tensors: Tensors, target: TargetFac
             portable["lm_head.weight"] = target.output_rows.to(portable["fc.weight"].dtype)
     proposal = {"proposal_type": "greedy", "speculative_tokens": config.block_size - 1}
     described = {
-        "architectures": ["DFlashSpeculator"],
-        "speculators_model_type": "dflash",
+        "architectures": [architecture],
+        "speculators_model_type": kind,
         "speculators_version": SPECULATORS_VERSION,
         "speculators_config": {
-            "algorithm": "dflash",
+            "algorithm": kind,
             "default_proposal_method": "greedy",
             "proposal_methods": [proposal | {"verifier_accept_k": 1, "accept_tolerance": 0.0}],
             "verifier": {"name_or_path": name, "architectures": target.architectures},
@@ -150,6 +164,7 @@ def write_speculators(config: JetFlowConfig, tensors: Tensors, target: TargetFac
         "mask_token_id": config.mask_token_id,
         "sliding_window_non_causal": not is_causal,
         "sample_from_anchor": config.anchor_predicts,
+        **(parts.keys if parts is not None else {}),
         "dtype": _dtype_name(portable),
     }
     return Export(described, portable, dropped)
@@ -174,15 +189,55 @@ def _vocabulary_maps(token_ids: torch.Tensor, vocab_size: int) -> Tensors:
     return {"d2t": token_ids - torch.arange(len(token_ids)), "t2d": is_drafted}
 
 
-def _portable_tensors(config: JetFlowConfig, tensors: Tensors, layout: str) -> tuple[Tensors, list[str]]:
+@dataclass(frozen=True)
+class ScorerParts:
+    """What a layout stores of a branch scorer."""
+
+    kind: str  # the name that speculators has for the layout
+    architecture: str
+    keys: Config
+    prefixes: dict[str, str]  # from our prefixes of tensor names to theirs
+
+
+def _scorer_parts(config: JetFlowConfig) -> ScorerParts | None:
+    """How DFlash's and speculators' dialects store the head's branch scorer; `None` if they cannot."""
+    kind = config.branch_correction
+    if kind == "selector" and config.conv_kernel_size is not None:
+        keys = {key: getattr(config, field) for key, field in SELECTOR_KEYS.items()}
+        if config.branch_vocab_size is not None:
+            keys["selector_vocab_size"] = config.branch_vocab_size
+        return ScorerParts("dflash2", "DFlash2DraftModel", keys, {"branch_correction.": "candidate_selector."})
+    if kind not in MARKOV_KINDS.values():
+        return None
+    keys = {
+        "markov_rank": config.branch_rank,
+        "markov_head_type": "vanilla" if kind == "markov" else kind,
+        "enable_confidence_head": config.confidence_inputs is not None,
+        "confidence_head_with_markov": (config.confidence_inputs or 0) > config.hidden_size,
+    }
+    prefixes = {"branch_correction.": "markov_head.", "confidence_head.": "confidence_head.proj."}
+    return ScorerParts("dspark", "DSparkDraftModel", keys, prefixes)
+
+
+def _portable_tensors(
+    config: JetFlowConfig, tensors: Tensors, layout: str, parts: ScorerParts | None = None
+) -> tuple[Tensors, list[str]]:
     """The tensors that other layouts know, and the parts that are dropped."""
     if config.mask_token_id is None:
         raise _unsupported(layout, "a learned mask embedding; train with --mask-token")
     if config.target_hidden_size != config.hidden_size:
         raise _unsupported(layout, f"a target of another width ({config.target_hidden_size})")
-    portable = {name: tensor for name, tensor in tensors.items() if not name.startswith("branch_correction.")}
-    dropped = []
-    if config.branch_correction is not None:
+    if config.context_fusion != "fc" or (config.conv_kernel_size is not None and parts is None):
+        raise _unsupported(layout, "the head's convolutions or its mixtures of taps")
+    prefixes = {} if parts is None else parts.prefixes
+    portable, dropped = {}, []
+    for name, tensor in tensors.items():
+        ours = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+        if ours is not None:
+            portable[prefixes[ours] + name.removeprefix(ours)] = tensor
+        elif not name.startswith("branch_correction."):
+            portable[name] = tensor
+    if config.branch_correction is not None and parts is None:
         dropped.append(
             f"the branch correction ({config.branch_correction}): all branches of a depth share one distribution there"
         )

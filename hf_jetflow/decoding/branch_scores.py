@@ -1,10 +1,10 @@
-"""Scores of the nodes of a draft tree: those of the head's block, changed by the branch correction and by n-grams."""
+"""Scores of a draft tree's nodes: those of the head's block, changed by the head's branch scorer and by n-grams."""
 
 from collections.abc import Callable
 
 import torch
 
-from ..head.branch_correction import BranchCorrection
+from ..head.scorers import Memory, StepScorer, TableScorer
 from ..target.target import Target
 from ..trees.ngrams import ContextNgrams
 from ..trees.tree import Candidates, corrected_logprobs, with_rest
@@ -14,9 +14,12 @@ from .draft_weights import DraftWeights
 MAX_CACHED_TOKENS = 2048  # capacity of the projected-token cache
 NUM_PREFETCHED = 8  # top candidates per depth to project in advance
 
-# changes(depth, shifts): turns shifts (..., branches, hidden) of a depth's row into logit changes of its candidates,
+# changes(depth, shifts): turns shifts (..., branches, shift) of a depth into logit changes of its candidates,
 # (..., branches, width).
 LogitChanges = Callable[[int, torch.Tensor], torch.Tensor]
+# corrected(depth, parents, tokens): logit changes (..., branches, width) of a depth's candidates after each branch of
+# the frontier (see `tree.BranchScorer`); `None` if it changes nothing at this depth.
+Correction = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None]
 
 
 class BranchScores:
@@ -26,18 +29,18 @@ class BranchScores:
     Args:
         candidates ([`Candidates`]): Scored as if all branches of a depth were alike.
         ngrams ([`ContextNgrams`], *optional*): Made for the same candidates.
-        correction ([`Correction`], *optional*): Made for the same candidates.
+        correction (`Correction`, *optional*): Made for the same candidates.
     """
 
-    def __init__(self, candidates: Candidates, ngrams: ContextNgrams | None, correction: "Correction | None"):
+    def __init__(self, candidates: Candidates, ngrams: ContextNgrams | None, correction: Correction | None):
         self._logprobs, self._ngrams, self._correction = with_rest(candidates.logprobs), ngrams, correction
 
     @torch.no_grad()
     def __call__(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         logprobs = self._logprobs[..., depth, :].unsqueeze(-2)
-        adjustments = None
-        if self._correction is not None and depth:  # depth 0 has one branch, the anchor, which the block has read
-            adjustments = self._correction(depth, parents, tokens).to(logprobs.device, torch.float32)
+        adjustments = None if self._correction is None else self._correction(depth, parents, tokens)
+        if adjustments is not None:
+            adjustments = adjustments.to(logprobs.device, torch.float32)
             adjustments = adjustments.nan_to_num(0.0, posinf=0.0, neginf=0.0)  # a correction that overflows is ignored
         if self._ngrams is not None:
             votes = self._ngrams(depth, parents, tokens)
@@ -48,23 +51,23 @@ class BranchScores:
 
 class ProjectedTokenCache:
     """
-    Pre-projected tokens: the branch correction's projection of a branch's last token, cached for one generation.
+    Pre-projected tokens: a step scorer's projection of a branch's last token, cached for one generation.
 
     A token drafted in one round is usually drafted again in the next ones, a depth higher. On other devices than the
     CPU nothing is cached, as the host would have to wait for the tokens.
 
     Args:
-        correction ([`BranchCorrection`]): The head's.
+        scorer ([`StepScorer`]): The head's.
         target ([`Target`]): Whose embeddings it reads.
     """
 
-    def __init__(self, correction: BranchCorrection, target: Target):
-        self._correction, self._target = correction, target
-        self._kept: torch.Tensor | None = None  # (MAX_CACHED_TOKENS, 2 x width)
+    def __init__(self, scorer: StepScorer, target: Target):
+        self._scorer, self._target = scorer, target
+        self._kept: torch.Tensor | None = None  # (MAX_CACHED_TOKENS, parts)
         self._places: dict[int, int] = {}  # rows in there, by token
 
     def of(self, tokens: torch.Tensor, soon: torch.Tensor | None = None) -> torch.Tensor:
-        """The parts (tokens, 2 x width) of tokens (tokens,). Those of tokens asked for `soon` are made at once."""
+        """The parts (tokens, parts) of tokens (tokens,). Those of tokens asked for `soon` are made at once."""
         if tokens.device.type != "cpu":
             return self._project(tokens)
         token_ids = tokens.tolist()
@@ -85,67 +88,143 @@ class ProjectedTokenCache:
         return self._kept.index_select(0, places)
 
     def _project(self, tokens: torch.Tensor) -> torch.Tensor:
-        weight = self._correction.token_proj.weight
+        weight = next(self._scorer.parameters())
+        if not self._scorer.reads_embeddings:
+            return self._scorer.project_tokens(tokens.to(weight.device))
         embeds = self._target.embed(tokens.to(self._target.device))
-        return self._correction.project_tokens(embeds.to(weight.device, weight.dtype))
+        return self._scorer.project_tokens(embeds.to(weight.device, weight.dtype))
 
 
-class Correction:
+class TableCorrection:
     """
-    The head's branch correction of one proposal.
-
-    What branches share is computed once: the part of their last token, and the part of their parent's state, which is
-    known only when a child asks for it.
+    The table scorer of one proposal: all pairs of candidates of neighboring depths are scored at once.
 
     Args:
-        correction ([`BranchCorrection`]): The head's.
-        rows (`torch.Tensor`, (..., depth, hidden)): The head's rows.
+        scorer ([`TableScorer`]): The head's.
+        rows (`torch.Tensor`, (..., depth, features)): The head's rows.
+        context_ids (`torch.Tensor`, (..., seq)): The newest committed tokens, the anchor last.
         candidates ([`Candidates`]): Drafted by these rows.
-        token_parts ([`ProjectedTokenCache`]): Of the same correction.
-        logit_changes: Turns shifts of a depth into logit changes of its candidates.
+        places (`torch.Tensor`, (..., depth, width)): The candidates, as indices into the draft vocabulary.
         weights ([`DraftWeights`]): Of head and target.
+        first_depth (`int`): The first depth to change.
     """
 
     def __init__(
         self,
-        correction: BranchCorrection,
+        scorer: TableScorer,
         rows: torch.Tensor,
+        context_ids: torch.Tensor,
+        candidates: Candidates,
+        places: torch.Tensor,
+        weights: DraftWeights,
+        first_depth: int,
+    ):
+        tokens, device = candidates.tokens, rows.device
+        anchors = context_ids[..., -1:, None].expand_as(tokens[..., :1, :])
+        self._parents = torch.cat([anchors, tokens[..., :-1, :]], dim=-2)  # of each depth, (..., depth, width)
+        with weights.in_use():
+            table = scorer.table(
+                rows,
+                self._parents.to(device),
+                tokens.to(device),
+                places.to(device),
+                candidates.logprobs.to(device),
+            )
+        self._table, self._first_depth = table.to(tokens.device), first_depth  # (..., depth, parents, width)
+
+    def __call__(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor | None:
+        if depth < self._first_depth:
+            return None
+        is_parent = self._parents[..., depth, :].unsqueeze(-2) == tokens.unsqueeze(-1)
+        return gather_rows(self._table[..., depth, :, :], is_parent.int().argmax(-1))
+
+
+class StepCorrection:
+    """
+    The step scorer of one proposal.
+
+    What branches share is computed once: the part of their last token, and what the children of one parent recall,
+    which is known only when one of them asks for it.
+
+    Args:
+        scorer ([`StepScorer`]): The head's.
+        rows (`torch.Tensor`, (..., depth, features)): The head's rows.
+        context_ids (`torch.Tensor`, (..., seq)): The newest committed tokens, the anchor last.
+        candidates ([`Candidates`]): Drafted by these rows.
+        token_parts ([`ProjectedTokenCache`]): Of the same scorer.
+        logit_changes: Turns shifts of a depth into logit changes of its candidates.
+        weights ([`DraftWeights`]): Of head and target.
+        first_depth (`int`): The first depth to change.
+    """
+
+    def __init__(
+        self,
+        scorer: StepScorer,
+        rows: torch.Tensor,
+        context_ids: torch.Tensor,
         candidates: Candidates,
         token_parts: ProjectedTokenCache,
         logit_changes: LogitChanges,
         weights: DraftWeights,
+        first_depth: int,
     ):
-        self._correction, self._token_parts, self._weights = correction, token_parts, weights
-        self._slots = correction.project_slots(rows)
-        self._logit_changes = logit_changes
-        self._likely_tokens = candidates.tokens[..., 1:-1, :NUM_PREFETCHED]  # of branches of two tokens and more
-        # Of the branches of the depth before, one after the other: inner rows, and states before that depth.
-        self._inner: torch.Tensor | None = None
-        self._states: torch.Tensor | None = None
+        self._scorer, self._token_parts, self._weights = scorer, token_parts, weights
+        with weights.in_use():
+            self._slots = scorer.project_slots(rows)
+        self._logit_changes, self._first_depth = logit_changes, first_depth
+        self._start_ids = _start_ids(context_ids, scorer)
+        # Of branches of two tokens and more; made together with the first ones that are asked for.
+        self._likely_tokens: torch.Tensor | None = candidates.tokens[..., 1:-1, :NUM_PREFETCHED]
+        self._memory: Memory = ()  # of the branches of the depth before, one after the other
         self._num_before = 0
 
-    def __call__(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    def __call__(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor | None:
+        if depth < self._first_depth and not self._scorer.reads_anchor:
+            return None
         with self._weights.in_use():
-            return self._changes(depth, parents, tokens)
+            shifts = self._read(depth, parents, tokens)
+            return None if depth < self._first_depth else self._logit_changes(depth, shifts)
 
-    def _changes(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        correction, slots, shape = self._correction, self._slots[..., depth, :].unsqueeze(-2), tokens.shape
-        likely = self._likely_tokens if self._inner is None else None
-        projected = self._token_parts.of(tokens.flatten(), likely).view(*shape, -1).to(slots.device) + slots
-        if self._inner is not None:
-            places = parents.flatten()
-            if len(places) > shape[-1]:  # several sequences
-                stop, step = len(places) // shape[-1] * self._num_before, self._num_before
-                places = places + torch.arange(0, stop, step, device=places.device).repeat_interleave(shape[-1])
-            places, of_branch = _distinct(places.to(slots.device))
-            before = None if self._states is None else self._states.index_select(0, places)
-            states = correction.carry(self._inner.index_select(0, places), before)
-            projected += correction.project_states(states).index_select(0, of_branch).view_as(projected)
-            self._states = states.index_select(0, of_branch)
-        inner = correction.gate(projected)
-        if correction.has_state:
-            self._inner, self._num_before = inner.flatten(0, -2), shape[-1]
-        return self._logit_changes(depth, correction.down_proj(inner))
+    def _read(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        scorer, slots, shape = self._scorer, self._slots[..., depth, :].unsqueeze(-2), tokens.shape
+        projected = self._project(tokens, self._likely_tokens)
+        self._likely_tokens = None
+        recalled: Memory | None = None
+        if depth == 0:
+            recalled = scorer.start(slots, self._project(self._start_ids))
+        elif self._memory:
+            recalled = self._recall(parents)
+        shifts, memory = scorer.read(depth, slots, projected, recalled)
+        self._memory, self._num_before = tuple(part.flatten(0, len(shape) - 1) for part in memory), shape[-1]
+        return shifts
+
+    def _project(self, tokens: torch.Tensor, likely: torch.Tensor | None = None) -> torch.Tensor:
+        return self._token_parts.of(tokens.flatten(), likely).view(*tokens.shape, -1).to(self._slots.device)
+
+    def _recall(self, parents: torch.Tensor) -> Memory:
+        """What each branch recalls of its parent, (..., branches, ...)."""
+        shape, places = parents.shape, parents.flatten()
+        if len(places) > shape[-1]:  # several sequences
+            stop, step = len(places) // shape[-1] * self._num_before, self._num_before
+            places = places + torch.arange(0, stop, step, device=places.device).repeat_interleave(shape[-1])
+        places, of_branch = _distinct(places.to(self._slots.device))
+        recalled = self._scorer.recall(tuple(part.index_select(0, places) for part in self._memory))
+        return tuple(part.index_select(0, of_branch).unflatten(0, shape) for part in recalled)
+
+
+def _start_ids(context_ids: torch.Tensor, scorer: StepScorer) -> torch.Tensor:
+    """Token (..., 1) with which memory starts: the anchor, or the one before it if there is one."""
+    anchors = context_ids[..., -1:]
+    if not scorer.starts_before_anchor or context_ids.shape[-1] == 1:
+        return anchors
+    before = context_ids[..., -2:-1]
+    is_token = (before >= 0) & (before < scorer.config.vocab_size)  # no padding, no placeholder of an image
+    return torch.where(is_token, before, anchors)
+
+
+def gather_rows(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Rows (..., places, hidden) of states (..., rows, hidden)."""
+    return states.gather(-2, places[..., None].expand(*places.shape, states.shape[-1]))
 
 
 def _distinct(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,23 +11,26 @@ from torch.nn.functional import pad
 from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.utils import logging
 
-from ..head.branch_correction import BranchCorrection
 from ..head.modeling_jetflow import JetFlowHead
+from ..head.scorers import StepScorer, TableScorer
 from ..target.caches import UNSEEN_POSITION, HeadCache, StaticHeadCache
 from ..target.target import Context, Target, TargetStates
 from ..trees.ngrams import MAX_CONTEXT, ContextNgrams, TextNgrams, continue_tree
 from ..trees.tree import BranchScorer, Candidates, DraftTree, build_tree
-from .branch_scores import BranchScores, Correction, LogitChanges, ProjectedTokenCache
+from .branch_scores import (
+    BranchScores,
+    Correction,
+    LogitChanges,
+    ProjectedTokenCache,
+    StepCorrection,
+    TableCorrection,
+    gather_rows,
+)
 from .draft_weights import DraftWeights, draft_weights
 from .reuse import HeadContext
 
 
 logger = logging.get_logger(__name__)
-
-
-def _gather_rows(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Rows (..., places, hidden) of states (..., rows, hidden)."""
-    return states.gather(-2, places[..., None].expand(*places.shape, states.shape[-1]))
 
 
 @dataclass
@@ -98,7 +101,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
 
     @cached_property
     def _token_parts(self) -> ProjectedTokenCache:
-        assert self.head.branch_correction is not None
+        assert isinstance(self.head.branch_correction, StepScorer)
         return ProjectedTokenCache(self.head.branch_correction, self.target)
 
     @cached_property
@@ -155,8 +158,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             return Draft(context_ids, Candidates(anchor_ids.new_empty(shape), torch.empty(shape, device=device)))
         is_static = isinstance(self._cache, StaticHeadCache)
         first = 0 if head.config.anchor_predicts else 1  # row that drafts depth 1
-        # Rows behind the deepest drafted one are invisible to it when every layer is causal.
-        may_be_short = all(head.config.causal_layers) and not is_static
+        may_be_short = head.config.blocks_can_be_cut and not is_static
         slots = self._slots[None, : first + max_depth if may_be_short else head.config.num_rows]
         embeds = self.embed_block(anchor_ids.expand(-1, slots.shape[1]), (slots == 0).to(device))
         features, context_position_ids = (torch.cat(parts, dim=1) for parts in zip(*self._pending, strict=True))
@@ -199,9 +201,9 @@ class JetFlowCandidateGenerator(CandidateGenerator):
 
     def rank(self, rows: torch.Tensor, context_ids: torch.Tensor, width: int) -> Draft:
         """The draft of rows (..., depth, hidden) behind tokens (..., seq), on the tokens' device."""
-        config, correction, device = self.head.config, self.head.branch_correction, context_ids.device
+        config, device = self.head.config, context_ids.device
         weights = config.ngram_weights
-        scores_branches = bool(weights) or correction is not None
+        scores_branches = bool(weights) or self.head.branch_correction is not None
         logprobs, token_ids = self.logprobs(rows), self.head.draft_token_ids
         order = logprobs
         if weights:  # what the text holds is ranked by the most that its scores can gain
@@ -220,13 +222,21 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             ngrams = None
             if weights:
                 ngrams = ContextNgrams(self._read_texts(context_ids, len(weights)), candidates, weights)
-            corrected = None
-            if correction is not None:
-                corrected = Correction(
-                    correction, rows, candidates, self._token_parts, self._output(correction, places), self._weights
-                )
-            scorer = BranchScores(candidates, ngrams, corrected)
+            scorer = BranchScores(candidates, ngrams, self._correction(rows, context_ids, candidates, places))
         return Draft(context_ids, candidates, scorer, has_ngrams=bool(weights))
+
+    def _correction(
+        self, rows: torch.Tensor, context_ids: torch.Tensor, candidates: Candidates, places: torch.Tensor
+    ) -> Correction | None:
+        scorer, first_depth = self.head.branch_correction, self.head.config.first_corrected_depth
+        if scorer is None:
+            return None
+        if isinstance(scorer, TableScorer):
+            return TableCorrection(scorer, rows, context_ids, candidates, places, self._weights, first_depth)
+        changes = self._logit_changes(scorer, places)
+        return StepCorrection(
+            scorer, rows, context_ids, candidates, self._token_parts, changes, self._weights, first_depth
+        )
 
     def _read_texts(self, context_ids: torch.Tensor, longest: int) -> list[TextNgrams]:
         """The n-grams of the newest tokens of each text."""
@@ -248,8 +258,8 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         return order.scatter_(-1, places, order.gather(-1, places) + gain)[..., :-1]
 
     def logprobs(self, rows: torch.Tensor) -> torch.Tensor:
-        """Draft log-probabilities (..., draft_vocab) of drafted rows (..., hidden), before any branch correction."""
-        projection = self._weights.projection
+        """Draft log-probabilities (..., draft_vocab) of drafted rows (..., features), before any branch correction."""
+        rows, projection = rows[..., : self.head.config.hidden_size], self._weights.projection
         if projection is not None:
             logits = projection(rows.to(projection.weight.device, projection.weight.dtype))
         else:
@@ -257,16 +267,17 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             logits = self.target.output_logits(rows, self.head.draft_token_ids)
         return torch.log_softmax(self.head.shape_logits(logits.float()), dim=-1)
 
-    def _output(self, correction: BranchCorrection, places: torch.Tensor) -> LogitChanges:
-        """What turns shifts (..., branches, hidden) of a depth into logit changes of its candidates, (..., branches,
+    def _logit_changes(self, scorer: StepScorer, places: torch.Tensor) -> LogitChanges:
+        """What turns shifts (..., branches, shift) of a depth into logit changes of its candidates, (..., branches,
         width)."""
-        if self._weights.projection is not None:
+        weight = scorer.output_weight
+        if weight is None and self._weights.projection is not None:
             weight = self._weights.projection.weight
+        if weight is not None:
 
             def products(depth: int, shifts: torch.Tensor) -> torch.Tensor:
-                return correction.candidate_logits(
-                    shifts.to(weight.device, weight.dtype), weight, places[..., depth, :]
-                )
+                shifts, columns = shifts.to(weight.device, weight.dtype), places[..., depth, :].to(weight.device)
+                return scorer.candidate_logits(shifts, weight, columns)
 
             return products
         target, token_ids = self.target, self.head.draft_token_ids
@@ -320,6 +331,6 @@ def _path_rows(
     lengths = torch.tensor([len(path) for path in paths], device="cpu")
     is_pad = (torch.arange(length, device="cpu") >= lengths[:, None]).to(device)
     return (
-        tuple(_gather_rows(states, rows.to(states.device)) for states in taps),
+        tuple(gather_rows(states, rows.to(states.device)) for states in taps),
         position_ids.gather(1, rows).masked_fill_(is_pad, UNSEEN_POSITION),
     )

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from ..bench.environment import environment
 from ..errors import JetFlowError
@@ -29,7 +30,7 @@ from ..target.settings import PairSettings
 from ..target.target import Target
 from ..training.evaluation import greedy_ids
 from ..training.replay import answer_logprobs, replay
-from .mistakes import common_mistakes, encode, other_encodings, window_to_try, with_fields
+from .mistakes import common_mistakes, encode, other_encodings, window_to_try
 from .settings import DoctorSettings
 from .verdict import MIN_TOKENS_PER_ROUND, find_advice, find_faults
 
@@ -190,6 +191,7 @@ def pairing_facts(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, h
             "trained_for_model_type": config.target_model_type,
             "num_parameters": sum(parameter.numel() for parameter in head.parameters()),
             "num_layers": config.num_hidden_layers,
+            "has_trained_norms": _has_trained_norms(head),
             "block_size": config.block_size,
             "is_causal": config.causal_layers,
             "windows": config.layer_windows,
@@ -202,6 +204,11 @@ def pairing_facts(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, h
             "rope_parameters": config.rope_parameters,
         },
     }
+
+
+def _has_trained_norms(head: JetFlowHead) -> bool:
+    norms = [module.weight for module in head.modules() if isinstance(module, Qwen3RMSNorm)]
+    return any(bool((weight != 1).any()) for weight in norms)
 
 
 @torch.no_grad()
@@ -270,7 +277,7 @@ def _try_mistakes(
 ) -> Iterator[Findings]:
     mistakes = list(common_mistakes(head, target, tokenizer))
     for number, mistake in enumerate(mistakes, 1):
-        figures = _draft(target, with_fields(head, mistake.fields), texts)
+        figures = _draft(target, mistake.reverted(head), texts)
         say(number, len(mistakes), "common mistakes")
         is_gain = _is_gain(figures.logprob_by_prompt, as_loaded.logprob_by_prompt, MIN_GAIN)
         is_better = is_gain and figures.tokens_per_round >= MIN_TOKENS_PER_ROUND

@@ -1,25 +1,67 @@
 """Common mistakes in reading or using a draft head, each with the change that reverts it."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..head.configuration_jetflow import JetFlowConfig
+from ..head.configuration_jetflow import READ_CORRECTIONS, TRAINED_CORRECTIONS, JetFlowConfig
 from ..head.modeling_jetflow import JetFlowHead
 from ..prompts import encode_chat
 
 
 @dataclass(frozen=True)
+class Edit:
+    """A change of a head that no field of its configuration makes."""
+
+    apply: Callable[[JetFlowHead], None]  # changes modules of the head; shared tensors stay as they are
+    lines: tuple[str, ...]  # the same in Python
+
+
+def _swap_codebooks(head: JetFlowHead) -> None:
+    scorer = head.branch_correction
+    scorer.predecessor_codebook, scorer.successor_codebook = scorer.successor_codebook, scorer.predecessor_codebook
+
+
+def _skip_context_norm(head: JetFlowHead) -> None:
+    head.hidden_norm = nn.Identity()
+
+
+EDITS = {
+    "swap codebooks": Edit(
+        _swap_codebooks,
+        (
+            "scorer = head.branch_correction",
+            "old, new = scorer.predecessor_codebook, scorer.successor_codebook",
+            "scorer.predecessor_codebook, scorer.successor_codebook = new, old",
+        ),
+    ),
+    "skip the context's norm": Edit(
+        _skip_context_norm,
+        ("import torch", "head.hidden_norm = torch.nn.Identity()  # no layout stores this: train the head again"),
+    ),
+}
+
+
+@dataclass(frozen=True)
 class Mistake:
-    """A possible mistake, and the fields of `JetFlowConfig` that revert it."""
+    """A possible mistake, and the fields of `JetFlowConfig` or the edit (a key of `EDITS`) that revert it."""
 
     name: str
     cause: str  # the explanation if the change helps
     change: str
     fields: dict[str, Any]
+    edit: str | None = None
+
+    def reverted(self, head: JetFlowHead) -> JetFlowHead:
+        """The head without the mistake; tensors are shared, not copied."""
+        other = with_fields(head, self.fields)
+        if self.edit is not None:
+            EDITS[self.edit].apply(other)
+        return other
 
     def fix(self, source: str) -> list[str]:
         """Lines of Python that load the head without the mistake and save it."""
@@ -30,6 +72,7 @@ class Mistake:
             "from hf_jetflow import JetFlowHead",
             f"head = JetFlowHead.from_pretrained({source!r}{given})",
             *(f"head.{own[name]}, head.config.{name} = None, False" for name in self.fields if name in own),
+            *(EDITS[self.edit].lines if self.edit is not None else ()),
             'head.save_pretrained("fixed-head")',
         ]
 
@@ -59,6 +102,10 @@ def common_mistakes(
             cause = "the causality of the head's blocks was misread"
             yield Mistake("causality", cause, change, {"is_causal": flag})
     yield from _shifted_taps(config, target)
+    yield from _shifted_rows(config)
+    yield from _scorers(config)
+    cause = "the head was trained without a norm of the fused taps"
+    yield Mistake("context norm", cause, "no norm of the fused taps", {}, "skip the context's norm")
     yield from _windows(config, target)
     yield from _rotations(config, target)
     yield from _mask_tokens(config, target, tokenizer)
@@ -76,6 +123,26 @@ def _shifted_taps(config: JetFlowConfig, target: PreTrainedModel) -> Iterator[Mi
         if min(indices) >= 0 and max(indices) <= last:
             cause = "the tapped layers are off by one"
             yield Mistake("taps", cause, f"taps {shift:+d}: {indices}", {"hidden_state_indices": indices})
+
+
+def _shifted_rows(config: JetFlowConfig) -> Iterator[Mistake]:
+    predicts = not config.anchor_predicts
+    if config.branch_correction in TRAINED_CORRECTIONS or config.num_rows + predicts < 2:
+        return
+    change = f"{'every' if predicts else 'no anchor'} row predicts"
+    fields = {"anchor_predicts": predicts, "block_size": config.num_rows + predicts}
+    yield Mistake("layout", "the rows of a block were read one depth off", change, fields)
+
+
+def _scorers(config: JetFlowConfig) -> Iterator[Mistake]:
+    if config.branch_correction not in READ_CORRECTIONS:
+        return
+    first = 1 if config.first_corrected_depth == 0 else 0
+    cause = "the first depth to correct was misread"
+    yield Mistake("first depth", cause, f"scores corrected from depth {first}", {"first_corrected_depth": first})
+    if config.branch_correction == "selector":
+        cause = "the selector's codebooks of predecessors and successors were exchanged"
+        yield Mistake("selector", cause, "codebooks exchanged", {}, "swap codebooks")
 
 
 def window_to_try(config: JetFlowConfig, target: PreTrainedModel) -> int | None:

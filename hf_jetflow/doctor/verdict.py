@@ -8,6 +8,8 @@ from .mistakes import Mistake
 
 MIN_TOKENS_PER_ROUND = 1.2  # a head that is never accepted has 1
 
+UNTRAINED_NORMS = "all weights of the head's norms are exactly 1, as before training: the file lost the trained ones"
+
 Findings = dict[str, Any]
 
 
@@ -31,6 +33,12 @@ def find_faults(findings: Findings, source: str) -> Iterator[Findings]:
         yield {"mistake": best["name"], "message": message, "fix": mistake.fix(source)}
     elif now < MIN_TOKENS_PER_ROUND:
         yield _low_acceptance_fault(findings, now)
+    elif not findings["facts"]["head"]["has_trained_norms"]:
+        yield {
+            "mistake": "norms",
+            "message": UNTRAINED_NORMS,
+            "fix": ["download another copy, or save the head again"],
+        }
 
 
 def _low_acceptance_fault(findings: Findings, now: float) -> Findings:
@@ -48,6 +56,7 @@ def _low_acceptance_fault(findings: Findings, now: float) -> Findings:
             f"check that the target, {target['name']}, is exactly the model that the head was trained for "
             f"({trained_for}); a finetuned model is another target",
             "check that the head's training finished, and that this is the right checkpoint",
+            *([] if head["has_trained_norms"] else [UNTRAINED_NORMS]),
             "two mistakes can hide each other: revert a likely one by hand and run the doctor again",
         ],
     }

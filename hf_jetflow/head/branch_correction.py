@@ -6,6 +6,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from .configuration_jetflow import JetFlowConfig
 from .linear import DraftLinear
+from .scorers import Memory, StepScorer
 
 
 class ZeroLinear(DraftLinear):
@@ -18,19 +19,7 @@ class GatedUnit(nn.Module):
         return nn.functional.silu(gate) * up
 
 
-class CandidateLogits(nn.Module):
-    """The output embedding, restricted to some tokens."""
-
-    def forward(self, shifts: torch.Tensor, weight: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """Logit changes (..., branches, width): products of shifts (..., branches, hidden) and the rows `places`
-        (..., width) of a weight (vocab, hidden)."""
-        rows = nn.functional.embedding(places, weight)
-        if rows.shape[:-2].numel() == 1:  # one sequence: a plain product is faster than a batch of one
-            return nn.functional.linear(shifts, rows.view(rows.shape[-2:]))
-        return shifts @ rows.transpose(-1, -2)
-
-
-class BranchCorrection(nn.Module):
+class BranchCorrection(StepScorer):
     """
     Conditions a node's scores on the tokens of its branch. The block cannot see them: it is
     all MASK after the anchor.
@@ -42,8 +31,10 @@ class BranchCorrection(nn.Module):
     with that paper lacks it.
     """
 
+    reads_anchor = False  # the block has read the anchor
+
     def __init__(self, config: JetFlowConfig):
-        super().__init__()
+        super().__init__(config)
         assert config.branch_intermediate_size is not None
         hidden, width = config.hidden_size, config.branch_intermediate_size
         self.slot_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
@@ -52,7 +43,6 @@ class BranchCorrection(nn.Module):
         self.token_proj = DraftLinear(hidden, 2 * width, bias=False)
         self.gate = GatedUnit()  # (..., 2 x width), the sum of the projections, to (..., width)
         self.down_proj = ZeroLinear(width, hidden, bias=False)
-        self.candidate_logits = CandidateLogits()  # turns shifts into logit changes of candidates
         self.has_state = config.branch_correction == "path"
         if self.has_state:
             self.state_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
@@ -63,9 +53,9 @@ class BranchCorrection(nn.Module):
         """Project hidden rows, which all branches of a depth share: (..., hidden) to (..., 2 x width)."""
         return self.slot_proj(self.slot_norm(slots))
 
-    def project_tokens(self, embeds: torch.Tensor) -> torch.Tensor:
+    def project_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """Project embeddings of the branches' last tokens: (..., hidden) to (..., 2 x width)."""
-        return self.token_proj(self.token_norm(embeds))
+        return self.token_proj(self.token_norm(tokens))
 
     def project_states(self, states: torch.Tensor) -> torch.Tensor:
         """Project states, which branches with the same parent share: (..., hidden) to (..., 2 x width)."""
@@ -75,6 +65,22 @@ class BranchCorrection(nn.Module):
         """Update the states (..., hidden) of branches with the inner rows (..., width) of one depth."""
         carried = self.carry_proj(inner)
         return carried if states is None else states + carried
+
+    def recall(self, memory: Memory) -> Memory:
+        """The state behind a parent and its projection, from the parent's inner row and the state before it."""
+        inner, *before = memory
+        state = self.carry(inner, before[0] if before else None)
+        return state, self.project_states(state)
+
+    def read(
+        self, depth: int, slots: torch.Tensor, tokens: torch.Tensor, recalled: Memory | None
+    ) -> tuple[torch.Tensor, Memory]:
+        projected = tokens + slots
+        if recalled is not None:
+            projected += recalled[1]
+        inner = self.gate(projected)
+        memory = () if not self.has_state else (inner,) if recalled is None else (inner, recalled[0])
+        return self.down_proj(inner), memory
 
     def forward(
         self, projected_slots: torch.Tensor, parent_embeds: torch.Tensor, state: torch.Tensor | None

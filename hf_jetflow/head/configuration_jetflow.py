@@ -11,6 +11,8 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from .target_fields import fields_for_target
+
 
 SIZES = (
     "vocab_size",
@@ -26,8 +28,28 @@ SIZES = (
     "num_target_layers",
     "branch_intermediate_size",
     "branch_candidates",
+    "branch_rank",
+    "branch_state_size",
+    "branch_top_k",
+    "branch_vocab_size",
+    "conv_kernel_size",
+    "conv_group_size",
 )
-BRANCH_CORRECTIONS = ("parent", "path")
+TRAINED_CORRECTIONS = ("parent", "path")
+# Kinds of other layouts, and the fields that each needs.
+READ_CORRECTIONS = {
+    "selector": ("branch_rank", "branch_top_k"),
+    "markov": ("branch_rank",),
+    "gated": ("branch_rank",),
+    "rnn": ("branch_rank",),
+    "treeflash": (),
+    "gru": ("branch_rank", "branch_state_size"),
+    "refiner": ("branch_rank",),
+}
+BRANCH_CORRECTIONS = (*TRAINED_CORRECTIONS, *READ_CORRECTIONS)
+EMBEDDING_CORRECTIONS = ("parent", "path", "treeflash", "gru")  # they read embeddings of the target
+SHIFTING_CORRECTIONS = ("parent", "path", "treeflash")  # they shift the input of the LM head
+CONTEXT_FUSIONS = ("fc", "layers", "fc+layers")
 NGRAM_WEIGHTS = (1.0, 1.5, 1.5, 1.0)  # default of `ngram_weights`
 
 
@@ -79,8 +101,24 @@ class JetFlowConfig(PreTrainedConfig):
             without its embedding module; `None` calls the module.
         logit_scale (`float`): Factor on the logits.
         logit_softcap (`float`, *optional*): The scaled logits `x` become `cap * tanh(x / cap)`.
+        context_fusion (`str`): How taps become context features: `"fc"`, one projection for all layers; `"layers"`, a
+            mixture per layer (DFlare); `"fc+layers"`, their sum (DFly).
+        own_context_kv (`bool`): Whether attention projects the context apart from the block (DFlare).
+        conv_kernel_size (`int`, *optional*): Rows that the convolutions around each sublayer read (DFlash 2); `None`
+            for layers without them.
+        conv_group_size (`int`, *optional*): Channels that share the dynamic part of a convolution's kernel.
         branch_correction (`str`, *optional*): What a node's scores are conditioned on: `"parent"`, its parent's token,
-            or `"path"`, all its ancestors' tokens. `None`: all branches share one distribution per depth.
+            or `"path"`, all its ancestors' tokens. Heads of other layouts have `"selector"` (DFlash 2), `"markov"`,
+            `"gated"` or `"rnn"` (DSpark), `"treeflash"`, `"gru"` (Domino) or `"refiner"` (XPress). `None`: all
+            branches share one distribution per depth.
+        first_corrected_depth (`int`): The first depth that the correction re-scores; depth 0 follows the anchor. The
+            corrections trained here start at 1, as the block has read the anchor.
+        branch_rank (`int`, *optional*): Width of the vectors whose products are the logit changes.
+        branch_state_size (`int`, *optional*): Width of the state of `"gru"`.
+        branch_top_k (`int`, *optional*): Candidates per depth that a selector re-scores.
+        confidence_inputs (`int`, *optional*): Width of the input of the confidence head (DSpark); `None` without one.
+            Drafting does not use it, and `convert` writes it back.
+        branch_vocab_size (`int`, *optional*): A selector re-scores only tokens below this id; all when `None`.
         branch_intermediate_size (`int`, *optional*): Width of the correction's gated layer; `2 * hidden_size` when
             `None`.
         branch_candidates (`int`): Number of candidates per depth that the correction re-scores.
@@ -125,7 +163,17 @@ class JetFlowConfig(PreTrainedConfig):
     embedding_scale: float | int | None = None
     logit_scale: float | int = 1.0
     logit_softcap: float | int | None = None
+    context_fusion: str = "fc"
+    own_context_kv: bool = False
+    conv_kernel_size: int | None = None
+    conv_group_size: int | None = None
     branch_correction: str | None = None
+    first_corrected_depth: int = 1
+    branch_rank: int | None = None
+    branch_state_size: int | None = None
+    branch_top_k: int | None = None
+    branch_vocab_size: int | None = None
+    confidence_inputs: int | None = None
     branch_intermediate_size: int | None = None
     branch_candidates: int = 128
     ngram_weights: list[float | int] | None = None
@@ -159,6 +207,7 @@ class JetFlowConfig(PreTrainedConfig):
         self._check()
         self._check_ngram_weights()
         self._check_own_modules()
+        self._check_other_layouts()
 
     @property
     def num_rows(self) -> int:
@@ -167,9 +216,18 @@ class JetFlowConfig(PreTrainedConfig):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the head borrows both of the target's embeddings and its anchor's row predicts nothing."""
+        """Whether the head is of the kind that is trained here: it borrows both of the target's embeddings, its
+        anchor's row predicts nothing, and it has no part of another layout."""
         has_own = self.own_embedding or self.own_lm_head or self.anchor_predicts
-        return not has_own and self.logit_scale == 1 and self.logit_softcap is None
+        has_body = self.conv_kernel_size is not None or self.own_context_kv or self.context_fusion != "fc"
+        is_read = self.branch_correction in READ_CORRECTIONS or self.first_corrected_depth != 1
+        is_scaled = self.logit_scale != 1 or self.logit_softcap is not None
+        return not (has_own or has_body or is_read or is_scaled)
+
+    @property
+    def blocks_can_be_cut(self) -> bool:
+        """Whether the leading rows of a block are the same without the rows behind them."""
+        return all(self.causal_layers) and self.branch_correction != "refiner"  # which reads the mean row
 
     @property
     def causal_layers(self) -> list[bool]:
@@ -250,6 +308,23 @@ class JetFlowConfig(PreTrainedConfig):
                 "None for a head without one"
             )
 
+    def _check_other_layouts(self) -> None:
+        """Reject parts of other layouts that lack a size or do not fit together."""
+        needed = READ_CORRECTIONS.get(self.branch_correction or "", ())
+        missing = [f"`{name}`" for name in needed if getattr(self, name) is None]
+        if missing:
+            raise ValueError(f"`branch_correction` {self.branch_correction!r} needs {' and '.join(missing)}; set them")
+        if self.first_corrected_depth < 0:
+            raise ValueError(f"`first_corrected_depth` is {self.first_corrected_depth}, but must be at least 0")
+        if self.context_fusion not in CONTEXT_FUSIONS:
+            raise ValueError(f"`context_fusion` {self.context_fusion!r} is not known; choose from {CONTEXT_FUSIONS}")
+        groups = (self.conv_kernel_size, self.conv_group_size)
+        if (groups[0] is None) != (groups[1] is None) or (groups[1] and self.hidden_size % groups[1]):
+            raise ValueError(
+                f"`conv_kernel_size` and `conv_group_size` are {groups}; set both, and let the second divide "
+                f"`hidden_size` ({self.hidden_size}), or set neither"
+            )
+
     def _check_ngram_weights(self) -> None:
         assert self.ngram_weights is not None
         if not all(0 <= weight < float("inf") for weight in self.ngram_weights):
@@ -261,10 +336,12 @@ class JetFlowConfig(PreTrainedConfig):
             raise ValueError("`own_embedding` needs a `mask_token_id`: its embedding fills the rows after the anchor")
         if self.logit_softcap is not None and self.logit_softcap <= 0:
             raise ValueError(f"`logit_softcap` is {self.logit_softcap}, but a positive number is needed, or None")
-        if self.branch_correction is not None and not self.is_plain:
+        is_scaled = self.logit_scale != 1 or self.logit_softcap is not None
+        is_wrong = self.own_embedding and self.branch_correction in EMBEDDING_CORRECTIONS
+        if is_wrong or (is_scaled and self.branch_correction in SHIFTING_CORRECTIONS):
             raise ValueError(
                 f"`branch_correction` {self.branch_correction!r} needs a head that borrows the target's embedding and "
-                "LM head, takes its logits as they are and whose anchor's row predicts nothing; set it to None"
+                "takes its logits as they are; set it to None"
             )
 
     @classmethod
@@ -283,70 +360,7 @@ class JetFlowConfig(PreTrainedConfig):
             ValueError: If the target is not one stack of decoder layers with attention over a vocabulary, or an
                 override is not a field of the configuration.
         """
-        if target_config.is_encoder_decoder:
-            raise ValueError(
-                f"`{target_config.model_type}` is an encoder-decoder model; draft heads need a decoder-only target"
-            )
         unknown = sorted(set(overrides) - set(cls.__dataclass_fields__))
         if unknown:
             raise ValueError(f"{unknown} are not fields of `JetFlowConfig`; see its docstring for the names")
-        text = target_config.get_text_config(decoder=True)
-        sizes = {name: getattr(text, name, None) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
-        missing = [f"`{name}`" for name, size in sizes.items() if not isinstance(size, int)]
-        if missing:
-            raise ValueError(
-                f"the configuration of `{target_config.model_type}` has no {', '.join(missing)}; draft heads need a "
-                "target that is one stack of decoder layers over a vocabulary"
-            )
-        layer = text.per_layer_config[0]  # the layers of some targets have heads of different sizes
-        heads = getattr(layer, "num_attention_heads", None)
-        if not heads:
-            raise ValueError(
-                f"`{target_config.model_type}` has no attention heads; draft heads need a target with attention"
-            )
-        fields: dict[str, Any] = {
-            "vocab_size": text.vocab_size,
-            "hidden_size": text.hidden_size,
-            "intermediate_size": _dense_width(layer),
-            "num_attention_heads": heads,
-            "num_key_value_heads": getattr(layer, "num_key_value_heads", None) or heads,
-            "head_dim": _rotatable(getattr(layer, "head_dim", None) or text.hidden_size // heads),
-            "max_position_embeddings": max(getattr(text, "max_position_embeddings", None) or 0, 0) or 32768,
-            "rms_norm_eps": _norm_eps(text),
-            "rope_parameters": _head_rope(text),
-            "num_target_layers": text.num_hidden_layers,
-            "target_model_type": target_config.model_type,
-            "target_name": target_config.name_or_path or None,
-        }
-        return cls(**{**fields, **overrides})
-
-
-def _norm_eps(text: PreTrainedConfig) -> float:
-    """The epsilon of a target's norms, whatever its configuration calls it."""
-    names = ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "norm_epsilon")
-    return float(next((eps for name in names if (eps := getattr(text, name, None))), 1e-6))
-
-
-def _rotatable(head_dim: int) -> int:
-    """The largest even width of an attention head up to `head_dim`: rotary embeddings turn pairs."""
-    return max(head_dim - head_dim % 2, 2)
-
-
-def _dense_width(layer: PreTrainedConfig) -> int:
-    """MLP width of a target layer: the largest of several; 8/3 of the hidden size, as usual for SwiGLU, if missing."""
-    width = getattr(layer, "intermediate_size", None)
-    if isinstance(width, list):
-        width = max(width)
-    return width or 8 * layer.hidden_size // 3
-
-
-def _head_rope(text: PreTrainedConfig) -> dict[str, Any]:
-    """The target's rotary parameters without partial rotation: the head rotates whole attention heads."""
-    rope = getattr(text, "rope_parameters", None) or {}
-    per_kind = [
-        value for value in rope.values() if isinstance(value, dict)
-    ]  # layer kinds with different rotary parameters
-    if per_kind:
-        rope = rope.get("full_attention") or per_kind[0]
-    rope = {key: value for key, value in rope.items() if key not in ("partial_rotary_factor", "mrope_section")}
-    return {"rope_type": "default", "rope_theta": 10000.0, **rope}
+        return cls(**{**fields_for_target(target_config), **overrides})

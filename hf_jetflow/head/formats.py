@@ -23,6 +23,19 @@ from .layouts import (
     read_speculators,
     read_tensorrt,
 )
+from .scored_layouts import (
+    read_deepspec_dspark,
+    read_dflare,
+    read_dflash2,
+    read_dfly,
+    read_domino,
+    read_dspark,
+    read_muse_assistant,
+    read_speculators_dflash2,
+    read_speculators_dspark,
+    read_treeflash,
+    read_xpress,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -66,7 +79,29 @@ def _setting(config: Config, key: str) -> Any:
     return (config.get("dflash_config") or {}).get(key) or config.get(key)
 
 
+def _is_architecture(*names: str) -> Callable[[Config], bool]:
+    return lambda config: _architecture(config) in names
+
+
+def _is_dflash2(config: Config) -> bool:
+    return "DFlash2" in _architecture(config) or bool(_setting(config, "selector_rank"))
+
+
+def _is_domino(config: Config) -> bool:
+    return "Domino" in _architecture(config) or _setting(config, "projector_type") in ("domino", "causal_v5")
+
+
+def _is_dspark(config: Config) -> bool:
+    is_named = "DSpark" in _architecture(config) or _setting(config, "projector_type") == "dspark"
+    return bool(_setting(config, "markov_rank")) or (is_named and _architecture(config) != "Qwen3DSparkModel")
+
+
+def _is_deepspec_dspark(config: Config) -> bool:
+    return _architecture(config) == "Qwen3DSparkModel" and _is_dspark(config)
+
+
 MINIATURE = "a miniature of its keys and tensor names"
+REFERENCE = f"{MINIATURE}; chains of a reference in the tests"
 
 # The first entry that matches reads the file.
 LAYOUTS = (
@@ -77,15 +112,51 @@ LAYOUTS = (
         read_speculators,
         f"{MINIATURE}; logits of the speculators package, both ways",
     ),
-    Layout("TensorRT-Edge-LLM JetSpec", _has("jetspec_config"), read_tensorrt, MINIATURE),
-    Layout("JetSpec", _has("dflash_config", "causal_head"), read_jetspec, MINIATURE),
     Layout(
-        "NeMo Automodel",
-        lambda config: _architecture(config) == "Qwen3DFlashDraftModel",
-        read_jetspec,
-        MINIATURE,
+        "speculators dflash2",
+        _is_speculators("dflash2"),
+        read_speculators_dflash2,
+        f"{MINIATURE}; logits and selector of the speculators package",
     ),
-    Layout("DeepSpec dflash", lambda config: _architecture(config) == "Qwen3DSparkModel", read_deepspec, MINIATURE),
+    Layout(
+        "speculators dspark",
+        _is_speculators("dspark"),
+        read_speculators_dspark,
+        f"{MINIATURE}; logits and Markov heads of the speculators package",
+    ),
+    Layout(
+        "speculators xpress",
+        _is_speculators("xpress"),
+        read_xpress,
+        f"{MINIATURE}; logits and refiner of the speculators package",
+    ),
+    Layout(
+        "transformers' Muse Glimmer assistant",
+        lambda config: config.get("model_type") == "muse_glimmer_assistant",
+        read_muse_assistant,
+        f"{MINIATURE}; rows of transformers' own model",
+    ),
+    Layout("TensorRT-Edge-LLM JetSpec", _has("jetspec_config"), read_tensorrt, MINIATURE),
+    Layout(
+        "DFlash 2",
+        _is_dflash2,
+        read_dflash2,
+        f"{MINIATURE}; logits and chains of the dflash package",
+    ),
+    Layout("Domino", _is_domino, read_domino, REFERENCE),
+    Layout("DeepSpec DSpark", _is_deepspec_dspark, read_deepspec_dspark, REFERENCE),
+    Layout("DFly", _is_architecture("Qwen3DFlyModel"), read_dfly, REFERENCE),
+    Layout("DSpark", _is_dspark, read_dspark, REFERENCE),
+    Layout("DFlare", _is_architecture("QwenDFlareDraftModel"), read_dflare, REFERENCE),
+    Layout(
+        "TreeFlash",
+        lambda config: "treeflash_config" in config or _architecture(config) == "TreeFlashDraftModel",
+        read_treeflash,
+        REFERENCE,
+    ),
+    Layout("JetSpec", _has("dflash_config", "causal_head"), read_jetspec, MINIATURE),
+    Layout("NeMo Automodel", _is_architecture("Qwen3DFlashDraftModel"), read_jetspec, MINIATURE),
+    Layout("DeepSpec dflash", _is_architecture("Qwen3DSparkModel"), read_deepspec, MINIATURE),
     Layout(
         "DFlash",
         lambda config: "dflash_config" in config or _architecture(config) == "DFlashDraftModel",
@@ -102,36 +173,31 @@ REFUSED = (
         "its weights are packed; load the unquantized head",
     ),
     Refusal(
-        "DFlash 2",
+        "LiLiCorr",
         lambda config: (
-            "DFlash2" in _architecture(config)
-            or _is_speculators("dflash2")(config)
-            or bool(_setting(config, "selector_rank") or _setting(config, "conv_kernel_size"))
+            "LiLiCorr" in _architecture(config)
+            or any(key.startswith("lilicorr_") for key in (config.get("dflash_config") or {}))
         ),
-        ("candidate_selector.", "attention_conv.", "mlp_conv."),
-        "its convolutions and candidate selector are not built here; use the first DFlash head of that target",
+        ("lilicorr.",),
+        "its candidate lattice is not built here; use a DFlash 2 or DSpark head of that target",
     ),
     Refusal(
         "DeepSpec for Gemma 4",
-        lambda config: _architecture(config) == "Gemma4DSparkModel",
+        _is_architecture("Gemma4DSparkModel"),
         (),
-        "its layers are Gemma's, not the common body; use a head of another layout",
+        "its layers are Gemma's, not the common body; use the target's speculators or DFlash head",
     ),
     Refusal(
-        "DSpark",
-        lambda config: (
-            _is_speculators("dspark", "dsv4_dspark")(config)
-            or _architecture(config) == "DSparkDraftModel"
-            or bool(config.get("markov_rank") or config.get("enable_confidence_head"))
-        ),
-        ("markov_", "confidence_head."),
-        "its Markov and confidence heads are not built here; DeepSpec publishes dflash heads of the same targets",
+        "DeepSeek V4 DSpark",
+        lambda config: _is_speculators("dsv4_dspark")(config) or "dspark_block_size" in config,
+        ("mtp.",),
+        "its draft is a part of the target; use the target's speculators dflash head",
     ),
     Refusal(
-        "Domino",
-        lambda config: "Domino" in _architecture(config) or _setting(config, "projector_type") == "domino",
-        ("prefix_gru", "embed_proj", "logit_head."),
-        "its recurrent correction is not built here; use a plain DFlash or JetSpec head",
+        "MLA or MoE draft",
+        lambda config: "k3_dspark" in (config.get("model_type"), _setting(config, "projector_type")),
+        ("q_a_proj", "kv_a_proj", "experts."),
+        "its layers have latent attention or experts; use the target's speculators head",
     ),
     Refusal(
         "Laguna DFlash",
@@ -146,7 +212,7 @@ REFUSED = (
             or bool(_setting(config, "attention_sink_bias") or _setting(config, "add_swa_attention_sink_bias"))
         ),
         ("sink_bias", "mask_embed"),
-        "its attention sinks and mask embedding are not built here",
+        "its attention sinks and mask embedding are not built here; use another head of that target",
     ),
     Refusal(
         "EAGLE",

@@ -94,7 +94,13 @@ def read_jetflow(config: Config, tensors: Tensors) -> Reading:
 
 
 def read_dflash(
-    config: Config, tensors: Tensors, section: str = "dflash_config", scale: float | None = 1.0
+    config: Config,
+    tensors: Tensors,
+    section: str = "dflash_config",
+    scale: float | None = 1.0,
+    more: Collection[str] = (),
+    anchor_predicts: bool = False,
+    default_causal: bool | None = None,
 ) -> Reading:
     """
     Read the layout that DFlash, JetSpec, Automodel and TensorRT-Edge-LLM share: settings in a section of their own.
@@ -102,13 +108,19 @@ def read_dflash(
     Args:
         section (`str`): Name of that section.
         scale (`float`, *optional*): `embedding_scale` if the file has none.
+        more (`Collection[str]`): Further keys, which the caller reads.
+        anchor_predicts (`bool`): Whether every row predicts.
+        default_causal (`bool`, *optional*): Causality of all layers if no flag says it; `None` for the rule of
+            `read_causality`.
     """
     settings = config.get(section) or {}
     shared = ("input_embedding_scale", "output_multiplier", "logit_scale", "final_logit_softcapping")
     block = ("block_size", "mask_token_id", "target_layer_ids")
-    refuse_unknown_keys(config, {section, *LAYER_KEYS, *shared, *block, "is_causal", "num_target_layers"})
-    refuse_unknown_keys(settings, {*shared, *block, "causal_head", "causal", "target_hidden_size"}, f"{section}.")
-    values = {key: _one_value(config, section, key) for key in (*shared, *block)}
+    refuse_unknown_keys(config, {section, *LAYER_KEYS, *shared, *block, *more, "is_causal", "num_target_layers"})
+    refuse_unknown_keys(
+        settings, {*shared, *block, *more, "causal_head", "causal", "target_hidden_size"}, f"{section}."
+    )
+    values = {key: one_value(config, section, key) for key in (*shared, *block)}
     fields = read_body(config)
     if settings.get("target_hidden_size", fields["hidden_size"]) != fields["hidden_size"]:
         raise ValueError(
@@ -119,9 +131,10 @@ def read_dflash(
     num_target_layers, layer_ids = config.get("num_target_layers"), values["target_layer_ids"]
     if layer_ids is None and num_target_layers is not None:
         layer_ids = spaced_layer_ids(num_target_layers, fields["num_hidden_layers"])
-    flags, causality, contradictions = read_causality(config, section, fields["layer_types"])
+    flags, causality, contradictions = read_causality(config, section, fields["layer_types"], default_causal)
     fields |= {
-        "block_size": values["block_size"],
+        "block_size": _block_size(values, anchor_predicts),
+        "anchor_predicts": anchor_predicts,
         "mask_token_id": values["mask_token_id"],
         "hidden_state_indices": _behind_embeddings(layer_ids),
         "num_target_layers": num_target_layers,
@@ -143,10 +156,11 @@ def read_tensorrt(config: Config, tensors: Tensors) -> Reading:
     return read_dflash(config, tensors, section="jetspec_config", scale=None)
 
 
-def read_deepspec(config: Config, tensors: Tensors) -> Reading:
-    """Read DeepSpec's dflash: every row predicts, the file holds embedding and LM head, id -1 is the embedding."""
+def read_deepspec(config: Config, tensors: Tensors, more: Collection[str] = ()) -> Reading:
+    """Read DeepSpec's dflash: every row predicts, the file holds embedding and LM head, id -1 is the embedding. The
+    caller reads the keys in `more`."""
     block = ("block_size", "mask_token_id", "target_layer_ids")
-    refuse_unknown_keys(config, {*LAYER_KEYS, *block, "num_target_layers", "is_causal"})
+    refuse_unknown_keys(config, {*LAYER_KEYS, *block, *more, "num_target_layers", "is_causal"})
     fields = read_body(config)
     flags, causality, contradictions = read_causality(config, None, fields["layer_types"])
     fields |= {
@@ -162,9 +176,23 @@ def read_deepspec(config: Config, tensors: Tensors) -> Reading:
     return Reading(fields, tensors, causality, contradictions)
 
 
-def read_speculators(config: Config, tensors: Tensors) -> Reading:
-    """Read speculators' dflash: layer ids index `hidden_states`; the draft vocabulary is stored as offsets."""
+def read_speculators(
+    config: Config,
+    tensors: Tensors,
+    more: Collection[str] = (),
+    anchor_predicts: bool | None = None,
+    default_causal: bool = True,
+) -> Reading:
+    """
+    Read speculators' dflash: layer ids index `hidden_states`; the draft vocabulary is stored as offsets.
+
+    Args:
+        more (`Collection[str]`): Further keys, which the caller reads.
+        anchor_predicts (`bool`, *optional*): Whether every row predicts; by default, what the file says.
+        default_causal (`bool`): Causality of sliding layers if the file does not say it.
+    """
     known = {
+        *more,
         "speculators_model_type",
         "speculators_version",
         "speculators_config",
@@ -184,13 +212,13 @@ def read_speculators(config: Config, tensors: Tensors) -> Reading:
     layer_config["rope_parameters"] = rope.get("sliding_attention", rope) or None  # what speculators itself takes
     refuse_unknown_keys(layer_config, LAYER_KEYS, "transformer_layer_config.")
     fields = read_body(layer_config)
-    flags, causality = _speculators_causality(config, fields["layer_types"])
+    flags, causality = _speculators_causality(config, fields["layer_types"], default_causal)
     if (fields["sliding_window"] or 0) >= fields["max_position_embeddings"]:
         fields |= {"sliding_window": None, "layer_types": ["full_attention"] * len(flags)}
     draft_vocab_size = config.get("draft_vocab_size", 32000)
     is_reduced = draft_vocab_size != fields["vocab_size"]
     verifier = (config.get("speculators_config") or {}).get("verifier") or {}
-    predicts = bool(config.get("sample_from_anchor", False))
+    predicts = bool(config.get("sample_from_anchor", False)) if anchor_predicts is None else anchor_predicts
     fields |= {
         "block_size": _block_size(config, predicts),
         "mask_token_id": config.get("mask_token_id"),
@@ -224,12 +252,13 @@ def _behind_embeddings(layer_ids: Any) -> list[int] | None:
     return [layer_id + 1 for layer_id in layer_ids]
 
 
-def _speculators_causality(config: Config, layer_types: list[str]) -> tuple[list[bool], str]:
+def _speculators_causality(config: Config, layer_types: list[str], default: bool) -> tuple[list[bool], str]:
     key = "sliding_window_non_causal"
-    is_sliding = [kind == "sliding_attention" for kind in layer_types]
-    if config.get(key):
-        return [False] * len(layer_types), f"`{key}: true`"
-    return is_sliding, f"`{key}: false`" if key in config else f"no `{key}`, which is false in speculators"
+    is_open = bool(config.get(key, not default))
+    origin = f"`{key}: {str(is_open).lower()}`"
+    if key not in config:
+        origin = f"no `{key}`, which is {str(is_open).lower()} in speculators"
+    return [kind == "sliding_attention" and not is_open for kind in layer_types], origin
 
 
 def _speculators_tensors(tensors: Tensors, is_reduced: bool) -> Tensors:
@@ -286,12 +315,14 @@ def read_body(config: Config) -> Config:
     return fields
 
 
-def read_causality(config: Config, section: str | None, layer_types: list[str]) -> tuple[list[bool], str, list[str]]:
+def read_causality(
+    config: Config, section: str | None, layer_types: list[str], default: bool | None = None
+) -> tuple[list[bool], str, list[str]]:
     """
     Return the in-block causality of each layer, its origin, and the flags that disagree.
 
-    Nested flags override `is_causal`, which shared recipes write into heads of either kind. Without a flag, sliding
-    layers are causal and full ones bidirectional.
+    Nested flags override `is_causal`, which shared recipes write into heads of either kind. Without a flag, all layers
+    are as the layout's `default`; if there is none, sliding layers are causal and full ones bidirectional.
     """
     settings = (config.get(section) or {}) if section else {}
     stated = [(f"{section}.{key}", settings.get(key)) for key in ("causal_head", "causal")]
@@ -299,6 +330,8 @@ def read_causality(config: Config, section: str | None, layer_types: list[str]) 
     wrong = [f"`{key}: {value}`" for key, value in stated if not isinstance(value, bool)]
     if wrong:
         raise ValueError(f"{', '.join(wrong)}: a causality flag must be true or false; correct config.json")
+    if not stated and default is not None:
+        return [default] * len(layer_types), "no flag: all heads of this layout are alike", []
     if not stated:
         flags = [kind == "sliding_attention" for kind in layer_types]
         return flags, "no flag: sliding layers are causal, full ones are not", []
@@ -326,7 +359,7 @@ def _is_neutral(key: str, value: Any) -> bool:
     return value is None or (value == NEUTRAL_VALUES[key] if key in NEUTRAL_VALUES else value in ("", 0, [], {}))
 
 
-def _one_value(config: Config, section: str, key: str) -> Any:
+def one_value(config: Config, section: str, key: str) -> Any:
     """A setting that old and new files place differently, in the section or at the top; both must agree."""
     inner, outer = (config.get(section) or {}).get(key), config.get(key)
     if inner is not None and outer is not None and inner != outer:

@@ -8,19 +8,12 @@ together with the files of this folder that it imports, so all imports between t
 import os
 import threading
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.qwen3.modeling_qwen3 import (
-    Qwen3RMSNorm,
-    eager_attention_forward,
-    rotate_half,
-)
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from .branch_correction import BranchCorrection, ZeroLinear
 from .checkpoint_files import (
@@ -33,101 +26,35 @@ from .checkpoint_files import (
     readable_load_errors,
 )
 from .configuration_jetflow import JetFlowConfig
+from .decoder_layers import HeadCacheLike, JetFlowDecoderLayer, visibility
 from .formats import read_head, recognize
 from .linear import DraftLinear
+from .path_scorers import RecurrentCorrection, Refiner, TreeFlashCorrection
 from .rotary import DraftRotaryEmbedding
+from .scorers import Markov, RecurrentMarkov, Selector, StepScorer, TableScorer
 
 
 FLOAT16_TAP_LIMIT = 64.0  # largest value in float16 taps before the fusion; its sums must stay below 65504
 
 
-class HeadCacheLike(Protocol):
-    """The interface of the head's cache. It stores context rows; block rows follow them for one forward only."""
-
-    def extend(
-        self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor, num_context: int
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
-
-    def extend_positions(self, position_ids: torch.Tensor) -> torch.Tensor: ...
-
-
-class JetFlowAttention(nn.Module):
-    """Cross- and self-attention in one: queries of the block, keys and values of the context and the block."""
-
-    def __init__(self, config: JetFlowConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        assert config.head_dim is not None
-        assert config.num_key_value_heads is not None
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
-        self.is_causal = False  # causality is in the mask: the context is always fully visible
-        bias = config.attention_bias
-        self.q_proj = DraftLinear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=bias)
-        self.k_proj = DraftLinear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.v_proj = DraftLinear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.o_proj = DraftLinear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=bias)
-        self.q_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        self.k_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
-
-    def forward(
-        self,
-        block: torch.Tensor,
-        context: torch.Tensor,
-        cos_sin: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor,
-        past_key_values: HeadCacheLike | None,
-    ) -> torch.Tensor:
-        batch, rows, _ = block.shape
-        cos, sin = (table.unsqueeze(1) for table in cos_sin)
-        source = torch.cat([context, block], dim=1)
-        query = self.q_norm(self.q_proj(block).view(batch, rows, -1, self.head_dim)).transpose(1, 2)
-        key = self.k_norm(self.k_proj(source).view(batch, source.shape[1], -1, self.head_dim)).transpose(1, 2)
-        value = self.v_proj(source).view(batch, source.shape[1], -1, self.head_dim).transpose(1, 2)
-        query = query * cos[:, :, -rows:] + rotate_half(query) * sin[:, :, -rows:]
-        key = key * cos + rotate_half(key) * sin
-        if past_key_values is not None:
-            key, value = past_key_values.extend(self.layer_idx, key, value, context.shape[1])
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        dropout = self.config.attention_dropout if self.training else 0.0
-        output, _ = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling)
-        return self.o_proj(output.reshape(batch, rows, -1))
+SCORERS: dict[str, Callable[[JetFlowConfig], StepScorer | TableScorer]] = {
+    "parent": BranchCorrection,
+    "path": BranchCorrection,
+    "selector": Selector,
+    "markov": Markov,
+    "gated": Markov,
+    "rnn": RecurrentMarkov,
+    "gru": RecurrentCorrection,
+    "refiner": Refiner,
+}
 
 
-class JetFlowMLP(nn.Module):
-    def __init__(self, config: JetFlowConfig):
-        super().__init__()
-        self.gate_proj = DraftLinear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = DraftLinear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = DraftLinear(config.intermediate_size, config.hidden_size, bias=False)
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, block: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(block)) * self.up_proj(block))
-
-
-class JetFlowDecoderLayer(GradientCheckpointingLayer):
-    def __init__(self, config: JetFlowConfig, layer_idx: int):
-        super().__init__()
-        self.self_attn = JetFlowAttention(config, layer_idx)
-        self.mlp = JetFlowMLP(config)
-        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def forward(
-        self,
-        block: torch.Tensor,
-        context: torch.Tensor,
-        cos_sin: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor,
-        past_key_values: HeadCacheLike | None,
-    ) -> torch.Tensor:
-        block = block + self.self_attn(self.input_layernorm(block), context, cos_sin, attention_mask, past_key_values)
-        return block + self.mlp(self.post_attention_layernorm(block))
+def make_scorer(config: JetFlowConfig, norm: nn.Module) -> Any:
+    """The branch scorer of a head with this final norm, a [`StepScorer`] or a [`TableScorer`]; `None` without one."""
+    kind = config.branch_correction
+    if kind is None:
+        return None
+    return TreeFlashCorrection(config, norm) if kind == "treeflash" else SCORERS[kind](config)
 
 
 class _ThreadResults(threading.local):
@@ -170,13 +97,17 @@ class JetFlowHead(PreTrainedModel):
         assert config.hidden_state_indices is not None
         assert config.target_hidden_size is not None
         num_taps = len(config.hidden_state_indices)
-        self.fc = DraftLinear(num_taps * config.target_hidden_size, config.hidden_size, bias=False)
+        has_fc, mixes = config.context_fusion != "layers", config.context_fusion != "fc"
+        self.fc = DraftLinear(num_taps * config.target_hidden_size, config.hidden_size, bias=False) if has_fc else None
+        self.layer_fusion_weights = nn.Parameter(torch.zeros(config.num_hidden_layers, num_taps)) if mixes else None
         self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.layers = nn.ModuleList(JetFlowDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = DraftRotaryEmbedding(config)
         self.mask_embedding = nn.Parameter(torch.zeros(config.hidden_size)) if config.mask_token_id is None else None
-        self.branch_correction = BranchCorrection(config) if config.branch_correction is not None else None
+        self.branch_correction = make_scorer(config, self.norm)
+        inputs = config.confidence_inputs
+        self.confidence_head = nn.Linear(inputs, 1) if inputs is not None else None
         num_scored = config.draft_vocab_size or config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size) if config.own_embedding else None
         self.lm_head = DraftLinear(config.hidden_size, num_scored, bias=False) if config.own_lm_head else None
@@ -274,31 +205,45 @@ class JetFlowHead(PreTrainedModel):
                 of `inputs_embeds` (training, where what wraps the head must see each of its tensors used).
 
         Returns:
-            `torch.Tensor`: (batch, rows, hidden), after the final norm, ready for the target's output embedding. With
-            `parent_embeds` a pair of them and the branch correction's shifts, of the same shape.
+            `torch.Tensor`: (batch, rows, hidden), after the final norm, ready for the target's output embedding. Some
+            branch scorers read more of a row, which follows it: (batch, rows, features). With `parent_embeds` a pair
+            of them and the branch correction's shifts, of the same shape.
         """
         if anchor_position_ids is None:
             anchor_position_ids = position_ids[:, :1].expand_as(position_ids)
         if is_mask is not None:
             assert self.mask_embedding is not None
             inputs_embeds = torch.where(is_mask[..., None], self.mask_embedding.to(inputs_embeds.dtype), inputs_embeds)
-        context = self._fuse(features)
+        contexts = self._contexts(features)
         cos_sin = self.rotary_emb(inputs_embeds, torch.cat([context_position_ids, position_ids], dim=1))
         if past_key_values is not None:
             context_position_ids = past_key_values.extend_positions(context_position_ids)
         masks: dict[tuple[bool, int | None], torch.Tensor] = {}
-        block = inputs_embeds
+        block, offsets = inputs_embeds, position_ids - anchor_position_ids
         kinds = zip(self.config.causal_layers, self.config.layer_windows, strict=True)
-        for layer, kind in zip(self.layers, kinds, strict=True):
+        for layer, context, kind in zip(self.layers, contexts, kinds, strict=True):
             if kind not in masks:
                 mask = visibility(position_ids, context_position_ids, anchor_position_ids, *kind)
                 masks[kind] = self._mask_for_backend(mask, block.dtype)
-            block = layer(block, context, cos_sin, masks[kind], past_key_values)
+            block = layer(block, context, cos_sin, masks[kind], past_key_values, offsets)
         rows = self.norm(block)
+        if self.branch_correction is not None:
+            rows = self.branch_correction.row_features(rows, block, self.config.num_rows)
         return rows if parent_embeds is None else (rows, self._shifts(rows, parent_embeds))
+
+    def _contexts(self, features: torch.Tensor) -> list[torch.Tensor]:
+        """Context features (batch, seq, hidden) of each layer. Some layouts add a mixture of taps per layer."""
+        if self.layer_fusion_weights is None:
+            return [self._fuse(features)] * len(self.layers)
+        weights = torch.softmax(self.layer_fusion_weights.float(), dim=-1)
+        mixtures = torch.einsum("lt,bsth->lbsh", weights, features.unflatten(-1, (weights.shape[1], -1)).float())
+        if self.fc is not None:
+            mixtures = mixtures + self.fc(features)
+        return [self.hidden_norm(mixture).to(features.dtype) for mixture in mixtures]
 
     def _fuse(self, features: torch.Tensor) -> torch.Tensor:
         """Fused context features (batch, seq, hidden) of concatenated taps."""
+        assert self.fc is not None
         if features.dtype != torch.float16:
             return self.hidden_norm(self.fc(features))
         # A few channels of a target's residual stream are so large that sums of their products exceed float16's range.
@@ -377,24 +322,3 @@ class JetFlowHead(PreTrainedModel):
         if push_to_hub:  # here, because the parent would upload before the generation config is saved
             hub_kwargs.setdefault("repo_id", os.path.basename(os.path.normpath(save_directory)))
             self.push_to_hub(token=kwargs.get("token"), **hub_kwargs)
-
-
-def visibility(
-    position_ids: torch.Tensor,
-    context_position_ids: torch.Tensor,
-    anchor_position_ids: torch.Tensor,
-    is_causal: bool,
-    window: int | None,
-) -> torch.Tensor:
-    """Boolean mask (batch, 1, rows, seq + rows) of the keys that each block row sees, context first."""
-    row = position_ids[:, :, None]
-    anchor = anchor_position_ids[:, :, None]
-    sees_context = context_position_ids[:, None, :] < anchor
-    sees_row = anchor == anchor_position_ids[:, None, :]
-    if is_causal:
-        sees_row = sees_row & (position_ids[:, None, :] <= row)
-    mask = torch.cat([sees_context, sees_row], dim=-1)
-    if window is not None:
-        key = torch.cat([context_position_ids, position_ids], dim=-1)[:, None, :]
-        mask = mask & (row - key < window)
-    return mask[:, None]

@@ -57,8 +57,9 @@ def forward_blocks(
     """
     if not head.config.is_plain:
         raise JetFlowError(
-            "the head has its own embedding or LM head, scaled logits, or an anchor row that predicts; such heads "
-            "draft in `generate`, but cannot be trained: leave these fields of the config at their defaults"
+            "the head has parts of another layout (its own embedding or LM head, scaled logits, an anchor row that "
+            "predicts, or another layout's scorer or layers); such heads draft in `generate`, but cannot be trained: "
+            "leave these fields of the config at their defaults"
         )
     anchors = input_ids.gather(1, blocks.anchor_position_ids.clamp_min(0))
     is_anchor, has_mask_token = blocks.depths == 0, head.config.mask_token_id is not None

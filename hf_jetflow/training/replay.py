@@ -10,6 +10,7 @@ import torch
 
 from ..decoding.drafter import Draft, JetFlowCandidateGenerator
 from ..decoding.policy import RoundPlan, plan_round, read_limits
+from ..head.configuration_jetflow import READ_CORRECTIONS
 from ..head.modeling_jetflow import JetFlowHead
 from ..stats import GenerationStats
 from ..target.target import Target
@@ -103,19 +104,48 @@ def answer_logprobs(target: Target, head: JetFlowHead, ids: Sequence[int], num_p
         ids: Token ids of prompt and answer; the first `num_prompt` are the prompt.
 
     Returns:
-        `torch.Tensor`, (tokens,): One per depth and anchor, before the branch correction. Tokens outside the draft
-        vocabulary are skipped.
+        `torch.Tensor`, (tokens,): One per depth and anchor. Tokens outside the draft vocabulary are skipped. The
+        scorers of other layouts count, behind the text itself; the corrections trained here do not.
     """
     drafter = JetFlowCandidateGenerator(head, target)
     rows = _rows_of_all_anchors(drafter, ids, num_prompt)
     num_depths = rows.shape[1]
-    answer = torch.tensor(list(ids[num_prompt:]) + [-1] * num_depths)
-    tokens = answer.unfold(0, num_depths, 1)[1 : len(rows) + 1].to(rows.device)
-    is_scored = tokens >= 0
+    answer = torch.tensor(list(ids[num_prompt:]) + [-1] * num_depths, device=rows.device)
+    tokens = answer.unfold(0, num_depths, 1)[1 : len(rows) + 1]
+    is_scored, places = tokens >= 0, tokens
     if head.draft_token_ids is not None:
-        is_scored &= torch.isin(tokens, head.draft_token_ids)
-        tokens = torch.searchsorted(head.draft_token_ids, tokens.contiguous())
-    return drafter.logprobs(rows[is_scored]).gather(1, tokens[is_scored][:, None])[:, 0]
+        is_scored = is_scored & torch.isin(tokens, head.draft_token_ids)
+        places = torch.searchsorted(head.draft_token_ids, tokens.contiguous())
+    logprobs = drafter.logprobs(rows).gather(-1, places.where(is_scored, 0)[..., None].to(rows.device))[..., 0]
+    if head.config.branch_correction in READ_CORRECTIONS:
+        before = torch.tensor(list(ids[num_prompt - 1 : num_prompt - 1 + len(rows)]), device=rows.device)
+        context_ids = torch.stack([before, answer[: len(rows)]], dim=1)
+        logprobs = _corrected_logprobs(drafter, rows, context_ids, tokens, logprobs)
+    return logprobs[is_scored]
+
+
+def _corrected_logprobs(
+    drafter: JetFlowCandidateGenerator,
+    rows: torch.Tensor,
+    context_ids: torch.Tensor,
+    tokens: torch.Tensor,
+    logprobs: torch.Tensor,
+) -> torch.Tensor:
+    """Log-probabilities (anchors, depth) of tokens behind the tokens before them. `logprobs` are kept for tokens that
+    are no candidates and for all below these."""
+    draft = drafter.rank(rows, context_ids, tokens.shape[1])
+    assert draft.scorer is not None
+    parents, is_reached = torch.zeros_like(tokens[:, :1]), torch.ones_like(tokens[:, 0], dtype=torch.bool)
+    token, corrected = context_ids[:, -1:], logprobs.clone()
+    for depth in range(tokens.shape[1]):
+        scores = draft.scorer(depth, parents, token)[:, 0].to(logprobs.device)
+        candidates = draft.candidates.tokens[:, depth]
+        is_token = candidates == tokens[:, depth, None]
+        is_reached = is_reached & is_token.any(-1)
+        found = scores.gather(-1, is_token.int().argmax(-1, keepdim=True))[:, 0]
+        corrected[:, depth] = torch.where(is_reached, found, logprobs[:, depth])
+        token = torch.where(is_reached, tokens[:, depth], candidates[:, 0])[:, None]
+    return corrected
 
 
 def _ranks(draft: Draft, token: int, following: Sequence[int], num_ranks: int) -> Iterator[int | None]:

@@ -129,6 +129,7 @@ def initialize_from_target(head: JetFlowHead, target: PreTrainedModel) -> None:
             if tensor is not None and tensor.shape == parameter.shape:
                 parameter.copy_(tensor)
         if head.config.target_hidden_size == head.config.hidden_size:
+            assert head.fc is not None  # a new head has one
             num_taps = head.fc.in_features // head.config.hidden_size
             head.fc.weight.copy_(torch.eye(head.config.hidden_size).repeat(1, num_taps) / num_taps)
 
@@ -178,8 +179,9 @@ def start_from_head(source: str, target: PreTrainedModel, branch_correction: str
     check_pairing(target, head)
     if not head.config.is_plain:
         raise JetFlowError(
-            f"the head {source} has its own embedding or LM head, scaled logits, or an anchor row that predicts; such "
-            "heads draft in `generate`, but cannot be trained; remove `--head` to train a new one"
+            f"the head {source} has parts of another layout (its own embedding or LM head, scaled logits, an anchor "
+            "row that predicts, or another layout's scorer or layers); such heads draft in `generate`, but cannot be "
+            "trained; remove `--head` to train a new one"
         )
     own = head.config.branch_correction
     if own is not None and own != branch_correction:
