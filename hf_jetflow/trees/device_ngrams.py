@@ -1,0 +1,102 @@
+"""Context n-grams as tensor operations of fixed shapes: the results of `ngrams.py` without a wait of the host.
+
+The trie of `ngrams.py` is faster on the CPU. On an accelerator each look-up would make the host wait for the branches,
+so here every branch is compared with all positions of the text.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch.nn.functional import pad
+
+from .ngrams import MAX_CONTEXT, MAX_MATCH
+from .tree import Candidates, DraftTree, trim_tree
+
+
+class MatchedNgrams:
+    """
+    Logit changes of candidates after each branch of a tree, as [`~ngrams.ContextNgrams`] defines them.
+
+    Args:
+        context_ids (`torch.Tensor`, (..., seq)): Newest committed tokens of each sequence, the anchor last; negative
+            ids in front of shorter texts.
+        candidates ([`~tree.Candidates`]): Proposals per depth.
+        weights (`Sequence[float]`): One for each length of a match, from 1.
+    """
+
+    def __init__(self, context_ids: torch.Tensor, candidates: Candidates, weights: Sequence[float]):
+        texts = context_ids.reshape(-1, context_ids.shape[-1])[:, -MAX_CONTEXT:]
+        self._ids, self._next_ids = texts[:, :-1], texts[:, 1:]
+        self._tokens = candidates.tokens.reshape(len(texts), *candidates.tokens.shape[-2:])
+        self._weights = weights
+        # Of each branch of the previous depth: length of the match that ends at each position, (texts, branches, seq).
+        self._lengths = torch.zeros_like(self._ids[:, None], dtype=torch.int8)
+        for token in texts[:, -len(weights) :].unbind(1):
+            self._lengths = self._longer(self._lengths, token[:, None])
+
+    def __call__(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Logit changes (..., branches, width) of a depth's candidates, see `ContextNgrams`."""
+        if depth:
+            parents, of_branch = (each.reshape(len(self._ids), -1) for each in (parents, tokens))
+            index = parents[..., None].expand(-1, -1, self._ids.shape[1])
+            self._lengths = self._longer(self._lengths.gather(1, index), of_branch)
+        follows = (self._next_ids[:, :, None] == self._tokens[:, depth, None]).float()  # (texts, seq, width)
+        changes = torch.zeros((), device=tokens.device)
+        for length, weight in enumerate(self._weights, start=1):
+            matches = (self._lengths >= length).float()
+            changes = changes + weight * (matches @ follows) / matches.sum(-1, keepdim=True).clamp_min(1)
+        return changes.view(*tokens.shape, -1)
+
+    def _longer(self, lengths: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Match lengths after branches with `lengths` (texts, branches, seq) are extended by tokens (texts, branches)."""
+        is_match = (self._ids[:, None] == tokens[..., None]) & (self._ids >= 0)[:, None]
+        before = pad(lengths[..., :-1], (1, 0)) if lengths.shape[-1] else lengths
+        return (before.clamp_max(len(self._weights) - 1) + 1) * is_match
+
+
+def continue_full_tree(
+    tree: DraftTree, context_ids: torch.Tensor, max_continued: int, min_logprob: float = -math.inf
+) -> DraftTree:
+    """`ngrams.continue_tree` for the tree of one sequence that uses its whole node budget: the size stays."""
+    tokens, parents, depths, scores = (
+        each.flatten() for each in (tree.tokens, tree.parents, tree.depths, tree.logprobs)
+    )
+    is_deepest = depths == tree.max_depth
+    leaf = scores.where(is_deepest, -math.inf).argmax(0, keepdim=True)
+    path = [leaf]
+    for _ in range(tree.max_depth - 1):
+        path.append(parents.index_select(0, path[-1]).clamp_min(0))
+    text = torch.cat([context_ids.flatten()[-MAX_CONTEXT:], tokens.index_select(0, torch.cat(path[::-1]))])
+    length, index = _longest_match(text)
+    steps = torch.arange(max_continued, device=text.device)
+    known = length + steps
+    added = scores.index_select(0, leaf) + (known / (known + 2)).log().cumsum(0)
+    floor = scores.min().clamp_min(min_logprob)
+    added = added.where(is_deepest.any() & (added > floor), -math.inf)
+    grown = DraftTree(
+        # A match that reaches the text's end goes on with the tokens added: it repeats itself.
+        tokens=torch.cat([tokens, text.index_select(0, index + steps % (len(text) - index))]),
+        parents=torch.cat([parents, leaf, len(tokens) + steps[:-1]]),
+        depths=torch.cat([depths, tree.max_depth + 1 + steps]),
+        logprobs=torch.cat([scores, added]),
+        max_depth=tree.max_depth + max_continued,
+    )
+    best = trim_tree(grown, tree.num_nodes)
+    shape = tree.tokens.shape
+    return DraftTree(
+        best.tokens.view(shape),
+        best.parents.view(shape),
+        best.depths.view(tree.depths.shape),
+        best.logprobs.view(shape),
+        best.max_depth,
+    )
+
+
+def _longest_match(text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Length of the longest earlier match of the text's end and the index after it, (1,) each, see `ngrams.py`."""
+    windows = pad(text, (MAX_MATCH - 1, 0), value=-1).unfold(0, MAX_MATCH, 1)  # ends of the text at each position
+    is_same = (windows[:-1] == windows[-1]) & (windows[:-1] >= 0)
+    lengths = is_same.flip(1).cumprod(1).sum(1)
+    latest = (lengths * len(text) + torch.arange(len(lengths), device=text.device)).argmax(0, keepdim=True)
+    return lengths.index_select(0, latest), latest + 1
