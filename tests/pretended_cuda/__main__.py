@@ -1,6 +1,6 @@
 """Print launches and host waits of a round by step, on a tiny target with the depth of Qwen3-8B.
 
-    cd tests && python -m pretended_cuda --nodes 64 --json counts.json
+cd tests && python -m pretended_cuda --nodes 64 --json counts.json
 """
 
 import argparse
@@ -22,7 +22,10 @@ HEADS: dict[str, dict[str, Any]] = {
     "path": dict(ngram_weights=[], branch_correction="path"),
     "ngrams": dict(branch_correction="path"),
 }
-CACHES: dict[str, dict[str, Any]] = {"growing": {}, "static": dict(cache_implementation="static", disable_compile=True)}
+CACHES: dict[str, dict[str, Any]] = {
+    "growing": {},
+    "static": dict(cache_implementation="static", disable_compile=True),
+}
 MODES: dict[str, dict[str, Any]] = {"greedy": dict(do_sample=False), "sampled": dict(do_sample=True, top_k=0)}
 
 
