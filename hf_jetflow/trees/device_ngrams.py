@@ -10,8 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import pad
 
+from ..transfer import to_device
 from .ngrams import MAX_CONTEXT, MAX_MATCH
 from .tree import Candidates, DraftTree, trim_tree
+
+
+NO_TOKEN = -2  # in front of shorter texts; other than the -1 there, it equals no token that is looked up
 
 
 class MatchedNgrams:
@@ -27,38 +31,45 @@ class MatchedNgrams:
 
     def __init__(self, context_ids: torch.Tensor, candidates: Candidates, weights: Sequence[float]):
         texts = context_ids.reshape(-1, context_ids.shape[-1])[:, -MAX_CONTEXT:]
-        self._ids, self._next_ids = texts[:, :-1], texts[:, 1:]
-        self._tokens = candidates.tokens.reshape(len(texts), *candidates.tokens.shape[-2:])
-        self._weights = weights
-        # Of each branch of the previous depth: length of the match that ends at each position, (texts, branches, seq).
-        self._lengths = torch.zeros_like(self._ids[:, None], dtype=torch.int8)
-        for token in texts[:, -len(weights) :].unbind(1):
-            self._lengths = self._longer(self._lengths, token[:, None])
+        device, longest = texts.device, len(weights)
+        self._ids = texts[:, :-1].where(texts[:, :-1] >= 0, NO_TOKEN)
+        tokens = candidates.tokens.reshape(len(texts), *candidates.tokens.shape[-2:])
+        # Whether each candidate follows each position, and a column of ones: (texts, depth, seq, width + 1).
+        follows = texts[:, None, 1:, None] == tokens[:, :, None]
+        self._follows = pad(follows.float(), (0, 1), value=1.0)
+        self._counts = torch.arange(1, longest + 1, dtype=torch.int8, device=device).view(-1, 1, 1)
+        self._weights = to_device(weights, device).view(-1, 1, 1)
+        # Of each branch of the previous depth: length of the match that ends before each position, (texts, branches,
+        # seq + 1).
+        self._lengths = torch.zeros(len(texts), 1, texts.shape[1], dtype=torch.int8, device=device)
+        for token in texts[:, -longest:].unbind(1):
+            self._lengths = self._longer(self._lengths[..., :-1], token[:, None])
 
     def __call__(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Logit changes (..., branches, width) of a depth's candidates, see `ContextNgrams`."""
         if depth:
             parents, of_branch = (each.reshape(len(self._ids), -1) for each in (parents, tokens))
             index = parents[..., None].expand(-1, -1, self._ids.shape[1])
-            self._lengths = self._longer(self._lengths.gather(1, index), of_branch)
-        follows = (self._next_ids[:, :, None] == self._tokens[:, depth, None]).float()  # (texts, seq, width)
-        changes = torch.zeros((), device=tokens.device)
-        for length, weight in enumerate(self._weights, start=1):
-            matches = (self._lengths >= length).float()
-            changes = changes + weight * (matches @ follows) / matches.sum(-1, keepdim=True).clamp_min(1)
-        return changes.view(*tokens.shape, -1)
+            self._lengths = self._longer(self._lengths[..., :-1].gather(1, index), of_branch)
+        matches = (self._lengths[:, None, :, 1:] >= self._counts).float()  # (texts, match lengths, branches, seq)
+        votes = (matches.flatten(1, 2) @ self._follows[:, depth]).view(*matches.shape[:3], -1)
+        changes = self._weights * votes[..., :-1] / votes[..., -1:].clamp_min(1)
+        return changes.sum(1).view(*tokens.shape, -1)
 
-    def _longer(self, lengths: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Match lengths after branches with `lengths` (texts, branches, seq) are extended by tokens (texts, branches)."""
-        is_match = (self._ids[:, None] == tokens[..., None]) & (self._ids >= 0)[:, None]
-        before = pad(lengths[..., :-1], (1, 0)) if lengths.shape[-1] else lengths
-        return (before.clamp_max(len(self._weights) - 1) + 1) * is_match
+    def _longer(self, before: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Lengths of the matches of branches, whose tokens but the last match by `before` (texts, branches, seq), and
+        whose last tokens are `tokens` (texts, branches)."""
+        lengths = (before.clamp_max(len(self._counts) - 1) + 1) * (self._ids[:, None] == tokens[..., None])
+        return torch.cat([lengths.new_zeros((*lengths.shape[:2], 1)), lengths], dim=-1)
 
 
 def continue_full_tree(
     tree: DraftTree, context_ids: torch.Tensor, max_continued: int, min_logprob: float = -math.inf
 ) -> DraftTree:
-    """`ngrams.continue_tree` for the tree of one sequence that uses its whole node budget: the size stays."""
+    """`ngrams.continue_tree` for a tree that uses its whole node budget, so that its size stays. `max_depth` of the
+    result is the deepest level that may hold nodes."""
+    if max_continued < 1 or tree.max_depth < 1 or tree.tokens.numel() != tree.num_nodes:
+        return tree
     tokens, parents, depths, scores = (
         each.flatten() for each in (tree.tokens, tree.parents, tree.depths, tree.logprobs)
     )
