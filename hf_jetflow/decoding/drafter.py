@@ -130,7 +130,10 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         """Keep only these sequences of the batch, in this order."""
         index = to_device(indices, self.head.device)
         self._texts = [self._texts[i] for i in indices if self._texts]
-        self._pending = [tuple(states[index.to(states.device)] for states in pending) for pending in self._pending]
+        self._pending = [
+            (features[index.to(features.device)], position_ids[index.to(position_ids.device)])
+            for features, position_ids in self._pending
+        ]
         if isinstance(self._cache, HeadCache):
             self._cache.select_sequences(index)
 

@@ -80,19 +80,19 @@ class Emitter:
     @property
     def _written_ids(self) -> torch.Tensor:
         """Ids of all sequences, (batch, at least seq), the new tokens included."""
-        new = {row: ids[start:] for row, (ids, start) in enumerate(zip(self._new_ids, self._num_written, strict=True))}
-        if any(new.values()):
+        if (width := self._ids.shape[1]) < self.length:
+            self._ids = self._roomier(self._ids, self.length)
             width = self._ids.shape[1]
-            if self.length > width:
-                self._ids = self._roomier(self._ids, max(width, self.length - width))
-                width = self._ids.shape[1]
-            firsts = [row * width + self._lengths[row] - len(ids) for row, ids in new.items()]
-            slots = [
-                first + index for first, ids in zip(firsts, new.values(), strict=True) for index in range(len(ids))
-            ]
-            copied = to_device([slots, [token for ids in new.values() for token in ids]], self._ids.device)
-            self._ids.view(-1).index_copy_(0, copied[0], copied[1])
-            self._num_written = [len(ids) for ids in self._new_ids]
+        slots: list[int] = []
+        tokens: list[int] = []
+        for row, (new_ids, start) in enumerate(zip(self._new_ids, self._num_written, strict=True)):
+            first = row * width + self._prompt_length
+            slots += range(first + start, first + len(new_ids))
+            tokens += new_ids[start:]
+        if tokens:
+            slots_and_tokens = to_device([slots, tokens], self._ids.device)
+            self._ids.view(-1).index_copy_(0, *slots_and_tokens.unbind())
+            self._num_written = [len(new_ids) for new_ids in self._new_ids]
         return self._ids
 
     @property

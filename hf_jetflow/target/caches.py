@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, StaticCache, cache_utils
@@ -236,23 +237,13 @@ def commit_path(cache: Cache, path: list[int], num_rows: int) -> None:
     def moves(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         return to_device(path[first:], device), torch.arange(first, len(path), device=device)
 
-    @functools.cache  # static layers have one length
-    def static_moves(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        start = static_lengths[0].to(device) - num_rows
-        rows, slots = moves(device)
-        return rows + start, slots + start
-
-    static_lengths = [layer.cumulative_length for layer in cache.layers if isinstance(layer, StaticLayer)]
+    layers = [layer for layer in cache.layers if not isinstance(layer, EMPTY_LAYERS)]
+    _commit_static([layer for layer in layers if isinstance(layer, StaticLayer)], moves, len(path), first, num_rows)
     moved: dict[int, tuple[torch.Tensor, ...]] = {}  # buffers that layers share
-    for layer in cache.layers:
-        if isinstance(layer, EMPTY_LAYERS):
-            continue
+    for layer in layers:
         if isinstance(layer, LinearAttentionLayer):
             drop_rows(layer, num_rows - len(path))
-        if isinstance(layer, StaticLayer):
-            if first < len(path):
-                _move((layer.keys, layer.values), 0, static_moves)
-        elif isinstance(layer, DynamicLayer) and (layer.is_sliding or len(path) < num_rows):
+        if isinstance(layer, DynamicLayer) and (layer.is_sliding or len(path) < num_rows):
             if isinstance(layer, GrowingLayer) and (buffers := layer.shared_buffers):
                 start = layer.get_seq_length() - num_rows
                 if first < len(path) and id(buffers) not in moved:
@@ -264,8 +255,24 @@ def commit_path(cache: Cache, path: list[int], num_rows: int) -> None:
             if first < len(path):
                 _move((layer.keys, layer.values), start, moves)
             _end_at(layer, start + len(path), num_rows - len(path))
-    if static_lengths:
-        torch._foreach_add_(static_lengths, len(path) - num_rows)  # in place: compiled graphs hold on to them
+
+
+def _commit_static(layers: list[Any], moves: Moves, length: int, first: int, num_rows: int) -> None:
+    """The part of `commit_path` for static layers, which all have one length, given that of the path."""
+    if not layers:
+        return
+    lengths = [layer.cumulative_length for layer in layers]
+
+    @functools.cache
+    def shifted(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        start = lengths[0].to(device) - num_rows
+        rows, slots = moves(device)
+        return rows + start, slots + start
+
+    if first < length:
+        for layer in layers:
+            _move((layer.keys, layer.values), 0, shifted)
+    torch._foreach_add_(lengths, length - num_rows)  # in place: compiled graphs hold on to them
 
 
 def _move(buffers: Iterable[torch.Tensor], start: int, moves: Moves) -> None:
