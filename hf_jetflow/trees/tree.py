@@ -242,10 +242,10 @@ def _promising_pairs(branches: int, width: int, most: int, device: torch.device)
     A pair scores at least as well as every pair with no smaller index, so (r, c) has (r + 1)(c + 1) - 1 pairs ahead
     of it and is dropped once that reaches `most`.
     """
-    rows = torch.arange(branches, device=device)[:, None]
-    columns = torch.arange(width, device=device)[None, :]
-    pairs = ((rows + 1) * (columns + 1) <= most).nonzero()
-    return pairs[:, 0].contiguous(), pairs[:, 1].contiguous()
+    rows = torch.arange(branches, device="cpu")[:, None]
+    columns = torch.arange(width, device="cpu")[None, :]
+    pairs = to_device(((rows + 1) * (columns + 1) <= most).nonzero().T.contiguous(), device)
+    return pairs[0], pairs[1]
 
 
 @lru_cache(maxsize=256)
