@@ -20,8 +20,8 @@ from hf_jetflow import JetFlowHead
 head = JetFlowHead.from_pretrained("JetSpec/jetspec-qwen3-8b")
 ```
 
-- Prefer a head that loads, has a large block (15 or 16), and was trained for the exact target: base and instruct models
-  differ.
+- Prefer a head that loads, has a large block (15 or 16), and was trained for the exact target: base and instruct
+  models differ.
 - "Loads" follows from the layout. The weights of these heads have not been tried: run `hf-jetflow doctor`.
 - Ids were read in the places under "Seen in", not on the Hub. Read the license on the
   head's own page.
