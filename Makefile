@@ -111,6 +111,7 @@ format: venv
 docs: $(VENV)/.docs
 	$(BIN)/python tools/tables.py
 	$(BIN)/python tools/command_page.py
+	$(BIN)/python tools/heads_page.py
 	$(BIN)/python examples/write_card.py
 	$(BIN)/python examples/write_card.py --template MODEL_CARD.md
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

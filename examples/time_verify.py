@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 from smollm2 import gguf_path
-from transformers import AttentionInterface, DynamicCache, GenerationConfig
+from transformers import AttentionInterface, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_jetflow import JetFlowConfig
 from hf_jetflow._compat import CACHE_NAME
 from hf_jetflow.bench.environment import environment
+from hf_jetflow.bench.runs import synchronize
 from hf_jetflow.files import write_json
 from hf_jetflow.target.loading import load_target
 from hf_jetflow.target.target import Context, Target
@@ -39,9 +40,10 @@ AttentionInterface.register("repeating", sdpa_attention_forward)
 
 def prefilled(target: Target, num_cached: int) -> Context:
     ids = torch.randint(3, vocab_size(target), (1, num_cached), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(target.device)
     cache = DynamicCache(config=target.model.config)
     kwargs = {CACHE_NAME: cache, "attention_mask": torch.ones_like(ids), "use_cache": True}
-    kwargs["position_ids"] = torch.arange(num_cached)[None]
+    kwargs["position_ids"] = torch.arange(num_cached, device=target.device)[None]
     return target.prefill(ids, GenerationConfig(prefill_chunk_size=1024), kwargs)[0]
 
 
@@ -52,16 +54,19 @@ def vocab_size(target: Target) -> int:
 def some_tree(target: Target, num_nodes: int) -> DraftTree:
     scores = 3 * torch.randn(7, vocab_size(target), generator=torch.Generator().manual_seed(1))
     logprobs = torch.log_softmax(scores, dim=-1).topk(num_nodes - 1)
-    return build_tree(torch.tensor([[1]]), Candidates(logprobs.indices[None], logprobs.values[None]), num_nodes)
+    candidates = Candidates(logprobs.indices[None].to(target.device), logprobs.values[None].to(target.device))
+    return build_tree(torch.tensor([[1]], device=target.device), candidates, num_nodes)
 
 
-def medians(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+def medians(model: PreTrainedModel, runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """Median milliseconds of each function; the functions run in turn."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         for name, run in runs.items():
+            synchronize(model)
             start = time.perf_counter()
             run()
+            synchronize(model)
             if repeat:  # the first run is warm-up
                 times[name].append(1e3 * (time.perf_counter() - start))
     return {name: round(statistics.median(values), 2) for name, values in times.items()}
@@ -76,7 +81,7 @@ def measure(target: Target, num_cached: int, num_nodes: int, repeats: int) -> di
         context.cache.crop(-num_nodes)
 
     kinds = {"verify": "sdpa", "no_mask": "see_everything", "repeating": "repeating"}
-    took = medians({name: lambda kind=kind: verify(kind) for name, kind in kinds.items()}, repeats)
+    took = medians(target.model, {name: lambda kind=kind: verify(kind) for name, kind in kinds.items()}, repeats)
     target.model.config._attn_implementation = "sdpa"
     row = {"cached": num_cached, "nodes": num_nodes, "milliseconds": took}
     return row | {"verify_over_no_mask": round(took["verify"] / took["no_mask"], 3)}

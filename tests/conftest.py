@@ -70,6 +70,24 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--pretend-cuda", action="store_true", help="run every `generate` on a CUDA device that the CPU pretends"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--pretend-cuda"):
+        from pretended_cuda.suite import run_on_device
+
+        config.pretended_calls = run_on_device()
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    if config.getoption("--pretend-cuda"):
+        terminalreporter.write_line(f"`generate` calls on the pretended device: {dict(config.pretended_calls)}")
+
+
 class OracleHead(JetFlowHead):
     """A head whose output rows are fixed, one per absolute position, whatever it is shown."""
 

@@ -15,11 +15,12 @@ from hf_jetflow.bench.environment import weights_hash
 from hf_jetflow.bench.log import BenchLog
 from hf_jetflow.bench.prompts import padded_prompt
 from hf_jetflow.bench.rows import make_row
-from hf_jetflow.bench.runs import Run, Variant
+from hf_jetflow.bench.runs import Run, Variant, cache_kwargs
 from hf_jetflow.bench.settings import BenchSettings
 from hf_jetflow.errors import JetFlowError
 from hf_jetflow.files import write_json
 from hf_jetflow.prompts import encode_chat, read_prompts
+from hf_jetflow.target.caches import max_static_nodes
 
 
 @pytest.fixture
@@ -80,6 +81,12 @@ def test_a_static_cache_can_be_measured(pair, prompts):
     assert all(row["identical_to_plain"] == 1.0 for row in result["rows"])
     assert result["settings"]["cache"] == "static"
     assert result["rows"][-1]["loop_efficiency"] is None
+
+
+@pytest.mark.parametrize("num_tokens", [1, 255, 256, 1000])
+def test_a_static_cache_has_room_for_the_largest_tree_behind_the_last_token(num_tokens):
+    num_slots = cache_kwargs("static", num_tokens)["max_cache_len"]
+    assert max_static_nodes(num_slots - num_tokens) == 256
 
 
 @pytest.mark.parametrize(

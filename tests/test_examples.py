@@ -319,6 +319,33 @@ def test_the_gpu_bench_names_what_is_missing(environment, cause, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_stages_of_the_gpu_bench_can_be_resumed(tmp_path):
+    """A dry run on the CPU: a stage that runs out of time is called again, one that is finished is not."""
+    tiny = dict(SHAPE="tiny", ALLOW_CPU="1", OUT=str(tmp_path), PYTHON=sys.executable)
+    options = "--new 12 --repeats 1 --head-layers 1 --nodes 1 16 --contexts 30"
+
+    def run(*stages: str, seconds: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            ["bash", str(EXAMPLES / "bench_gpu.sh"), *stages],
+            env={**os.environ, **tiny, "ROUND_ARGS": f"{options} --seconds {seconds}"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    stopped = run("scored", seconds="0")
+    assert (stopped.returncode, "rows are left: run this again" in stopped.stdout) == (1, True)
+    finished = run("scored", seconds="500")
+    assert finished.returncode == 0, finished.stdout
+    rows = json.loads((tmp_path / "rounds_scored.json").read_text())["rows"]
+    assert [row["nodes"] for row in rows] == [0, 1, 16]
+    assert rows[2]["step_ms"].keys() == {"draft", "best_tree", "verify", "walk", "commit"}
+    assert rows[2]["tokens_per_round"] > 1.5
+    assert "finished before" in run("scored", seconds="0").stdout
+    unknown = run("nothing", seconds="0")
+    assert (unknown.returncode, "unknown stage 'nothing'" in unknown.stderr) == (1, True)
+
+
 def test_a_verify_is_timed_by_context_length(tiny_target, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)  # it imports smollm2.py beside it
     time_verify = load_example("time_verify")

@@ -6,10 +6,12 @@ from conftest import make_prompt
 from reference import assert_same_text
 
 from hf_jetflow import JetFlowConfig
+from hf_jetflow.decoding.branch_scores import BranchScores
 from hf_jetflow.decoding.drafter import JetFlowCandidateGenerator
 from hf_jetflow.head.configuration_jetflow import NGRAM_WEIGHTS
 from hf_jetflow.target.target import Target
-from hf_jetflow.trees.ngrams import MAX_CONTEXT, ContextNgrams, TextNgrams
+from hf_jetflow.trees.device_ngrams import MatchedNgrams, continue_full_tree
+from hf_jetflow.trees.ngrams import MAX_CONTEXT, ContextNgrams, TextNgrams, continue_tree
 from hf_jetflow.trees.tree import Candidates, build_tree
 
 
@@ -33,6 +35,12 @@ def read(text, weights):
     return of_text
 
 
+def of_text(kind, text, candidates, weights):
+    if kind == "device":
+        return MatchedNgrams(text[None], candidates, weights)
+    return ContextNgrams([read(text, weights)], candidates, weights)
+
+
 def random_candidates(generator, batch=()):
     tokens = torch.stack([torch.randperm(VOCAB, generator=generator)[:WIDTH] for _ in range(DEPTHS)])
     return Candidates(tokens.expand(*batch, DEPTHS, WIDTH), torch.zeros(*batch, DEPTHS, WIDTH))
@@ -40,15 +48,14 @@ def random_candidates(generator, batch=()):
 
 @pytest.mark.parametrize("length", [1, 2, 3, 40])
 @pytest.mark.parametrize("weights", [WEIGHTS, [1.0], list(NGRAM_WEIGHTS)])
-def test_votes_are_those_counted_by_hand(weights, length):
+@pytest.mark.parametrize("kind", ["host", "device"])
+def test_votes_are_those_counted_by_hand(kind, weights, length):
     generator = torch.Generator().manual_seed(length)
     text = torch.randint(0, VOCAB, (length,), generator=generator)
     candidates = random_candidates(generator)
     texts = [text.tolist()]
     num_votes = 0
-    for depth, parents, tokens, votes in branches(
-        ContextNgrams([read(text, weights)], candidates, weights), generator
-    ):
+    for depth, parents, tokens, votes in branches(of_text(kind, text, candidates, weights), generator):
         if depth:
             texts = [texts[parent] + [token] for parent, token in zip(parents.tolist(), tokens.tolist(), strict=True)]
         assert votes.shape == (len(texts), WIDTH)
@@ -83,6 +90,39 @@ def test_a_batch_is_as_its_rows():
     for depth, parents, tokens, votes in branches(of_all, generator, (2,)):
         for row, alone in enumerate(rows):
             torch.testing.assert_close(votes[row], alone(depth, parents[row], tokens[row]))
+
+
+def test_the_votes_on_a_device_are_those_on_the_host_for_padded_texts_of_a_batch():
+    generator = torch.Generator().manual_seed(3)
+    texts = [torch.randint(0, VOCAB, (length,), generator=generator) for length in (30, 12, 2)]
+    candidates = random_candidates(generator, (3,))
+    padded = torch.stack([torch.nn.functional.pad(text, (30 - len(text), 0), value=-1) for text in texts])
+    on_device = MatchedNgrams(padded, candidates, WEIGHTS)
+    on_host = ContextNgrams([read(text, WEIGHTS) for text in texts], candidates, WEIGHTS)
+    for depth, parents, tokens, votes in branches(on_host, generator, (3,)):
+        torch.testing.assert_close(votes, on_device(depth, parents, tokens))
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("node_budget", [2, 16, 64, 256])
+def test_trees_on_a_device_are_those_on_the_host(node_budget, seed):
+    generator = torch.Generator().manual_seed(seed)
+    length = int(torch.randint(1, 60, (1,), generator=generator))
+    text = torch.randint(0, VOCAB, (length if seed % 2 else 7,), generator=generator).repeat(1 if seed % 2 else 8)
+    candidates = random_candidates(generator, (1,))
+    scores = torch.log_softmax(4 * torch.randn(1, DEPTHS, WIDTH + 2, generator=generator), dim=-1)
+    candidates.logprobs = scores.sort(descending=True).values[..., :WIDTH]
+    trees = []
+    for kind in ("host", "device"):
+        scorer = BranchScores(candidates, of_text(kind, text, candidates, WEIGHTS), None)
+        tree = build_tree(text[None, -1:], candidates, node_budget, scorer)
+        assert tree.num_nodes == node_budget
+        continued = [continue_tree(tree, text[None], node_budget, 16), continue_full_tree(tree, text[None], 16)]
+        trees.append(continued[kind == "device"])
+    for name in ("tokens", "parents", "depths"):
+        assert torch.equal(getattr(trees[0], name), getattr(trees[1], name)), name
+    torch.testing.assert_close(trees[0].logprobs, trees[1].logprobs)
+    assert torch.equal(trees[0].ancestor_mask, trees[1].ancestor_mask)
 
 
 @pytest.mark.parametrize("seed", range(4))

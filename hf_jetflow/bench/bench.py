@@ -264,7 +264,8 @@ class _Bench:
         """New ids of plain greedy answers to the prompts in one batch."""
         inputs = padded_inputs(self._target, prompts)
         limits = {"max_new_tokens": self._settings.max_new_tokens, "do_sample": False}
-        output = self._target.generate(**inputs, **limits, **cache_kwargs(self._settings.cache))
+        num_tokens = inputs["input_ids"].shape[1] + self._settings.max_new_tokens
+        output = self._target.generate(**inputs, **limits, **cache_kwargs(self._settings.cache, num_tokens))
         return new_answers(self._target, inputs, output)
 
     def _report(self, prompt_set: PromptSet, num_more: int = 0) -> None:

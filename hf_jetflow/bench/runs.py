@@ -16,17 +16,21 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..head.modeling_jetflow import JetFlowHead
 from ..head.settings import head_settings
+from ..target.caches import STATIC_ROWS
 from ..target.settings import read_node_budget
 from .settings import LOOP_METHODS, BenchSettings, is_rival
 
 
-def cache_kwargs(cache: str) -> dict[str, Any]:
-    """Keywords of `generate` for one of `CACHES`."""
+def cache_kwargs(cache: str, num_tokens: int) -> dict[str, Any]:
+    """Keywords of `generate` for one of `CACHES`; a static one holds `num_tokens` and the largest tree behind them."""
     if cache == "dynamic":
         return {}
+    most = STATIC_ROWS[-1]
+    num_slots = most * (2 + num_tokens // most)  # few sizes, so that little is compiled again
     config = CompileConfig()
     config._compile_all_devices = True  # transformers would skip a CPU
-    return {"cache_implementation": "static", "disable_compile": cache == "static", "compile_config": config}
+    kwargs = {"cache_implementation": "static", "disable_compile": cache == "static", "compile_config": config}
+    return kwargs | {"max_cache_len": num_slots}
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,8 @@ def timed_run(
         seed: Seed of the sampling, the same for every method.
     """
     kwargs: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
-    kwargs |= {**cache_kwargs(cache), **(rival or {})}
+    width = max(map(len, prompts))
+    kwargs |= {**cache_kwargs(cache, width + max_new_tokens), **(rival or {})}
     if temperature > 0:
         kwargs |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
     is_ours = variant.method in LOOP_METHODS

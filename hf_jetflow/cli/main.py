@@ -11,7 +11,7 @@ from ..errors import JetFlowError
 from .parser import Parser, add_options, make_settings, options, suggestion
 
 
-COMMANDS = ("train", "bench", "doctor", "convert", "plot", "show", "simulate")
+COMMANDS = ("train", "bench", "doctor", "convert", "plot", "show", "simulate", "heads")
 DESCRIPTION = "Tree speculative decoding with causal parallel draft heads, inside transformers' generate."
 
 
@@ -90,7 +90,9 @@ def command_parser(name: str) -> Parser:
     """The parser of a command's options."""
     module = load(name)
     described = [option for kind in module.SETTINGS for option in options(kind)]
-    words = ["hf-jetflow", name, *(option.names[0].upper() for option in described if option.is_positional)]
+    words = ["hf-jetflow", name]
+    for option in (option for option in described if option.is_positional):
+        words.append(option.names[0].upper() if option.is_required else f"[{option.names[0].upper()}]")
     parser = Parser(prog=" ".join(words[:2]), usage=" ".join([*words, "[options]"]), description=module.__doc__)
     for kind in module.SETTINGS:
         add_options(parser, kind)

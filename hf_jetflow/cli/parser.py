@@ -127,6 +127,8 @@ def add_options(parser: Parser, settings: type) -> None:
             arguments |= {"action": _Extend, "nargs": "+"}
         if option.is_positional:
             arguments["metavar"] = option.names[0].upper()
+            if not option.is_required:
+                arguments["nargs"] = "?"
         else:
             arguments |= {"dest": option.field.name, "required": option.is_required}
         parser.add_argument(*option.names, default=argparse.SUPPRESS, **arguments)

@@ -6,6 +6,7 @@ import torch
 
 from ..head.scorers import Memory, StepScorer, TableScorer
 from ..target.target import Target
+from ..trees.device_ngrams import MatchedNgrams
 from ..trees.ngrams import ContextNgrams
 from ..trees.tree import Candidates, corrected_logprobs, with_rest
 from .draft_weights import DraftWeights
@@ -28,11 +29,16 @@ class BranchScores:
 
     Args:
         candidates ([`Candidates`]): Scored as if all branches of a depth were alike.
-        ngrams ([`ContextNgrams`], *optional*): Made for the same candidates.
+        ngrams ([`ContextNgrams`] or [`MatchedNgrams`], *optional*): Made for the same candidates.
         correction (`Correction`, *optional*): Made for the same candidates.
     """
 
-    def __init__(self, candidates: Candidates, ngrams: ContextNgrams | None, correction: Correction | None):
+    def __init__(
+        self,
+        candidates: Candidates,
+        ngrams: ContextNgrams | MatchedNgrams | None,
+        correction: Correction | None,
+    ):
         self._logprobs, self._ngrams, self._correction = with_rest(candidates.logprobs), ngrams, correction
 
     @torch.no_grad()

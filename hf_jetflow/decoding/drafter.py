@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn.functional import pad
@@ -15,6 +16,8 @@ from ..head.modeling_jetflow import JetFlowHead
 from ..head.scorers import StepScorer, TableScorer
 from ..target.caches import UNSEEN_POSITION, HeadCache, StaticHeadCache
 from ..target.target import Context, Target, TargetStates
+from ..transfer import to_device
+from ..trees.device_ngrams import MatchedNgrams, continue_full_tree
 from ..trees.ngrams import MAX_CONTEXT, ContextNgrams, TextNgrams, continue_tree
 from ..trees.tree import BranchScorer, Candidates, DraftTree, build_tree
 from .branch_scores import (
@@ -27,6 +30,7 @@ from .branch_scores import (
     gather_rows,
 )
 from .draft_weights import DraftWeights, draft_weights
+from .policy import MAX_CONTINUED
 from .reuse import HeadContext
 
 
@@ -53,6 +57,8 @@ class Draft:
         tree = build_tree(self.context_ids[..., -1:], self.candidates, node_budget, self.scorer, width, min_logprob)
         if not self.has_ngrams:
             return tree
+        if tree.num_nodes == node_budget and tree.tokens.device.type != "cpu":
+            return continue_full_tree(tree, self.context_ids, max_continued, min_logprob)
         return continue_tree(tree, self.context_ids, node_budget, max_continued, min_logprob)
 
 
@@ -80,11 +86,12 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         self.head = head
         self.target = target
         self._context = context
-        self._path_rows = head.config.block_size  # maximum number of states per round
+        # Maximum number of states per round, as a multiple of the block: forwards of a static cache have few sizes.
+        self._max_path_rows = -(-(head.config.block_size + MAX_CONTINUED) // head.config.block_size)
+        self._max_path_rows *= head.config.block_size
         self._cache: HeadCache | StaticHeadCache = HeadCache(head.config.num_hidden_layers)
         if context is not None and context.strategy.num_slots is not None:
-            capacity = context.strategy.num_slots + self._path_rows
-            self._cache = StaticHeadCache(head.config.num_hidden_layers, capacity)
+            self._cache = _static_cache(head, context.strategy.num_slots + self._max_path_rows)
         self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # features and positions the head has not read
         if past is not None:
             past.load(self._cache, head.config.num_rows)
@@ -124,11 +131,19 @@ class JetFlowCandidateGenerator(CandidateGenerator):
 
     def select_sequences(self, indices: list[int]) -> None:
         """Keep only these sequences of the batch, in this order."""
-        index = torch.tensor(indices, device=self.head.device)
+        index = to_device(indices, self.head.device)
         self._texts = [self._texts[i] for i in indices if self._texts]
-        self._pending = [(features[indices], position_ids[indices]) for features, position_ids in self._pending]
+        self._pending = [
+            (features[index.to(features.device)], position_ids[index.to(position_ids.device)])
+            for features, position_ids in self._pending
+        ]
         if isinstance(self._cache, HeadCache):
             self._cache.select_sequences(index)
+
+    def close(self) -> None:
+        """Leave buffers that compiled forwards hold on to for the head's next call."""
+        if isinstance(self._cache, StaticHeadCache) and self._context is not None and self._context.is_compiled:
+            IDLE_CACHES[self.head] = (self.head.device, self.head.dtype, self._cache)
 
     def head_context(self) -> HeadContext:
         """Everything that the head was shown."""
@@ -168,22 +183,22 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             rows = read(
                 inputs_embeds=embeds.to(head.device, head.dtype),
                 features=features.to(head.device, head.dtype),
-                position_ids=positions.to(head.device, non_blocking=True)[:, None] + slots,
+                position_ids=to_device(positions, head.device)[:, None] + slots,
                 context_position_ids=context_position_ids.to(head.device),
                 past_key_values=self._cache,
             )[:, first : first + max_depth]
             return self.rank(rows, context_ids, width)
 
     def _read_static(self, features: torch.Tensor, context_position_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
-        """The head's forward with one number of context rows: a path's, padded. More of them, as in a prompt, are read
-        as they are."""
+        """The head's forward with few numbers of context rows: a path's, padded to blocks. More of them, as in a
+        prompt, are read as they are."""
         assert isinstance(self._cache, StaticHeadCache)
         assert self._context is not None
         num_rows = features.shape[1]
         forward: Callable = self.head
-        if not self._cache.is_empty and num_rows <= self._path_rows:
+        if not self._cache.is_empty and num_rows <= self._max_path_rows:
             forward = self._context.forward_of(self.head)
-            num_pad = self._path_rows - num_rows
+            num_pad = -num_rows % self.head.config.block_size
             features = pad(features, (0, 0, 0, num_pad))
             anchor_position = inputs["position_ids"][:, :1]  # no row sees a context row that is not before its anchor
             context_position_ids = torch.cat([context_position_ids, anchor_position.expand(-1, num_pad)], dim=1)
@@ -219,9 +234,11 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         candidates = Candidates(tokens.to(device), scores.nan_to_num(-math.inf, neginf=-math.inf))
         scorer = None
         if scores_branches:
-            ngrams = None
-            if weights:
+            ngrams: ContextNgrams | MatchedNgrams | None = None
+            if weights and device.type == "cpu":
                 ngrams = ContextNgrams(self._read_texts(context_ids, len(weights)), candidates, weights)
+            elif weights:
+                ngrams = MatchedNgrams(context_ids, candidates, weights)
             scorer = BranchScores(candidates, ngrams, self._correction(rows, context_ids, candidates, places))
         return Draft(context_ids, candidates, scorer, has_ngrams=bool(weights))
 
@@ -309,6 +326,19 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         """Nothing to update: the loop plans every round anew."""
 
 
+# Of each head that is in use and was compiled: the static cache of its latest call, unless a call is using it.
+IDLE_CACHES: WeakKeyDictionary[JetFlowHead, tuple[torch.device, torch.dtype, StaticHeadCache]] = WeakKeyDictionary()
+
+
+def _static_cache(head: JetFlowHead, capacity: int) -> StaticHeadCache:
+    """An empty cache, at the same addresses as in the call before if it fits."""
+    device, dtype, cache = IDLE_CACHES.pop(head, (None, None, None))
+    if cache is None or (device, dtype, cache.capacity) != (head.device, head.dtype, capacity):
+        return StaticHeadCache(head.config.num_hidden_layers, capacity)
+    cache.reset()
+    return cache
+
+
 def _warn_unless_finite(scores: torch.Tensor) -> None:
     if scores.isnan().any():
         logger.warning_once(
@@ -324,12 +354,11 @@ def _path_rows(
     padded with rows that no block sees."""
     device = position_ids.device
     if len(paths) == 1:
-        rows = torch.tensor(paths[0], device=device)
+        rows = to_device(paths[0], device)
         return tuple(states.index_select(1, rows.to(states.device)) for states in taps), position_ids[:, rows]
     length = max(len(path) for path in paths)
-    rows = torch.tensor([path + [0] * (length - len(path)) for path in paths], device=device)
-    lengths = torch.tensor([len(path) for path in paths], device="cpu")
-    is_pad = (torch.arange(length, device="cpu") >= lengths[:, None]).to(device)
+    rows = to_device([path + [-1] * (length - len(path)) for path in paths], device)
+    is_pad, rows = rows < 0, rows.clamp_min(0)
     return (
         tuple(gather_rows(states, rows.to(states.device)) for states in taps),
         position_ids.gather(1, rows).masked_fill_(is_pad, UNSEEN_POSITION),

@@ -11,6 +11,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from .._compat import CACHE_NAME
 from ..target.caches import cache_windows
 from ..target.target import TargetStates
+from ..transfer import to_device
 from ..trees.ngrams import MAX_CONTEXT
 from ..trees.walk import Chooser
 from .batching import is_row_wise
@@ -46,6 +47,9 @@ class Emitter:
             is_padding = attention_mask[:, attention_mask.shape[1] - self._prompt_length :].cumsum(1) == 0
             self._num_padding = is_padding.sum(1).tolist()
         self._lengths = [self._prompt_length] * batch
+        # New tokens stay on the host until the ids are asked for: one copy takes all of a round along.
+        self._new_ids: list[list[int]] = [[] for _ in range(batch)]
+        self._num_written = [0] * batch
         self._pad_token_id = pad_token_id or 0  # `generate` sees to one where sequences can end before others
         self._ids = self._roomier(input_ids.long(), 64)  # padding behind each sequence; new tokens are int64
         self._streamer = streamer
@@ -71,7 +75,25 @@ class Emitter:
 
     def committed_ids(self, row: int = 0) -> torch.Tensor:
         """All ids of a sequence so far, (1, seq): a view that later tokens do not change."""
-        return self._ids[row : row + 1, : self._lengths[row]]
+        return self._written_ids[row : row + 1, : self._lengths[row]]
+
+    @property
+    def _written_ids(self) -> torch.Tensor:
+        """Ids of all sequences, (batch, at least seq), the new tokens included."""
+        if (width := self._ids.shape[1]) < self.length:
+            self._ids = self._roomier(self._ids, self.length)
+            width = self._ids.shape[1]
+        slots: list[int] = []
+        tokens: list[int] = []
+        for row, (new_ids, start) in enumerate(zip(self._new_ids, self._num_written, strict=True)):
+            first = row * width + self._prompt_length
+            slots += range(first + start, first + len(new_ids))
+            tokens += new_ids[start:]
+        if tokens:
+            slots_and_tokens = to_device([slots, tokens], self._ids.device)
+            self._ids.view(-1).index_copy_(0, *slots_and_tokens.unbind())
+            self._num_written = [len(new_ids) for new_ids in self._new_ids]
+        return self._ids
 
     @property
     def newest_ids(self) -> torch.Tensor:
@@ -83,9 +105,11 @@ class Emitter:
             for counts in (self._lengths, self._num_padding)
         )
         newest = torch.arange(-min(int((lengths - starts).max()), MAX_CONTEXT), 0, device="cpu")
-        columns = (lengths + newest).to(self._ids.device)
-        ids = self._ids[self.rows].gather(1, columns.clamp_min(0))
-        return ids.masked_fill_(columns < starts.to(columns.device), -1)
+        ids = self._written_ids
+        rows, starts, columns = to_device(
+            torch.cat([torch.tensor(self.rows, device="cpu")[:, None], starts, lengths + newest], dim=1), ids.device
+        ).split([1, 1, len(newest)], dim=1)
+        return ids[rows, columns.clamp_min(0)].masked_fill_(columns < starts, -1)
 
     @property
     def num_remaining(self) -> int | None:
@@ -102,11 +126,8 @@ class Emitter:
         criteria."""
         if row in self._finished_rows:  # by a criterion of the batch, since the round began
             return True
-        length = self._lengths[row]
-        if length == self._ids.shape[1]:
-            self._ids = self._roomier(self._ids, length)
-        self._ids[row, length : length + 1] = token  # one element alone would be copied from the host, which waits
-        self._lengths[row] = length = length + 1
+        self._new_ids[row].append(token)
+        self._lengths[row] = length = self._lengths[row] + 1
         is_finished = token in self._eos_ids or (self._max_length is not None and length >= self._max_length)
         if is_finished or (self._row_criteria and _stopped(self._row_criteria, self.committed_ids(row), scores)):
             self._finished_rows.add(row)
@@ -119,13 +140,15 @@ class Emitter:
         """Ask the criteria of the batch about every step that all sequences have reached, in order."""
         while self._num_judged < self._num_reached:
             self._num_judged = end = self._num_judged + 1
-            self._stopped_rows |= _stopped(self._batch_criteria, self._ids[:, :end].contiguous(), scores)
+            self._stopped_rows |= _stopped(self._batch_criteria, self._written_ids[:, :end].contiguous(), scores)
             if not self._stops_each and len(self._stopped_rows) < len(self._lengths):
                 continue
             for row in self._stopped_rows:
                 if self._lengths[row] >= end:
                     self._ids[row, end:] = self._pad_token_id
                     self._lengths[row] = end
+                    del self._new_ids[row][end - self._prompt_length :]
+                    self._num_written[row] = len(self._new_ids[row])
                     self._finished_rows.add(row)
 
     @property
@@ -155,7 +178,9 @@ class Emitter:
         if self._streamer is None:
             return
         while self._prompt_length + self._num_streamed < self._num_reached:
-            self._streamer.put(self._ids[:, self._prompt_length + self._num_streamed].cpu())
+            index = self._num_streamed
+            ids = [new[index] if index < len(new) else self._pad_token_id for new in self._new_ids]
+            self._streamer.put(torch.tensor(ids, device="cpu"))
             self._num_streamed += 1
 
     @property
@@ -189,7 +214,9 @@ class Emitter:
         nodes, windows = states.logits.shape[1], cache_windows(cache)
         for place, node in enumerate(path):
             if states.hidden_states:
-                self._hidden_states.append(tuple(layer[..., node : node + 1, :] for layer in states.hidden_states))
+                # Copies: a compiled forward may overwrite its outputs the next time.
+                rows = tuple(layer[..., node : node + 1, :].clone() for layer in states.hidden_states)
+                self._hidden_states.append(rows)
             entry = []
             for layer, window in zip(states.attentions, windows, strict=False):
                 in_cache = layer.shape[-1] - nodes
@@ -205,7 +232,7 @@ class Emitter:
         """End the stream and assemble what `generate` returns."""
         if self._streamer is not None:
             self._streamer.end()
-        sequences = self._ids[:, : self.length].clone()
+        sequences = self._written_ids[:, : self.length].clone()
         if not wants["return_dict_in_generate"]:
             return sequences
         return GenerateDecoderOnlyOutput(

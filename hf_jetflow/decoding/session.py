@@ -21,6 +21,7 @@ from .._compat import CACHE_NAME
 from ..head.modeling_jetflow import JetFlowHead
 from ..stats import GenerationStats
 from ..target.target import Target, TargetStates
+from ..transfer import to_device
 from ..trees.tree import DraftTree, chain_of
 from ..trees.walk import Chooser, walk_trees
 from .batching import BatchNoise, row_processors
@@ -176,8 +177,9 @@ class DecodingSession:
     @_step("draft")
     def draft(self, plan: RoundPlan) -> Draft:
         """The head's candidates behind the anchors, with what scores them along a branch."""
-        context_ids = self._emitter.newest_ids.to(self._target.device)
-        return self._drafter.propose(context_ids, self._context.positions, plan.max_depth, plan.width)
+        context_ids = to_device(self._emitter.newest_ids, self._target.device)
+        positions = self._context.on_device(self._target.device)[1]
+        return self._drafter.propose(context_ids, positions, plan.max_depth, plan.width)
 
     @_step("tree")
     def best_tree(self, draft: Draft, plan: RoundPlan) -> DraftTree:
@@ -232,6 +234,7 @@ class DecodingSession:
             self._read_rest()
             self._context.strategy.settle(self._emitter.length - 1 + self._num_without_id)
             remember(cache, self._head, self._drafter)
+        self._drafter.close()
         return self._emitter.finish(cache, self._wants, self._choosers[0])
 
     def _read_rest(self) -> None:

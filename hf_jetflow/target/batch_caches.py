@@ -8,6 +8,7 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from ..transfer import to_device
 from .adapters import AdapterNames
 from .caches import DynamicSlidingWindowLayer
 
@@ -53,7 +54,7 @@ class BatchRows:
         key = (num_new, heads, capacity, device)
         if key not in self._new_slots:
             slots = self.lengths[:, None] + torch.arange(num_new, device="cpu")
-            self._new_slots[key] = _flat(slots, heads, capacity).to(device)
+            self._new_slots[key] = to_device(_flat(slots, heads, capacity), device)
         return self._new_slots[key]
 
     def retire(self, place: int) -> int:
@@ -191,7 +192,7 @@ def commit_paths(cache: Cache, rows: BatchRows, paths: list[list[int]]) -> None:
 
         @functools.cache  # alike for most layers
         def moves(heads: int, capacity: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-            return tuple(_flat(slots, heads, capacity).to(device) for slots in both)
+            return tuple(to_device(_flat(slots, heads, capacity), device) for slots in both)
 
         for layer in cache.layers:
             if isinstance(layer, BatchLayer):

@@ -2,12 +2,14 @@
 
 import functools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, StaticCache, cache_utils
 from transformers.cache_utils import DynamicLayer
 
 from .._compat import class_of
+from ..transfer import to_device
 from .growing_cache import GrowingLayer
 from .recurrent import RECURRENT_LAYERS
 
@@ -88,10 +90,21 @@ class StaticHeadCache:
     """
 
     def __init__(self, num_layers: int, capacity: int):
-        self._capacity = capacity
+        self.capacity = capacity
+        self.is_empty = True  # nothing was written yet
         self._layers: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_layers
         self._length = torch.zeros((), dtype=torch.long, device="cpu")
         self._position_ids: torch.Tensor | None = None  # (batch, capacity); beyond every anchor in empty slots
+
+    def reset(self) -> None:
+        """Empty the buffers, which stay where they are: compiled graphs hold on to them."""
+        self.is_empty = True
+        if self._position_ids is not None:
+            self._position_ids.fill_(torch.iinfo(torch.long).max)
+            self._length.zero_()
+        for buffers in self._layers:
+            for buffer in buffers or ():
+                buffer.zero_()  # a masked NaN would still spoil a sum
 
     def extend(
         self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor, num_context: int
@@ -99,41 +112,45 @@ class StaticHeadCache:
         """Write rows (batch, heads, rows, dim), the first `num_context` of them context; returns the full buffers."""
         if self._layers[layer_idx] is None:
             batch, heads, rows, dim = keys.shape
-            shape = (batch, heads, self._capacity + rows - num_context, dim)
-            self._layers[layer_idx] = (keys.new_zeros(shape), keys.new_zeros(shape))
+            shape = (batch, heads, self.capacity + rows - num_context, dim)
+            self._layers[layer_idx] = (_static(keys.new_zeros(shape)), _static(keys.new_zeros(shape)))
         buffers = self._layers[layer_idx]
         assert buffers is not None
         slots = torch.arange(num_context, device=keys.device) + self._length
         for buffer, rows_of in zip(buffers, (keys, values), strict=True):
             buffer.index_copy_(2, slots, rows_of[:, :, :num_context])
-            buffer[:, :, self._capacity :] = rows_of[:, :, num_context:]
+            buffer[:, :, self.capacity :] = rows_of[:, :, num_context:]
         return buffers
 
     def extend_positions(self, position_ids: torch.Tensor) -> torch.Tensor:
         """Write positions (batch, rows) of new context rows; returns the positions of all slots."""
         if self._position_ids is None:
-            shape, device = (len(position_ids), self._capacity), position_ids.device
-            self._position_ids = torch.full(shape, torch.iinfo(torch.long).max, device=device)
-            self._length = self._length.to(device)
+            shape, device = (len(position_ids), self.capacity), position_ids.device
+            self._position_ids = _static(torch.full(shape, torch.iinfo(torch.long).max, device=device))
+            self._length = _static(torch.zeros((), dtype=torch.long, device=device))
+        self.is_empty = False
         slots = torch.arange(position_ids.shape[1], device=position_ids.device) + self._length
         return self._position_ids.index_copy_(1, slots, position_ids)
 
     def context_rows(self) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor | None]:
-        """Keys and values (batch, heads, rows, dim) of the context in each layer, and positions (batch, rows)."""
-        if self._position_ids is None:
+        """Copies of keys and values (batch, heads, rows, dim) of the context in each layer, and of positions (batch,
+        rows)."""
+        if self.is_empty or self._position_ids is None:
             return [], None
         end = int(self._length)
-        rows = [(keys[:, :, :end], values[:, :, :end]) for keys, values in self._layers]  # type: ignore[misc]
-        return rows, self._position_ids[:, :end]
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing was written yet."""
-        return self._position_ids is None
+        rows = [tuple(buffer[:, :, :end].clone() for buffer in buffers) for buffers in self._layers if buffers]
+        return rows, self._position_ids[:, :end].clone()  # type: ignore[return-value]
 
     def count_rows(self, num_rows: int) -> None:
         """Count the first `num_rows` of the newest context rows; the others were padding."""
         self._length.add_(num_rows)
+
+
+def _static(buffer: torch.Tensor) -> torch.Tensor:
+    """The buffer, marked as one whose address stays: CUDA graphs may then change it in place."""
+    if not torch.compiler.is_compiling():
+        torch._dynamo.mark_static_address(buffer, guard=False)
+    return buffer
 
 
 def check_target_cache(cache: Cache | None) -> DynamicCache | StaticCache:
@@ -233,17 +250,13 @@ def commit_path(cache: Cache, path: list[int], num_rows: int) -> None:
 
     @functools.cache  # the same for most layers
     def moves(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.tensor(path[first:], device=device), torch.arange(first, len(path), device=device)
+        return to_device(path[first:], device), torch.arange(first, len(path), device=device)
 
+    layers = [layer for layer in cache.layers if not isinstance(layer, EMPTY_LAYERS)]
+    _commit_static([layer for layer in layers if isinstance(layer, StaticLayer)], moves, len(path), first, num_rows)
     moved: dict[int, tuple[torch.Tensor, ...]] = {}  # buffers that layers share
-    for layer in cache.layers:
-        if isinstance(layer, EMPTY_LAYERS):
-            continue
-        if isinstance(layer, StaticLayer):
-            if first < len(path):
-                _move((layer.keys, layer.values), layer.cumulative_length - num_rows, moves)
-            layer.cumulative_length.add_(len(path) - num_rows)  # in place: compiled graphs hold on to it
-        elif isinstance(layer, DynamicLayer) and (layer.is_sliding or len(path) < num_rows):
+    for layer in layers:
+        if isinstance(layer, DynamicLayer) and (layer.is_sliding or len(path) < num_rows):
             if isinstance(layer, GrowingLayer) and (buffers := layer.shared_buffers):
                 start = layer.get_seq_length() - num_rows
                 if first < len(path) and id(buffers) not in moved:
@@ -257,10 +270,28 @@ def commit_path(cache: Cache, path: list[int], num_rows: int) -> None:
             _end_at(layer, start + len(path), num_rows - len(path))
 
 
-def _move(buffers: Iterable[torch.Tensor], start: int | torch.Tensor, moves: Moves) -> None:
+def _commit_static(layers: list[Any], moves: Moves, length: int, first: int, num_rows: int) -> None:
+    """The part of `commit_path` for static layers, which all have one length, given that of the path."""
+    if not layers:
+        return
+    lengths = [layer.cumulative_length for layer in layers]
+
+    @functools.cache
+    def shifted(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        start = lengths[0].to(device) - num_rows
+        rows, slots = moves(device)
+        return rows + start, slots + start
+
+    if first < length:
+        for layer in layers:
+            _move((layer.keys, layer.values), 0, shifted)
+    torch._foreach_add_(lengths, length - num_rows)  # in place: compiled graphs hold on to them
+
+
+def _move(buffers: Iterable[torch.Tensor], start: int, moves: Moves) -> None:
     """Compact rows of buffers (..., rows, dim) behind `start`, in place."""
     for states in buffers:
-        rows, slots = (numbers + start for numbers in moves(states.device))
+        rows, slots = (numbers + start if start else numbers for numbers in moves(states.device))
         states.index_copy_(-2, slots, states.index_select(-2, rows))
 
 

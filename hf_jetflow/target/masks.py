@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import pad
 
+from ..transfer import to_device
 from ..trees.tree import DraftTree
 from .caches import cache_windows
 from .layer_kinds import Window
@@ -55,14 +56,15 @@ def _tree_mask(context: "Context", tree: DraftTree, window: Window | None, devic
 
     No row sees the slots behind a sequence's nodes. With a static cache, rows that pad see what the root sees.
     """
-    nodes, cached = tree.num_nodes, _cached_rows(context, window)
-    slots = torch.arange(int(cached.max()), device=device)
-    num_forgotten = (context.rows.lengths - cached).to(device)[:, None]
-    cached, positions = cached.to(device)[:, None], context.positions.to(device)[:, None]
+    nodes, max_cached = tree.num_nodes, _max_cached_rows(context, window)
+    longest = int(context.rows.lengths.max())
+    slots = torch.arange(longest if max_cached is None else min(longest, max_cached), device=device)
+    lengths, positions = context.on_device(device)[..., None].unbind()
+    cached = lengths if max_cached is None else lengths.clamp_max(max_cached)
     is_seen = slots < cached
     if context.padding is not None:
-        is_pad = context.padding[context.rows.decoded].to(device)
-        indices = slots + num_forgotten
+        is_pad = context.padding[to_device(context.rows.decoded, context.padding.device)].to(device)
+        indices = slots + lengths - cached
         is_prompt = indices < is_pad.shape[1]
         is_seen = is_seen & ~(is_prompt & is_pad.gather(1, indices.clamp_max(is_pad.shape[1] - 1)))
     sees_prefix = is_seen[:, None].expand(-1, nodes, -1)
@@ -88,9 +90,9 @@ def _as_dtype(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
-def _cached_rows(context: "Context", window: Window | None) -> torch.Tensor:
-    """Rows (batch,) that a layer with this window returns from the cache in front of the nodes."""
-    lengths = context.rows.lengths
+def _max_cached_rows(context: "Context", window: Window | None) -> int | None:
+    """Maximum number of rows that a layer with this window returns from the cache in front of the nodes; `None` if
+    all."""
     if window is not None and window.size in cache_windows(context.cache):
-        return lengths.clamp_max(window.size - 1)
-    return lengths
+        return window.size - 1
+    return None

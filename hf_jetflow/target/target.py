@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 
 from .._compat import CACHE_NAME
 from ..head.configuration_jetflow import JetFlowConfig
+from ..transfer import to_device
 from ..trees.tree import DraftTree
 from .adapters import AdapterNames
 from .attention import grouped_attention, mask_dtype
@@ -62,6 +63,7 @@ class Context:
     scaling_step: int | None = None  # see `layer_kinds.scaling_step`
     position_limits: PositionLimits = field(default_factory=PositionLimits)
     _positions: tuple[torch.Tensor, torch.Tensor] | None = None  # lengths, and the positions that go with them
+    _on_device: tuple[torch.Tensor, torch.Tensor] | None = None  # lengths, and what `on_device` returns for them
 
     @property
     def cache(self) -> DynamicCache | StaticCache:
@@ -77,6 +79,13 @@ class Context:
         lengths, known = self.rows.lengths, self._positions
         if known is None or known[0] is not lengths:  # every step of a round asks
             known = self._positions = (lengths, lengths + self.offsets[self.rows.decoded])
+        return known[1]
+
+    def on_device(self, device: torch.device) -> torch.Tensor:
+        """Cached tokens and anchor positions of the active sequences, (2, batch), copied once per round."""
+        lengths, known = self.rows.lengths, self._on_device
+        if known is None or known[0] is not lengths or known[1].device != device:
+            known = self._on_device = (lengths, to_device(torch.stack([lengths, self.positions]), device))
         return known[1]
 
     def forward_of(self, model: PreTrainedModel) -> Callable:
@@ -253,7 +262,7 @@ class Target:
 
     def _node_positions(self, context: Context, tree: DraftTree) -> torch.Tensor:
         """Absolute positions of the nodes, (places, nodes)."""
-        return context.positions[:, None].to(self.device, non_blocking=True) + tree.depths.to(self.device)
+        return context.on_device(self.device)[1, :, None] + tree.depths.to(self.device)
 
     def _read(self, context: Context, tree: DraftTree) -> ModelOutput:
         """The model's forward over all nodes, and padding with a static cache."""
@@ -261,7 +270,8 @@ class Target:
         position_ids = self._node_positions(context, tree)
         position_ids = torch.cat([position_ids, position_ids[:, :1].expand(-1, num_pad)], dim=1)
         if context.kind_offsets is not None:
-            position_ids = context.kind_offsets[:, context.rows.decoded, None].to(self.device) + position_ids
+            offsets = context.kind_offsets[:, context.rows.decoded, None]
+            position_ids = to_device(offsets, self.device) + position_ids
         if self._takes_trees:
             masks = tree_masks(context, tree, self._windows, context.mask_dtype, self.device)
         else:

@@ -17,6 +17,8 @@ from operator import neg
 import torch
 from torch.nn.functional import pad
 
+from ..transfer import to_device
+
 
 MIN_REST = 1e-6  # minimum total probability of the tokens that are not candidates
 
@@ -203,7 +205,7 @@ def _renumbered(parents: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     places = torch.arange(kept.shape[-1], device=kept.device).expand_as(kept)
     new_place = torch.empty_like(parents).scatter_(-1, kept, places)
     new_parents = new_place.gather(-1, parents.gather(-1, kept).clamp_min(0))
-    new_parents[..., 0] = -1
+    new_parents[..., :1] = -1  # one element alone would be copied from the host, which waits
     return new_parents
 
 
@@ -240,13 +242,13 @@ def _promising_pairs(branches: int, width: int, most: int, device: torch.device)
     A pair scores at least as well as every pair with no smaller index, so (r, c) has (r + 1)(c + 1) - 1 pairs ahead
     of it and is dropped once that reaches `most`.
     """
-    rows = torch.arange(branches, device=device)[:, None]
-    columns = torch.arange(width, device=device)[None, :]
-    pairs = ((rows + 1) * (columns + 1) <= most).nonzero()
-    return pairs[:, 0].contiguous(), pairs[:, 1].contiguous()
+    rows = torch.arange(branches, device="cpu")[:, None]
+    columns = torch.arange(width, device="cpu")[None, :]
+    pairs = to_device(((rows + 1) * (columns + 1) <= most).nonzero().T.contiguous(), device)
+    return pairs[0], pairs[1]
 
 
 @lru_cache(maxsize=256)
 def _level_numbers(sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Depth of each node when depth d has `sizes[d]` nodes."""
-    return torch.tensor([depth for depth, size in enumerate(sizes) for _ in range(size)], device=device)
+    return to_device([depth for depth, size in enumerate(sizes) for _ in range(size)], device)

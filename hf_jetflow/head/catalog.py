@@ -1,0 +1,81 @@
+"""Published heads by target, from `catalog.json`: which head for my model, and does it load.
+
+Whether a head loads follows from the layouts that `formats.py` reads. The file says the rest: one line per head.
+"""
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import JetFlowError
+from .formats import LAYOUTS, REFUSED
+
+
+FILE = Path(__file__).with_name("catalog.json")
+
+
+@dataclass(frozen=True)
+class PublishedHead:
+    """One line of the file. Nothing was loaded or looked up on the Hub."""
+
+    target: str  # name of the target without its organization
+    head: str  # Hub id
+    layout: str  # a name of `formats.py`
+    source: str  # where the head was seen
+    date: str  # when it was seen there, YYYY-MM
+    license: str | None = None  # of the weights; `None` where the source does not say
+    note: str | None = None
+    obstacle: str | None = None  # why it does not load although its layout does
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the head does not load; `None` if it does."""
+        if self.obstacle is not None:
+            return self.obstacle
+        if any(layout.name == self.layout for layout in LAYOUTS):
+            return None
+        refused = {each.name: each.reason for each in REFUSED}
+        return refused.get(self.layout, "this release does not know the layout")
+
+
+def published_heads(target: str | None = None) -> list[PublishedHead]:
+    """
+    All heads of the file, or those of a target: heads that load first.
+
+    Args:
+        target (`str`, *optional*): Name or Hub id of the target, in any case.
+
+    Raises:
+        JetFlowError: If no head of that target is listed. The message names targets that resemble it.
+    """
+    heads = [PublishedHead(**line) for line in json.loads(FILE.read_text(encoding="utf-8"))["heads"]]
+    if target is not None:
+        name = target.rpartition("/")[2].lower()
+        known = {head.target.lower(): head.target for head in heads}
+        heads = [head for head in heads if head.target.lower() == name]
+        if not heads:
+            close = [known[each] for each in difflib.get_close_matches(name, known, n=3)]
+            hint = f"did you mean {', '.join(close)}? Otherwise " if close else ""
+            raise JetFlowError(
+                f"no head is listed for {target!r}; {hint}run `hf-jetflow heads` for all targets, or train a head "
+                "with `hf-jetflow train`"
+            )
+    targets = {head.target: index for index, head in reversed(list(enumerate(heads)))}
+    return sorted(heads, key=lambda head: (targets[head.target], head.refusal is not None))
+
+
+def catalog_table(heads: Sequence[PublishedHead]) -> str:
+    """The heads as a Markdown table."""
+    lines = ["| Target | Head | Layout | Loads | License | Seen in |", "|---|---|---|---|---|---|"]
+    target = None
+    for head in heads:
+        name, target = "" if head.target == target else head.target, head.target
+        loads = "yes" if head.refusal is None else f"no: {head.refusal}"
+        if head.note:
+            loads += f" ({head.note})"
+        license = head.license or "not stated"
+        source = f"{head.source}, {head.date}"
+        lines.append(f"| {name} | `{head.head}` | {head.layout} | {loads} | {license} | {source} |")
+    return "\n".join(lines)

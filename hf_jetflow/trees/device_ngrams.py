@@ -1,0 +1,113 @@
+"""Context n-grams as tensor operations of fixed shapes: the results of `ngrams.py` without a wait of the host.
+
+The trie of `ngrams.py` is faster on the CPU. On an accelerator each look-up would make the host wait for the branches,
+so here every branch is compared with all positions of the text.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch.nn.functional import pad
+
+from ..transfer import to_device
+from .ngrams import MAX_CONTEXT, MAX_MATCH
+from .tree import Candidates, DraftTree, trim_tree
+
+
+NO_TOKEN = -2  # in front of shorter texts; other than the -1 there, it equals no token that is looked up
+
+
+class MatchedNgrams:
+    """
+    Logit changes of candidates after each branch of a tree, as [`~ngrams.ContextNgrams`] defines them.
+
+    Args:
+        context_ids (`torch.Tensor`, (..., seq)): Newest committed tokens of each sequence, the anchor last; negative
+            ids in front of shorter texts.
+        candidates ([`~tree.Candidates`]): Proposals per depth.
+        weights (`Sequence[float]`): One for each length of a match, from 1.
+    """
+
+    def __init__(self, context_ids: torch.Tensor, candidates: Candidates, weights: Sequence[float]):
+        texts = context_ids.reshape(-1, context_ids.shape[-1])[:, -MAX_CONTEXT:]
+        device, longest = texts.device, len(weights)
+        self._ids = texts[:, :-1].where(texts[:, :-1] >= 0, NO_TOKEN)
+        tokens = candidates.tokens.reshape(len(texts), *candidates.tokens.shape[-2:])
+        # Whether each candidate follows each position, and a column of ones: (texts, depth, seq, width + 1).
+        follows = texts[:, None, 1:, None] == tokens[:, :, None]
+        self._follows = pad(follows.float(), (0, 1), value=1.0)
+        self._counts = torch.arange(1, longest + 1, dtype=torch.int8, device=device).view(-1, 1, 1)
+        self._weights = to_device(weights, device).view(-1, 1, 1)
+        # Of each branch of the previous depth: length of the match that ends before each position, (texts, branches,
+        # seq + 1).
+        self._lengths = torch.zeros(len(texts), 1, texts.shape[1], dtype=torch.int8, device=device)
+        for token in texts[:, -longest:].unbind(1):
+            self._lengths = self._longer(self._lengths[..., :-1], token[:, None])
+
+    def __call__(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Logit changes (..., branches, width) of a depth's candidates, see `ContextNgrams`."""
+        if depth:
+            parents, of_branch = (each.reshape(len(self._ids), -1) for each in (parents, tokens))
+            index = parents[..., None].expand(-1, -1, self._ids.shape[1])
+            self._lengths = self._longer(self._lengths[..., :-1].gather(1, index), of_branch)
+        matches = (self._lengths[:, None, :, 1:] >= self._counts).float()  # (texts, match lengths, branches, seq)
+        votes = (matches.flatten(1, 2) @ self._follows[:, depth]).view(*matches.shape[:3], -1)
+        changes = self._weights * votes[..., :-1] / votes[..., -1:].clamp_min(1)
+        return changes.sum(1).view(*tokens.shape, -1)
+
+    def _longer(self, before: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Lengths of the matches of branches, whose tokens but the last match by `before` (texts, branches, seq), and
+        whose last tokens are `tokens` (texts, branches)."""
+        lengths = (before.clamp_max(len(self._counts) - 1) + 1) * (self._ids[:, None] == tokens[..., None])
+        return torch.cat([lengths.new_zeros((*lengths.shape[:2], 1)), lengths], dim=-1)
+
+
+def continue_full_tree(
+    tree: DraftTree, context_ids: torch.Tensor, max_continued: int, min_logprob: float = -math.inf
+) -> DraftTree:
+    """`ngrams.continue_tree` for a tree that uses its whole node budget, so that its size stays. `max_depth` of the
+    result is the deepest level that may hold nodes."""
+    if max_continued < 1 or tree.max_depth < 1 or tree.tokens.numel() != tree.num_nodes:
+        return tree
+    tokens, parents, depths, scores = (
+        each.flatten() for each in (tree.tokens, tree.parents, tree.depths, tree.logprobs)
+    )
+    is_deepest = depths == tree.max_depth
+    leaf = scores.where(is_deepest, -math.inf).argmax(0, keepdim=True)
+    path = [leaf]
+    for _ in range(tree.max_depth - 1):
+        path.append(parents.index_select(0, path[-1]).clamp_min(0))
+    text = torch.cat([context_ids.flatten()[-MAX_CONTEXT:], tokens.index_select(0, torch.cat(path[::-1]))])
+    length, index = _longest_match(text)
+    steps = torch.arange(max_continued, device=text.device)
+    known = length + steps
+    added = scores.index_select(0, leaf) + (known / (known + 2)).log().cumsum(0)
+    floor = scores.min().clamp_min(min_logprob)
+    added = added.where(is_deepest.any() & (added > floor), -math.inf)
+    grown = DraftTree(
+        # A match that reaches the text's end goes on with the tokens added: it repeats itself.
+        tokens=torch.cat([tokens, text.index_select(0, index + steps % (len(text) - index))]),
+        parents=torch.cat([parents, leaf, len(tokens) + steps[:-1]]),
+        depths=torch.cat([depths, tree.max_depth + 1 + steps]),
+        logprobs=torch.cat([scores, added]),
+        max_depth=tree.max_depth + max_continued,
+    )
+    best = trim_tree(grown, tree.num_nodes)
+    shape = tree.tokens.shape
+    return DraftTree(
+        best.tokens.view(shape),
+        best.parents.view(shape),
+        best.depths.view(tree.depths.shape),
+        best.logprobs.view(shape),
+        best.max_depth,
+    )
+
+
+def _longest_match(text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Length of the longest earlier match of the text's end and the index after it, (1,) each, see `ngrams.py`."""
+    windows = pad(text, (MAX_MATCH - 1, 0), value=-1).unfold(0, MAX_MATCH, 1)  # ends of the text at each position
+    is_same = (windows[:-1] == windows[-1]) & (windows[:-1] >= 0)
+    lengths = is_same.flip(1).cumprod(1).sum(1)
+    latest = (lengths * len(text) + torch.arange(len(lengths), device=text.device)).argmax(0, keepdim=True)
+    return lengths.index_select(0, latest), latest + 1

@@ -1,0 +1,82 @@
+"""`count`: launches and host waits inside a block, by step of the round and by source line."""
+
+import functools
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+from hf_jetflow.decoding.session import DecodingSession
+
+from .device import install
+
+
+STEPS = ("draft", "best_tree", "verify", "walk", "commit", "end_round")
+
+
+@dataclass
+class Counts:
+    """Counts of the rounds of one or several `generate` calls; "other" is what runs outside of their steps."""
+
+    launches: Counter[tuple[str, str]] = field(default_factory=Counter)  # by step and place
+    waits: Counter[tuple[str, str]] = field(default_factory=Counter)
+    step: str = "other"
+    num_rounds: int = 0
+
+    def per_round(self, events: Counter[tuple[str, str]], step: str | None = None) -> float:
+        """Events of a step, or of all steps of a round, divided by the rounds."""
+        steps = STEPS if step is None else (step,)
+        return sum(number for (where, _), number in events.items() if where in steps) / max(self.num_rounds, 1)
+
+    def places(self, events: Counter[tuple[str, str]]) -> list[tuple[str, str, float]]:
+        """Step, place and events per round, the most frequent first."""
+        return [
+            (step, place, number / self.num_rounds) for (step, place), number in events.most_common() if step in STEPS
+        ]
+
+
+@contextmanager
+def count() -> Iterator[Counts]:
+    """Counts what runs inside on the pretended device."""
+    counts, device = Counts(), install()
+
+    def listen(kind: str, operation: str) -> None:
+        events = counts.launches if kind == "launch" else counts.waits
+        events[counts.step, _place(sys._getframe(1), operation)] += 1
+
+    originals = {name: getattr(DecodingSession, name) for name in STEPS}
+    for name, original in originals.items():
+        setattr(DecodingSession, name, _as_step(counts, name, original))
+    device.listen(listen)
+    try:
+        yield counts
+    finally:
+        device.listen(None)
+        for name, original in originals.items():
+            setattr(DecodingSession, name, original)
+
+
+def _as_step(counts: Counts, name: str, method: Any) -> Any:
+    @functools.wraps(method)
+    def step(*args: Any) -> Any:
+        counts.step = name
+        try:
+            return method(*args)
+        finally:
+            counts.step = "other"
+            counts.num_rounds += name == "end_round"
+
+    return step
+
+
+def _place(frame: FrameType | None, operation: str) -> str:
+    """File and line of the package's innermost frame, and the operation."""
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if "/hf_jetflow/" in file:
+            return f"{file.rsplit('/hf_jetflow/', 1)[1]}:{frame.f_lineno} {operation}"
+        frame = frame.f_back
+    return operation

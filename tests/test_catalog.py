@@ -1,0 +1,82 @@
+"""The list of published heads: what the command and the page say about each, and that it matches the reader."""
+
+import json
+import re
+
+import pytest
+from helpers import run_command
+from test_docs import ROOT, load
+
+from hf_jetflow.head import catalog
+from hf_jetflow.head.catalog import PublishedHead, published_heads
+from hf_jetflow.head.formats import LAYOUTS, REFUSED
+
+
+# Layouts that are listed for their targets' sake and that no release has read yet.
+UNKNOWN = {
+    *("speculators dflash2", "speculators dspark", "speculators xpress"),
+    *("DeepSpec DSpark", "TreeFlash", "DFlare", "DFly", "MLA or MoE draft", "DeepSeek V4 DSpark"),
+}
+
+
+def head_of(layout, **fields):
+    return PublishedHead("target", "org/head", layout, "a page", "2026-11", **fields)
+
+
+def test_every_line_has_an_id_of_the_hub_a_date_and_a_layout_by_its_name_here():
+    heads = published_heads()
+    assert len({head.target for head in heads}) > 40
+    assert len({head.head for head in heads}) == len(heads)
+    known = {each.name for each in (*LAYOUTS, *REFUSED)} | UNKNOWN
+    for head in heads:
+        assert re.fullmatch(r"[\w.-]+/[\w.-]+", head.head), head
+        assert re.fullmatch(r"20\d\d-(0[1-9]|1[0-2])", head.date), head
+        assert head.source, head
+        assert head.layout in known, head
+
+
+def test_whether_a_head_loads_follows_from_the_layouts_that_are_read():
+    for layout in LAYOUTS:
+        assert head_of(layout.name).refusal is None
+    for refused in REFUSED:
+        assert head_of(refused.name).refusal == refused.reason
+    assert head_of("Unheard Of").refusal == "this release does not know the layout"
+    assert head_of("DFlash", obstacle="its weights are a .bin file").refusal == "its weights are a .bin file"
+
+
+@pytest.mark.parametrize("name", ["Qwen3-8B", "Qwen/Qwen3-8B", "someone/qwen3-8b"])
+def test_a_target_is_found_by_name_or_hub_id_and_heads_that_load_come_first(name):
+    heads = published_heads(name)
+    assert {head.target for head in heads} == {"Qwen3-8B"}
+    loads = [head.refusal is None for head in heads]
+    assert loads == sorted(loads, reverse=True)
+    assert heads[0].head == "JetSpec/jetspec-qwen3-8b"
+
+
+def test_the_command_prints_one_target_or_all_of_them():
+    of_one, of_all = run_command("heads", "Qwen/Qwen3-8B"), run_command("heads")
+    assert (of_one.exit_code, of_all.exit_code) == (0, 0)
+    assert of_one.output.startswith(
+        "Qwen3-8B\n  JetSpec/jetspec-qwen3-8b\n    loads\n    layout JetSpec; license not stated"
+    )
+    assert "\nGLM-5.3-Flash\n" in of_all.output
+    assert "license CC BY-NC-ND 4.0" in of_all.output
+    assert "does not load: its weights are a .bin file" in of_all.output
+
+
+def test_an_unlisted_target_is_an_error_that_names_close_ones():
+    finished = run_command("heads", "Qwen/Qwen3-8")
+    assert finished.exit_code == 1
+    assert "error: no head is listed for 'Qwen/Qwen3-8'; did you mean Qwen3-8B" in finished.output
+    assert "train a head" in run_command("heads", "zzz").output
+
+
+def test_the_page_is_the_one_that_make_docs_writes():
+    tool = load("tools/heads_page.py")
+    assert tool.PAGE.read_text(encoding="utf-8") == tool.page(), "run `make docs`"
+    assert tool.PAGE.parent == ROOT / "docs"
+
+
+def test_the_file_has_one_line_per_head():
+    lines = [line for line in catalog.FILE.read_text(encoding="utf-8").splitlines() if line.startswith("  {")]
+    assert len(lines) == len(json.loads(catalog.FILE.read_text(encoding="utf-8"))["heads"])

@@ -1,0 +1,40 @@
+"""Write the table of docs/published-heads.md from hf_jetflow/head/catalog.json.
+
+make docs
+"""
+
+from pathlib import Path
+
+from hf_jetflow.head.catalog import catalog_table, published_heads
+
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "published-heads.md"
+INTRODUCTION = """# Which head for my model
+
+Published draft heads by target, and whether this release loads them. `hf-jetflow heads Qwen/Qwen3-8B` prints those of
+one target.
+
+```python
+from hf_jetflow import JetFlowHead
+
+head = JetFlowHead.from_pretrained("JetSpec/jetspec-qwen3-8b")
+```
+
+- Prefer a head that loads, has a large block (15 or 16), and was trained for the exact target: base and instruct
+  models differ.
+- "Loads" follows from the layout. The weights of these heads have not been tried: run `hf-jetflow doctor`.
+- Ids were read in the places under "Seen in", not on the Hub. Read the license on the
+  head's own page.
+- No head for your model? [Train one](training.md). [Layouts](heads.md) says how each layout was checked.
+
+The table is written by `make docs` from [`catalog.json`](../hf_jetflow/head/catalog.json): add a line there.
+"""
+
+
+def page() -> str:
+    """The page as Markdown."""
+    return f"{INTRODUCTION}\n{catalog_table(published_heads())}\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
