@@ -1,4 +1,4 @@
-"""`GenerationStats`: what one `generate` call drafted and what the target kept of it."""
+"""`GenerationStats`: what one `generate` call drafted and what the target accepted of it."""
 
 import itertools
 from collections.abc import Iterable
@@ -15,10 +15,10 @@ class GenerationStats:
     counts once for each sequence that took part, so that all figures are those of a sequence on average.
     """
 
-    num_rounds: int = 0  # target forwards after the prefill, for each sequence
+    num_rounds: int = 0  # rounds after the prefill, summed over sequences
     num_new_tokens: int = 0  # tokens emitted, the prefill's token included
     num_drafted: int = 0  # nodes drafted, roots excluded
-    num_accepted: int = 0  # drafted tokens kept, bonus tokens excluded
+    num_accepted: int = 0  # drafted tokens accepted, bonus tokens excluded
     # Rounds that drafted depth 1, 2, ..., n-gram continuations included, and those that accepted a token there.
     offered_by_depth: list[int] = field(default_factory=list)
     accepted_by_depth: list[int] = field(default_factory=list)
@@ -30,9 +30,9 @@ class GenerationStats:
 
     def count_round(self, num_drafted: int, tree_depth: int, num_accepted: Iterable[int]) -> None:
         """Add one round of sequences whose trees had `num_drafted` nodes down to `tree_depth` each, of which
-        `num_accepted` were kept."""
-        for num_kept in num_accepted:
-            self._count_tree(num_drafted, tree_depth, num_kept)
+        `num_accepted` were accepted."""
+        for num_of_sequence in num_accepted:
+            self._count_tree(num_drafted, tree_depth, num_of_sequence)
 
     def _count_tree(self, num_drafted: int, tree_depth: int, num_accepted: int) -> None:
         self.num_rounds += 1
@@ -68,10 +68,12 @@ class GenerationStats:
 
     @property
     def tokens_per_round(self) -> float:
-        """Tokens gained per target forward after the prefill, the bonus token included (the papers' tau)."""
+        """Tokens gained per round, the bonus token included (the papers' tau)."""
         return (self.num_accepted + self.num_rounds) / self.num_rounds if self.num_rounds else 0.0
 
     @property
     def acceptance_by_depth(self) -> list[float]:
-        """Share of the rounds that drafted depth 1, 2, ... which kept a token there."""
-        return [kept / offered for kept, offered in zip(self.accepted_by_depth, self.offered_by_depth, strict=True)]
+        """Share of the rounds that drafted depth 1, 2, ... which accepted a token there."""
+        return [
+            accepted / offered for accepted, offered in zip(self.accepted_by_depth, self.offered_by_depth, strict=True)
+        ]

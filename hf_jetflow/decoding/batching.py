@@ -1,4 +1,4 @@
-"""What a batch needs to choose as plain decoding does, though its sequences advance by different lengths."""
+"""Exact batched decoding of sequences that advance at different speeds: per-sequence processors, shared draws."""
 
 import copy
 from collections import OrderedDict
@@ -70,14 +70,17 @@ def plain_batch_reason(
     generation_config: GenerationConfig,
     cache: object,
 ) -> str | None:
-    """Why the sequences of a batch cannot advance by different lengths with the output of plain decoding; `None` if
-    they can."""
+    """Reason to decode a batch plainly, because its sequences cannot advance at different speeds; `None` if there is
+    none."""
     if not takes_trees(model) or scaling_step(model) is not None:
-        return f"`{model.config.model_type}` goes by the order of its cache, which drafts for a batch do not keep"
-    foreign = sorted({type(part).__name__ for part in logits_processor if not is_row_wise(part)})
-    if foreign:
         return (
-            f"{', '.join(foreign)} may look at the whole batch, or remember earlier calls; give it an "
+            f"`{model.config.model_type}` depends on the index of a token in its cache, which draft trees of a batch "
+            "do not preserve"
+        )
+    unsupported = sorted({type(part).__name__ for part in logits_processor if not is_row_wise(part)})
+    if unsupported:
+        return (
+            f"{', '.join(unsupported)} may look at the whole batch, or remember earlier calls; give it an "
             "attribute `is_row_wise = True` if it does neither"
         )
     recorded = [name for name in RECORDED if getattr(generation_config, name)]
@@ -86,10 +89,10 @@ def plain_batch_reason(
     if isinstance(cache, StaticCache):
         return "the sequences of a static cache have one length"
     is_returned = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
-    if is_returned and is_recurrent(model) and (judging := _batch_criteria(criteria)):
+    if is_returned and is_recurrent(model) and (asked := _batch_criteria(criteria)):
         return (
-            f"{', '.join(judging)} may end a sequence behind which others have been decoded, and the recurrent states "
-            f"of `{model.config.model_type}` in the returned cache cannot go back"
+            f"{', '.join(asked)} may end a sequence at a token behind which others were decoded, and the "
+            f"recurrent states of `{model.config.model_type}` in the returned cache cannot be rolled back"
         )
     return None
 
@@ -126,8 +129,8 @@ class BatchNoise:
     The random draws of plain batched sampling, for sequences that are at different steps.
 
     `torch.multinomial` divides all rows' probabilities by exponential noise of their shape and takes the greatest, so
-    a step's noise does not depend on the probabilities: it is drawn when the first sequence reaches the step and kept
-    for the others. What no longer fits into memory is drawn again from the generator's state before that step.
+    a step's noise does not depend on the probabilities: it is drawn when the first sequence reaches the step and
+    stored for the others. What no longer fits into memory is drawn again from the generator's state before that step.
 
     Args:
         num_rows (`int`): Sequences of the batch.
@@ -149,7 +152,7 @@ class BatchNoise:
         return int((probs[0] / noise[row]).argmax())
 
     def rewind(self, num_steps: int) -> None:
-        """Leave the generator as plain decoding does after `num_steps`, where some sequence was decoded beyond."""
+        """Reset the generator to its state after `num_steps`, if a sequence was decoded further."""
         if num_steps < len(self._states):
             _set_random_state(self._device, self._states[num_steps])
 

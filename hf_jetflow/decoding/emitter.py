@@ -51,7 +51,9 @@ class Emitter:
         self._new_ids: list[list[int]] = [[] for _ in range(batch)]
         self._num_written = [0] * batch
         self._pad_token_id = pad_token_id or 0  # `generate` sees to one where sequences can end before others
-        self._ids = self._roomier(input_ids.long(), 64)  # padding behind each sequence; new tokens are int64
+        self._ids = self._with_spare_capacity(
+            input_ids.long(), 64
+        )  # padding behind each sequence; new tokens are int64
         self._streamer = streamer
         self._num_streamed = 0
         # Length and EOS are decided on the host; every other criterion sees the ids as in plain decoding.
@@ -70,7 +72,7 @@ class Emitter:
         self._stopped_rows: set[int] = set()  # by the criteria of the batch
         self._hidden_states: list[tuple[torch.Tensor, ...]] = []
         self._attentions: list[tuple[torch.Tensor, ...]] = []
-        self.rows = list(range(batch))  # the sequence decoded at each place of the batch
+        self.rows = list(range(batch))  # the sequence in each batch slot
         self._finished_rows: set[int] = set()
 
     def committed_ids(self, row: int = 0) -> torch.Tensor:
@@ -81,7 +83,7 @@ class Emitter:
     def _written_ids(self) -> torch.Tensor:
         """Ids of all sequences, (batch, at least seq), the new tokens included."""
         if (width := self._ids.shape[1]) < self.length:
-            self._ids = self._roomier(self._ids, self.length)
+            self._ids = self._with_spare_capacity(self._ids, self.length)
             width = self._ids.shape[1]
         slots: list[int] = []
         tokens: list[int] = []
@@ -97,7 +99,7 @@ class Emitter:
 
     @property
     def newest_ids(self) -> torch.Tensor:
-        """What is searched for n-grams at each place, (places, up to `MAX_CONTEXT`); -1 in front of shorter texts."""
+        """Newest tokens of the active sequences, for n-grams: (active, up to `MAX_CONTEXT`), -1 in front."""
         if len(self._lengths) == 1:
             return self.committed_ids()[:, -MAX_CONTEXT:]
         lengths, starts = (
@@ -113,7 +115,7 @@ class Emitter:
 
     @property
     def num_remaining(self) -> int | None:
-        """Tokens that some sequence may still emit; `None` without a length limit."""
+        """Maximum number of tokens that an active sequence may still emit; `None` without a length limit."""
         return None if self._max_length is None else self._max_length - min(self._lengths[row] for row in self.rows)
 
     @property
@@ -122,8 +124,8 @@ class Emitter:
         return sum(self._lengths) - len(self._lengths) * self._prompt_length
 
     def push(self, row: int, token: int, scores: tuple[torch.Tensor, ...] | None = None) -> bool:
-        """Commit one token of a sequence, unless it has ended; returns whether it has. `scores` are for the
-        criteria."""
+        """Commit one token; a finished sequence ignores it. Returns whether the sequence is finished. The criteria get
+        `scores`."""
         if row in self._finished_rows:  # by a criterion of the batch, since the round began
             return True
         self._new_ids[row].append(token)
@@ -156,7 +158,7 @@ class Emitter:
         """Tokens that every sequence has, padding behind its end included."""
         return min((n for row, n in enumerate(self._lengths) if row not in self._finished_rows), default=self.length)
 
-    def _roomier(self, ids: torch.Tensor, num_more: int) -> torch.Tensor:
+    def _with_spare_capacity(self, ids: torch.Tensor, num_more: int) -> torch.Tensor:
         return pad(ids, (0, num_more), value=self._pad_token_id)
 
     @property
@@ -166,12 +168,12 @@ class Emitter:
 
     @property
     def finished_indices(self) -> list[int]:
-        """Places whose sequence has ended, the last one first."""
-        return [place for place, row in reversed(list(enumerate(self.rows))) if row in self._finished_rows]
+        """Slots of finished sequences, the last one first."""
+        return [slot for slot, row in reversed(list(enumerate(self.rows))) if row in self._finished_rows]
 
-    def retire(self, place: int) -> None:
-        """Go on without the sequence at `place`; the last one takes its place."""
-        self.rows[place] = self.rows[-1]
+    def retire(self, slot: int) -> None:
+        """Swap the sequence in `slot` out; the last one takes over the slot."""
+        self.rows[slot] = self.rows[-1]
         self.rows.pop()
 
     def _stream(self) -> None:
@@ -194,25 +196,25 @@ class Emitter:
         return max(self._lengths)
 
     def rest_ids(self) -> torch.Tensor:
-        """What plain decoding goes on to read where a sequence has ended: its last token, then padding. (batch, rest),
-        as long as the one that ended first needs."""
+        """Tokens that plain decoding would still feed for finished sequences: the last token, then padding. Shape
+        (batch, rest); rest is what the shortest sequence lacks."""
         shape = (len(self._lengths), self.length - min(self._lengths))
         rest = torch.full(shape, self._pad_token_id, device="cpu")
         rest[:, :1] = torch.cat([self.committed_ids(row)[:, -1:] for row in range(len(rest))])[:, : rest.shape[1]]
         return rest
 
     def record_prompt(self, states: TargetStates) -> None:
-        """Keep the prefill's hidden states and attentions, if the caller wants them."""
+        """Record the prefill's hidden states and attentions, if the caller wants them."""
         self._hidden_states.append(states.hidden_states)
         self._attentions.append(states.attentions)
 
     def record_path(self, states: TargetStates, path: list[int], cache: Cache) -> None:
-        """Keep those of the path's nodes, whose keys and values are in the cache, one entry per token as in plain
-        decoding."""
+        """Record hidden states and attentions of the path, one entry per token. Runs before the commit, while all
+        nodes are cached."""
         if not (states.hidden_states or states.attentions):
             return
         nodes, windows = states.logits.shape[1], cache_windows(cache)
-        for place, node in enumerate(path):
+        for index, node in enumerate(path):
             if states.hidden_states:
                 # Copies: a compiled forward may overwrite its outputs the next time.
                 rows = tuple(layer[..., node : node + 1, :].clone() for layer in states.hidden_states)
@@ -220,7 +222,7 @@ class Emitter:
             entry = []
             for layer, window in zip(states.attentions, windows, strict=False):
                 in_cache = layer.shape[-1] - nodes
-                columns = list(range(in_cache)) + [in_cache + seen for seen in path[: place + 1]]
+                columns = list(range(in_cache)) + [in_cache + seen for seen in path[: index + 1]]
                 if window is not None:  # plain decoding returns no more columns than the window is wide
                     columns = columns[-window:]
                 entry.append(layer[:, :, node : node + 1, columns])

@@ -8,6 +8,7 @@ swapped out: the last active sequence takes over its batch slot.
 import functools
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -167,10 +168,10 @@ class DecodingSession:
         return self._policies[size]
 
     def drop_finished(self) -> None:
-        """Go on without the sequences that have ended; the last active one takes over the slot of each."""
+        """Swap out finished sequences: the last active sequence takes over each free batch slot."""
         for index in self._emitter.finished_indices:
             last = len(self._emitter.rows) - 1
-            self._drafter.select_sequences([last if kept == index else kept for kept in range(last)])
+            self._drafter.select_sequences([last if slot == index else slot for slot in range(last)])
             self._context.strategy.retire(index)
             self._emitter.retire(index)
 
@@ -196,22 +197,18 @@ class DecodingSession:
         """
         Follow the target's own choices and emit them; returns the paths.
 
-        Where something inside raises, such as a streamer whose reader has left, the nodes leave the cache, and a later
-        call can go on from it.
+        On an error, such as a closed streamer, the nodes are rolled back. A later call can reuse the cache.
         """
-        is_done = False
-        try:
+        with ExitStack() as on_error:
+            on_error.callback(self._context.strategy.roll_back, tree)
             choosers = [self._choosers[row] for row in self._emitter.rows]
             paths = walk_trees(tree, states.logits, choosers, self._emitter)
-            is_done = True
-        finally:
-            if not is_done:
-                self._context.strategy.roll_back(tree)
+            on_error.pop_all()
         return paths
 
     @_step("commit")
     def commit(self, tree: DraftTree, states: TargetStates, paths: list[list[int]]) -> None:
-        """Keep the paths in the cache, and show their states to the head."""
+        """Compact the accepted paths in the cache and queue their states for the head."""
         self._emitter.record_path(states, paths[0], self._context.cache)
         self._context.strategy.commit(tree, paths)
         self._drafter.observe(states, paths)
@@ -230,6 +227,7 @@ class DecodingSession:
         self._noise.rewind(self._emitter.length - self._num_prompt)
         self.stats.num_new_tokens, self.stats.policy = self._emitter.num_new_tokens, self.policy.report()
         cache = self._context.cache
+        # A cache that the caller retains must end as plain decoding leaves it.
         if self._wants["return_dict_in_generate"] or getattr(cache, "_is_user_defined", False):
             self._read_rest()
             self._context.strategy.settle(self._emitter.length - 1 + self._num_without_id)

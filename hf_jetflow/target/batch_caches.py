@@ -19,26 +19,24 @@ Moves = Callable[[int, int, torch.device], tuple[torch.Tensor, ...]]
 
 class BatchRows:
     """
-    Where the sequences of a batch, or the one sequence, are in the target's cache.
+    Maps batch slots to sequences and tracks how many tokens of each are cached.
 
     Args:
         num_rows (`int`): Sequences of the batch.
         num_cached (`int`): Tokens in the cache, for each of them.
-        adapter_names ([`AdapterNames`], *optional*): Theirs.
+        adapter_names ([`AdapterNames`], *optional*): The sequences' peft adapters.
     """
 
     def __init__(self, num_rows: int, num_cached: int, adapter_names: AdapterNames | None = None):
         self._adapter_names = adapter_names
-        self.order = list(range(num_rows))  # the sequence that lies at each place; those decoded come first
-        self.lengths = torch.full(
-            (num_rows,), num_cached, device="cpu"
-        )  # (decoded,) tokens cached of each sequence decoded
-        self._finished: dict[int, int] = {}  # tokens cached of the others
-        self._new_slots: dict[tuple[Any, ...], torch.Tensor] = {}  # for the lengths of now
+        self.order = list(range(num_rows))  # the sequence in each slot; active ones come first
+        self.lengths = torch.full((num_rows,), num_cached, device="cpu")  # (active,) cached tokens by slot
+        self._finished: dict[int, int] = {}  # cached tokens of the others
+        self._new_slots: dict[tuple[Any, ...], torch.Tensor] = {}  # cached for the current lengths
 
     @property
     def decoded(self) -> list[int]:
-        """The sequences that still take part, by place."""
+        """The active sequences, by slot."""
         return self.order[: len(self.lengths)]
 
     def advance(self, paths: list[list[int]]) -> None:
@@ -57,24 +55,24 @@ class BatchRows:
             self._new_slots[key] = to_device(_flat(slots, heads, capacity), device)
         return self._new_slots[key]
 
-    def retire(self, place: int) -> int:
-        """Take the sequence at `place` out; returns the last place, whose sequence now lies there."""
+    def retire(self, slot: int) -> int:
+        """Swap the sequence in `slot` with the last active one and deactivate it; returns the last slot."""
         last = len(self.lengths) - 1
-        self.order[place], self.order[last] = self.order[last], self.order[place]
-        self._finished[self.order[last]] = int(self.lengths[place])
+        self.order[slot], self.order[last] = self.order[last], self.order[slot]
+        self._finished[self.order[last]] = int(self.lengths[slot])
         lengths = self.lengths.clone()
-        lengths[place] = lengths[last]
+        lengths[slot] = lengths[last]
         self._set_lengths(lengths[:last])
         self._select_adapters()
         return last
 
     def cut(self, lengths: list[int]) -> None:
-        """Count no more than `lengths` tokens of each sequence as cached: the others were decoded in vain."""
+        """Truncate the cached lengths; tokens beyond `lengths` were surplus."""
         self._finished = {row: min(known, lengths[row]) for row, known in self._finished.items()}
         self._set_lengths(self.lengths.minimum(torch.tensor(lengths, device="cpu")[self.decoded]))
 
     def recall(self) -> None:
-        """Take all sequences in again, wherever they lie."""
+        """Reactivate all sequences in their current slots."""
         known = dict(zip(self.order, self.lengths.tolist(), strict=False)) | self._finished
         self._set_lengths(torch.tensor([known[row] for row in self.order], device="cpu"))
         self._finished = {}
@@ -86,7 +84,7 @@ class BatchRows:
 
 
 def _flat(slots: torch.Tensor, heads: int, capacity: int) -> torch.Tensor:
-    """Slots (places, count) of a buffer (batch, heads, capacity, dim) as rows of one list."""
+    """Slots (active, count) of a buffer (batch, heads, capacity, dim) as rows of one list."""
     firsts = torch.arange(len(slots) * heads, device=slots.device).view(-1, heads, 1) * capacity
     return (firsts + slots[:, None]).flatten()
 
@@ -95,9 +93,9 @@ class BatchLayer(DynamicLayer):
     """
     A layer of the target's cache in which every sequence has a length of its own.
 
-    Its rows lie from the first slot on without gaps, in buffers with room to grow; new rows are written behind each
-    sequence's own end, so nothing else is copied. What lies behind the end is overwritten later and must be masked.
-    A sliding-window layer's rows are all kept meanwhile.
+    Rows are contiguous from slot 0, in buffers with spare capacity. New rows are written behind each sequence's own
+    end, so nothing else is copied. Rows behind the end must be masked. Sliding-window layers retain all rows until
+    `settle`.
 
     Args:
         rows ([`BatchRows`]): Shared by the layers.
@@ -111,7 +109,7 @@ class BatchLayer(DynamicLayer):
         self._buffers: list[torch.Tensor] = []
         num_cached, num_kept = layer.get_seq_length(), layer.keys.shape[2]
         for known in (layer.keys, layer.values):
-            self._buffers.append(_roomier(known[:, :, :0], num_cached))
+            self._buffers.append(_with_spare_capacity(known[:, :, :0], num_cached))
             self._buffers[-1][:, :, num_cached - num_kept : num_cached] = known
         self.keys, self.values = (buffer[:, :, :num_cached] for buffer in self._buffers)
 
@@ -122,7 +120,7 @@ class BatchLayer(DynamicLayer):
         num_new, lengths = key_states.shape[2], self._rows.lengths
         end = int(lengths.max()) + num_new
         if self._buffers[0].shape[2] < end:
-            self._buffers = [_roomier(buffer, end) for buffer in self._buffers]
+            self._buffers = [_with_spare_capacity(buffer, end) for buffer in self._buffers]
         heads, capacity = self._buffers[0].shape[1:3]
         slots = self._rows.new_slots(num_new, heads, capacity, key_states.device)
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
@@ -137,31 +135,31 @@ class BatchLayer(DynamicLayer):
     def move(self, moves: Moves) -> None:
         """Copy rows to other slots; `moves` gives both as rows of one list."""
         heads, capacity = self._buffers[0].shape[1:3]
-        sources, places = moves(heads, capacity, self.device)
+        sources, targets = moves(heads, capacity, self.device)
         for buffer in self._buffers:
             rows = buffer.view(-1, buffer.shape[-1])
-            rows.index_copy_(0, places, rows.index_select(0, sources))
+            rows.index_copy_(0, targets, rows.index_select(0, sources))
 
     def swap(self, one: int, other: int) -> None:
-        """Exchange the sequences at two places."""
+        """Exchange the sequences in two slots."""
         if one != other:
             for buffer in self._buffers:
                 buffer[[one, other]] = buffer[[other, one]]
 
-    def settle(self, index: torch.Tensor, length: int) -> DynamicLayer:
-        """The cache's own layer again, with `length` rows of the sequences at places `index`."""
+    def settle(self, slots: torch.Tensor, length: int) -> DynamicLayer:
+        """The cache's own layer again, with `length` rows of the sequences in `slots`."""
         layer, first = self.settled, 0
         if isinstance(layer, DynamicSlidingWindowLayer):
             layer.cumulative_length = length
             first = max(length - layer.sliding_window + 1, 0)
-        index = index.to(self._buffers[0].device)
-        layer.keys, layer.values = (buffer[index, :, first:length] for buffer in self._buffers)
+        slots = slots.to(self._buffers[0].device)
+        layer.keys, layer.values = (buffer[slots, :, first:length] for buffer in self._buffers)
         return layer
 
 
-def _roomier(states: torch.Tensor, num_slots: int) -> torch.Tensor:
-    """A buffer with room for more than `num_slots`, that starts with `states`; zeros elsewhere, as a masked NaN would
-    still spoil a sum."""
+def _with_spare_capacity(states: torch.Tensor, num_slots: int) -> torch.Tensor:
+    """A buffer for more than `num_slots` rows that starts with `states`. The rest is zero: a masked NaN would still
+    spoil a sum."""
     batch, heads, known, dim = states.shape
     buffer = states.new_zeros(batch, heads, num_slots + max(num_slots // 4, 256), dim)
     buffer[:, :, :known] = states
@@ -177,7 +175,7 @@ def spread_layers(cache: Cache, rows: BatchRows) -> None:
 
 def commit_paths(cache: Cache, rows: BatchRows, paths: list[list[int]]) -> None:
     """
-    Bring the keys and values of each sequence's path together behind its prefix.
+    Compact the KV rows of each sequence's path behind its prefix.
 
     Args:
         cache (`Cache`): The cache, behind whose sequences the nodes of their trees lie.
@@ -199,17 +197,17 @@ def commit_paths(cache: Cache, rows: BatchRows, paths: list[list[int]]) -> None:
                 layer.move(moves)
 
 
-def retire_row(cache: Cache, rows: BatchRows, place: int) -> None:
-    """Let the sequence at `place` take no part any more; the last one decoded takes its place."""
-    last = rows.retire(place)
+def retire_row(cache: Cache, rows: BatchRows, slot: int) -> None:
+    """Retire the sequence in `slot`; the last active sequence takes over the slot."""
+    last = rows.retire(slot)
     for layer in cache.layers:
         if isinstance(layer, BatchLayer):
-            layer.swap(place, last)
+            layer.swap(slot, last)
 
 
 def settle_batch(cache: Cache, rows: BatchRows, length: int) -> None:
     """The cache's own layers again, with `length` rows of every sequence in the caller's order."""
-    index = torch.tensor(sorted(range(len(rows.order)), key=rows.order.__getitem__), device="cpu")
-    for place, layer in enumerate(cache.layers):
+    slots = torch.tensor(rows.order, device="cpu").argsort()
+    for index, layer in enumerate(cache.layers):
         if isinstance(layer, BatchLayer):
-            cache.layers[place] = layer.settle(index, length)
+            cache.layers[index] = layer.settle(slots, length)

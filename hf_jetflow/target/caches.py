@@ -1,4 +1,4 @@
-"""The head's context cache, and commits in the target's cache of one sequence. For batches, see `batch_caches.py`."""
+"""Context caches of the head; checks and commits of the target's cache (of batches: `batch_caches.py`)."""
 
 import functools
 from collections.abc import Callable, Iterable

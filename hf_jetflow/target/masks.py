@@ -84,7 +84,7 @@ def _tree_mask(context: "Context", tree: DraftTree, window: Window | None, devic
 
 
 def _as_dtype(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A boolean mask as `dtype` says."""
+    """Convert a boolean mask to `dtype`: boolean, or added to the scores."""
     if dtype == torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)

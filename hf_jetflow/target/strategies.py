@@ -1,7 +1,7 @@
 """Cache strategies: what rounds do with the target's cache, by the kind of cache.
 
-`cache_strategy` picks one once per generation, so nothing else asks whether there is a batch, a static cache or a
-recurrent layer. Between rounds the cache holds every committed token but the anchors.
+`cache_strategy` picks one per generation; commit, roll back and settle need no further case distinction. Between
+rounds the cache holds every committed token but the anchors.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,7 @@
-"""`Target`: the only file that calls the target model, and the only one that knows its masks and positions."""
+"""`Target`: runs the frozen target.
+
+Masks are in `masks.py`, positions in `positions.py`, the other inputs of a step in `step_inputs.py`.
+"""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -35,7 +38,7 @@ class TargetStates:
     """What a target forward leaves behind."""
 
     logits: torch.Tensor  # (batch, rows, vocab)
-    taps: tuple[torch.Tensor, ...]  # of (batch, rows, taps x target_hidden) features in all, side by side
+    taps: tuple[torch.Tensor, ...]  # (batch, rows, target_hidden) per tap after a verify, all in one after the prefill
     position_ids: torch.Tensor  # (batch, rows), positions of the features
     hidden_states: tuple[torch.Tensor, ...] = ()  # all layers, where the caller asked for them
     attentions: tuple[torch.Tensor, ...] = ()  # likewise
@@ -96,7 +99,10 @@ class Context:
     def max_depth(self) -> int | None:
         """Depth that the next round can draft; `None` if any."""
         positions = self.positions
-        anchors = {*positions.tolist(), *self.rows.lengths.tolist()}  # some tables and caches go by place
+        anchors = {
+            *positions.tolist(),
+            *self.rows.lengths.tolist(),
+        }  # some tables and caches are indexed by cache index
         if self.kind_offsets is not None:
             anchors.update((self.kind_offsets[:, self.rows.decoded] + positions).flatten().tolist())
         limits = [self.position_limits.max_depth(anchor) for anchor in anchors]
@@ -111,7 +117,7 @@ class Context:
     def max_nodes(self) -> int | None:
         """Nodes that a round can verify; `None` if any number."""
         limits = [] if self.strategy.max_nodes is None else [self.strategy.max_nodes]
-        if self.scaling_step is not None:  # within one step places are as good as depths
+        if self.scaling_step is not None:  # inside one scaling step, cache index and depth give the same scale
             limits.append(self.scaling_step - (int(self.rows.lengths) + 1) % self.scaling_step)
         return min(limits, default=None)
 
@@ -148,7 +154,9 @@ class Target:
         """
         Run the prompt as plain decoding does (chunks, embeddings and an earlier cache included).
 
-        Not `is_prompt`, it is the text of a later step of plain decoding that starts a new cache.
+        Args:
+            is_prompt (`bool`): `False` reads the text so far into a new cache, as plain decoding does at a border (see
+                `PositionLimits.fresh_at`).
 
         Returns:
             `Context` and the `TargetStates` of the prompt's rows, padding left out; logits of the last row only.

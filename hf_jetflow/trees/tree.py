@@ -100,8 +100,8 @@ def build_tree(
         scorer (*optional*): Re-scores the candidates after each branch; without one, all branches of a depth share
             the depth's own scores.
         width (`int`, *optional*): Maximum number of children of a node, with a scorer; all candidates by default.
-        min_logprob (`float`): Nodes below it are left out, except for the root's best child. In a batch, whose trees
-            have one size, the tree with most nodes above it sets the size.
+        min_logprob (`float`): Minimum cumulative log-probability; the root's best child is exempt. In a batch, the
+            tree with the most nodes above it sets the common size.
 
     Returns:
         `DraftTree`: With exactly `min(node_budget, nodes on offer)` nodes, or fewer because of `min_logprob`.
@@ -111,9 +111,9 @@ def build_tree(
     if max_depth == 0:
         return _root_alone(anchor_id)
     tokens = [anchor_id]
-    places = torch.zeros_like(anchor_id)
-    parents = [places - 1]
-    logprobs = [places.float()]
+    branches = torch.zeros_like(anchor_id)  # of each node of the newest depth: its parent among those above
+    parents = [branches - 1]
+    logprobs = [branches.float()]
     sizes = [1]
     best_scores: list[list[float]] = [[] for _ in range(anchor_id.numel())]
     floor = min_logprob if anchor_id.numel() == 1 else -math.inf  # in a batch, the size is known only at the end
@@ -122,14 +122,14 @@ def build_tree(
             rows, columns = _promising_pairs(sizes[-1], candidates.tokens.shape[-1], most, device)
             scores = logprobs[-1][..., rows] + candidates.logprobs[..., depth, :][..., columns]
         else:
-            grid = logprobs[-1][..., None] + scorer(depth, places, tokens[-1])
+            grid = logprobs[-1][..., None] + scorer(depth, branches, tokens[-1])
             best = None
             if width is not None and width < min(most, grid.shape[-1]):
                 grid, best = grid.topk(width, dim=-1)
             scores = grid.flatten(-2)
         scores, chosen = scores.topk(min(most, scores.shape[-1]))
-        # An early exit: what is out of reach of the tree is not scored further. The tree is the same without it, as on
-        # other devices, where the host would have to wait for the count.
+        # Early exit: drop branches that cannot enter the tree. CPU only: elsewhere the count would force a host wait.
+        # The tree is the same.
         if scorer is not None and device.type == "cpu":
             num_in_reach = _count_reachable(scores, best_scores, most, floor)
             if not num_in_reach and depth:  # the best child of the root always is
@@ -137,12 +137,12 @@ def build_tree(
             num_in_reach = max(num_in_reach, 1)
             scores, chosen = scores[..., :num_in_reach], chosen[..., :num_in_reach]
         if scorer is None:
-            places, columns = rows[chosen], columns[chosen]
+            branches, columns = rows[chosen], columns[chosen]
         else:
-            places = chosen // grid.shape[-1]
+            branches = chosen // grid.shape[-1]
             columns = chosen % grid.shape[-1] if best is None else best.flatten(-2).gather(-1, chosen)
         tokens.append(candidates.tokens[..., depth, :].gather(-1, columns))
-        parents.append(places + (sum(sizes) - sizes[-1]))
+        parents.append(branches + (sum(sizes) - sizes[-1]))
         logprobs.append(scores)
         sizes.append(scores.shape[-1])
     tree = _best_nodes(tokens, parents, logprobs, sizes, node_budget, max_depth)
@@ -170,9 +170,9 @@ def _count_reachable(scores: torch.Tensor, best: list[list[float]], most: int, f
     The others, and all below them, are no part of the tree. `best` holds each sequence's scores so far and is updated.
     """
     num_in_reach = 0
-    for place, new in enumerate(scores.view(-1, scores.shape[-1]).tolist()):
-        best[place] = sorted(best[place] + new, reverse=True)[:most]
-        least = max(best[place][-1], floor) if len(best[place]) == most else floor
+    for index, new in enumerate(scores.view(-1, scores.shape[-1]).tolist()):
+        best[index] = sorted(best[index] + new, reverse=True)[:most]
+        least = max(best[index][-1], floor) if len(best[index]) == most else floor
         num_in_reach = max(num_in_reach, bisect_right(new, -least, key=neg))
     return num_in_reach
 
@@ -188,35 +188,29 @@ def _best_nodes(
     """The tree of the best `node_budget` nodes of all frontiers, which come root first."""
     # NaN would sort before the root, and a node must never come without its parent.
     scores = torch.cat(logprobs, dim=-1).nan_to_num(-math.inf, neginf=-math.inf)
-    # Nodes are listed depth by depth, so a stable sort breaks ties in favor of the parent.
-    kept = scores.sort(descending=True, stable=True).indices[..., :node_budget].sort().values
-    new_parents = _renumbered(torch.cat(parents, dim=-1), kept)
-    return DraftTree(
-        tokens=torch.cat(tokens, dim=-1).gather(-1, kept),
-        parents=new_parents,
-        depths=_level_numbers(tuple(sizes), scores.device)[kept],
-        logprobs=scores.gather(-1, kept),
-        max_depth=max_depth,
-    )
+    depths = _level_numbers(tuple(sizes), scores.device).expand_as(scores)
+    drafted = DraftTree(torch.cat(tokens, dim=-1), torch.cat(parents, dim=-1), depths, scores, max_depth)
+    return trim_tree(drafted, node_budget)
 
 
-def _renumbered(parents: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Parents (..., kept) as indices among the kept nodes; -1 for the root, which comes first."""
-    places = torch.arange(kept.shape[-1], device=kept.device).expand_as(kept)
-    new_place = torch.empty_like(parents).scatter_(-1, kept, places)
-    new_parents = new_place.gather(-1, parents.gather(-1, kept).clamp_min(0))
+def _renumbered(parents: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
+    """Parents of the selected nodes as indices among these, (..., selected); -1 for the root, which comes first."""
+    indices = torch.arange(selected.shape[-1], device=selected.device).expand_as(selected)
+    new_index = torch.empty_like(parents).scatter_(-1, selected, indices)
+    new_parents = new_index.gather(-1, parents.gather(-1, selected).clamp_min(0))
     new_parents[..., :1] = -1  # one element alone would be copied from the host, which waits
     return new_parents
 
 
 def trim_tree(tree: DraftTree, node_budget: int) -> DraftTree:
     """The tree that `build_tree` would have built with a smaller budget."""
-    kept = tree.logprobs.sort(descending=True, stable=True).indices[..., :node_budget].sort().values
+    # Nodes are listed depth by depth, so a stable sort breaks ties in favor of the parent.
+    selected = tree.logprobs.sort(descending=True, stable=True).indices[..., :node_budget].sort().values
     return DraftTree(
-        tokens=tree.tokens.gather(-1, kept),
-        parents=_renumbered(tree.parents, kept),
-        depths=tree.depths.gather(-1, kept),
-        logprobs=tree.logprobs.gather(-1, kept),
+        tokens=tree.tokens.gather(-1, selected),
+        parents=_renumbered(tree.parents, selected),
+        depths=tree.depths.gather(-1, selected),
+        logprobs=tree.logprobs.gather(-1, selected),
         max_depth=tree.max_depth,
     )
 
