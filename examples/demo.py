@@ -118,7 +118,8 @@ class Demo:
         sizes = ", ".join(f"{n} of {nodes}" for nodes, n in sorted(self.head.last_stats.rounds_by_nodes.items()))
         console.print(f"rounds by number of nodes: {sizes}", style="dim")
         if plain != drafted:
-            console.print(self.explain_difference(prompt, plain, drafted), style="yellow")
+            prompt_ids = torch.tensor([self.encode(prompt)], device=self.target.device)
+            console.print(explain_difference(self.target, prompt_ids, plain, drafted), style="yellow")
         console.print()
         return line, plain, plain == drafted
 
@@ -127,18 +128,19 @@ class Demo:
         inputs = padded_inputs(self.target, [self.encode(prompt) for prompt in [*PROMPTS.values(), PROOF]])
         return new_answers(self.target, inputs, self.target.generate(**inputs, **self.options()))
 
-    @torch.no_grad()
-    def explain_difference(self, prompt: str, plain: list[int], drafted: list[int]) -> str:
-        """Where two texts differ first, and the margin between the target's two best tokens there."""
-        pairs = list(zip(plain, drafted, strict=False))
-        first = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
-        prefix = torch.tensor([self.encode(prompt) + plain[:first]], device=self.target.device)
-        best = torch.log_softmax(self.target(prefix).logits[0, -1].float(), -1).topk(2).values
-        return (
-            f"the texts differ from token {first + 1} on, where the target's two best tokens are "
-            f"{float(best[0] - best[1]):.3f} nats apart: in {dtype_name(self.target)} a forward over many rows rounds "
-            "differently than one over a single row, which decides near-ties (float32 has no difference)"
-        )
+
+@torch.no_grad()
+def explain_difference(target: PreTrainedModel, prompt: torch.Tensor, plain: list[int], drafted: list[int]) -> str:
+    """Where two texts differ first, and the margin between the target's two best tokens there."""
+    pairs = list(zip(plain, drafted, strict=False))
+    first = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+    prefix = torch.cat([prompt, torch.tensor([plain[:first]], dtype=torch.long, device=prompt.device)], dim=1)
+    best = torch.log_softmax(target(prefix).logits[0, -1].float(), -1).topk(2).values
+    return (
+        f"the texts differ from token {first + 1} on, where the target's two best tokens are "
+        f"{float(best[0] - best[1]):.3f} nats apart: in {dtype_name(target)} a forward over many rows rounds "
+        "differently than one over a single row, which decides near-ties (float32 has no difference)"
+    )
 
 
 def dtype_name(target: PreTrainedModel) -> str:

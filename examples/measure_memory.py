@@ -63,7 +63,8 @@ def main() -> None:
         print(f"{budget:>6}: {peaks[budget]:.0f} MiB ({peaks[budget] - peaks['plain']:+.0f} MiB)", flush=True)
     if args.json:
         settings = {"prompt": args.prompt, "max_new_tokens": args.max_new_tokens}
-        write_json({"environment": environment(), **settings, "peak_mebibytes": peaks}, args.json)
+        head = JetFlowHead.from_pretrained(args.head)
+        write_json({"environment": environment(head), **settings, "peak_mebibytes": peaks}, args.json)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -434,6 +435,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the result")
     args = parser.parse_args()
     rows, versions = [], {name: version(name) for name in ("torch", "transformers")}
+    versions = {"date": date.today().isoformat(), **versions}
     for package in PACKAGES:
         try:
             versions[package] = version(package)

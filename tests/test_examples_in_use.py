@@ -74,6 +74,21 @@ def test_the_demo_proves_equality_and_counts_equal_texts_beside_those_of_a_batch
     assert "float32: 3 of 3 with the head, 3 of 3 for plain decoding in a batch of four" in " ".join(text.split())
 
 
+def test_the_demo_explains_where_texts_differ(demo, capsys, monkeypatch):
+    module = importlib.import_module("demo")
+    real = module.Demo.answer
+
+    def other_text(self, prompt, head, is_shown):
+        ids, seconds = real(self, prompt, head, is_shown)
+        return ([*ids[:2], 77] if head is not None else ids), seconds
+
+    monkeypatch.setattr(module.Demo, "answer", other_text)
+    demo("--runs", 1)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "NOT IDENTICAL" in text
+    assert "the texts differ from token 3 on" in text
+
+
 def test_the_demo_states_no_speedup_above_the_tokens_per_round(demo, capsys, monkeypatch):
     module = importlib.import_module("demo")
     real = module.Demo.answer
