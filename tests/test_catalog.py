@@ -12,13 +12,6 @@ from hf_jetflow.head.catalog import PublishedHead, published_heads
 from hf_jetflow.head.formats import LAYOUTS, REFUSED
 
 
-# Layouts that are listed for their targets' sake and that no release has read yet.
-UNKNOWN = {
-    *("speculators dflash2", "speculators dspark", "speculators xpress"),
-    *("DeepSpec DSpark", "TreeFlash", "DFlare", "DFly", "MLA or MoE draft", "DeepSeek V4 DSpark"),
-}
-
-
 def head_of(layout, **fields):
     return PublishedHead("target", "org/head", layout, "a page", "2026-11", **fields)
 
@@ -27,7 +20,7 @@ def test_every_line_has_an_id_of_the_hub_a_date_and_a_layout_by_its_name_here():
     heads = published_heads()
     assert len({head.target for head in heads}) > 40
     assert len({head.head for head in heads}) == len(heads)
-    known = {each.name for each in (*LAYOUTS, *REFUSED)} | UNKNOWN
+    known = {each.name for each in (*LAYOUTS, *REFUSED)}
     for head in heads:
         assert re.fullmatch(r"[\w.-]+/[\w.-]+", head.head), head
         assert re.fullmatch(r"20\d\d-(0[1-9]|1[0-2])", head.date), head

@@ -153,14 +153,15 @@ class Selector(TableScorer):
         places: torch.Tensor,
         logprobs: torch.Tensor,
     ) -> torch.Tensor:
-        queries = self.predecessor_codebook[parents] * self.hidden_projection(rows).unsqueeze(-2)
-        changes = (queries @ self.successor_codebook[tokens].transpose(-1, -2)).float()
         scores = logprobs.masked_fill(tokens >= self.num_selectable, -torch.inf)
-        best = scores.topk(min(self.top_k, scores.shape[-1])).indices
-        is_scored = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True) & scores.isfinite()
-        scores = scores.masked_fill(~is_scored, -torch.inf).unsqueeze(-2)
+        best = scores.topk(min(self.top_k, scores.shape[-1])).indices  # the candidates that are re-scored
+        scores = scores.gather(-1, best).unsqueeze(-2)
+        queries = self.predecessor_codebook[parents] * self.hidden_projection(rows).unsqueeze(-2)
+        changes = (queries @ self.successor_codebook[tokens.gather(-1, best)].transpose(-1, -2)).float()
         gains = (scores + changes).logsumexp(-1, keepdim=True) - scores.logsumexp(-1, keepdim=True)
-        return (changes - gains).masked_fill(~is_scored.unsqueeze(-2), 0.0)
+        changes = (changes - gains).masked_fill(scores.isneginf(), 0.0)
+        table = changes.new_zeros(*changes.shape[:-1], tokens.shape[-1])
+        return table.scatter_(-1, best.unsqueeze(-2).expand_as(changes), changes)
 
 
 class Markov(TableScorer):
