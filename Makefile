@@ -5,6 +5,7 @@
 # make notebooks   examples/notebooks run anew, outputs and all
 # make parity   logits of heads in other projects' layouts, against their own packages, in an environment of its own
 # make targets-test   the tests of adapted and quantized targets, with peft, torchao, bitsandbytes and quanto, in an environment of its own
+# make launches   launches and host waits of a round, counted on a CUDA device that the CPU pretends (needs a C++ compiler)
 # make generation-tests SOURCES=DIR   transformers' own generation tests with a draft head; DIR is a checkout of transformers
 # make vllm-check   the exported head in vLLM on the CPU: same text, tokens per pass; in an environment of its own (3.5 GB)
 #
@@ -27,6 +28,7 @@ VLLM_ARGS ?=
 PYTEST_ARGS ?=
 SOURCES ?=
 GENERATION_ARGS ?=
+LAUNCHES_ARGS ?=
 DEMO_ARGS ?=
 NOTEBOOK_ARGS ?=
 TRAIN_ARGS ?=
@@ -53,7 +55,7 @@ DEMO_INSTALLED = $(VENV)/.installed-demo
 INSTALLED = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo notebooks test test-only lint format docs wheel train-demo-head support-matrix generation-tests parity targets-test vllm-check clean
+.PHONY: help venv demo notebooks test test-only lint format docs wheel train-demo-head support-matrix launches generation-tests parity targets-test vllm-check clean
 
 help:
 	@sed -n '/^# make/,/^$$/s/^# \{0,1\}//p' Makefile
@@ -136,6 +138,9 @@ train-demo-head: venv
 
 support-matrix: venv
 	$(BIN)/python tests/support_matrix.py
+
+launches: venv
+	cd tests && PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH=.. python -m pretended_cuda $(LAUNCHES_ARGS)
 
 generation-tests: venv
 	@test -d '$(SOURCES)/tests/generation' \

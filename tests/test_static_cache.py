@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from conftest import make_prompt
+from conftest import BLOCK_SIZE, make_prompt
 from reference import assert_same_text
 from transformers import CompileConfig, StaticCache
 
+from hf_jetflow.decoding.drafter import IDLE_CACHES, JetFlowCandidateGenerator
 from hf_jetflow.target.caches import STATIC_ROWS, StaticHeadCache, commit_path, max_static_nodes, static_rows
+from hf_jetflow.target.target import Context, TargetStates
 
 
 FAMILIES = ["llama", "qwen3", "gemma"]
@@ -109,6 +111,70 @@ def test_compiled_forwards_give_the_plain_text(backend, tiny_target, random_head
     known = num_graphs
     assert_same_text(plain, generate(target, prompt, head, compile_config=config))
     assert num_graphs == known  # nothing is compiled anew
+
+
+def static_address_of(cache: StaticHeadCache) -> list[int]:
+    buffers = [cache._length, cache._position_ids, *(buffer for layer in cache._layers for buffer in layer)]
+    # The mark that `torch._dynamo.mark_static_address` leaves, without which a graph copies what it changes.
+    assert all(hasattr(buffer, "_dynamo_static_input_type") for buffer in buffers)
+    return [buffer.data_ptr() for buffer in buffers]
+
+
+def test_a_compiled_head_keeps_its_buffers_from_call_to_call(tiny_target, random_head, prompt):
+    target, config = tiny_target("llama"), CompileConfig(fullgraph=True, dynamic=False, backend="eager", mode=None)
+    config._compile_all_devices = True
+    head = random_head(target)
+    plain, addresses, caches = generate(target, prompt), [], []
+    for _ in range(2):
+        assert_same_text(plain, generate(target, prompt, head, compile_config=config, max_cache_len=128))
+        caches.append(IDLE_CACHES[head][2])
+        addresses.append(static_address_of(caches[-1]))
+    assert caches[0] is caches[1]
+    assert addresses[0] == addresses[1]
+    assert_same_text(plain, generate(target, prompt, head, compile_config=config, max_cache_len=200))
+    assert IDLE_CACHES[head][2] is not caches[0], "a larger cache of the target needs more rows"
+
+
+def test_what_a_head_is_asked_to_remember_is_not_overwritten_by_its_next_call(tiny_target, noisy_head, prompt):
+    target, config = tiny_target("llama"), CompileConfig(fullgraph=True, dynamic=False, backend="eager", mode=None)
+    config._compile_all_devices = True
+    plain = generate(target, prompt)
+    head, other = noisy_head(target, plain), make_prompt(20, seed=9)
+    settings = dict(compile_config=config, max_cache_len=128, return_dict_in_generate=True)
+    first = generate(target, prompt, head, max_new_tokens=15, **settings)
+    stored = first.past_key_values._jetflow_memory.context
+    before = [rows.clone() for layer in stored.layers for rows in layer]
+    generate(target, other, head, **settings)
+    for rows, known in zip((rows for layer in stored.layers for rows in layer), before, strict=True):
+        assert torch.equal(rows, known)
+
+
+@pytest.mark.parametrize("num_rows", [1, BLOCK_SIZE, BLOCK_SIZE + 1, BLOCK_SIZE + 16])
+def test_a_path_of_any_length_runs_the_forward_that_may_be_compiled(num_rows, tiny_target, random_head, monkeypatch):
+    """N-grams continue trees below the block, so a path may be longer than one."""
+    target, shapes = tiny_target("llama"), []
+    head = random_head(target)
+    plain = generate(target, make_prompt(40), max_new_tokens=2)
+    original = JetFlowCandidateGenerator.observe
+
+    def observe(self, states, paths=None):
+        if paths is not None:  # as if the round had accepted that many tokens
+            features = torch.cat(states.taps, dim=-1)[:, :1].expand(-1, num_rows, -1)
+            position_ids = states.position_ids[:, :1] + torch.arange(1 - num_rows, 1)
+            states, paths = TargetStates(states.logits, (features,), position_ids), None
+        original(self, states, paths)
+
+    monkeypatch.setattr(JetFlowCandidateGenerator, "observe", observe)
+    monkeypatch.setattr(Context, "forward_of", lambda _, model: lambda **inputs: run(model, inputs))
+
+    def run(model, inputs):
+        if model is head:
+            shapes.append(inputs["features"].shape[1])
+        return model(**inputs)
+
+    generate(target, plain, head, max_new_tokens=5, max_cache_len=200)
+    assert shapes
+    assert set(shapes) == {-(-num_rows // BLOCK_SIZE) * BLOCK_SIZE}
 
 
 def test_rows_are_padded_to_few_numbers():

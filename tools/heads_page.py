@@ -11,14 +11,13 @@ from hf_jetflow.head.catalog import catalog_table, published_heads
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "published-heads.md"
 INTRODUCTION = """# Which head for my model
 
-Published draft heads by target, and whether this release loads them. `hf-jetflow heads Qwen/Qwen3-8B` prints those of
-one target.
+Published draft heads by target, and whether this release loads them. This prints the heads of one target:
 
-```python
-from hf_jetflow import JetFlowHead
-
-head = JetFlowHead.from_pretrained("JetSpec/jetspec-qwen3-8b")
+```bash
+hf-jetflow heads Qwen/Qwen3-8B
 ```
+
+Give a head's id to `JetFlowHead.from_pretrained` ([usage](usage.md)).
 
 - Prefer a head that loads, has a large block (15 or 16), and was trained for the exact target: base and instruct
   models differ.
