@@ -355,3 +355,15 @@ def test_a_verify_is_timed_by_context_length(tiny_target, monkeypatch):
     assert row["milliseconds"].keys() == {"verify", "no_mask", "repeating"}
     assert row["verify_over_no_mask"] > 0
     assert target.model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_trees_and_chains_of_hybrid_targets_are_timed(monkeypatch):
+    module = load_example("time_hybrid")
+    small = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, head_dim=16)
+    monkeypatch.setattr(module, "COMMON", module.COMMON | small)
+    monkeypatch.setitem(module.SHAPES, "lfm2", dict(layer_types=["conv", "full_attention"] * 2))
+    target = module.build("lfm2")
+    methods = module.measure(target, num_tokens=12, repeats=1)
+    assert methods["tree of 32"]["tokens_per_round"] >= methods["chain"]["tokens_per_round"] > 1
+    assert module.round_cost(target, num_nodes=16, repeats=1).keys() == {"verify", "plain", "ratio"}

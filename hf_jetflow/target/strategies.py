@@ -156,7 +156,7 @@ class BatchStrategy(CacheStrategy):
 class HybridStrategy(CacheStrategy):
     """
     A cache with recurrent states. They stay as they are while a tree is verified, and are moved along the path at
-    commit.
+    commit. A lone root is a step of plain decoding, with its kernels.
 
     Args:
         mixers (`list[TreeMixer]`): The recurrent layers.
@@ -166,15 +166,25 @@ class HybridStrategy(CacheStrategy):
         super().__init__(cache, rows)
         self._mixers = mixers
 
+    def _is_step(self, tree: DraftTree) -> bool:
+        """Whether the forward over the tree moves the states itself."""
+        return tree.num_nodes == 1
+
     def reading(self, tree: DraftTree) -> AbstractContextManager[None]:
+        if self._is_step(tree):
+            return nullcontext()
         return reading_trees(self._mixers, TreeNodes(tree, self.num_rows(tree.num_nodes)))
 
     def commit(self, tree: DraftTree, paths: list[list[int]]) -> None:
-        for mixer in self._mixers:
-            mixer.advance(paths)
+        if not self._is_step(tree):
+            for mixer in self._mixers:
+                mixer.advance(paths)
         super().commit(tree, paths)
 
     def roll_back(self, tree: DraftTree) -> None:
+        if self._is_step(tree):  # as in plain decoding, the root was read
+            self.commit(tree, [[0]])
+            return self.settle(int(self.rows.lengths))
         for mixer in self._mixers:
             mixer.forget()
         super().roll_back(tree)
@@ -186,6 +196,9 @@ class HybridStaticStrategy(HybridStrategy, StaticStrategy):
 
 class HybridBatchStrategy(HybridStrategy, BatchStrategy):
     """A cache with recurrent states, of several sequences."""
+
+    def _is_step(self, tree: DraftTree) -> bool:
+        return False  # the layers hold states of all sequences, active or not
 
     def roll_back(self, tree: DraftTree) -> None:
         self.rows.recall()
