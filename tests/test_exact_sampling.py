@@ -19,7 +19,7 @@ class FavourNeighbours(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self.num_calls += 1
-        favoured = (input_ids.sum() * self.num_calls + torch.arange(5)) % scores.shape[-1]
+        favoured = (input_ids.sum() * self.num_calls + torch.arange(5, device=scores.device)) % scores.shape[-1]
         scores = scores.clone()
         scores[:, favoured] += 4.0
         return scores
