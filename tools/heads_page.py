@@ -5,7 +5,7 @@ make docs
 
 from pathlib import Path
 
-from hf_jetflow.head.catalog import catalog_table, published_heads
+from hf_jetflow.head.catalog import catalog_sources, catalog_table, published_heads
 
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "published-heads.md"
@@ -22,7 +22,7 @@ Give a head's id to `JetFlowHead.from_pretrained` ([usage](usage.md)).
 - Prefer a head that loads, has a large block (15 or 16), and was trained for the exact target: base and instruct
   models differ.
 - "Loads" follows from the layout. The weights of these heads have not been tried: run `hf-jetflow doctor`.
-- Ids were read in the places under "Seen in", not on the Hub. Read the license on the
+- {sources} Read the license on the
   head's own page.
 - No head for your model? [Train one](training.md). [Layouts](heads.md) says how each layout was checked.
 
@@ -32,7 +32,8 @@ The table is written by `make docs` from [`catalog.json`](../hf_jetflow/head/cat
 
 def page() -> str:
     """The page as Markdown."""
-    return f"{INTRODUCTION}\n{catalog_table(published_heads())}\n"
+    introduction = INTRODUCTION.replace("{sources}", catalog_sources())
+    return f"{introduction}\n{catalog_table(published_heads())}\n"
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ SETTINGS = (HeadsSettings,)
 
 
 def run(settings: HeadsSettings) -> None:
-    from ..head.catalog import published_heads
+    from ..head.catalog import catalog_sources, published_heads
 
     target = None
     for head in published_heads(settings.target):
@@ -34,4 +34,5 @@ def run(settings: HeadsSettings) -> None:
         print(f"  {head.head}")
         print(f"    {'loads' if refusal is None else f'does not load: {refusal}'}")
         parts = [f"layout {head.layout}", f"license {head.license or 'not stated'}", head.note]
-        print(f"    {'; '.join(part for part in parts if part)}; seen in {head.source}, {head.date}")
+        print(f"    {'; '.join(part for part in parts if part)}")
+    print(catalog_sources())

@@ -23,9 +23,7 @@ class PublishedHead:
     target: str  # name of the target without its organization
     head: str  # Hub id
     layout: str  # a name of `formats.py`
-    source: str  # where the head was seen
-    date: str  # when it was seen there, YYYY-MM
-    license: str | None = None  # of the weights; `None` where the source does not say
+    license: str | None = None  # of the weights; `None` if it was not stated where the head was seen
     note: str | None = None
     obstacle: str | None = None  # why it does not load although its layout does
 
@@ -66,9 +64,15 @@ def published_heads(target: str | None = None) -> list[PublishedHead]:
     return sorted(heads, key=lambda head: (targets[head.target], head.refusal is not None))
 
 
+def catalog_sources() -> str:
+    """Where and when the heads were seen, in one sentence."""
+    catalog = json.loads(FILE.read_text(encoding="utf-8"))
+    return f"Ids and layouts were read in {catalog['date']}, not on the Hub: {'; '.join(catalog['sources'])}."
+
+
 def catalog_table(heads: Sequence[PublishedHead]) -> str:
     """The heads as a Markdown table."""
-    lines = ["| Target | Head | Layout | Loads | License | Seen in |", "|---|---|---|---|---|---|"]
+    lines = ["| Target | Head | Layout | Loads | License |", "|---|---|---|---|---|"]
     target = None
     for head in heads:
         name, target = "" if head.target == target else head.target, head.target
@@ -76,6 +80,5 @@ def catalog_table(heads: Sequence[PublishedHead]) -> str:
         if head.note:
             loads += f" ({head.note})"
         license = head.license or "not stated"
-        source = f"{head.source}, {head.date}"
-        lines.append(f"| {name} | `{head.head}` | {head.layout} | {loads} | {license} | {source} |")
+        lines.append(f"| {name} | `{head.head}` | {head.layout} | {loads} | {license} |")
     return "\n".join(lines)
