@@ -1,4 +1,4 @@
-"""The door: how `model.generate(assistant_model=head)` reaches our loop.
+"""How `model.generate(assistant_model=head)` reaches our loop.
 
 `generate` looks its decoding loop up on the class, so two methods of `GenerationMixin` are wrapped once: the early
 validation, to say what is wrong with a pairing, and the assisted loop, to dispatch heads to ours. The function by
@@ -60,7 +60,7 @@ def enable() -> None:
 
 
 def disable() -> None:
-    """Take the dispatch out again. What others have patched on top of it stays, and reaches transformers' own."""
+    """Restore transformers' own methods. Third-party patches on top stay, and reach these."""
     _dispatch["is_on"] = False
     for (place, name), (original, wrapper) in list(_WRAPPERS.items()):
         if getattr(place, name) is wrapper:
@@ -236,7 +236,7 @@ def check_pairing(model: PreTrainedModel, head: JetFlowHead) -> None:
     assert config.hidden_state_indices is not None
     if max(config.hidden_state_indices) > text.num_hidden_layers:
         raise JetFlowError(
-            f"the head listens to `hidden_states` {config.hidden_state_indices}, but this target ends at "
+            f"the head taps `hidden_states` {config.hidden_state_indices}, but this target ends at "
             f"{text.num_hidden_layers}{made_for}"
         )
 

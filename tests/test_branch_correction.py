@@ -65,7 +65,7 @@ def test_what_is_read_of_a_token_is_kept_for_the_next_rounds(num_kept, tiny_targ
     rounds = [([5, 7, 5], [8, 9, 7]), ([9, 7], []), ([7, 30, 8], [31]), ([1, 2, 3, 4, 5, 6], [5]), ([5, 6], [])]
     for tokens, soon in rounds:
         tokens = torch.tensor(tokens)
-        torch.testing.assert_close(parts.of(tokens, torch.tensor(soon)), project(tokens))
+        torch.testing.assert_close(parts.lookup(tokens, torch.tensor(soon)), project(tokens))
     if num_kept == 2048:
         assert asked == [[5, 7, 8, 9], [30, 31], [1, 2, 3, 4, 6]]
     if num_kept == 9:  # the fourth round does not fit in: what was kept is forgotten

@@ -28,9 +28,9 @@ class BranchScores:
     The branch scorer of one draft, called once per depth for all branches of the frontier (see `tree.BranchScorer`).
 
     Args:
-        candidates ([`Candidates`]): Scored as if all branches of a depth were alike.
-        ngrams ([`ContextNgrams`] or [`MatchedNgrams`], *optional*): Made for the same candidates.
-        correction (`Correction`, *optional*): Made for the same candidates.
+        candidates ([`Candidates`]): Candidates with branch-independent scores.
+        ngrams ([`ContextNgrams`] or [`MatchedNgrams`], *optional*): Context n-grams of the same candidates.
+        correction (`Correction`, *optional*): The head's scorer for the same candidates.
     """
 
     def __init__(
@@ -63,35 +63,35 @@ class ProjectedTokenCache:
     CPU nothing is cached, as the host would have to wait for the tokens.
 
     Args:
-        scorer ([`StepScorer`]): The head's.
-        target ([`Target`]): Whose embeddings it reads.
+        scorer ([`StepScorer`]): The head's branch scorer.
+        target ([`Target`]): The target that embeds the tokens.
     """
 
     def __init__(self, scorer: StepScorer, target: Target):
         self._scorer, self._target = scorer, target
-        self._kept: torch.Tensor | None = None  # (MAX_CACHED_TOKENS, parts)
-        self._places: dict[int, int] = {}  # rows in there, by token
+        self._parts: torch.Tensor | None = None  # (MAX_CACHED_TOKENS, parts)
+        self._indices: dict[int, int] = {}  # rows of it, by token
 
-    def of(self, tokens: torch.Tensor, soon: torch.Tensor | None = None) -> torch.Tensor:
-        """The parts (tokens, parts) of tokens (tokens,). Those of tokens asked for `soon` are made at once."""
+    def lookup(self, tokens: torch.Tensor, prefetch: torch.Tensor | None = None) -> torch.Tensor:
+        """Projections (tokens, parts) of tokens (tokens,). `prefetch` tokens are projected and cached with them."""
         if tokens.device.type != "cpu":
             return self._project(tokens)
         token_ids = tokens.tolist()
-        wanted = dict.fromkeys(token_ids if soon is None else [*token_ids, *soon.flatten().tolist()])
-        unknown = [token for token in wanted if token not in self._places]
-        if len(self._places) + len(unknown) > MAX_CACHED_TOKENS:
-            self._places, unknown = {}, list(dict.fromkeys(token_ids))
+        wanted = dict.fromkeys(token_ids if prefetch is None else [*token_ids, *prefetch.flatten().tolist()])
+        unknown = [token for token in wanted if token not in self._indices]
+        if len(self._indices) + len(unknown) > MAX_CACHED_TOKENS:
+            self._indices, unknown = {}, list(dict.fromkeys(token_ids))
         if len(unknown) > MAX_CACHED_TOKENS:
             return self._project(tokens)
         if unknown:
-            parts, num_kept = self._project(torch.tensor(unknown, device="cpu")), len(self._places)
-            if self._kept is None:
-                self._kept = parts.new_empty(MAX_CACHED_TOKENS, parts.shape[-1])
-            self._kept[num_kept : num_kept + len(unknown)] = parts
-            self._places.update(zip(unknown, range(num_kept, num_kept + len(unknown)), strict=True))
-        assert self._kept is not None
-        places = torch.tensor([self._places[token] for token in token_ids], device=self._kept.device)
-        return self._kept.index_select(0, places)
+            parts, num_known = self._project(torch.tensor(unknown, device="cpu")), len(self._indices)
+            if self._parts is None:
+                self._parts = parts.new_empty(MAX_CACHED_TOKENS, parts.shape[-1])
+            self._parts[num_known : num_known + len(unknown)] = parts
+            self._indices.update(zip(unknown, range(num_known, num_known + len(unknown)), strict=True))
+        assert self._parts is not None
+        indices = torch.tensor([self._indices[token] for token in token_ids], device=self._parts.device)
+        return self._parts.index_select(0, indices)
 
     def _project(self, tokens: torch.Tensor) -> torch.Tensor:
         weight = next(self._scorer.parameters())
@@ -111,7 +111,7 @@ class TableCorrection:
         context_ids (`torch.Tensor`, (..., seq)): The newest committed tokens, the anchor last.
         candidates ([`Candidates`]): Drafted by these rows.
         places (`torch.Tensor`, (..., depth, width)): The candidates, as indices into the draft vocabulary.
-        weights ([`DraftWeights`]): Of head and target.
+        weights ([`DraftWeights`]): Draft weights of this head and target.
         first_depth (`int`): The first depth to change.
     """
 
@@ -149,17 +149,17 @@ class StepCorrection:
     """
     The step scorer of one proposal.
 
-    What branches share is computed once: the part of their last token, and what the children of one parent recall,
-    which is known only when one of them asks for it.
+    Shared work is done once: tokens are projected per distinct token, memory is recalled per distinct parent, on
+    demand.
 
     Args:
         scorer ([`StepScorer`]): The head's.
         rows (`torch.Tensor`, (..., depth, features)): The head's rows.
         context_ids (`torch.Tensor`, (..., seq)): The newest committed tokens, the anchor last.
         candidates ([`Candidates`]): Drafted by these rows.
-        token_parts ([`ProjectedTokenCache`]): Of the same scorer.
+        token_parts ([`ProjectedTokenCache`]): Projected tokens of `scorer`.
         logit_changes: Turns shifts of a depth into logit changes of its candidates.
-        weights ([`DraftWeights`]): Of head and target.
+        weights ([`DraftWeights`]): Draft weights of this head and target.
         first_depth (`int`): The first depth to change.
     """
 
@@ -179,9 +179,9 @@ class StepCorrection:
             self._slots = scorer.project_slots(rows)
         self._logit_changes, self._first_depth = logit_changes, first_depth
         self._start_ids = _start_ids(context_ids, scorer)
-        # Of branches of two tokens and more; made together with the first ones that are asked for.
+        # Projected in advance, together with the first tokens that are looked up.
         self._likely_tokens: torch.Tensor | None = candidates.tokens[..., 1:-1, :NUM_PREFETCHED]
-        self._memory: Memory = ()  # of the branches of the depth before, one after the other
+        self._memory: Memory = ()  # of the previous depth, branches flattened
         self._num_before = 0
 
     def __call__(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor | None:
@@ -205,7 +205,7 @@ class StepCorrection:
         return shifts
 
     def _project(self, tokens: torch.Tensor, likely: torch.Tensor | None = None) -> torch.Tensor:
-        return self._token_parts.of(tokens.flatten(), likely).view(*tokens.shape, -1).to(self._slots.device)
+        return self._token_parts.lookup(tokens.flatten(), likely).view(*tokens.shape, -1).to(self._slots.device)
 
     def _recall(self, parents: torch.Tensor) -> Memory:
         """What each branch recalls of its parent, (..., branches, ...)."""
@@ -234,10 +234,10 @@ def gather_rows(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 
 
 def _distinct(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Distinct ones of some numbers, and the place of each number among them."""
+    """The distinct numbers in order of appearance, and each number's index among them."""
     if numbers.device.type == "cpu":
         known = numbers.tolist()
-        places = {number: place for place, number in enumerate(dict.fromkeys(known))}
-        of_number = [places[number] for number in known]
-        return torch.tensor(list(places), device="cpu"), torch.tensor(of_number, device="cpu")
+        indices = {number: index for index, number in enumerate(dict.fromkeys(known))}
+        of_number = [indices[number] for number in known]
+        return torch.tensor(list(indices), device="cpu"), torch.tensor(of_number, device="cpu")
     return numbers, torch.arange(len(numbers), device=numbers.device)  # the host would have to wait for their count

@@ -41,9 +41,9 @@ logger = logging.get_logger(__name__)
 class Draft:
     """One draft of the head, and what scores it along a branch."""
 
-    context_ids: torch.Tensor  # (..., seq) the newest committed tokens that it was made behind, the anchor last
+    context_ids: torch.Tensor  # (..., seq) newest committed tokens, the anchor last
     candidates: Candidates  # (..., depth, width), scored as if all branches of a depth were alike
-    scorer: BranchScorer | None = None  # re-scores them after each branch; `None` where nothing does
+    scorer: BranchScorer | None = None  # `None` without n-grams and branch scorer
     has_ngrams: bool = False  # n-grams of the text may continue the tree below the head's deepest level
 
     def best_tree(
@@ -162,7 +162,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             context_ids (`torch.Tensor`, (batch, seq)): The newest committed tokens of each sequence, the anchor last.
             positions (`torch.Tensor`, (batch,)): The anchors' absolute positions.
             max_depth (`int`): Depths to draft; 0 drafts nothing and leaves the head alone.
-            width (`int`): Candidates per depth; a head that scores branches apart proposes those it re-scores.
+            width (`int`): Candidates per depth; re-scored branches use `config.branch_candidates` instead.
 
         Returns:
             [`Draft`]: Its candidates are (batch, max_depth, width), on the tokens' device.
@@ -221,7 +221,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         scores_branches = bool(weights) or self.head.branch_correction is not None
         logprobs, token_ids = self.logprobs(rows), self.head.draft_token_ids
         order = logprobs
-        if weights:  # what the text holds is ranked by the most that its scores can gain
+        if weights:  # context tokens rank by the most that n-grams can add, so that they become candidates
             order = self._boost_context_tokens(logprobs, context_ids.to(logprobs.device), sum(weights))
         num_scored = min(config.branch_candidates if scores_branches else width, logprobs.shape[-1])
         places = order.topk(num_scored).indices
@@ -250,7 +250,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             return None
         if isinstance(scorer, TableScorer):
             return TableCorrection(scorer, rows, context_ids, candidates, places, self._weights, first_depth)
-        changes = self._logit_changes(scorer, places)
+        changes = self._make_logit_changes(scorer, places)
         return StepCorrection(
             scorer, rows, context_ids, candidates, self._token_parts, changes, self._weights, first_depth
         )
@@ -284,9 +284,9 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             logits = self.target.output_logits(rows, self.head.draft_token_ids)
         return torch.log_softmax(self.head.shape_logits(logits.float()), dim=-1)
 
-    def _logit_changes(self, scorer: StepScorer, places: torch.Tensor) -> LogitChanges:
-        """What turns shifts (..., branches, shift) of a depth into logit changes of its candidates, (..., branches,
-        width)."""
+    def _make_logit_changes(self, scorer: StepScorer, places: torch.Tensor) -> LogitChanges:
+        """Return a function that maps shifts (..., branches, shift) of a depth to logit changes of its candidates,
+        (..., branches, width)."""
         weight = scorer.output_weight
         if weight is None and self._weights.projection is not None:
             weight = self._weights.projection.weight
@@ -323,7 +323,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         return torch.cat([input_ids, chain.tokens[:, 1:]], dim=1), None
 
     def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:
-        """Nothing to update: the loop plans every round anew."""
+        """Nothing to update: the loop plans every round from scratch."""
 
 
 # Of each head that is in use and was compiled: the static cache of its latest call, unless a call is using it.

@@ -175,7 +175,7 @@ def _ngrams(config: JetFlowConfig) -> str:
         return ""
     weights = ", ".join(f"{weight:g}" for weight in config.ngram_weights)
     return (
-        " What followed a branch's last tokens earlier in the text counts, too "
+        " Context n-grams raise tokens that followed the same tokens earlier "
         f"(weights {weights} by the number of tokens that match)."
     )
 

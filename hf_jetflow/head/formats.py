@@ -281,7 +281,7 @@ def refuse_unsupported_tensors(names: Iterable[str]) -> None:
 
 
 def _refused(refusal: Refusal) -> str:
-    return f"this is a checkpoint of the layout {refusal.name}, which does not load: {refusal.reason}"
+    return f"unsupported checkpoint layout {refusal.name}: {refusal.reason}"
 
 
 def read_checkpoint(layout: Layout, config: Config, tensors: Tensors, given: Config) -> Reading:
