@@ -89,7 +89,7 @@ def prefilled(model, ids: torch.Tensor) -> tuple[Target, Context]:
     with torch.no_grad():
         model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
     forward_kwargs = {"output_hidden_states": True}
-    strategy = cache_strategy(cache, BatchRows(1, ids.shape[1] - 1), read=lambda chain: None)
+    strategy = cache_strategy(cache, BatchRows(1, ids.shape[1] - 1), mixers=[], read=lambda chain: None)
     steps = StepInputs(position_ids=torch.zeros(1, 1))
     return target, Context(strategy, torch.tensor([0]), forward_kwargs=forward_kwargs, step_inputs=steps)
 

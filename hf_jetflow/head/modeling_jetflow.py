@@ -71,7 +71,7 @@ class JetFlowHead(PreTrainedModel):
     Pass it to `generate` as `assistant_model=head`. `head.generation_config` holds `node_budget` (rows the target
     verifies per round, root included) and `max_depth` (1 .. `config.block_size - 1`); after a call
     `head.last_stats` holds its [`GenerationStats`]. With `head.record_trees = True` before it, `head.last_trees` holds
-    its draft trees, a list of [`~trace.TreeRound`].
+    its draft trees, a list of [`~tree_log.TreeRound`].
 
     Args:
         config ([`JetFlowConfig`]): The head's configuration. The weights are random until loaded or trained.
@@ -141,7 +141,7 @@ class JetFlowHead(PreTrainedModel):
 
     @property
     def last_trees(self) -> Any:
-        """List of [`~trace.TreeRound`] of the same call; `None` unless `record_trees` was on."""
+        """List of [`~tree_log.TreeRound`] of the same call; `None` unless `record_trees` was on."""
         return getattr(self._thread_results, "trees", self._newest_trees)
 
     @last_trees.setter
