@@ -80,7 +80,7 @@ def test_a_branch_is_scored_as_in_training(kind, is_shared, tiny_target, random_
     """Every node of a tree: its log-probability is that of its own path under the teacher-forced shifts."""
     if not is_shared:  # as on other devices than the CPU
         monkeypatch.setattr(
-            branch_scores.ProjectedTokenCache, "of", lambda parts, tokens, soon: parts._project(tokens)
+            branch_scores.ProjectedTokenCache, "lookup", lambda parts, tokens, soon: parts._project(tokens)
         )
         monkeypatch.setattr(branch_scores, "_distinct", lambda ids: (ids, torch.arange(len(ids))))
     drafter = make_drafter(tiny_target, random_head, branch_correction=kind, branch_candidates=12)

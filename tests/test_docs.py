@@ -133,10 +133,10 @@ def reader(tiny_target, random_head, tmp_path, monkeypatch):
     target = tiny_target("llama")
     tokenizer = tiny_tokenizer(target.config.vocab_size)
     head = random_head(target)
-    for folder in ("org/target", "HuggingFaceTB/SmolLM2-135M-Instruct"):
+    for folder in ("org/target", "HuggingFaceTB/SmolLM2-135M-Instruct", "Qwen/Qwen3-8B"):
         target.save_pretrained(tmp_path / folder)
         tokenizer.save_pretrained(tmp_path / folder)
-    for folder in ("org/head", "examples/heads/smollm2-135m-instruct"):
+    for folder in ("org/head", "examples/heads/smollm2-135m-instruct", "JetSpec/jetspec-qwen3-8b"):
         head.save_pretrained(tmp_path / folder)
     monkeypatch.chdir(tmp_path)
     tokenizer.pad_token = "t000"
