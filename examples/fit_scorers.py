@@ -135,7 +135,7 @@ def fit(head: JetFlowHead, pairs: Pairs, epochs: int, batch_size: int, learning_
         if step % 100 == 0 or step == num_steps - 1:
             before = -logprobs.gather(1, right[:, None]).mean()
             print(
-                f"{head.config.branch_correction}, step {step}: {float(before):.3f} -> {float(loss):.3f}", flush=True
+                f"{head.config.branch_correction}, step {step}: {float(before):.3f} -> {loss.item():.3f}", flush=True
             )
     scorer.eval().requires_grad_(False)
 

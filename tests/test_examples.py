@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -165,6 +166,40 @@ def test_the_gain_of_a_correction_is_replayed_with_it_on_and_off(tiny_target, ra
     assert all(row["without_ngrams"] == row["without_both"] >= 1 for row in rows)
     with pytest.raises(SystemExit, match="no branch correction"):
         run(None)
+
+
+def test_scorers_are_fitted_behind_a_head_and_replayed_as_chains_and_trees(
+    tiny_target, random_head, tmp_path, monkeypatch, capsys
+):
+    target = tiny_target("llama")
+    write_pair(tmp_path, target, random_head(target, branch_correction="path"))
+    answers = [dict(prompt_ids=[3, 4, 5], answer_ids=[(7 * i + j) % 50 + 3 for j in range(12)]) for i in range(4)]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(dict(id=i, **a)) + "\n" for i, a in enumerate(answers)))
+    monkeypatch.syspath_prepend(EXAMPLES)  # it imports replayed.py beside it
+    module = load_example("fit_scorers")
+    arguments = ["--target", tmp_path / "target", "--head", tmp_path / "head", "--prompts", tmp_path / "dev.jsonl"]
+    arguments += ["--answers", tmp_path / "answers.jsonl", "--texts", tmp_path / "texts", "--max-new-tokens", 9]
+    arguments += [
+        "--rank",
+        4,
+        "--batch-size",
+        4,
+        "--epochs",
+        40,
+        "--node-budgets",
+        8,
+        "--json",
+        tmp_path / "result.json",
+    ]
+    monkeypatch.setattr(sys, "argv", ["fit_scorers.py", *map(str, arguments)])
+    module.main()
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    assert [row["scorer"] for row in rows] == ["no scorer", "own (path)", "selector", "markov", "gated"]
+    assert all(row["tokens_per_round"]["8"] >= row["tokens_per_round"]["chain"] >= 1 for row in rows)
+    printed = re.findall(r"(\w+), step \d+: ([\d.]+) -> ([\d.]+)", capsys.readouterr().out)
+    newest = {kind: (float(before), float(after)) for kind, before, after in printed}
+    assert newest.keys() == {"selector", "markov", "gated"}
+    assert all(after < before for before, after in newest.values()), newest
 
 
 def write_pair(folder, target, head):

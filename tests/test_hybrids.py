@@ -311,7 +311,7 @@ def test_a_criterion_over_a_batch_whose_cache_is_returned_asks_for_plain_decodin
     head = build_random(target)
     plain, drafted = (generate(target, batch["input_ids"], assistant, **settings) for assistant in (None, head))
     if is_returned:
-        assert "cannot go back" in head.last_stats.policy["plain"]
+        assert "cannot be rolled back" in head.last_stats.policy["plain"]
         plain, drafted = plain.sequences, drafted.sequences
     else:
         assert "plain" not in head.last_stats.policy
