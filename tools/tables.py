@@ -319,19 +319,6 @@ def branch_gains() -> str:
     return table(["gain over the three sets", *(f"{each} nodes" for each in budgets)], lines, "correction_smollm2")
 
 
-def scorers() -> str:
-    """Tokens per round of each branch scorer, means of the prompt sets."""
-    rows = read("scorers")["rows"]
-    names = list(dict.fromkeys(row["scorer"] for row in rows))
-    columns = list(rows[0]["tokens_per_round"])
-    lines = []
-    for name in names:
-        figures = [row["tokens_per_round"] for row in rows if row["scorer"] == name]
-        lines.append([name, *(f"{sum(each[key] for each in figures) / len(figures):.2f}" for key in columns)])
-    heading = ["scorer", *(key if key == "chain" else f"{key} nodes" for key in columns)]
-    return table(heading, lines, "scorers")
-
-
 def ablation() -> str:
     """Tokens per round at 32 nodes, means of the prompt sets."""
     heads = {
@@ -396,7 +383,6 @@ TABLES: dict[str, Callable[[], str]] = {
         hybrid_rounds,
         branch_scores,
         branch_gains,
-        scorers,
         ablation,
         vllm,
     )
