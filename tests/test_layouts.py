@@ -476,7 +476,7 @@ def test_a_layout_that_does_not_load_is_known_by_its_tensors(tmp_path, refused):
     for part in refused.tensors:
         name = f"layers.0.{part}x"
         message = refusal(tmp_path, make.jetspec(True), {**make.body_tensors(), name: torch.zeros(2)})
-        assert f"the layout {refused.name}" in message
+        assert f"unsupported checkpoint layout {refused.name}: " in message
         assert f"`{name}`" in message
 
 
