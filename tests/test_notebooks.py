@@ -74,6 +74,7 @@ def test_look_inside(runner, demo_target, tmp_path):
     assert (tmp_path / "trees.html").exists()
 
 
+@pytest.mark.slow
 def test_train_your_own_head(runner, demo_target, tmp_path):
     options = "--anchors 2 --eval-num-prompts 1 --max-length 96"
     parameters = dict(TARGET=demo_target, NUM_PROMPTS=6, MAX_NEW_TOKENS=16, STEPS=2, OPTIONS=options, RUN="run")
@@ -84,6 +85,7 @@ def test_train_your_own_head(runner, demo_target, tmp_path):
     assert (tmp_path / "run-published" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_bring_a_public_head(runner, demo_target, tmp_path):
     parameters = dict(TARGET=demo_target, SHIPPED_HEAD=HEAD, NUM_PROMPTS=3, MAX_NEW_TOKENS=10)
     notebook = runner.run_notebook(NOTEBOOKS[3], parameters, tmp_path)
