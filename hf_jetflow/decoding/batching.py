@@ -89,20 +89,31 @@ def plain_batch_reason(
     if isinstance(cache, StaticCache):
         return "the sequences of a static cache have one length"
     is_returned = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
-    if is_returned and is_recurrent(model) and (asked := _batch_criteria(criteria)):
+    if is_returned and is_recurrent(model) and (asked := split_criteria(criteria, 2)[1]):
+        names = sorted({type(criterion).__name__ for criterion in asked})
         return (
-            f"{', '.join(asked)} may end a sequence at a token behind which others were decoded, and the "
+            f"{', '.join(names)} may end a sequence at a token behind which others were decoded, and the "
             f"recurrent states of `{model.config.model_type}` in the returned cache cannot be rolled back"
         )
     return None
 
 
-def _batch_criteria(criteria: StoppingCriteriaList) -> list[str]:
-    """Names of the criteria that are asked about the whole batch; see [`Emitter`]."""
-    stops_each = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
-    known = (MaxLengthCriteria, EosTokenCriteria)
-    asked = [c for c in criteria if type(c) not in known and not (stops_each and is_row_wise(c))]
-    return sorted({type(criterion).__name__ for criterion in asked})
+def stops_each(criteria: StoppingCriteriaList) -> bool:
+    """Whether plain decoding ends sequences one by one: without an EOS token it goes on with all of a batch until
+    each of them has been stopped once."""
+    return any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+
+
+def split_criteria(
+    criteria: StoppingCriteriaList, num_sequences: int
+) -> tuple[StoppingCriteriaList, StoppingCriteriaList]:
+    """The criteria besides length and EOS: those asked about one sequence of a batch, and about the whole of it."""
+    is_split = num_sequences > 1 and stops_each(criteria)
+    of_rows, of_batch = StoppingCriteriaList(), StoppingCriteriaList()
+    for criterion in criteria:
+        if type(criterion) not in (MaxLengthCriteria, EosTokenCriteria):
+            (of_rows if is_split and is_row_wise(criterion) else of_batch).append(criterion)
+    return of_rows, of_batch
 
 
 def row_processors(logits_processor: LogitsProcessorList, row: int) -> LogitsProcessorList:

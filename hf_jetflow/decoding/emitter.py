@@ -14,7 +14,7 @@ from ..target.target import TargetStates
 from ..transfer import to_device
 from ..trees.ngrams import MAX_CONTEXT
 from ..trees.walk import Chooser
-from .batching import is_row_wise
+from .batching import split_criteria, stops_each
 
 
 class Emitter:
@@ -61,13 +61,8 @@ class Emitter:
         self._eos_ids = {
             int(i) for c in stopping_criteria if type(c) is EosTokenCriteria for i in c.eos_token_id.flatten()
         }
-        # Without an EOS token plain decoding goes on with all sequences until each of them has been stopped once.
-        self._stops_each = batch == 1 or any(hasattr(c, "eos_token_id") for c in stopping_criteria)
-        self._row_criteria, self._batch_criteria = StoppingCriteriaList(), StoppingCriteriaList()
-        for criterion in stopping_criteria:
-            if type(criterion) not in (MaxLengthCriteria, EosTokenCriteria):
-                is_alone = batch > 1 and self._stops_each and is_row_wise(criterion)
-                (self._row_criteria if is_alone else self._batch_criteria).append(criterion)
+        self._stops_each = batch == 1 or stops_each(stopping_criteria)
+        self._row_criteria, self._batch_criteria = split_criteria(stopping_criteria, batch)
         self._num_judged = self._prompt_length  # tokens of each sequence that the criteria of the batch have seen
         self._stopped_rows: set[int] = set()  # by the criteria of the batch
         self._hidden_states: list[tuple[torch.Tensor, ...]] = []
