@@ -16,6 +16,7 @@ from hf_jetflow.decoding.drafter import JetFlowCandidateGenerator
 from hf_jetflow.doctor import doctor
 from hf_jetflow.doctor.doctor import examine
 from hf_jetflow.doctor.mistakes import encode, with_fields
+from hf_jetflow.doctor.verdict import find_advice
 from hf_jetflow.prompts import encode_chat
 from hf_jetflow.target.target import Target, TargetStates
 from hf_jetflow.training import replay as replay_module
@@ -103,6 +104,12 @@ def test_a_good_head_has_no_fault(tmp_path):
     assert [each["first_difference"] for each in findings["compared"]] == [None, None]
     assert {each["name"] for each in findings["mistakes"]} >= {"causality", "taps"}
     assert not any(each["is_better"] for each in findings["mistakes"])
+
+
+def test_a_head_of_another_kind_of_target_is_advised_against():
+    facts = {"head": {"trained_for_model_type": "qwen3"}, "target": {"model_type": "llama"}}
+    advice = list(find_advice({"facts": facts, "prompt_forms": [], "faults": []}))
+    assert advice == ["the head was trained for a qwen3 model, the target is a llama"]
 
 
 FAULTS = {

@@ -69,8 +69,9 @@ def find_advice(findings: Findings) -> Iterator[str]:
         now = findings["as_loaded"]["tokens_per_round"]
         yield f"another prompt form is accepted more often: {_form_message(forms, now)}; use it if it suits your task"
     head, target = findings["facts"]["head"], findings["facts"]["target"]
-    if head["trained_for_model_type"] not in (None, target["model_type"]):
-        yield f"the head was trained for a {head['made_for_model_type']} model, the target is a {target['model_type']}"
+    trained_for = head["trained_for_model_type"]
+    if trained_for not in (None, target["model_type"]):
+        yield f"the head was trained for a {trained_for} model, the target is a {target['model_type']}"
 
 
 def _form_message(forms: list[Findings], now: float) -> str:
