@@ -9,7 +9,7 @@ import transformers
 from conftest import build_noisy, build_random, build_target
 from helpers import block_inputs, tiny_head
 from reference import assert_same_text
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GitConfig, GitForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_jetflow import JetFlowConfig, JetFlowHead
 from hf_jetflow.target.caches import UNSEEN_POSITION
@@ -376,3 +376,11 @@ def test_the_depth_ends_in_front_of_the_next_border():
 def test_an_ordinary_target_is_limited_by_its_configured_length_only():
     config = LlamaConfig(**SIZES, **USUAL, intermediate_size=32, max_position_embeddings=77)
     assert position_limits(LlamaForCausalLM(config)) == PositionLimits(borders=(77,))
+
+
+def test_positions_of_an_image_are_no_positions_of_the_text():
+    vision = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+    config = GitConfig(
+        **SIZES, **USUAL, intermediate_size=32, max_position_embeddings=77, vision_config=dict(vision, patch_size=14)
+    )
+    assert position_limits(GitForCausalLM(config)) == PositionLimits(borders=(77,), batch_end=77)

@@ -10,6 +10,10 @@ from conftest import build_noisy
 from torch import nn
 from transformers import (
     AutoConfig,
+    CpmAntConfig,
+    CpmAntForCausalLM,
+    GitConfig,
+    GitForCausalLM,
     IdeficsConfig,
     IdeficsForVisionText2Text,
     LlamaForCausalLM,
@@ -276,6 +280,15 @@ def test_activated_lora_is_refused_and_a_disabled_one_decodes():
     layer.disable_adapters = True
     text = target.generate(ids, max_new_tokens=14, do_sample=False)
     assert_same(target, head_for(target, text, 16), input_ids=ids)
+
+
+def test_targets_whose_forwards_depend_on_their_number_of_rows_are_refused():
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, eos_token_id=None)
+    target = CpmAntForCausalLM(CpmAntConfig(vocab_size=257, dim_ff=64, dim_head=8, **sizes)).eval()
+    refused(target, "trained rows in front of the tokens", input_ids=ids_of(1))
+    vision = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+    target = GitForCausalLM(GitConfig(intermediate_size=64, vision_config=vision, **sizes)).eval()
+    refused(target, "masks and positions in forwards of one token", input_ids=ids_of(1))
 
 
 def test_a_target_with_a_depth_decoder_is_refused():

@@ -128,11 +128,19 @@ def _rope_parameters(text: PreTrainedConfig) -> list[dict]:
 
 
 def _table_sizes(model: PreTrainedModel) -> list[int]:
-    """Positions in each table of positions of the text model."""
+    """Positions in each table of positions of the text model; those of a vision tower are not positions of tokens."""
     body = model.get_decoder()
     body = model.base_model if body is None else body
+    text = type(model.config.get_text_config(decoder=True))
+    towers = [
+        f"{name}."
+        for name, module in body.named_modules()
+        if name and isinstance(module, PreTrainedModel) and not isinstance(module.config, text)
+    ]
     sizes = []
     for name, module in body.named_modules():
+        if name.startswith(tuple(towers)):
+            continue
         leaf = name.rsplit(".", 1)[-1]
         if isinstance(module, nn.Embedding) and ("position" in leaf or leaf == "wpe"):
             sizes.append(module.num_embeddings - getattr(module, "offset", 0))

@@ -26,7 +26,13 @@ SET_BY_VERIFY = {
 }
 # Early releases pass it for the whole text, later ones for the tokens of a step; new tokens are text in both.
 TYPES_OF_TEXT = "mm_token_type_ids"
-COUNTS_OWN_POSITIONS = {"kosmos-2", "kosmos-2.5"}  # from the tokens of a forward, of which padding tokens count none
+COUNTS_TOKENS = "the target numbers positions by the tokens of each forward"  # of which padding tokens count none
+REFUSED_TYPES = {
+    "kosmos-2": COUNTS_TOKENS,
+    "kosmos-2.5": COUNTS_TOKENS,
+    "git": "the target adjusts masks and positions in forwards of one token only",
+    "cpmant": "the target puts trained rows in front of the tokens of each forward",
+}
 # What a model raises that builds its step's inputs from more than it is given.
 NEEDS_MORE = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 PLAIN_TYPES = (bool, int, float, complex, str, torch.Tensor, torch.dtype, torch.device, type(None))
@@ -63,8 +69,9 @@ def check_step_inputs(model: PreTrainedModel, input_ids: torch.Tensor, model_kwa
     Raises:
         ValueError: Naming the keyword.
     """
-    if model.config.model_type in COUNTS_OWN_POSITIONS:
-        raise _refusal(model, "the target numbers positions by the tokens of each forward")
+    reason = REFUSED_TYPES.get(model.config.model_type)
+    if reason is not None:
+        raise _refusal(model, reason)
     if hasattr(model, "depth_decoder"):
         raise _refusal(model, "another model decodes between its steps (`depth_decoder`)")
     adapters = _last_row_adapters(model)
