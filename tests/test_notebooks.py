@@ -2,18 +2,17 @@
 
 import importlib.util
 import re
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
+from helpers import tiny_tokenizer
 from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell, new_notebook
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 NOTEBOOKS = sorted((EXAMPLES / "notebooks").glob("*.ipynb"))
-HEAD = str(EXAMPLES / "heads" / "smollm2-135m-instruct")
 
 
 @pytest.fixture(scope="module")
@@ -25,24 +24,13 @@ def runner():
 
 
 @pytest.fixture(scope="module")
-def demo_target(tmp_path_factory):
-    """A folder of SmolLM2-135M-Instruct, which loads sooner than its GGUF file."""
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        from smollm2 import gguf_path
-
-        path = gguf_path()
-    except SystemExit as missing:
-        pytest.skip(str(missing))
-    finally:
-        sys.path.remove(str(EXAMPLES))
-    from hf_jetflow.target.loading import load_target
-
-    folder = tmp_path_factory.mktemp("target")
-    target, tokenizer = load_target(path, "bfloat16")
-    target.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+def pair(tiny_target, random_head, tmp_path_factory):
+    """Parameters that name a tiny target and a head for it, saved in folders."""
+    target, folder = tiny_target("llama"), tmp_path_factory.mktemp("pair")
+    target.save_pretrained(folder / "target")
+    tiny_tokenizer(target.config.vocab_size).save_pretrained(folder / "target")
+    random_head(target).save_pretrained(folder / "head")
+    return dict(TARGET=str(folder / "target"), HEAD=str(folder / "head"))
 
 
 def text_of(notebook):
@@ -56,16 +44,16 @@ def num_pictures(notebook):
     return sum("image/png" in output.get("data", {}) for output in outputs)
 
 
-def test_quick_start(runner, demo_target, tmp_path):
-    parameters = dict(TARGET=demo_target, HEAD=HEAD, MAX_NEW_TOKENS=10)
+def test_quick_start(runner, pair, tmp_path):
+    parameters = dict(**pair, MAX_NEW_TOKENS=10)
     notebook = runner.run_notebook(NOTEBOOKS[0], parameters, tmp_path)
     assert text_of(notebook).count("same text: True") == 2
     assert "tokens per round" in text_of(notebook)
     assert num_pictures(notebook) == 2
 
 
-def test_look_inside(runner, demo_target, tmp_path):
-    parameters = dict(TARGET=demo_target, HEAD=HEAD, MAX_NEW_TOKENS=12, ROUNDS=[1, 2], BUDGETS=[2, 8])
+def test_look_inside(runner, pair, tmp_path):
+    parameters = dict(**pair, MAX_NEW_TOKENS=12, ROUNDS=[1, 2], BUDGETS=[2, 8])
     notebook = runner.run_notebook(NOTEBOOKS[1], parameters, tmp_path)
     rates = re.findall(r"nodes  ([\d.]+) tokens per round", text_of(notebook))
     assert len(rates) == 2
@@ -75,9 +63,9 @@ def test_look_inside(runner, demo_target, tmp_path):
 
 
 @pytest.mark.slow
-def test_train_your_own_head(runner, demo_target, tmp_path):
+def test_train_your_own_head(runner, pair, tmp_path):
     options = "--anchors 2 --eval-num-prompts 1 --max-length 96"
-    parameters = dict(TARGET=demo_target, NUM_PROMPTS=6, MAX_NEW_TOKENS=16, STEPS=2, OPTIONS=options, RUN="run")
+    parameters = dict(TARGET=pair["TARGET"], NUM_PROMPTS=6, MAX_NEW_TOKENS=16, STEPS=2, OPTIONS=options, RUN="run")
     parameters |= dict(DRAFT_VOCAB=12)
     notebook = runner.run_notebook(NOTEBOOKS[2], parameters, tmp_path)
     assert "same text: True" in text_of(notebook)
@@ -86,8 +74,8 @@ def test_train_your_own_head(runner, demo_target, tmp_path):
 
 
 @pytest.mark.slow
-def test_bring_a_public_head(runner, demo_target, tmp_path):
-    parameters = dict(TARGET=demo_target, SHIPPED_HEAD=HEAD, NUM_PROMPTS=3, MAX_NEW_TOKENS=10)
+def test_bring_a_public_head(runner, pair, tmp_path):
+    parameters = dict(TARGET=pair["TARGET"], SHIPPED_HEAD=pair["HEAD"], NUM_PROMPTS=3, MAX_NEW_TOKENS=10)
     notebook = runner.run_notebook(NOTEBOOKS[3], parameters, tmp_path)
     text = text_of(notebook)
     assert "same text: True" in text
