@@ -5,8 +5,12 @@ shared between tests: do not change them.
 """
 
 import functools
+import importlib
 import os
+import sys
 from functools import partial
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -23,6 +27,7 @@ if NUM_WORKERS > 1:  # they share the cores, and so does what they start
 if "PYTEST_XDIST_WORKER" in os.environ:  # its folders have long names, which must not break what commands say
     os.environ["COLUMNS"] = "500"
 
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 VOCAB_SIZE = 257
 BLOCK_SIZE = 8
 WINDOW = 9
@@ -219,6 +224,37 @@ def head_of_kind(random_head, echo_head, wrong_head, noisy_head, corrected_head)
         return random_head(target, **config) if kind == "random" else heads[kind](target, continuation, **config)
 
     return build
+
+
+@pytest.fixture
+def example_module(monkeypatch):
+    """`example_module(name)`: a script of examples/, imported for this test only, so it may be changed."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+    def load(name: str) -> ModuleType:
+        monkeypatch.setitem(sys.modules, name, None)
+        del sys.modules[name]
+        return importlib.import_module(name)
+
+    return load
+
+
+@pytest.fixture
+def example(example_module, monkeypatch):
+    """`example(name, *arguments)` runs the `main` of a script in examples/ in this process."""
+
+    def run(name: str, *arguments: Any) -> None:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        (sys.modules.get(name) or example_module(name)).main()
+
+    return run
+
+
+@pytest.fixture
+def short_measurements(monkeypatch) -> None:
+    """A bench times its forwards, and training evaluates its head, with few tokens."""
+    monkeypatch.setattr("hf_jetflow.bench.forward_times.MAX_TOKENS", 8)
+    monkeypatch.setattr("hf_jetflow.training.recipe.FINAL_NEW_TOKENS", 8)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_jetflow import JetFlowConfig, JetFlowHead
 from hf_jetflow.cli.main import parse, run
@@ -120,6 +120,16 @@ def tiny_tokenizer(vocab_size: int, eos_id: int | None = None) -> PreTrainedToke
         "{% if add_generation_prompt %}t005{% endif %}"
     )
     return tokenizer
+
+
+def save_pair(folder: Path, target: PreTrainedModel, head: JetFlowHead | None = None) -> list[Any]:
+    """Save a target with its tokenizer, and a head; the options of a command that name them."""
+    target.save_pretrained(folder / "target")
+    tiny_tokenizer(target.config.vocab_size).save_pretrained(folder / "target")
+    if head is None:
+        return ["--target", folder / "target"]
+    head.save_pretrained(folder / "head")
+    return ["--target", folder / "target", "--head", folder / "head"]
 
 
 def dotted_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:

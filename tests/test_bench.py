@@ -23,6 +23,9 @@ from hf_jetflow.prompts import encode_chat, read_prompts
 from hf_jetflow.target.caches import max_static_nodes
 
 
+pytestmark = pytest.mark.usefixtures("short_measurements")
+
+
 @pytest.fixture
 def pair(tiny_target, random_head):
     target = tiny_target("llama")

@@ -3,19 +3,18 @@
 import json
 
 import pytest
-from helpers import run_command, tiny_tokenizer
+from helpers import run_command, save_pair
 
 from hf_jetflow import JetFlowHead
 from hf_jetflow.errors import JetFlowError
 
 
+pytestmark = pytest.mark.usefixtures("short_measurements")
+
+
 @pytest.fixture
 def target_folder(tiny_target, tmp_path):
-    target = tiny_target("llama")
-    folder = tmp_path / "target"
-    target.save_pretrained(folder)
-    tiny_tokenizer(target.config.vocab_size).save_pretrained(folder)
-    return folder
+    return save_pair(tmp_path, tiny_target("llama"))[1]
 
 
 @pytest.fixture

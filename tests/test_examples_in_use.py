@@ -11,45 +11,29 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from helpers import tiny_tokenizer, word, write_lines
+from conftest import EXAMPLES
+from helpers import save_pair, tiny_tokenizer, word, write_lines
 from huggingface_hub import ModelCard
 from transformers import Qwen3Config
 
 from hf_jetflow.head.card import card_text
 
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SHARED = ("smollm2.py", "replayed.py", "turns.py")  # what the examples import
-
-
-@pytest.fixture
-def example(monkeypatch):
-    """`example(name, *arguments)` runs an example's `main` in this process."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-
-    def run(name, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-        importlib.import_module(name).main()
-
-    return run
 
 
 @pytest.fixture
 def pair(tiny_target, random_head, tmp_path):
     """Options that name a tiny target and head."""
-    target = tiny_target("llama")
-    target.save_pretrained(tmp_path / "target")
-    tiny_tokenizer(target.config.vocab_size).save_pretrained(tmp_path / "target")
-    head = random_head(target)
-    head.save_pretrained(tmp_path / "head")
+    head = random_head(tiny_target("llama"))
+    options = save_pair(tmp_path, tiny_target("llama"), head)
     card = card_text(head.config, name="head", num_parameters=head.num_parameters(), training="None.")
     (tmp_path / "head" / "README.md").write_text(card)
-    return ["--target", tmp_path / "target", "--head", tmp_path / "head"]
+    return options
 
 
 def test_generate_prints_plain_decoding_s_answer(example, pair, tiny_target, capsys, monkeypatch):
     monkeypatch.setattr("hf_jetflow.target.loading.fast_dtype", lambda: "float32")
-    sys.modules.pop("generate", None)
     example("generate", *pair, "--max-new-tokens", 9, "t010 t011")
     text, rounds = capsys.readouterr().out.splitlines()
     ids = torch.tensor([[3, 10, 11, 4, 5]])
@@ -59,9 +43,9 @@ def test_generate_prints_plain_decoding_s_answer(example, pair, tiny_target, cap
 
 
 @pytest.fixture
-def demo(example, pair, monkeypatch):
+def demo(example, example_module, pair, monkeypatch):
     """Runs the demo with a tiny pair, in float32."""
-    module = importlib.import_module("demo")
+    module = example_module("demo")
     monkeypatch.setattr(module, "gguf_path", lambda: str(pair[1]))
     monkeypatch.setattr(module, "HEAD", pair[3])
     return lambda *arguments: example("demo", "--dtype", "float32", "--max-new-tokens", 6, *arguments)
@@ -75,7 +59,7 @@ def test_the_demo_proves_equality_and_counts_equal_texts_beside_those_of_a_batch
 
 
 def test_the_demo_explains_where_texts_differ(demo, capsys, monkeypatch):
-    module = importlib.import_module("demo")
+    module = sys.modules["demo"]
     real = module.Demo.answer
 
     def other_text(self, prompt, head, is_shown):
@@ -90,7 +74,7 @@ def test_the_demo_explains_where_texts_differ(demo, capsys, monkeypatch):
 
 
 def test_the_demo_states_no_speedup_above_the_tokens_per_round(demo, capsys, monkeypatch):
-    module = importlib.import_module("demo")
+    module = sys.modules["demo"]
     real = module.Demo.answer
     durations = {True: 9.0, False: 1.0}  # of plain runs and of those with a head
     monkeypatch.setattr(module.Demo, "answer", lambda *call, **k: (real(*call, **k)[0], durations[call[2] is None]))
@@ -119,9 +103,9 @@ def says(monkeypatch):
 
 
 @pytest.fixture
-def chat_and_seen(example, monkeypatch):
+def chat_and_seen(example_module, monkeypatch):
     """The module of the chat, and the conversations that it sends."""
-    chat = importlib.import_module("chat")
+    chat = example_module("chat")
     seen, real = [], chat.encode_chat
 
     def record(tokenizer, messages):

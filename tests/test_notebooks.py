@@ -2,16 +2,15 @@
 
 import importlib.util
 import re
-from pathlib import Path
 
 import nbformat
 import pytest
-from helpers import tiny_tokenizer
+from conftest import EXAMPLES
+from helpers import save_pair
 from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell, new_notebook
 
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 NOTEBOOKS = sorted((EXAMPLES / "notebooks").glob("*.ipynb"))
 
 
@@ -26,11 +25,9 @@ def runner():
 @pytest.fixture(scope="module")
 def pair(tiny_target, random_head, tmp_path_factory):
     """Parameters that name a tiny target and a head for it, saved in folders."""
-    target, folder = tiny_target("llama"), tmp_path_factory.mktemp("pair")
-    target.save_pretrained(folder / "target")
-    tiny_tokenizer(target.config.vocab_size).save_pretrained(folder / "target")
-    random_head(target).save_pretrained(folder / "head")
-    return dict(TARGET=str(folder / "target"), HEAD=str(folder / "head"))
+    target = tiny_target("llama")
+    _, target_folder, _, head_folder = save_pair(tmp_path_factory.mktemp("pair"), target, random_head(target))
+    return dict(TARGET=str(target_folder), HEAD=str(head_folder))
 
 
 def text_of(notebook):

@@ -364,7 +364,7 @@ class Report:
 
 
 @pytest.fixture
-def run(target, tmp_path, monkeypatch):
+def run(target, tmp_path, monkeypatch, short_measurements):
     """`run(**options)`: the recipe on the tiny target and ready answers; returns its summary and what it said."""
     monkeypatch.setattr(recipe, "load_target", lambda *_: (target, None))
     monkeypatch.setattr(recipe, "with_token_ids", lambda path, *_: path)
