@@ -26,10 +26,27 @@ from hf_jetflow.training.replay import answer_logprobs, replay
 
 
 NUM_NEW, WINDOW = 20, 8
-WORDS = [[10 + 7 * number, 20 + 11 * number, 30 + 5 * number] for number in range(4)]
+WORDS = [[10 + 7 * number, 20 + 11 * number, 30 + 5 * number] for number in range(3)]
 CONVERSATIONS = [[{"role": "user", "content": " ".join(map(word, words))}] for words in WORDS]
 TOKENIZER = tiny_tokenizer(257)
+PLAIN_TEXTS: dict[tuple[int, ...], list[int]] = {}
 FULL, SLIDING = ["full_attention"] * 2, ["sliding_attention"] * 2
+
+
+@pytest.fixture(autouse=True)
+def plain_texts(monkeypatch):
+    """The shared target decodes a plain text once for all tests."""
+    decode = doctor.greedy_ids
+
+    def greedy_ids(target, ids, max_new_tokens, assistant_model=None):
+        if assistant_model is not None or target is not build_target("llama"):
+            return decode(target, ids, max_new_tokens, assistant_model=assistant_model)
+        key = (*ids, max_new_tokens)
+        if key not in PLAIN_TEXTS:
+            PLAIN_TEXTS[key] = decode(target, ids, max_new_tokens)
+        return list(PLAIN_TEXTS[key])
+
+    monkeypatch.setattr(doctor, "greedy_ids", greedy_ids)
 
 
 @functools.cache
@@ -377,7 +394,7 @@ def test_the_command_prints_facts_figures_and_a_verdict_and_exits_with_zero(file
     assert findings["facts"]["layout"]["layout"] == "JetFlow"
     assert findings["facts"]["target"]["num_layers"] == 5
     assert findings["settings"]["head"] == str(files / "head")
-    assert len(findings["as_loaded"]["by_prompt"]) == 4
+    assert len(findings["as_loaded"]["by_prompt"]) == len(CONVERSATIONS)
     assert len(findings["as_loaded"]["acceptance_by_depth"]) >= 5
     assert {"environment", "compared", "mistakes", "prompt_forms", "untested", "advice"} <= findings.keys()
     assert [path.name for path in (files / "out").iterdir()] == ["doctor.json"]

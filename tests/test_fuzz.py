@@ -4,8 +4,8 @@ from fuzz import DIMENSIONS, soak
 
 
 def test_calls_of_random_settings_give_the_text_of_plain_decoding():
-    counts = soak(seed=0, numbers=range(50))
-    assert counts["calls"] == 50
+    counts = soak(seed=2, numbers=range(25))
+    assert counts["calls"] == 25
     assert all(counts[f"calls with {name}"] for name in DIMENSIONS), "some dimension was never drawn"
-    assert counts["accepted"] > 100, "nothing was drafted well, so this shows little"
+    assert counts["accepted"] > 50, "nothing was drafted well, so this shows little"
     assert counts["near ties"] <= 1

@@ -1,5 +1,6 @@
 """The command line is made from the settings: names, types and defaults; what is misspelled gets a suggestion."""
 
+import runpy
 import subprocess
 import sys
 from dataclasses import MISSING, dataclass, field, fields
@@ -186,10 +187,11 @@ def test_a_command_runs_with_the_whole_package(tmp_path):
     assert (tmp_path / "bench.png").exists()
 
 
-def test_python_m_is_the_same_command():
-    command = [sys.executable, "-m", "hf_jetflow", "--version"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("hf-jetflow 0")
+def test_python_m_is_the_same_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["hf_jetflow", "--version"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_module("hf_jetflow", run_name="__main__")
+    assert capsys.readouterr().out.startswith("hf-jetflow 0")
 
 
 def test_a_bar_starts_where_an_earlier_run_ended_and_a_stage_can_start_again():
