@@ -22,6 +22,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+from replayed import greedy_texts
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -31,7 +32,7 @@ from hf_jetflow.head.configuration_jetflow import NGRAM_WEIGHTS, spaced_layer_id
 from hf_jetflow.prompts import read_prompts
 from hf_jetflow.target.loading import fast_dtype, load_target
 from hf_jetflow.target.target import Target
-from hf_jetflow.training.answers import greedy_texts, regenerate_answers
+from hf_jetflow.training.answers import regenerate_answers
 from hf_jetflow.training.data import frequent_tokens, read_answers
 from hf_jetflow.training.replay import replay
 from hf_jetflow.training.starting import initialize_from_target

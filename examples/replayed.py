@@ -3,13 +3,15 @@
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_jetflow import JetFlowHead
 from hf_jetflow.prompts import read_prompts
 from hf_jetflow.target.loading import load_target
-from hf_jetflow.training.answers import greedy_texts
+from hf_jetflow.training.answers import regenerate_answers
+from hf_jetflow.training.data import read_answers
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
@@ -38,3 +40,17 @@ def text_sets(
     for path in args.prompts:
         prompts = read_prompts([path])[: args.num_prompts]
         yield path.stem, greedy_texts(target, tokenizer, prompts, args.texts / path.name, args.max_new_tokens)
+
+
+def greedy_texts(
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[dict[str, Any]],
+    output: Path,
+    max_new_tokens: int,
+) -> list[tuple[list[int], int]]:
+    """The target's greedy answers, stored in `output`: token ids of prompt and answer, and how many are the prompt."""
+    regenerate_answers(target, tokenizer, prompts, output, max_new_tokens=max_new_tokens)
+    wanted = {prompt["id"] for prompt in prompts}
+    records = (record for record in read_answers([output]) if record["id"] in wanted)
+    return [(record["prompt_ids"] + record["answer_ids"], len(record["prompt_ids"])) for record in records]

@@ -1,23 +1,31 @@
 """The cost formulas against models that are built and updates that are run."""
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import EXAMPLES
 from helpers import tiny_config
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 
 from hf_jetflow import JetFlowConfig, JetFlowHead
-from hf_jetflow.training.cost import _kl_chunk, head_matrices, head_parameters, training_flops, training_memory
 from hf_jetflow.training.losses import chunked_forward_kl
 from hf_jetflow.training.trainer import JetFlowTrainer, JetFlowTrainingConfig
 
 
-DOCS = Path(__file__).resolve().parents[1] / "docs" / "training-cost.md"
+sys.path.insert(0, str(EXAMPLES))
+try:
+    from training_cost import TrainingCost, kl_chunk
+finally:
+    sys.path.remove(str(EXAMPLES))
+
+
+PAGE = EXAMPLES.parent / "docs" / "training-cost.md"
 SHAPE = dict(batch_size=2, seq=128, anchors=8)
 SMALL = dict(layers=3, hidden=128, heads=4, vocab=2000, head=dict(num_hidden_layers=2))
 LARGE = dict(layers=6, hidden=512, heads=8, vocab=32768, head=dict(num_hidden_layers=3))
@@ -111,32 +119,6 @@ def compare_memory(meter: Meter, memory: dict[str, int]) -> float:
     return computed / measured
 
 
-HEADS = [
-    {},
-    dict(attention_bias=True, mask_token_id=None),
-    dict(num_key_value_heads=4, draft_vocab_size=20, hidden_state_indices=[1, 3, 5]),
-    dict(branch_correction="parent"),
-    dict(branch_correction="path", branch_intermediate_size=40, num_hidden_layers=1),
-]
-
-
-@pytest.mark.parametrize("config", HEADS)
-def test_head_parameters_are_counted_right(config):
-    head = JetFlowHead(tiny_config(**config))
-    assert head_parameters(head.config) == head.num_parameters()
-    assert sorted(head_matrices(head.config)) == sorted(tuple(p.shape) for p in head.parameters() if p.ndim == 2)
-
-
-@pytest.mark.parametrize("is_tied", [False, True])
-def test_target_weights_are_counted_right(is_tied):
-    target_config, head_config = configs(**SMALL)
-    target_config.tie_word_embeddings = is_tied
-    with torch.device("meta"):
-        counted = 2 * Qwen3ForCausalLM(target_config).num_parameters()
-    memory = training_memory(target_config, head_config, **SHAPE)
-    assert memory["target weights"] == pytest.approx(counted, rel=0.005)  # norms are left out
-
-
 UPDATES = pytest.mark.parametrize(
     ("head", "shape"),
     [
@@ -152,9 +134,9 @@ UPDATES = pytest.mark.parametrize(
 def test_memory_and_operations_of_an_update_are_close_to_the_measured_ones(tmp_path, head, shape):
     small = {**SMALL, "head": {**SMALL["head"], **head}}
     both, shape = configs(**small), {**SHAPE, **shape}
-    meter = run_two_updates(*both, tmp_path, **shape)
-    assert compare_memory(meter, training_memory(*both, **shape)) == pytest.approx(1, abs=0.1)
-    flops = training_flops(*both, **shape)
+    cost, meter = TrainingCost(*both), run_two_updates(*both, tmp_path, **shape)
+    assert compare_memory(meter, cost.memory(**shape)) == pytest.approx(1, abs=0.1)
+    flops = cost.flops(**shape)
     print(f"{flops['total']:.4g} operations computed, {meter.flops.get_total_flops():.4g} counted")
     assert flops["total"] == pytest.approx(meter.flops.get_total_flops(), rel=0.02)
 
@@ -165,7 +147,7 @@ def test_the_logits_of_several_chunks_are_counted_right(num_rows):
     config = tiny_config(vocab_size=len(projection))
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
         chunked_forward_kl(rows, rows, projection, torch.ones(num_rows), chunk_size=32)
-    assert _kl_chunk(config, num_rows, 32) == pytest.approx(peak_bytes(measured), rel=0.05)
+    assert kl_chunk(config, num_rows, 32) == pytest.approx(peak_bytes(measured), rel=0.05)
 
 
 @pytest.mark.slow
@@ -181,11 +163,12 @@ def test_memory_of_a_larger_update_is_close_to_the_measured_one(tmp_path, head, 
     large = {**LARGE, "head": {**LARGE["head"], **head}}
     both = configs(**large)
     meter = run_two_updates(*both, tmp_path, **shape)
-    assert compare_memory(meter, training_memory(*both, **shape)) == pytest.approx(1, abs=0.05)
+    assert compare_memory(meter, TrainingCost(*both).memory(**shape)) == pytest.approx(1, abs=0.05)
 
 
-def test_the_page_on_training_cost_shows_what_its_code_prints(capsys):
-    page = DOCS.read_text(encoding="utf-8")
+def test_the_page_on_training_cost_shows_what_its_code_prints(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    page = PAGE.read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(code, {})
     printed = capsys.readouterr().out.splitlines()

@@ -12,7 +12,7 @@ import torch
 from helpers import alter, run_command, tiny_config
 from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, LlamaConfig, MambaConfig, Qwen3MoeConfig
 
-from hf_jetflow import JetFlowConfig
+from hf_jetflow import JetFlowConfig, JetFlowHead
 from hf_jetflow.simulate.fitting import fit_hardware, fitting_rows
 from hf_jetflow.simulate.hardware import PRESETS, Hardware
 from hf_jetflow.simulate.roofline import (
@@ -27,8 +27,6 @@ from hf_jetflow.simulate.roofline import (
 from hf_jetflow.simulate.simulate import expected_tokens, read_tokens, simulate
 from hf_jetflow.target.target import Target
 from hf_jetflow.training.blocks import measure_agreement
-from hf_jetflow.training.cost import head_parameters
-from hf_jetflow.training.replay import acceptance_by_rank
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -182,7 +180,7 @@ def test_a_head_is_counted_with_its_correction_apart_and_its_draft_vocabulary(co
     config = tiny_config(branch_correction=correction, draft_vocab_size=40)
     shape = head_shape(config)
     parts = [shape.backbone.dense, 0 if shape.correction is None else shape.correction.dense]
-    assert sum(parts) == head_parameters(config)
+    assert sum(parts) == JetFlowHead(config).num_parameters()
     assert (shape.correction is None) == (correction is None)
     assert shape.backbone.output == 40 * config.hidden_size
     assert shape.block_size == config.block_size
@@ -218,7 +216,10 @@ def test_expected_tokens_are_the_most_that_any_tree_of_the_budget_yields(seed):
 
 
 @pytest.mark.parametrize("kind", [None, "parent", "path"])
-def test_measured_ranks_cover_all_tokens_and_the_first_agrees_with_the_bench(tiny_target, random_head, kind):
+def test_measured_ranks_cover_all_tokens_and_the_first_agrees_with_the_bench(
+    tiny_target, random_head, example_module, kind
+):
+    acceptance_by_rank = example_module("measure_ranks").acceptance_by_rank
     target = tiny_target("llama")
     vocab_size = target.config.vocab_size
     head = random_head(target, branch_correction=kind, branch_candidates=vocab_size)

@@ -17,7 +17,7 @@ from ..files import atomic_write
 from ..jsonl import append_jsonl, check_same_settings, drop_partial_line, numbered_records, read_jsonl
 from ..prompts import encode_chat
 from ..target.growing_cache import grow_layers
-from .data import derived_seed, read_answers
+from .data import derived_seed
 from .settings import Reporter
 
 
@@ -190,21 +190,6 @@ def answered_ids(output: Path, settings: dict[str, Any]) -> set[str]:
     with atomic_write(settings_path) as partial:
         partial.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     return set()
-
-
-@torch.inference_mode()
-def greedy_texts(
-    target: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[dict[str, Any]],
-    output: str | os.PathLike,
-    max_new_tokens: int,
-) -> list[tuple[list[int], int]]:
-    """The target's greedy answers, stored in `output`: token ids of prompt and answer, and how many are the prompt."""
-    regenerate_answers(target, tokenizer, prompts, output, max_new_tokens=max_new_tokens)
-    wanted = {prompt["id"] for prompt in prompts}
-    records = (record for record in read_answers([output]) if record["id"] in wanted)
-    return [(record["prompt_ids"] + record["answer_ids"], len(record["prompt_ids"])) for record in records]
 
 
 def _eos_ids(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

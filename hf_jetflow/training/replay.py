@@ -4,11 +4,11 @@ The text is known, so one target forward and one head forward per text cover eve
 arithmetic the figures equal those of greedy decoding.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from ..decoding.drafter import Draft, JetFlowCandidateGenerator
+from ..decoding.drafter import JetFlowCandidateGenerator
 from ..decoding.policy import RoundPlan, plan_round, read_limits
 from ..head.configuration_jetflow import READ_CORRECTIONS
 from ..head.modeling_jetflow import JetFlowHead
@@ -54,45 +54,6 @@ def replay(
         if progress is not None:
             progress(number)
     return stats
-
-
-@torch.no_grad()
-def acceptance_by_rank(
-    target: Target,
-    head: JetFlowHead,
-    texts: Iterable[tuple[Sequence[int], int]],
-    num_ranks: int,
-    *,
-    progress: Callable[[int], None] | None = None,
-) -> list[list[float]]:
-    """
-    How often the target's token is the head's first, second, ... choice, by depth, with every answer token as anchor.
-
-    Scores are corrected along the text itself. A depth counts if all tokens before it were among the first `num_ranks`
-    choices.
-
-    Args:
-        texts: As in `replay`.
-        num_ranks (`int`): Choices counted per depth.
-        progress: Called with the number of texts done.
-
-    Returns:
-        Shares by depth and rank, (block_size - 1) x `num_ranks`, as [`~simulate.expected_tokens`] takes them.
-    """
-    num_depths = head.config.block_size - 1
-    hits, reached = torch.zeros(num_depths, num_ranks), torch.zeros(num_depths)
-    for number, (ids, num_prompt) in enumerate(texts, 1):
-        drafter = JetFlowCandidateGenerator(head, target)
-        for position, rows in enumerate(_rows_of_all_anchors(drafter, ids, num_prompt), num_prompt):
-            following = ids[position + 1 : position + 1 + num_depths]
-            draft = drafter.rank(rows[: len(following)], torch.tensor(ids[: position + 1]), num_ranks)
-            for depth, rank in enumerate(_ranks(draft, ids[position], following, num_ranks)):
-                reached[depth] += 1
-                if rank is not None:
-                    hits[depth, rank] += 1
-        if progress is not None:
-            progress(number)
-    return (hits / reached.clamp_min(1)[:, None]).tolist()
 
 
 @torch.no_grad()
@@ -146,22 +107,6 @@ def _corrected_logprobs(
         corrected[:, depth] = torch.where(is_reached, found, logprobs[:, depth])
         token = torch.where(is_reached, tokens[:, depth], candidates[:, 0])[:, None]
     return corrected
-
-
-def _ranks(draft: Draft, token: int, following: Sequence[int], num_ranks: int) -> Iterator[int | None]:
-    """Rank of each following token among the candidates, given the tokens before it; `None` ends the iteration."""
-    candidates, device = draft.candidates, draft.candidates.tokens.device
-    parents = torch.zeros(1, dtype=torch.long, device=device)
-    for depth, next_token in enumerate(following):
-        scores = candidates.logprobs[depth]
-        if draft.scorer is not None:
-            scores = draft.scorer(depth, parents, torch.tensor([token], device=device))[0]
-        choices = candidates.tokens[depth, scores.argsort(descending=True)[:num_ranks]].tolist()
-        if next_token not in choices:
-            yield None
-            return
-        yield choices.index(next_token)
-        token = next_token
 
 
 def _rows_of_all_anchors(drafter: JetFlowCandidateGenerator, ids: Sequence[int], num_prompt: int) -> torch.Tensor:
