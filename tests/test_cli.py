@@ -3,13 +3,14 @@
 import json
 
 import pytest
-from helpers import run_command, save_pair
+from helpers import run_command, save_pair, write_lines
 
 from hf_jetflow import JetFlowHead
 from hf_jetflow.errors import JetFlowError
 
 
 pytestmark = pytest.mark.usefixtures("short_measurements")
+MADE_ELSEWHERE = [{"prompt_ids": [5, 6], "answer_ids": list(range(n, n + 9))} for n in range(40, 44)]
 
 
 @pytest.fixture
@@ -19,35 +20,23 @@ def target_folder(tiny_target, tmp_path):
 
 @pytest.fixture
 def prompts(tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"id": f"p{i}", "prompt": f"t0{i + 10} t020"}) + "\n" for i in range(8)))
-    return path
+    lines = ({"id": f"p{i}", "prompt": f"t0{i + 10} t020"} for i in range(8))
+    return write_lines(tmp_path / "prompts.jsonl", *lines)
 
 
 def train(target_folder, prompts, output, max_steps, *more):
-    arguments = [
-        "train",
-        "--target",
-        target_folder,
-        "--prompts",
-        prompts,
-        "--output",
-        output,
-        "--max-steps",
-        max_steps,
-    ]
-    arguments += ["--num-layers", 1, "--num-taps", 2, "--block-size", 4, "--max-new-tokens", 12, "--batch-size", 2]
-    arguments += ["--anchors", 3, "--save-steps", 2, "--dtype", "float32", *more]
-    return run_command(*arguments)
+    options = (
+        "--num-layers 1 --num-taps 2 --block-size 4 --max-new-tokens 12 --batch-size 2 --anchors 3 --save-steps 2"
+    )
+    files = ["--target", target_folder, "--prompts", prompts, "--output", output]
+    return run_command("train", *files, "--max-steps", max_steps, "--save-steps", 2, *options.split(), *more)
 
 
 def test_train_writes_a_loadable_head_and_its_card_and_reports_tokens_per_round(target_folder, prompts, tmp_path):
     output = tmp_path / "run"
-    held_out = tmp_path / "held_out.jsonl"
-    held_out.write_text(json.dumps({"prompt": "t030 t031"}) + "\n")
-    result = train(
-        target_folder, prompts, output, 4, "--eval-prompts", held_out, "--mask-token", "t006", "--cache-features"
-    )
+    held_out = write_lines(tmp_path / "held_out.jsonl", {"prompt": "t030 t031"})
+    options = ["--eval-prompts", held_out, "--mask-token", "t006", "--cache-features"]
+    result = train(target_folder, prompts, output, 4, *options)
     assert result.exit_code == 0, result.output
     assert "tokens per round on held_out, 16 nodes" in result.output
     head = JetFlowHead.from_pretrained(output)
@@ -71,48 +60,18 @@ def test_a_run_continues_from_its_last_checkpoint_and_regenerates_nothing(target
 
 
 def test_answers_made_elsewhere_are_trained_on_with_weights_and_a_warning(target_folder, prompts, tmp_path):
-    made = tmp_path / "made.jsonl"
-    records = [{"prompt_ids": [5, 6], "answer_ids": list(range(n, n + 9))} for n in range(40, 44)]
-    made.write_text("".join(json.dumps(record) + "\n" for record in [*records, {**records[0], "answer_ids": [7]}]))
-    result = train(
-        target_folder, prompts, tmp_path / "run", 2, "--answers", made, "--weight", "made=0.5", "--weight", "prompts=2"
-    )
+    made = write_lines(tmp_path / "made.jsonl", *MADE_ELSEWHERE, {**MADE_ELSEWHERE[0], "answer_ids": [7]})
+    options = ["--answers", made, "--weight", "made=0.5", "--weight", "prompts=2"]
+    result = train(target_folder, prompts, tmp_path / "run", 2, *options)
     assert result.exit_code == 0, result.output
     output = " ".join(result.output.split())
     assert "made.jsonl: another model or a person seems to have written these answers" in output
     assert "of 13 answers: 1 skipped, fewer than two answer tokens (see --max-length)" in output
 
 
-def test_bench_prints_a_table_and_writes_json(target_folder, prompts, tmp_path, tiny_target, random_head):
+@pytest.fixture
+def saved_head(tiny_target, random_head, tmp_path):
     random_head(tiny_target("llama")).save_pretrained(tmp_path / "head")
-    arguments = [
-        "bench",
-        "--target",
-        target_folder,
-        "--head",
-        tmp_path / "head",
-        "--prompts",
-        prompts,
-        "--dtype",
-        "float32",
-    ]
-    arguments += [
-        "--max-new-tokens",
-        4,
-        "--num-prompts",
-        2,
-        "--node-budgets",
-        "4,8,auto",
-        "--json",
-        tmp_path / "bench.json",
-    ]
-    result = run_command(*arguments)
-    assert result.exit_code == 0, result.output
-    assert "100 %" in result.output
-    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
-    assert [row["node_budget"] for row in rows if row["method"] == "jetflow"] == [4, 8, "auto"]
-    assert "after an accepted sibling" in result.output
-    assert "prompts, greedy: " in result.output, "no closing sentence"
 
 
 def bench(target_folder, prompts, tmp_path, *more):
@@ -121,23 +80,30 @@ def bench(target_folder, prompts, tmp_path, *more):
     return run_command(*arguments)
 
 
-@pytest.fixture
-def saved_head(tiny_target, random_head, tmp_path):
-    random_head(tiny_target("llama")).save_pretrained(tmp_path / "head")
+@pytest.mark.usefixtures("saved_head")
+def test_bench_prints_a_table_and_writes_json(target_folder, prompts, tmp_path):
+    options = ["--num-prompts", 2, "--node-budgets", "4,8,auto", "--json", tmp_path / "bench.json"]
+    result = bench(target_folder, prompts, tmp_path, *options)
+    assert result.exit_code == 0, result.output
+    assert "100 %" in result.output
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [row["node_budget"] for row in rows if row["method"] == "jetflow"] == [4, 8, "auto"]
+    assert "after an accepted sibling" in result.output
+    assert "prompts, greedy: " in result.output, "no closing sentence"
 
 
 @pytest.mark.usefixtures("saved_head")
 def test_bench_with_all_options_writes_json_and_figure_and_nothing_else(target_folder, prompts, tmp_path):
     pytest.importorskip("matplotlib")
     output = tmp_path / "out"
-    methods = f"plain,jetflow,chain,native-dflash,prompt-lookup,assistant:{target_folder}"
+    methods = f"plain,jetflow,prompt-lookup,assistant:{target_folder}"
     result = bench(
         target_folder, prompts, tmp_path, "--methods", methods, "--temperature", "0,1", "--context-lengths", "20,30",
         "--json", output / "bench.json", "--plot", output, "--quiet",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     rows = json.loads((output / "bench.json").read_text())["rows"]
-    assert len(rows) == 6 * 2 * 2
+    assert len(rows) == 4 * 2 * 2
     assert {row["method"] for row in rows} == set(methods.split(","))
     assert {(row["temperature"], row["context_length"]) for row in rows} == {(0, 20), (0, 30), (1, 20), (1, 30)}
     assert sorted(path.name for path in output.iterdir()) == ["bench.json", "bench.png"]
@@ -186,61 +152,37 @@ def test_a_bench_that_cannot_be_run_says_why(target_folder, prompts, tmp_path, o
     assert "Traceback" not in result.output
 
 
+TRAIN = "train --target TARGET --prompts PROMPTS --output OUT"
+
+
 @pytest.mark.parametrize(
-    ("arguments", "cause"),
+    ("command", "cause"),
     [
-        (["train", "--target", "x.gguf", "--prompts", "PROMPTS", "--output", "OUT"], "`x.gguf` does not exist"),
-        (["train", "--target", "TARGET", "--output", "OUT"], "nothing to train on"),
-        (["train", "--target", "TARGET", "--prompts", "BAD", "--output", "OUT"], "line 1: not valid JSON"),
-        (
-            ["train", "--target", "TARGET", "--prompts", "PROMPTS", "--output", "OUT", "--mask-token", "<none>"],
-            "'<none>'",
-        ),
-        (
-            ["train", "--target", "TARGET", "--prompts", "PROMPTS", "--output", "OUT", "--weight", "code=2"],
-            "`--weights` names 'code', but the sources are ['prompts']",
-        ),
-        (
-            ["train", "--target", "TARGET", "--prompts", "PROMPTS", "--output", "OUT", "--weight", "prompts"],
-            "expected NAME=WEIGHT such as `code=2.0`, got 'prompts'",
-        ),
-        (
-            ["train", "--target", "TARGET", "--answers", "PROMPTS", "--output", "OUT"],
-            "line 1: expected `prompt_ids` and `answer_ids`",
-        ),
-        (
-            ["bench", "--target", "TARGET", "--head", "TARGET", "--prompts", "PROMPTS"],
-            "no draft head of a known layout",
-        ),
-        (["bench", "--target", "TARGET", "--head", "nowhere/at/all", "--prompts", "PROMPTS"], "nowhere/at/all"),
-        (["plot", "PROMPTS", "x.png"], "is not valid JSON"),
-        (["plot", "nowhere.json", "x.png"], "nowhere.json does not exist; give the path of a JSON file"),
-        (
-            ["train", "--target", "TARGET", "--prompts", "PROMPTS", "--output", "OUT", "--depth-gamma", "0"],
-            "`--depth-gamma` is 0.0, expected more than 0",
-        ),
-        (
-            ["bench", "--target", "HEAD", "--head", "HEAD", "--prompts", "PROMPTS"],
-            "head` holds no model that generates text; give the target itself",
-        ),
-        (["bench", "--target", "x.gguf", "--head", "HEAD", "--prompts", "no.jsonl"], "no.jsonl does not exist"),
+        ("train --target x.gguf --prompts PROMPTS --output OUT", "`x.gguf` does not exist"),
+        ("train --target TARGET --output OUT", "nothing to train on"),
+        ("train --target TARGET --prompts BAD --output OUT", "line 1: not valid JSON"),
+        (f"{TRAIN} --mask-token <none>", "'<none>'"),
+        (f"{TRAIN} --weight code=2", "`--weights` names 'code', but the sources are ['prompts']"),
+        (f"{TRAIN} --weight prompts", "expected NAME=WEIGHT such as `code=2.0`, got 'prompts'"),
+        (f"{TRAIN} --depth-gamma 0", "`--depth-gamma` is 0.0, expected more than 0"),
+        ("train --target TARGET --answers PROMPTS --output OUT", "line 1: expected `prompt_ids` and `answer_ids`"),
+        ("bench --target TARGET --head TARGET --prompts PROMPTS", "no draft head of a known layout"),
+        ("bench --target TARGET --head nowhere/at/all --prompts PROMPTS", "nowhere/at/all"),
+        ("bench --target HEAD --head HEAD --prompts PROMPTS", "holds no model that generates text; give the target"),
+        ("bench --target x.gguf --head HEAD --prompts no.jsonl", "no.jsonl does not exist"),
+        ("plot PROMPTS x.png", "is not valid JSON"),
+        ("plot nowhere.json x.png", "nowhere.json does not exist; give the path of a JSON file"),
     ],
 )
 @pytest.mark.usefixtures("saved_head")
-def test_a_user_error_is_one_line_with_its_cause_and_status_one(target_folder, prompts, tmp_path, arguments, cause):
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text("{not json}\n")
-    places = {
-        "TARGET": target_folder,
-        "PROMPTS": prompts,
-        "BAD": bad,
-        "OUT": tmp_path / "out",
-        "HEAD": tmp_path / "head",
-    }
-    result = run_command(*(places.get(argument, argument) for argument in arguments))
+def test_a_user_error_is_one_line_with_its_cause_and_status_one(target_folder, prompts, tmp_path, command, cause):
+    paths = {"TARGET": target_folder, "PROMPTS": prompts, "OUT": tmp_path / "out", "HEAD": tmp_path / "head"}
+    paths["BAD"] = write_lines(tmp_path / "bad.jsonl", "{not json}")
+    result = run_command(*(paths.get(argument, argument) for argument in command.split()))
     assert result.exit_code == 1
     assert cause in " ".join(result.output.split()), result.output
     assert "Traceback" not in result.output
+    assert not list(tmp_path.glob("out/answers.jsonl")), "answers were made before the refusal"
 
 
 @pytest.mark.parametrize(
@@ -252,37 +194,18 @@ def test_help_of_each_command_shows_an_example(command):
     assert f"hf-jetflow {command}" in result.output
 
 
-@pytest.mark.parametrize(
-    "option",
-    [
-        "--batch-size",
-        "--accumulation",
-        "--anchors",
-        "--max-steps",
-        "--save-steps",
-        "--generation-batch-size",
-        "--num-layers",
-        "--num-taps",
-        "--max-new-tokens",
-        "--eval-num-prompts",
-    ],
-)
+SIZES = "batch-size accumulation anchors max-steps save-steps generation-batch-size num-layers num-taps max-new-tokens"
+
+
+@pytest.mark.parametrize("option", [f"--{name}" for name in [*SIZES.split(), "eval-num-prompts"]])
 def test_a_number_that_is_too_small_is_refused_before_anything_is_loaded(prompts, option):
     result = run_command("train", "--target", "nowhere", "--output", "run", "--prompts", prompts, option, 0)
     assert result.exit_code == 1
     assert result.output == f"error: `{option}` is 0, expected at least 1\n"
 
 
-def test_an_unknown_mask_token_is_said_before_answers_are_made(target_folder, prompts, tmp_path):
-    result = train(target_folder, prompts, tmp_path / "run", 2, "--mask-token", "<none>")
-    assert result.exit_code == 1
-    assert not (tmp_path / "run" / "answers.jsonl").exists()
-
-
 def test_a_quiet_training_says_only_where_the_head_is_and_warnings(target_folder, prompts, tmp_path):
-    made = tmp_path / "made.jsonl"
-    records = [{"prompt_ids": [5, 6], "answer_ids": list(range(n, n + 9))} for n in range(40, 44)]
-    made.write_text("".join(json.dumps(record) + "\n" for record in records))
+    made = write_lines(tmp_path / "made.jsonl", *MADE_ELSEWHERE)
     result = train(target_folder, prompts, tmp_path / "run", 2, "--answers", made, "--quiet")
     assert result.exit_code == 0, result.output
     text = " ".join(result.output.split())

@@ -26,7 +26,7 @@ from hf_jetflow.training.replay import answer_logprobs, replay
 
 
 NUM_NEW, WINDOW = 20, 8
-WORDS = [[10 + 7 * number, 20 + 11 * number, 30 + 5 * number] for number in range(3)]
+WORDS = [[10 + 7 * number, 20 + 11 * number, 30 + 5 * number] for number in range(4)]
 CONVERSATIONS = [[{"role": "user", "content": " ".join(map(word, words))}] for words in WORDS]
 TOKENIZER = tiny_tokenizer(257)
 PLAIN_TEXTS: dict[tuple[int, ...], list[int]] = {}
