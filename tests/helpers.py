@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -19,6 +21,7 @@ from hf_jetflow.cli.main import parse, run
 from hf_jetflow.trees.tree import DraftTree
 
 
+ROOT = Path(__file__).resolve().parents[1]
 HIDDEN = 32
 NUM_TAPS = 2
 
@@ -174,6 +177,29 @@ def run_command(*arguments: Any) -> Finished:
         except SystemExit as exit:
             status = exit.code
     return Finished(status, output.getvalue())
+
+
+def run_processes(command: list[Any], folder: Path, limit: float) -> None:
+    """
+    Run a launcher of several processes. Where it takes too long, they say where they stand, and all are ended.
+
+    Args:
+        command: The launcher and its script, which ends itself `limit` seconds after its start.
+        folder: Folder of the log.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with open(folder / "log", "w+") as log:  # a pipe would be waited for as long as any process holds it
+        launcher = subprocess.Popen(
+            list(map(str, command)), env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            status = launcher.wait(limit + 30)
+        except subprocess.TimeoutExpired:
+            status = None
+            os.killpg(launcher.pid, signal.SIGKILL)
+            launcher.wait()
+        log.seek(0)
+        assert status == 0, f"status {status}: {log.read()[-8000:]}"
 
 
 def build_wheel(project: Path, folder: Path) -> Path:

@@ -1,9 +1,6 @@
 """Two processes on the CPU, started with the configurations of `examples/accelerate`."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,34 +8,22 @@ import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from distributed_worker import make_start, train
+from helpers import ROOT, run_processes
 
 from hf_jetflow import JetFlowHead
 from hf_jetflow.training.trainer import _check_fsdp
 
 
-ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 150  # seconds; a quiet machine needs about ten
 
 
 def launch(kind: str, folder: Path) -> dict:
-    """Facts of a training by two processes. Where it takes too long, they say where they stand, and all are ended."""
+    """Facts of a training by two processes."""
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     command += ["--config_file", ROOT / "examples" / "accelerate" / f"{kind}.yaml"]
     command += [ROOT / "tests" / "distributed_worker.py", folder, LIMIT]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     folder.mkdir()
-    with open(folder / "log", "w+") as log:  # a pipe would be waited for as long as any process holds it
-        launcher = subprocess.Popen(
-            list(map(str, command)), env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-        try:
-            status = launcher.wait(LIMIT + 30)
-        except subprocess.TimeoutExpired:
-            status = None
-            os.killpg(launcher.pid, signal.SIGKILL)
-            launcher.wait()
-        log.seek(0)
-        assert status == 0, f"status {status}: {log.read()[-8000:]}"
+    run_processes(command, folder, LIMIT)
     return json.loads((folder / "facts.json").read_text())
 
 
@@ -46,9 +31,16 @@ def logged(history: list[dict], name: str) -> list[float]:
     return [entry[name] for entry in history if name in entry]
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The trainer of one process, and the folder of its head."""
+    folder = tmp_path_factory.mktemp("alone")
+    return train(folder, batch_size=4), folder
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_processes_with_half_the_batch_train_the_same_head(tmp_path, kind):
-    alone = train(tmp_path / "alone", batch_size=4)
+def test_two_processes_with_half_the_batch_train_the_same_head(alone, tmp_path, kind):
+    alone, alone_folder = alone
     together = launch(kind, tmp_path / "together")
     assert (together["kind"], together["world"]) == ({"ddp": "MULTI_CPU", "fsdp": "FSDP"}[kind], 2)
     for name in ("loss", "grad_norm"):
@@ -56,7 +48,7 @@ def test_two_processes_with_half_the_batch_train_the_same_head(tmp_path, kind):
     assert logged(together["history"], "eval_tokens_per_round") == logged(
         alone.state.log_history, "eval_tokens_per_round"
     )
-    heads = [JetFlowHead.from_pretrained(tmp_path / name / "final") for name in ("alone", "together")]
+    heads = [JetFlowHead.from_pretrained(folder / "final") for folder in (alone_folder, tmp_path / "together")]
     assert set(heads[0].state_dict()) == set(heads[1].state_dict())
     start = make_start(alone.target.model).state_dict()
     for name, tensor in heads[0].state_dict().items():

@@ -213,9 +213,11 @@ def test_features_on_disk_give_the_same_gradients(target, tmp_path):
     assert folder.name == features_fingerprint(make_head(target).config)
 
 
-@pytest.mark.parametrize("num_answer", [8, None], ids=["of one length", "of unequal lengths"])
-@pytest.mark.parametrize("depth_gamma", [None, 2.0])
-@pytest.mark.parametrize("num_parts", [2, 8])
+@pytest.mark.parametrize(
+    ("num_answer", "depth_gamma", "num_parts"),
+    [(8, None, 2), (None, None, 8), (None, 2.0, 2)],
+    ids=["of one length", "of unequal lengths", "weighted by depth"],
+)
 def test_accumulated_sequences_equal_one_batch_of_them(target, tmp_path, num_answer, depth_gamma, num_parts):
     settings = dict(answers=make_answers(8, num_answer), feature_loss_weight=2.0, depth_gamma=depth_gamma)
     whole = first_gradients(target, tmp_path, per_device_train_batch_size=8, **settings)

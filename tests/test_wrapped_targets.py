@@ -6,22 +6,18 @@ Targets of another make: with adapters, quantized, compiled, over several proces
 
 import copy
 import json
-import os
-import signal
-import subprocess
 import sys
 from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT, run_processes
 from packaging.version import Version
 from reference import assert_same_text
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
 
-ROOT = Path(__file__).resolve().parents[1]
 GREEDY_AND_SAMPLED = pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
 
 
@@ -292,19 +288,7 @@ def test_a_target_split_over_two_processes_gives_the_plain_text(tiny_target, tmp
     tiny_target("llama", vocab_size=258).save_pretrained(tmp_path / "target")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
     command += ["--rdzv-endpoint", "localhost:0", ROOT / "tests" / "tensor_parallel_worker.py", tmp_path, LIMIT]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with open(tmp_path / "log", "w+") as log:  # a pipe would be waited for as long as any process holds it
-        launcher = subprocess.Popen(
-            list(map(str, command)), env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-        try:
-            status = launcher.wait(LIMIT + 30)
-        except subprocess.TimeoutExpired:
-            status = None
-            os.killpg(launcher.pid, signal.SIGKILL)
-            launcher.wait()
-        log.seek(0)
-        assert status == 0, f"status {status}: {log.read()[-8000:]}"
+    run_processes(command, tmp_path, LIMIT)
     facts = [json.loads((tmp_path / f"facts-{rank}.json").read_text()) for rank in (0, 1)]
     for fact in facts:
         assert fact["tp_size"] == 2
