@@ -1,6 +1,6 @@
 """Tiny random targets of every supported family, and stub heads whose drafts are known in advance.
 
-The fixtures hand out functions, so that a test says in its own words which target and head it needs. Targets are
+Most fixtures hand out functions, so that a test says in its own words which target and head it needs. Targets are
 shared between tests: do not change them.
 """
 
@@ -166,6 +166,18 @@ def family(request):
 def tiny_target():
     """`tiny_target(family or model type, **config)`: a random causal LM that knows no EOS token of its own."""
     return build_target
+
+
+@pytest.fixture(scope="session")
+def target(tiny_target) -> PreTrainedModel:
+    """The target of tests for which its family is no matter."""
+    return tiny_target("llama")
+
+
+@pytest.fixture
+def head(target, random_head) -> JetFlowHead:
+    """An untrained head of `target`."""
+    return random_head(target)
 
 
 @pytest.fixture(scope="session")

@@ -25,11 +25,6 @@ NUM_NEW = 12
 
 
 @pytest.fixture
-def target(tiny_target):
-    return tiny_target("llama")
-
-
-@pytest.fixture
 def tokenizer(target):
     """Its EOS is a token that the target writes early in some answers, not in all."""
     answers = [greedy_answer(target, encode_chat(tiny_tokenizer(257), prompt["messages"]), None) for prompt in PROMPTS]

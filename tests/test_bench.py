@@ -27,9 +27,8 @@ pytestmark = pytest.mark.usefixtures("short_measurements")
 
 
 @pytest.fixture
-def pair(tiny_target, random_head):
-    target = tiny_target("llama")
-    return target, tiny_tokenizer(target.config.vocab_size), random_head(target)
+def pair(target, head):
+    return target, tiny_tokenizer(target.config.vocab_size), head
 
 
 @pytest.fixture
@@ -365,8 +364,7 @@ def test_progress_reaches_the_number_of_runs(pair, prompts):
 
 
 @pytest.mark.parametrize("kind", [None, "path"])
-def test_agreement_by_depth_is_reported_for_greedy_texts(kind, tiny_target, random_head, prompts):
-    target = tiny_target("llama")
+def test_agreement_by_depth_is_reported_for_greedy_texts(kind, target, random_head, prompts):
     head = random_head(target, branch_correction=kind)
     tokenizer = tiny_tokenizer(target.config.vocab_size)
     result = bench(

@@ -44,8 +44,7 @@ def test_native_dflash_gives_the_plain_text(family, settings, tiny_target, rando
     "settings",
     [{}, {"mask_token_id": None}, {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6}],
 )
-def test_native_dflash_drafts_what_our_chain_drafts(settings, tiny_target, random_head, prompt):
-    target = tiny_target("llama")
+def test_native_dflash_drafts_what_our_chain_drafts(settings, target, random_head, prompt):
     head = random_head(target, **settings)
     drafts = {"chain": [], "native-dflash": []}
     for method, rows in drafts.items():
@@ -57,8 +56,7 @@ def test_native_dflash_drafts_what_our_chain_drafts(settings, tiny_target, rando
         torch.testing.assert_close(native, ours, atol=1e-4, rtol=1e-4)
 
 
-def test_native_dflash_accepts_whole_chains_of_a_head_that_is_right(tiny_target, echo_head, prompt):
-    target = tiny_target("llama")
+def test_native_dflash_accepts_whole_chains_of_a_head_that_is_right(target, echo_head, prompt):
     plain = target.generate(prompt, do_sample=False, max_new_tokens=60)
     head = echo_head(target, plain)
     # The stub does not read its context, but transformers expects a cache that was written to.
@@ -83,8 +81,7 @@ def test_prompt_lookup_gives_the_plain_text_in_fewer_target_forwards(random_head
     assert lookup.num_rounds < 30
 
 
-def test_the_drafts_of_an_assistant_equal_to_the_target_are_accepted(tiny_target, random_head, prompt, save_model):
-    target = tiny_target("llama")
+def test_the_drafts_of_an_assistant_equal_to_the_target_are_accepted(target, random_head, prompt, save_model):
     folder = save_model(target)
     plain, assisted = (run(target, random_head(target), prompt, m, 20) for m in ("plain", f"assistant:{folder}"))
     assert assisted.new_ids == plain.new_ids
@@ -98,21 +95,18 @@ def test_an_assistant_of_another_vocabulary_brings_its_tokenizer(tiny_target, ra
     assert assisted.new_ids == plain.new_ids
 
 
-def test_an_assistant_with_another_vocabulary_of_the_same_size_is_refused(tiny_target, random_head, save_model):
-    target = tiny_target("llama")
+def test_an_assistant_with_another_vocabulary_of_the_same_size_is_refused(target, random_head, save_model):
     folder = save_model(target, words=200)
     with pytest.raises(ValueError, match=r"another vocabulary than the target.*of the same size.*use an assistant"):
         rival_kwargs(f"assistant:{folder}", target, tiny_tokenizer(target.config.vocab_size), random_head(target))
 
 
-def test_a_missing_assistant_is_refused_by_name(tiny_target, random_head):
-    target = tiny_target("llama")
+def test_a_missing_assistant_is_refused_by_name(target, random_head):
     with pytest.raises(ValueError, match=r"assistant:/nowhere/at/all.*cannot be loaded"):
         rival_kwargs("assistant:/nowhere/at/all", target, tiny_tokenizer(257), random_head(target))
 
 
-def test_a_sampled_run_is_reproduced_by_its_seed(tiny_target, random_head, prompt):
-    target = tiny_target("llama")
+def test_a_sampled_run_is_reproduced_by_its_seed(target, random_head, prompt):
     head = random_head(target)
     for method in ("native-dflash", "prompt-lookup"):
         first, second, other = (
@@ -122,8 +116,7 @@ def test_a_sampled_run_is_reproduced_by_its_seed(tiny_target, random_head, promp
 
 
 @pytest.mark.parametrize("method", ["plain", "chain", "native-dflash", "prompt-lookup"])
-def test_prefill_is_a_part_of_the_call(method, tiny_target, random_head, prompt):
-    target = tiny_target("llama")
+def test_prefill_is_a_part_of_the_call(method, target, random_head, prompt):
     result = run(target, random_head(target), prompt, method, 4)
     assert 0 < result.prefill_seconds <= result.seconds
     assert result.decode_seconds == result.seconds - result.prefill_seconds

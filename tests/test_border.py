@@ -21,16 +21,6 @@ from hf_jetflow.errors import JetFlowError
 from hf_jetflow.stats import GenerationStats
 
 
-@pytest.fixture
-def target(tiny_target):
-    return tiny_target("llama")
-
-
-@pytest.fixture
-def head(target, random_head):
-    return random_head(target)
-
-
 def generate(target, head=None, ids=None, **settings):
     ids = make_prompt(12) if ids is None else ids
     return target.generate(ids, assistant_model=head, **{"max_new_tokens": 12, "do_sample": False, **settings})

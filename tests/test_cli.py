@@ -14,8 +14,8 @@ MADE_ELSEWHERE = [{"prompt_ids": [5, 6], "answer_ids": list(range(n, n + 9))} fo
 
 
 @pytest.fixture
-def target_folder(tiny_target, tmp_path):
-    return save_pair(tmp_path, tiny_target("llama"))[1]
+def target_folder(target, tmp_path):
+    return save_pair(tmp_path, target)[1]
 
 
 @pytest.fixture
@@ -70,8 +70,8 @@ def test_answers_made_elsewhere_are_trained_on_with_weights_and_a_warning(target
 
 
 @pytest.fixture
-def saved_head(tiny_target, random_head, tmp_path):
-    random_head(tiny_target("llama")).save_pretrained(tmp_path / "head")
+def saved_head(head, tmp_path):
+    head.save_pretrained(tmp_path / "head")
 
 
 def bench(target_folder, prompts, tmp_path, *more):

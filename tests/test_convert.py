@@ -29,11 +29,6 @@ HEADS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def target(tiny_target):
-    return tiny_target("llama")
-
-
-@pytest.fixture(scope="module")
 def target_folder(target, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("target")
     target.save_pretrained(folder)

@@ -128,9 +128,8 @@ def blocks(language):
 
 
 @pytest.fixture
-def reader(tiny_target, random_head, tmp_path, monkeypatch):
+def reader(target, random_head, tmp_path, monkeypatch):
     """Names as a reader of the documents has them, in a folder where the ids that they use are tiny models."""
-    target = tiny_target("llama")
     tokenizer = tiny_tokenizer(target.config.vocab_size)
     head = random_head(target)
     for folder in ("org/target", "HuggingFaceTB/SmolLM2-135M-Instruct", "Qwen/Qwen3-8B"):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import build_target
-from helpers import run_command, tiny_tokenizer, word, write_lines
+from helpers import run_command, save_pair, tiny_tokenizer, word, write_lines
 from torch.nn.functional import cross_entropy
 
 from hf_jetflow import JetFlowConfig, JetFlowHead
@@ -357,24 +357,14 @@ def test_answers_are_scored_like_drafts(config, tiny_target, random_head, prompt
 
 @pytest.fixture
 def files(tmp_path):
-    build_target("llama").save_pretrained(tmp_path / "target")
-    TOKENIZER.save_pretrained(tmp_path / "target")
+    save_pair(tmp_path, build_target("llama"))
     write_lines(tmp_path / "prompts.jsonl", *({"messages": messages} for messages in CONVERSATIONS))
     return tmp_path
 
 
 def run(files, *more: Any):
-    arguments = [
-        "doctor",
-        "--target",
-        files / "target",
-        "--head",
-        files / "head",
-        "--prompts",
-        files / "prompts.jsonl",
-    ]
-    arguments += ["--max-new-tokens", NUM_NEW, "--dtype", "float32", *more]
-    return run_command(*arguments)
+    arguments = ["--target", files / "target", "--head", files / "head", "--prompts", files / "prompts.jsonl"]
+    return run_command("doctor", *arguments, "--max-new-tokens", NUM_NEW, "--dtype", "float32", *more)
 
 
 def test_the_command_prints_facts_figures_and_a_verdict_and_exits_with_zero(files):

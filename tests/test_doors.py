@@ -31,11 +31,6 @@ def generate(target, input_ids, head=None, **kwargs):
 
 
 @pytest.fixture
-def target(tiny_target):
-    return tiny_target("llama")
-
-
-@pytest.fixture
 def tokenizer(target):
     return tiny_tokenizer(target.config.vocab_size)
 

@@ -19,11 +19,6 @@ def generate(target, input_ids, head=None, **kwargs):
 
 
 @pytest.fixture
-def target(tiny_target):
-    return tiny_target("llama")
-
-
-@pytest.fixture
 def plain(target, prompt):
     """The text without an early end, (1, 12 + 25)."""
     return generate(target, prompt)

@@ -19,18 +19,14 @@ from hf_jetflow.trees.tree import Candidates, build_tree
 
 
 @pytest.fixture
-def options(tiny_target, random_head, tmp_path):
+def options(target, random_head, tmp_path):
     """Options that name a tiny target and head, two prompts, and the folder of the target's answers to them."""
-    head = random_head(tiny_target("llama"), branch_correction="path")
-    pair = save_pair(tmp_path, tiny_target("llama"), head)
+    pair = save_pair(tmp_path, target, random_head(target, branch_correction="path"))
     prompts = write_lines(tmp_path / "dev.jsonl", *(dict(id=i, prompt=f"t0{i + 40}") for i in range(2)))
     return [*pair, "--prompts", prompts, "--texts", tmp_path / "texts", "--max-new-tokens", 9]
 
 
-def test_the_custom_generate_folder_gives_plain_decoding_s_text_through_a_head_folder(
-    tiny_target, random_head, tmp_path
-):
-    target = tiny_target("llama")
+def test_the_custom_generate_folder_gives_plain_decoding_s_text_through_a_head_folder(target, random_head, tmp_path):
     random_head(target).save_pretrained(tmp_path / "head")
     shutil.copytree(EXAMPLES / "custom_generate", tmp_path / "repo" / "custom_generate")
     (tmp_path / "repo" / "custom_generate" / "requirements.txt").unlink()
@@ -133,14 +129,14 @@ def test_the_ablation_trains_and_measures_rows_by_name(example_module, example, 
     assert path in results.with_suffix(".md").read_text()
 
 
-def test_the_gain_of_a_correction_is_replayed_with_it_on_and_off(example, options, tiny_target, random_head, tmp_path):
+def test_the_gain_of_a_correction_is_replayed_with_it_on_and_off(example, options, target, random_head, tmp_path):
     options += ["--node-budgets", 4, 8, "--json", tmp_path / "gain.json"]
     example("correction_gain", *options)
     rows = json.loads((tmp_path / "gain.json").read_text())["rows"]
     assert [(row["prompts"], row["num_prompts"], row["node_budget"]) for row in rows] == [("dev", 2, 4), ("dev", 2, 8)]
     assert all(row["tokens_per_round"] == row["without_correction"] >= 1 for row in rows), "a new correction is none"
     assert all(row["without_ngrams"] == row["without_both"] >= 1 for row in rows)
-    random_head(tiny_target("llama")).save_pretrained(tmp_path / "head")
+    random_head(target).save_pretrained(tmp_path / "head")
     with pytest.raises(SystemExit, match="no branch correction"):
         example("correction_gain", *options)
 
@@ -192,11 +188,8 @@ def test_auto_is_timed_where_drafting_gains_nothing(example_module, example, opt
 
 
 @pytest.mark.parametrize("do_sample", [False, True])
-def test_calls_that_take_turns_give_the_text_of_single_calls(
-    do_sample, example_module, tiny_target, echo_head, prompt
-):
+def test_calls_that_take_turns_give_the_text_of_single_calls(do_sample, example_module, target, echo_head, prompt):
     turns = example_module("turns")
-    target = tiny_target("llama")
     settings = dict(max_new_tokens=20, do_sample=do_sample, eos_token_id=None)
     alone = []
     for seed in (1, 2):
@@ -217,8 +210,8 @@ def test_calls_that_take_turns_give_the_text_of_single_calls(
     assert all(call.seconds > 0 for call in calls)
 
 
-def test_an_untrained_copy_has_other_weights_and_the_same_vocabulary(example_module, tiny_target, random_head):
-    head = random_head(tiny_target("llama"), branch_correction="path")
+def test_an_untrained_copy_has_other_weights_and_the_same_vocabulary(example_module, target, random_head):
+    head = random_head(target, branch_correction="path")
     copied = example_module("never_slower").random_copy(head)
     assert type(copied) is type(head)
     for (name, before), after in zip(head.named_parameters(), copied.parameters(), strict=True):
@@ -226,8 +219,8 @@ def test_an_untrained_copy_has_other_weights_and_the_same_vocabulary(example_mod
         assert after.shape == before.shape
 
 
-def test_ranks_are_measured_by_depth_and_read_by_the_simulation(example, options, tiny_target, random_head, tmp_path):
-    head = random_head(tiny_target("llama"), branch_candidates=tiny_target("llama").config.vocab_size)
+def test_ranks_are_measured_by_depth_and_read_by_the_simulation(example, options, target, random_head, tmp_path):
+    head = random_head(target, branch_candidates=target.config.vocab_size)
     head.save_pretrained(tmp_path / "head")
     example("measure_ranks", *options, "--num-ranks", 300, "--json", tmp_path / "ranks.json")
     result = json.loads((tmp_path / "ranks.json").read_text())

@@ -144,9 +144,7 @@ def test_an_interrupted_answer_stays_in_the_chat(example, pair, says, chat_and_s
     assert seen[1][1] == {"role": "assistant", "content": "t044"}
 
 
-def test_a_hub_folder_decodes_by_its_name_and_has_a_valid_card(
-    example, pair, tiny_target, tmp_path, monkeypatch, capsys
-):
+def test_a_hub_folder_decodes_by_its_name_and_has_a_valid_card(example, pair, target, tmp_path, monkeypatch, capsys):
     example("hub_folder", *pair[2:], "--repo", "me/head", "--output", tmp_path / "hub" / "me" / "head")
     folder = tmp_path / "hub" / "me" / "head"
     assert "hf upload me/head" in capsys.readouterr().out
@@ -165,7 +163,6 @@ def test_a_hub_folder_decodes_by_its_name_and_has_a_valid_card(
     monkeypatch.chdir(tmp_path / "hub")  # where the id me/head is this folder
     ids = torch.tensor([[5, 6, 7, 8]])
     settings = dict(attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
-    target = tiny_target("llama")
     drafted = target.generate(ids, custom_generate="me/head", trust_remote_code=True, **settings)
     assert drafted.tolist() == target.generate(ids, **settings).tolist()
 

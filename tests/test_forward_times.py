@@ -29,8 +29,7 @@ def test_a_timed_generation_gives_the_plain_text(family, tiny_target, noisy_head
     assert not any(hooks)
 
 
-def test_each_number_of_nodes_is_timed_and_plain_rounds_draft_nothing(tiny_target, random_head, prompt):
-    target = tiny_target("llama")
+def test_each_number_of_nodes_is_timed_and_plain_rounds_draft_nothing(target, random_head, prompt):
     table = time_forwards(target, random_head(target), prompt[0].tolist(), [1, 4, 12])
     assert [nodes for nodes, *_ in table if nodes in (1, 4, 12)] == [1, 4, 12]
     for nodes, target_seconds, block_seconds, score_seconds, round_seconds in table:
@@ -39,8 +38,7 @@ def test_each_number_of_nodes_is_timed_and_plain_rounds_draft_nothing(tiny_targe
         assert target_seconds + block_seconds + score_seconds < round_seconds
 
 
-def test_the_branch_correction_counts_as_scoring(tiny_target, random_head, prompt):
-    target = tiny_target("llama")
+def test_the_branch_correction_counts_as_scoring(target, random_head, prompt):
     head = random_head(target, branch_correction="path")
     alter(head)
     counted = []

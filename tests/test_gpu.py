@@ -19,10 +19,9 @@ CACHES = {
 
 
 @pytest.fixture
-def pair(tiny_target, random_head):
+def pair(target, random_head):
     """Target and head on the device."""
     torch.backends.cuda.matmul.allow_tf32 = False
-    target = tiny_target("llama")
     head = random_head(target, branch_correction="path")
     return copy.deepcopy(target).cuda(), head.cuda()
 

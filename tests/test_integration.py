@@ -25,18 +25,8 @@ def generate(target, input_ids, **kwargs):
 
 
 @pytest.fixture
-def target(tiny_target):
-    return tiny_target("llama")
-
-
-@pytest.fixture
 def plain(target, prompt):
     return generate(target, prompt)
-
-
-@pytest.fixture
-def head(target, random_head):
-    return random_head(target)
 
 
 @pytest.fixture

@@ -23,11 +23,6 @@ from hf_jetflow.target.target import Target, TargetStates
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def target(tiny_target):
-    return tiny_target("llama")
-
-
 @pytest.fixture
 def said(monkeypatch) -> list[str]:
     """What is logged while loading."""

@@ -23,9 +23,8 @@ def runner():
 
 
 @pytest.fixture(scope="module")
-def pair(tiny_target, random_head, tmp_path_factory):
+def pair(target, random_head, tmp_path_factory):
     """Parameters that name a tiny target and a head for it, saved in folders."""
-    target = tiny_target("llama")
     _, target_folder, _, head_folder = save_pair(tmp_path_factory.mktemp("pair"), target, random_head(target))
     return dict(TARGET=str(target_folder), HEAD=str(head_folder))
 

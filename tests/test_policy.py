@@ -371,8 +371,7 @@ def test_a_trimmed_tree_is_the_one_built_with_that_budget(node_budget, seed):
 
 @pytest.mark.parametrize("kind", ["random", "echo", "noisy", "path"])
 @pytest.mark.parametrize("do_sample", [False, True])
-def test_auto_gives_the_plain_text(kind, do_sample, tiny_target, head_of_kind, prompt):
-    target = tiny_target("llama")
+def test_auto_gives_the_plain_text(kind, do_sample, target, head_of_kind, prompt):
 
     def generate(head=None):
         torch.manual_seed(5)
@@ -388,8 +387,7 @@ def test_auto_gives_the_plain_text(kind, do_sample, tiny_target, head_of_kind, p
     assert {1, 16} <= stats.policy["verify_seconds"].keys()
 
 
-def test_a_fixed_budget_reports_no_choice(tiny_target, echo_head, prompt):
-    target = tiny_target("llama")
+def test_a_fixed_budget_reports_no_choice(target, echo_head, prompt):
     plain = target.generate(prompt, max_new_tokens=20, do_sample=False)
     head = echo_head(target, plain)
     head.generation_config.node_budget = 8

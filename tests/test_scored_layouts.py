@@ -19,11 +19,6 @@ HAS_STATE = ("recurrent", "Domino", "xpress")
 IDS = [5, 90, 17, 201, 33, 64, 8, 121, 77]  # of the text, the anchor last
 
 
-@pytest.fixture(scope="module")
-def target(tiny_target):
-    return tiny_target("llama")
-
-
 @pytest.fixture(scope="module", params=scored.CHECKPOINTS)
 def name(request) -> str:
     return request.param

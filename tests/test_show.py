@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import make_prompt
-from helpers import run_command, tiny_tokenizer, write_lines
+from helpers import run_command, save_pair, tiny_tokenizer, write_lines
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -25,11 +25,6 @@ from hf_jetflow.training.evaluation import tokens_per_round
 
 NEW_TOKENS = 24
 BUDGET = 12
-
-
-@pytest.fixture
-def target(tiny_target):
-    return tiny_target("llama")
 
 
 @pytest.fixture
@@ -318,10 +313,7 @@ def test_impossible_drawings_are_refused(rounds, target, tmp_path, monkeypatch):
 
 @pytest.fixture
 def folders(target, head, tmp_path):
-    target.save_pretrained(tmp_path / "target")
-    tiny_tokenizer(target.config.vocab_size).save_pretrained(tmp_path / "target")
-    head.save_pretrained(tmp_path / "head")
-    return ["--target", str(tmp_path / "target"), "--head", str(tmp_path / "head")]
+    return save_pair(tmp_path, target, head)
 
 
 def run_show(folders, *more):

@@ -217,10 +217,9 @@ def test_expected_tokens_are_the_most_that_any_tree_of_the_budget_yields(seed):
 
 @pytest.mark.parametrize("kind", [None, "parent", "path"])
 def test_measured_ranks_cover_all_tokens_and_the_first_agrees_with_the_bench(
-    tiny_target, random_head, example_module, kind
+    target, random_head, example_module, kind
 ):
     acceptance_by_rank = example_module("measure_ranks").acceptance_by_rank
-    target = tiny_target("llama")
     vocab_size = target.config.vocab_size
     head = random_head(target, branch_correction=kind, branch_candidates=vocab_size)
     alter(head)
@@ -401,9 +400,8 @@ def simulate_command(*arguments):
 
 
 @pytest.fixture
-def folders(tiny_target, random_head, tmp_path):
+def folders(target, random_head, tmp_path):
     """Configurations of a target and its head, without weights, and a table of ranks."""
-    target = tiny_target("llama")
     target.config.save_pretrained(tmp_path / "target")
     random_head(target).config.save_pretrained(tmp_path / "head")
     (tmp_path / "ranks.json").write_text(json.dumps({"acceptance_by_rank": {"texts": [[0.6, 0.2], [0.5, 0.1]]}}))

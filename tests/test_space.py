@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import tiny_tokenizer
+from helpers import save_pair
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,8 +28,7 @@ def run(*runners):
 
 
 @pytest.mark.parametrize("do_sample", [False, True])
-def test_both_sides_give_the_text_of_generate(do_sample, race, tiny_target, random_head, prompt):
-    target, head = tiny_target("llama"), random_head(tiny_target("llama"))
+def test_both_sides_give_the_text_of_generate(do_sample, race, target, head, prompt):
     settings = dict(max_new_tokens=20, do_sample=do_sample)
     plain, drafted = race.Runner(target, prompt, None, settings), race.Runner(target, prompt, head, settings)
     for _ in range(3):  # interleaved
@@ -42,8 +41,7 @@ def test_both_sides_give_the_text_of_generate(do_sample, race, tiny_target, rand
     assert plain.progress.seconds > 0
 
 
-def test_each_token_says_where_it_came_from(race, tiny_target, echo_head, prompt):
-    target = tiny_target("llama")
+def test_each_token_says_where_it_came_from(race, target, echo_head, prompt):
     text = target.generate(prompt, max_new_tokens=20, do_sample=False)
     head = echo_head(target, text)
     head.generation_config.node_budget = 8
@@ -58,8 +56,7 @@ def test_each_token_says_where_it_came_from(race, tiny_target, echo_head, prompt
     assert progress.tokens_per_round > 2
 
 
-def test_a_call_whose_reader_left_ends_and_one_that_fails_says_why(race, tiny_target, prompt):
-    target = tiny_target("llama")
+def test_a_call_whose_reader_left_ends_and_one_that_fails_says_why(race, target, prompt):
     runner = race.Runner(target, prompt, None, dict(max_new_tokens=200, do_sample=False))
     runner.step()
     runner.stop()
@@ -70,13 +67,10 @@ def test_a_call_whose_reader_left_ends_and_one_that_fails_says_why(race, tiny_ta
         run(failing)
 
 
-def test_the_app_streams_both_sides_a_tree_and_a_verdict(race, tiny_target, random_head, tmp_path, monkeypatch):
+def test_the_app_streams_both_sides_a_tree_and_a_verdict(race, target, head, tmp_path, monkeypatch):
     pytest.importorskip("gradio", reason="the Space needs gradio")
     pytest.importorskip("matplotlib")
-    target = tiny_target("llama")
-    target.save_pretrained(tmp_path / "target")
-    tiny_tokenizer(target.config.vocab_size).save_pretrained(tmp_path / "target")
-    random_head(target).save_pretrained(tmp_path / "head")
+    save_pair(tmp_path, target, head)
     monkeypatch.setenv("TARGET", str(tmp_path / "target"))
     monkeypatch.setenv("HEAD", str(tmp_path / "head"))
     monkeypatch.setattr("hf_jetflow.target.loading.fast_dtype", lambda: "float32")

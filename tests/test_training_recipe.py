@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import errno
-import json
 import logging
 import os
 import re
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import alter
+from helpers import alter, write_lines
 from huggingface_hub import HfApi, ModelCard
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -370,10 +369,8 @@ def run(target, tmp_path, monkeypatch, short_measurements):
     monkeypatch.setattr(recipe, "with_token_ids", lambda path, *_: path)
     monkeypatch.setattr(recipe, "encode_chat", lambda _, messages: [5, 6, len(messages[0]["content"])])
     monkeypatch.setattr(recipe, "fast_dtype", lambda: "float32")
-    answers = tmp_path / "answers.jsonl"
-    answers.write_text("".join(json.dumps(record) + "\n" for record in make_answers()))
-    held_out = tmp_path / "held_out.jsonl"
-    held_out.write_text('{"prompt": "one"}\n{"prompt": "three"}\n')
+    answers = write_lines(tmp_path / "answers.jsonl", *make_answers())
+    held_out = write_lines(tmp_path / "held_out.jsonl", {"prompt": "one"}, {"prompt": "three"})
 
     def run(output="run", **options):
         settings = dict(max_steps=2, save_steps=1, batch_size=2, anchors=3, num_layers=1, num_taps=2, block_size=4)

@@ -41,11 +41,6 @@ def counters(num_passes, num_accepted):
 
 
 @pytest.fixture(scope="module")
-def target(tiny_target):
-    return tiny_target("llama")
-
-
-@pytest.fixture(scope="module")
 def folders(target, random_head, tmp_path_factory):
     """Target and head as vLLM gets them; the head had a draft vocabulary and a branch correction."""
     folder = tmp_path_factory.mktemp("vllm")

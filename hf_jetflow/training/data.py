@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 
 from ..errors import JetFlowError
@@ -295,22 +297,15 @@ class FeatureStore:
                 stored[row] = {"features": features, "last_hidden_state": last}
                 with atomic_write(paths[row]) as partial:
                     save_file(stored[row], partial)
-        device = batch["input_ids"].device
-        longest = batch["input_ids"].shape[1]
-        return (
-            _pad_rows([record["features"] for record in stored], longest).to(device),
-            _pad_rows([record["last_hidden_state"] for record in stored], longest).to(device),
+        num_missing = batch["input_ids"].shape[1] - max(lengths)
+        features, last_states = (
+            pad(pad_sequence([record[name] for record in stored], batch_first=True), (0, 0, 0, num_missing))
+            for name in ("features", "last_hidden_state")
         )
+        device = batch["input_ids"].device
+        return features.to(device), last_states.to(device)
 
 
 def _content_hash(token_ids: torch.Tensor) -> str:
     """File name of a sequence's features, which depend on its tokens only, not on the record's id."""
     return hashlib.sha256(token_ids.numpy().tobytes()).hexdigest()[:32]
-
-
-def _pad_rows(parts: list[torch.Tensor], longest: int) -> torch.Tensor:
-    """(seq, width) tensors stacked to (batch, longest, width), padded with zeros; longer ones are cut."""
-    out = parts[0].new_zeros(len(parts), longest, parts[0].shape[-1])
-    for row, part in enumerate(parts):
-        out[row, : min(len(part), longest)] = part[:longest]
-    return out
