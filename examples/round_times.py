@@ -202,8 +202,8 @@ def parse_args() -> argparse.Namespace:
 @torch.no_grad()
 def main() -> None:
     args, start = parse_args(), time.perf_counter()
-    kept = ("shape", "accept", "new", "head_layers", "block", "correction", "ngrams")
-    settings = {name: getattr(args, name) for name in kept}
+    names = ("shape", "accept", "new", "head_layers", "block", "correction", "ngrams")
+    settings = {name: getattr(args, name) for name in names}
     result: dict[str, Any] = {"environment": environment(), "settings": settings, "rows": []}
     if args.json and args.json.exists():
         result = read_json(args.json)

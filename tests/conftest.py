@@ -158,7 +158,7 @@ def _fixed_seed() -> None:
 
 @pytest.fixture(params=FAMILIES)
 def family(request):
-    """Every family in turn; a test that parametrises `family` itself chooses its own."""
+    """Every family in turn; a test that parametrizes `family` itself chooses its own."""
     return request.param
 
 

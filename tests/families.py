@@ -1,4 +1,4 @@
-"""The families of the support matrix: of each the smallest configuration that keeps what is special about it."""
+"""The families of the support matrix: of each the smallest configuration with its special features."""
 
 from dataclasses import dataclass, field
 from typing import Any

@@ -42,7 +42,7 @@ MOST_GROWTH = 64 * 2**20  # bytes of memory that a soak may gain once every fami
 
 
 class FavourRecent(LogitsProcessor):
-    """A caller's own processor: tokens of the latest past are favoured."""
+    """A caller's own processor: tokens of the latest past score higher."""
 
     is_row_wise = True
 

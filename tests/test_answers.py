@@ -153,16 +153,16 @@ def test_greedy_answers_continue_with_another_batch_size_and_seed(target, tokeni
     regenerate(target, tokenizer, output, batch_size=2, seed=4)
 
 
-@pytest.mark.parametrize("kept", [0, 1, 40, -2, -1], ids=lambda kept: f"half a line of {kept}")
+@pytest.mark.parametrize("end", [0, 1, 40, -2, -1], ids=lambda end: f"half a line of {end}")
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_killed_run_is_continued_without_loss_or_duplicates(target, tokenizer, tmp_path, kept, temperature):
+def test_a_killed_run_is_continued_without_loss_or_duplicates(target, tokenizer, tmp_path, end, temperature):
     whole = regenerate(target, tokenizer, tmp_path / "whole.jsonl", temperature=temperature)
     output = tmp_path / "answers.jsonl"
     with pytest.raises(Killed):
         regenerate(target, tokenizer, output, temperature=temperature, report=Report(3))
     lines = output.read_text().splitlines(keepends=True)
     assert len(lines) == 3
-    output.write_text("".join(lines[:-1]) + lines[-1][:kept])  # -1: all of the line but its newline
+    output.write_text("".join(lines[:-1]) + lines[-1][:end])  # -1: all of the line but its newline
     assert regenerate(target, tokenizer, output, temperature=temperature) == whole
 
 

@@ -105,7 +105,7 @@ def write_notebook(path, *sources):
     return path
 
 
-def test_a_parameter_takes_the_place_of_the_notebook_s_own_value_only_in_the_run(runner, tmp_path):
+def test_a_parameter_replaces_the_notebook_s_own_value_only_in_the_run(runner, tmp_path):
     path = write_notebook(tmp_path / "a.ipynb", "SIZE = 3", "print(SIZE + 1)")
     notebook = runner.run_notebook(path, {"SIZE": 9}, tmp_path)
     assert [cell.source for cell in notebook.cells] == ["SIZE = 3", "print(SIZE + 1)"]

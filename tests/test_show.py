@@ -203,7 +203,7 @@ def test_labels_show_white_space(byte_tokenizer):
     assert labels.text(ids[1]) == "\n"
 
 
-def test_a_token_keeps_the_space_before_it():
+def test_a_token_has_the_space_before_it():
     labels = TokenLabels(tiny_tokenizer(20))
     assert labels.label(7) == "·t007"
 

@@ -80,7 +80,7 @@ def copied_state(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 class Gradients(TrainerCallback):
-    """Keeps the gradients of the first update, before clipping."""
+    """Stores the gradients of the first update, before clipping."""
 
     def __init__(self):
         self.by_name: dict[str, torch.Tensor] = {}
@@ -226,17 +226,17 @@ def test_accumulated_sequences_equal_one_batch_of_them(target, tmp_path, num_ans
 
 
 class Seen(TrainerCallback):
-    """Keeps the inputs of every micro-batch."""
+    """Stores the inputs of every micro-batch."""
 
     def __init__(self, trainer: JetFlowTrainer):
         self.batches: list[tuple[list, list]] = []
         compute_loss = trainer.compute_loss
 
-        def keep(model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        def record(model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             self.batches.append((inputs["input_ids"].tolist(), inputs["anchors"].tolist()))
             return compute_loss(model, inputs, *args, **kwargs)
 
-        trainer.compute_loss = keep
+        trainer.compute_loss = record
 
 
 def run_in_parts(target: PreTrainedModel, folder: Path, **args: Any) -> tuple[JetFlowHead, JetFlowHead]:

@@ -39,7 +39,7 @@ def target(tiny_target) -> PreTrainedModel:
 
 
 class SecondGradients(TrainerCallback):
-    """Keeps the gradients of the second update: in the first, zero output projections let none through."""
+    """Stores the gradients of the second update: in the first, zero output projections let none through."""
 
     def __init__(self):
         self.by_name: dict[str, torch.Tensor | None] = {}
@@ -214,7 +214,7 @@ def test_evaluation_restores_mode_settings_and_statistics_of_the_head(target, tm
     assert (settings.node_budget, head.last_stats) == (17, "earlier")
 
 
-def test_the_best_head_is_kept_between_checkpoints_and_loaded_at_the_end(target, tmp_path, monkeypatch):
+def test_the_best_head_is_stored_between_checkpoints_and_loaded_at_the_end(target, tmp_path, monkeypatch):
     trainer = evaluating_trainer(target, tmp_path, [1.0, 3.0, 2.0, 2.5], monkeypatch, save_total_limit=1)
     states = {}
     determine = trainer._determine_best_metric

@@ -62,7 +62,7 @@ def shorten(text: str) -> str:
 def text_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     """The text that each token adds; the bytes of a split character go to its last token."""
     pieces: list[str] = []
-    start = done = 0  # decoding ids[start:done] with the next piece keeps the piece's spaces
+    start = done = 0  # decoding ids[start:done] with the next piece preserves the piece's spaces
     for end in range(1, len(ids) + 1):
         text = _decode(tokenizer, ids[start:end])
         if text.endswith(UNFINISHED) and end < len(ids) and end - done < 4:

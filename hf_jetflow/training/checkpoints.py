@@ -31,7 +31,7 @@ def find_checkpoints(folder: Path) -> tuple[list[Path], dict[Path, str]]:
 
 
 def checkpoint_fault(folder: Path) -> str:
-    """The missing or cut-off file that keeps training from continuing at a checkpoint; empty if there is none."""
+    """The missing or cut-off file that makes a checkpoint unusable; empty if there is none."""
     if not (folder / STATE_NAME).is_file():
         return f"{STATE_NAME}, which is written last, is missing"
     try:

@@ -36,7 +36,7 @@ def replay(
         texts: Token ids of each text (prompt and greedy answer of the target), and the length of its prompt.
         node_budgets: Node budgets to replay, each from 2.
         width (`int`, *optional*): Children considered per node; 1 is a chain.
-        tree_builder (*optional*): Builds the trees in place of the drafter, for comparisons.
+        tree_builder (*optional*): Builds the trees instead of the drafter, for comparisons.
         progress: Called with the number of texts done.
 
     Returns:
@@ -73,11 +73,11 @@ def answer_logprobs(target: Target, head: JetFlowHead, ids: Sequence[int], num_p
     num_depths = rows.shape[1]
     answer = torch.tensor(list(ids[num_prompt:]) + [-1] * num_depths, device=rows.device)
     tokens = answer.unfold(0, num_depths, 1)[1 : len(rows) + 1]
-    is_scored, places = tokens >= 0, tokens
+    is_scored, indices = tokens >= 0, tokens
     if head.draft_token_ids is not None:
         is_scored = is_scored & torch.isin(tokens, head.draft_token_ids)
-        places = torch.searchsorted(head.draft_token_ids, tokens.contiguous())
-    logprobs = drafter.logprobs(rows).gather(-1, places.where(is_scored, 0)[..., None].to(rows.device))[..., 0]
+        indices = torch.searchsorted(head.draft_token_ids, tokens.contiguous())
+    logprobs = drafter.logprobs(rows).gather(-1, indices.where(is_scored, 0)[..., None].to(rows.device))[..., 0]
     if head.config.branch_correction in READ_CORRECTIONS:
         before = torch.tensor(list(ids[num_prompt - 1 : num_prompt - 1 + len(rows)]), device=rows.device)
         context_ids = torch.stack([before, answer[: len(rows)]], dim=1)
@@ -92,7 +92,7 @@ def _corrected_logprobs(
     tokens: torch.Tensor,
     logprobs: torch.Tensor,
 ) -> torch.Tensor:
-    """Log-probabilities (anchors, depth) of tokens behind the tokens before them. `logprobs` are kept for tokens that
+    """Log-probabilities (anchors, depth) of tokens behind the tokens before them. `logprobs` stay for tokens that
     are no candidates and for all below these."""
     draft = drafter.rank(rows, context_ids, tokens.shape[1])
     assert draft.scorer is not None

@@ -173,7 +173,7 @@ class TrainRecipe:
 
     @property
     def fixed(self) -> dict[str, Any]:
-        """The settings that a run keeps when it is continued."""
+        """The settings that must not change when a run is continued."""
         return {name: value for name, value in asdict(self).items() if name in FIXED_OPTIONS}
 
     def check(self) -> None:

@@ -122,7 +122,7 @@ def initialize_from_target(head: JetFlowHead, target: PreTrainedModel) -> None:
         for name, parameter in layer.named_parameters()
     ]
     pairs.append((head.norm.weight, _tensor(base, "norm.weight")))
-    # The copied key and value projections read the context in place of the layer's normed input.
+    # The copied key and value projections read the context instead of the layer's normed input.
     pairs.append((head.hidden_norm.weight, _tensor(base, f"{sources[0]}.input_layernorm.weight")))
     with torch.no_grad():
         for parameter, tensor in pairs:
