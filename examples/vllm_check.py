@@ -46,6 +46,12 @@ PROMPTS = (
 )
 MIN_TOKENS_PER_PASS = 1.2  # a head with random weights has about 1.0
 MIN_SHARE_OF_OURS = 0.9  # of the tokens per round of our chains with the same weights
+VLLM_ENVIRONMENT = {
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
 COUNTERS = {
     "vllm:spec_decode_num_drafts": "num_passes",
     "vllm:spec_decode_num_draft_tokens": "num_drafted",
@@ -95,9 +101,7 @@ def run_vllm(
     target: Path, head: Path | None, prompts: list[list[int]], settings: Settings
 ) -> tuple[list[list[int]], dict[str, Any]]:
     """New token ids of each prompt, and the counters of speculative decoding, from an engine in this process."""
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ |= VLLM_ENVIRONMENT | os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     from vllm import LLM, SamplingParams, TokensPrompt
 
     speculative = {"method": "dflash", "model": str(head), "num_speculative_tokens": settings.num_drafted}
@@ -200,6 +204,15 @@ def failures(rows: list[dict[str, Any]], vllm: dict[str, Any], ours: dict[str, A
     return found
 
 
+def require_vllm() -> None:
+    """Stop the program if vLLM is not installed."""
+    if find_spec("vllm") is None:
+        raise SystemExit(
+            "error: vLLM is not installed; `make vllm-check` creates an environment with it (Linux on x86-64 or "
+            "arm64, Python 3.11 or newer)"
+        )
+
+
 def check(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Run all checks, and print each result."""
     print("writing the target and the head ...", flush=True)
@@ -241,11 +254,7 @@ def main() -> None:
     parser.add_argument("--kv-cache-mib", type=int, default=256, help="memory of vLLM's keys and values")
     parser.add_argument("--json", type=Path, help="file for the result")
     args = parser.parse_args()
-    if find_spec("vllm") is None:
-        raise SystemExit(
-            "error: vLLM is not installed; `make vllm-check` creates an environment with it (Linux on x86-64 or "
-            "arm64, Python 3.11 or newer)"
-        )
+    require_vllm()
     with tempfile.TemporaryDirectory() as name:
         result = check(args, Path(name))
     if args.json is not None:

@@ -1,5 +1,6 @@
 """The command line is made from the settings: names, types and defaults; what is misspelled gets a suggestion."""
 
+import os
 import runpy
 import subprocess
 import sys
@@ -192,6 +193,15 @@ def test_python_m_is_the_same_command(monkeypatch, capsys):
     with pytest.raises(SystemExit, match=r"^0$"):
         runpy.run_module("hf_jetflow", run_name="__main__")
     assert capsys.readouterr().out.startswith("hf-jetflow 0")
+
+
+def test_a_reader_that_closes_its_pipe_ends_a_command_quietly():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "hf_jetflow", "heads"]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_a_bar_starts_where_an_earlier_run_ended_and_a_stage_can_start_again():

@@ -1,5 +1,6 @@
 """`hf-jetflow COMMAND`: parse the arguments, then run the command and print what a user can mend in one line."""
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -60,8 +61,12 @@ def run(command: Command) -> None:
     """
     try:
         status = command.module.run(*command.settings)
+        sys.stdout.flush()
     except JetFlowError as error:
         raise _failure(command.module, error) from None
+    except BrokenPipeError:  # the reader of a pipe has enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     if status:
         raise SystemExit(status)
 
