@@ -23,7 +23,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,8 @@ def server(target: Path, head: str, log: Path, settings: dict[str, Any]) -> Iter
         wait_until_ready(process, port, log)
         yield port
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):  # it ended on its own
+            os.killpg(process.pid, signal.SIGTERM)
         process.wait()
 
 
