@@ -230,9 +230,8 @@ def load_name(load: float | str) -> str:
 
 def summary(record: dict[str, Any]) -> str:
     """The line that the terminal shows for a measurement."""
-    first, token, whole = (record[name]["p50"] for name in LATENCIES.values())
-    drafted = f"  {record['tokens_per_pass']:.2f} per pass" if "tokens_per_pass" in record else ""
-    return f"{record['tokens_per_second']:5.1f} tok/s  p50 {first:.0f} + {token:.0f}/tok = {whole:.0f} ms{drafted}"
+    drafted = f", {record['tokens_per_pass']:.2f} per pass" if "tokens_per_pass" in record else ""
+    return f"{record['tokens_per_second']:.1f} tokens/s, p50 {record['request_latency_ms']['p50'] / 1000:.1f} s{drafted}"
 
 
 def make_rows(names: list[str], log: BenchLog, settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -291,8 +290,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompts", type=Path, nargs="+", required=True, help="JSON lines files")
     parser.add_argument("--json", type=Path, required=True, help="file for the result; the plot gets the suffix .png")
     parser.add_argument("--head", type=Path, default=HEAD, help="a head for SmolLM2-135M-Instruct")
-    parser.add_argument("--num-prompts", type=int, default=40, help="requests of each measurement")
-    parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--num-prompts", type=int, default=24, help="requests of each measurement")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument(
         "--loads", type=float, nargs="+", default=[0.5, 0.8, 1.2], help="request rates, as shares of saturation"
     )
@@ -334,10 +333,13 @@ def main() -> None:
     args = make_parser().parse_args()
     require_vllm()
     args.json.parent.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the servers are stopped in both cases
     try:
         result = run(args)
     except JetFlowError as error:
         raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; the same command continues after the last finished measurement") from None
     write_json(result, args.json)
     draw(result["rows"], args.json.with_suffix(".png"))
     print(f"wrote {args.json} and {args.json.with_suffix('.png').name}; delete {args.json}.partial")

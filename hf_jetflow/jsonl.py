@@ -35,8 +35,9 @@ def numbered_records(path: str | os.PathLike) -> Iterator[tuple[int, int, dict[s
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 if not line.endswith(b"\n"):
                     return
+                reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
                 raise JetFlowError(
-                    f"{path}, line {number}: not valid JSON ({error}); repair or remove the line"
+                    f"{path}, line {number}: not valid JSON ({reason}); repair or remove the line"
                 ) from error
             if not isinstance(record, dict):
                 raise JetFlowError(
