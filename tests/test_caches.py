@@ -7,8 +7,9 @@ from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.cache_utils import LinearAttentionAndSlidingWindowAttentionLayer
 
 from hf_jetflow import JetFlowConfig
+from hf_jetflow.head.cache import HeadCache
 from hf_jetflow.target.batch_caches import BatchRows
-from hf_jetflow.target.caches import HeadCache, check_target_cache, commit_path
+from hf_jetflow.target.caches import check_target_cache, commit_path
 from hf_jetflow.target.step_inputs import StepInputs
 from hf_jetflow.target.strategies import cache_strategy
 from hf_jetflow.target.target import Context, Target

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel
 
 from hf_jetflow import JetFlowConfig, JetFlowHead
+from hf_jetflow.head.cache import HeadCache
 from hf_jetflow.head.modeling_jetflow import visibility
-from hf_jetflow.target.caches import HeadCache
 
 
 BODY = ("fc.weight", "hidden_norm.weight", "norm.weight")

@@ -12,7 +12,7 @@ from reference import assert_same_text
 from transformers import AutoConfig, AutoModelForCausalLM, GitConfig, GitForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_jetflow import JetFlowConfig, JetFlowHead
-from hf_jetflow.target.caches import UNSEEN_POSITION
+from hf_jetflow.head.cache import UNSEEN_POSITION
 from hf_jetflow.target.position_limits import PositionLimits, position_limits
 
 

@@ -12,9 +12,9 @@ from torch.nn.functional import pad
 from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.utils import logging
 
+from ..head.cache import UNSEEN_POSITION, HeadCache, StaticHeadCache
 from ..head.modeling_jetflow import JetFlowHead
 from ..head.scorers import StepScorer, TableScorer
-from ..target.caches import UNSEEN_POSITION, HeadCache, StaticHeadCache
 from ..target.target import Context, Target, TargetStates
 from ..transfer import to_device
 from ..trees.device_ngrams import MatchedNgrams, continue_full_tree

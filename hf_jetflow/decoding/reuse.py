@@ -12,8 +12,8 @@ import torch
 from torch.nn.functional import pad
 from transformers import Cache
 
+from ..head.cache import HeadCache, StaticHeadCache
 from ..head.modeling_jetflow import JetFlowHead
-from ..target.caches import HeadCache, StaticHeadCache
 
 
 ATTRIBUTE = "_jetflow_memory"  # of the target's cache

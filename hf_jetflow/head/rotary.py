@@ -8,7 +8,7 @@ class DraftRotaryEmbedding(Qwen3RotaryEmbedding):
     """
     Ignores padding among the context rows where frequencies depend on the longest position.
 
-    Padding lies at a position beyond every text (see `target.caches.UNSEEN_POSITION`), so that no block row sees it.
+    Padding lies at a position beyond every text (see `cache.UNSEEN_POSITION`), so that no block row sees it.
     """
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 import torch
 
-from .caches import UNSEEN_POSITION
+from ..head.cache import UNSEEN_POSITION
 
 
 def text_positions(last: torch.Tensor | None, num_cached: int, batch: int) -> tuple[torch.Tensor, torch.Tensor | None]:
