@@ -61,7 +61,7 @@ class Machine:
                 if (node := children.get((node, choice), -1)) < 0:
                     break
                 accepted += 1
-            policy.record(tree, accepted)
+            policy.record(tree, [list(range(accepted + 1))])
             done += accepted + 1
         return done, self.now - start
 

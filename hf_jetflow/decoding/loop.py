@@ -44,6 +44,6 @@ def decode(
         states = session.verify(tree)
         paths = session.walk(tree, states)
         session.commit(tree, states, paths)
-        policy.record(tree, sum(len(path) - 1 for path in paths) / len(paths))
+        policy.record(tree, paths)
         session.end_round(tree, paths)
     return session.finish()

@@ -104,8 +104,8 @@ class Policy(Protocol):
     def fit(self, tree: DraftTree) -> DraftTree:
         """The part of the drafted tree that is to be verified."""
 
-    def record(self, tree: DraftTree, num_accepted: float) -> None:
-        """Learn from a finished round: the verified tree, and the mean number of accepted tokens per sequence."""
+    def record(self, tree: DraftTree, paths: list[list[int]]) -> None:
+        """Learn from a finished round: the verified tree, and the accepted path of each sequence."""
 
     def report(self) -> dict[str, Any]:
         """What the choices were based on, for `GenerationStats.policy`."""
@@ -123,7 +123,7 @@ class FixedPolicy:
     def fit(self, tree: DraftTree) -> DraftTree:
         return tree
 
-    def record(self, tree: DraftTree, num_accepted: float) -> None:
+    def record(self, tree: DraftTree, paths: list[list[int]]) -> None:
         pass
 
     def report(self) -> dict[str, Any]:
@@ -216,8 +216,7 @@ class AutoPolicy:
                 best = other
         return budgets[best]
 
-    def record(self, tree: DraftTree, num_accepted: float) -> None:
-        """Learn from a finished round; in a batch, `num_accepted` is the mean."""
+    def record(self, tree: DraftTree, paths: list[list[int]]) -> None:
         now, costs, num_nodes = time.perf_counter(), self._costs, tree.num_nodes
         rest = max(now - self._start_of_rest, MIN_SECONDS)
         seconds = max(now - self._start, rest)
@@ -229,6 +228,7 @@ class AutoPolicy:
         costs.earn(PROBE_SHARE * seconds)
         if num_nodes == 1:
             return
+        num_accepted = sum(len(path) - 1 for path in paths) / len(paths)  # per sequence
         costs.earn((num_accepted + 1) * costs.normalized_seconds(1) - seconds)
         costs.count(self._promised, num_accepted, seconds)
         costs.refresh_credit += REFRESH_SHARE * seconds
