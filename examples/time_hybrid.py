@@ -31,6 +31,8 @@ from hf_jetflow._compat import CACHE_NAME
 from hf_jetflow.bench.environment import environment
 from hf_jetflow.files import write_json
 from hf_jetflow.target import mixer_plans
+from hf_jetflow.target.adapters import AdapterNames
+from hf_jetflow.target.slots import BatchSlots
 from hf_jetflow.target.target import Target
 from hf_jetflow.trees.tree import Candidates, build_tree
 
@@ -173,7 +175,7 @@ def round_cost(target: PreTrainedModel, num_nodes: int, repeats: int) -> dict[st
     }
     kwargs["position_ids"] = torch.arange(PROMPT)[None]
     reader = Target(target, JetFlowConfig.for_target(target.config, mask_token_id=0))
-    context, _ = reader.prefill(ids, GenerationConfig(), kwargs)
+    context, _ = reader.prefill(ids, GenerationConfig(), kwargs, BatchSlots(1, AdapterNames(target)))
     scores = 3 * torch.randn(7, VOCAB, generator=torch.Generator().manual_seed(1))
     best = torch.log_softmax(scores, dim=-1).topk(num_nodes - 1)
     tree = build_tree(torch.tensor([[1]]), Candidates(best.indices[None], best.values[None]), num_nodes)
@@ -182,7 +184,7 @@ def round_cost(target: PreTrainedModel, num_nodes: int, repeats: int) -> dict[st
     context.strategy.open()
 
     def verify() -> Callable[[], Any]:
-        return functools.partial(reader.verify, context, tree)
+        return functools.partial(context.verify, tree)
 
     def plain() -> Callable[[], Any]:
         cache = copy.deepcopy(untouched)

@@ -24,8 +24,11 @@ from hf_jetflow._compat import CACHE_NAME
 from hf_jetflow.bench.environment import environment
 from hf_jetflow.bench.runs import synchronize
 from hf_jetflow.files import write_json
+from hf_jetflow.target.adapters import AdapterNames
+from hf_jetflow.target.context import Context
 from hf_jetflow.target.loading import load_target
-from hf_jetflow.target.target import Context, Target
+from hf_jetflow.target.slots import BatchSlots
+from hf_jetflow.target.target import Target
 from hf_jetflow.trees.tree import Candidates, DraftTree, build_tree
 
 
@@ -44,7 +47,8 @@ def prefilled(target: Target, num_cached: int) -> Context:
     cache = DynamicCache(config=target.model.config)
     kwargs = {CACHE_NAME: cache, "attention_mask": torch.ones_like(ids), "use_cache": True}
     kwargs["position_ids"] = torch.arange(num_cached, device=target.device)[None]
-    return target.prefill(ids, GenerationConfig(prefill_chunk_size=1024), kwargs)[0]
+    slots = BatchSlots(1, AdapterNames(target.model))
+    return target.prefill(ids, GenerationConfig(prefill_chunk_size=1024), kwargs, slots)[0]
 
 
 def vocab_size(target: Target) -> int:
@@ -77,7 +81,7 @@ def measure(target: Target, num_cached: int, num_nodes: int, repeats: int) -> di
 
     def verify(attention: str) -> None:
         target.model.config._attn_implementation = attention
-        target.verify(context, tree)
+        context.verify(tree)
         context.cache.crop(-num_nodes)
 
     kinds = {"verify": "sdpa", "no_mask": "see_everything", "repeating": "repeating"}

@@ -8,11 +8,12 @@ from transformers.cache_utils import LinearAttentionAndSlidingWindowAttentionLay
 
 from hf_jetflow import JetFlowConfig
 from hf_jetflow.head.cache import HeadCache
-from hf_jetflow.target.batch_caches import BatchRows
+from hf_jetflow.target.adapters import AdapterNames
 from hf_jetflow.target.caches import check_target_cache, commit_path
+from hf_jetflow.target.context import Context
+from hf_jetflow.target.slots import BatchSlots
 from hf_jetflow.target.step_inputs import StepInputs
-from hf_jetflow.target.strategies import cache_strategy
-from hf_jetflow.target.target import Context, Target
+from hf_jetflow.target.target import Target
 from hf_jetflow.trees.tree import DraftTree, ancestor_mask
 
 
@@ -83,16 +84,17 @@ def path_to(tree: DraftTree, node: int) -> list[int]:
     return tree.ancestor_mask[0, node].nonzero()[:, 0].tolist()
 
 
-def prefilled(model, ids: torch.Tensor) -> tuple[Target, Context]:
+def prefilled(model, ids: torch.Tensor) -> Context:
     """A target whose cache holds all of `ids` but the last, as after a prefill."""
     target = Target(model, JetFlowConfig.for_target(model.config, num_hidden_layers=NUM_TAPS, mask_token_id=0))
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
     forward_kwargs = {"output_hidden_states": True}
-    strategy = cache_strategy(cache, BatchRows(1, ids.shape[1] - 1), mixers=[], read=lambda chain: None)
+    slots = BatchSlots(1, AdapterNames(model))
+    slots.fill(ids.shape[1] - 1)
     steps = StepInputs(position_ids=torch.zeros(1, 1))
-    return target, Context(strategy, torch.tensor([0]), forward_kwargs=forward_kwargs, step_inputs=steps)
+    return Context(target, cache, slots, torch.tensor([0]), step_inputs=steps, forward_kwargs=forward_kwargs)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gemma3_text"])
@@ -102,10 +104,10 @@ def test_after_a_commit_the_target_continues_as_on_the_committed_ids(tiny_target
     model = tiny_target(family)
     generator = torch.Generator().manual_seed(7)
     ids = torch.randint(3, 200, (1, num_prompt), generator=generator)
-    target, context = prefilled(model, ids)
+    context = prefilled(model, ids)
     for num_nodes in (6, 1, 14, 9, 2, 11):
         tree = random_tree(int(ids[0, -1]), num_nodes, 200, generator)
-        states = target.verify(context, tree)
+        states = context.verify(tree)
         fresh = model(input_ids=ids, use_cache=False).logits[:, -1]
         torch.testing.assert_close(states.logits[:, 0], fresh, atol=2e-4, rtol=2e-4)
         node = int(torch.randint(num_nodes, (1,), generator=generator))
@@ -122,15 +124,15 @@ def test_every_node_is_verified_as_if_its_branch_stood_alone(tiny_target, family
     model = tiny_target(family)
     generator = torch.Generator().manual_seed(8)
     ids = torch.randint(3, 200, (1, 11), generator=generator)
-    target, context = prefilled(model, ids)
+    context = prefilled(model, ids)
     tree = random_tree(int(ids[0, -1]), 12, 200, generator)
-    states = target.verify(context, tree)
+    states = context.verify(tree)
     for node in range(12):
         branch = torch.cat([ids, tree.tokens[:, path_to(tree, node)[1:]]], dim=1)
         outputs = model(input_ids=branch, use_cache=False, output_hidden_states=True)
         torch.testing.assert_close(states.logits[0, node], outputs.logits[0, -1], atol=2e-4, rtol=2e-4)
         features = torch.cat(
-            [outputs.hidden_states[index][0, -1] for index in target.head_config.hidden_state_indices]
+            [outputs.hidden_states[index][0, -1] for index in context.target.head_config.hidden_state_indices]
         )
         torch.testing.assert_close(states.features[0, node], features, atol=2e-4, rtol=2e-4)
         assert int(states.position_ids[0, node]) == branch.shape[1] - 1
@@ -161,9 +163,9 @@ def test_nodes_that_lie_where_they_belong_are_not_moved(path, monkeypatch):
 def test_rows_that_have_left_the_window_are_forgotten(tiny_target):
     model = tiny_target("gemma3_text")
     generator = torch.Generator().manual_seed(9)
-    target, context = prefilled(model, torch.randint(3, 200, (1, 20), generator=generator))
+    context = prefilled(model, torch.randint(3, 200, (1, 20), generator=generator))
     tree = random_tree(5, 8, 200, generator)
-    target.verify(context, tree)
+    context.verify(tree)
     context.strategy.commit(tree, [path_to(tree, 7)])
     window = model.config.sliding_window
     lengths = {layer.keys.shape[2] for layer in context.cache.layers}

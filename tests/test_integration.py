@@ -13,7 +13,8 @@ from transformers import T5ForConditionalGeneration as T5
 
 import hf_jetflow
 from hf_jetflow import GenerationStats, JetFlowCandidateGenerator, JetFlowConfig, JetFlowHead
-from hf_jetflow.target.target import Target, TargetStates
+from hf_jetflow.target.context import TargetStates
+from hf_jetflow.target.target import Target
 
 
 NUM_TOKENS = 33

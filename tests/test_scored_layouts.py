@@ -12,7 +12,8 @@ from scored_references import reference
 
 from hf_jetflow import JetFlowCandidateGenerator, JetFlowHead
 from hf_jetflow.head.formats import recognize
-from hf_jetflow.target.target import Target, TargetStates
+from hf_jetflow.target.context import TargetStates
+from hf_jetflow.target.target import Target
 
 
 HAS_STATE = ("recurrent", "Domino", "xpress")

@@ -9,7 +9,7 @@ from transformers import CompileConfig, StaticCache
 from hf_jetflow.decoding.drafter import IDLE_CACHES, JetFlowCandidateGenerator
 from hf_jetflow.head.cache import StaticHeadCache
 from hf_jetflow.target.caches import STATIC_ROWS, commit_path, max_static_nodes, static_rows
-from hf_jetflow.target.target import Context, TargetStates
+from hf_jetflow.target.context import Context, TargetStates
 
 
 FAMILIES = ["llama", "qwen3", "gemma"]

@@ -43,12 +43,12 @@ class Committed:
     def __init__(self, last: int | None = None):
         self.ids = [1, 9]
         self.num_left = last
-        self.rows = [0]
+        self.active = [0]
 
-    def committed_ids(self, row: int) -> torch.Tensor:
+    def committed_ids(self, sequence: int) -> torch.Tensor:
         return torch.tensor([self.ids])
 
-    def push(self, row: int, token: int, scores: tuple[torch.Tensor, ...] | None) -> bool:
+    def push(self, sequence: int, token: int, scores: tuple[torch.Tensor, ...] | None) -> bool:
         self.ids.append(token)
         self.num_left = None if self.num_left is None else self.num_left - 1
         return self.num_left == 0
@@ -201,27 +201,27 @@ def test_scores_and_logits_of_every_choice_are_kept_where_asked_for():
     assert torch.equal(torch.cat(chooser.scores), 2 * logits[path])
 
 
-class CommittedRows:
-    """What the emitter does for the walk of a batch whose places hold the sequences 2 and 0."""
+class CommittedBatch:
+    """What the emitter does for the walk of a batch whose slots hold the sequences 2 and 0."""
 
     def __init__(self):
-        self.rows = [2, 0]
+        self.active = [2, 0]
         self.ids = {2: [3, 9], 0: [4, 4, 9]}
 
-    def committed_ids(self, row: int) -> torch.Tensor:
-        return torch.tensor([self.ids[row]])
+    def committed_ids(self, sequence: int) -> torch.Tensor:
+        return torch.tensor([self.ids[sequence]])
 
-    def push(self, row: int, token: int, scores: tuple[torch.Tensor, ...] | None) -> bool:
-        self.ids[row].append(token)
+    def push(self, sequence: int, token: int, scores: tuple[torch.Tensor, ...] | None) -> bool:
+        self.ids[sequence].append(token)
         return False
 
 
 @pytest.mark.parametrize("is_ahead", [False, True], ids=["node by node", "all nodes at once"])
-def test_each_sequence_of_a_batch_is_walked_by_itself(is_ahead, monkeypatch):
+def test_each_sequence_of_a_batch_is_walked_on_its_own(is_ahead, monkeypatch):
     monkeypatch.setattr("hf_jetflow.trees.walk._prefers_batched_argmax", lambda _logits: is_ahead)
     other = make_tree(tokens=[9, 6, 1, 1, 0, 3], parents=[-1, 0, 0, 1, 2, 3])
     logits = torch.stack([choices(7, 0, 2, 0, 8, 3), choices(6, 1, 0, 9, 0, 0)])
-    committed = CommittedRows()
+    committed = CommittedBatch()
     paths = walk_trees(as_batch(TREE, other), logits, [plain_chooser(), plain_chooser()], committed)
     assert paths == [[0, 2, 4, 5], [0, 1, 3]]
     assert committed.ids == {2: [3, 9, 7, 2, 8, 3], 0: [4, 4, 9, 6, 1, 9]}
@@ -231,5 +231,5 @@ def test_each_sequence_of_a_batch_has_its_own_processors_and_prefix():
     spies = [Spy(), Spy()]
     logits = torch.stack([choices(7, 0, 6, 0, 8, 3), choices(4, 0, 2, 0, 8, 3)])
     choosers = [Chooser(LogitsProcessorList([spy]), do_sample=False) for spy in spies]
-    walk_trees(as_batch(TREE, TREE), logits, choosers, CommittedRows())
+    walk_trees(as_batch(TREE, TREE), logits, choosers, CommittedBatch())
     assert [spy.prefixes for spy in spies] == [[[3, 9], [3, 9, 7]], [[4, 4, 9]]]

@@ -46,7 +46,7 @@ ROW_WISE = {
             "SuppressTokensAtBeginLogitsProcessor",
             "SuppressTokensLogitsProcessor",
             "WatermarkLogitsProcessor",
-            # These three with a copy for each sequence, see `row_processors`.
+            # These three with a copy for each sequence, see `sequence_processors`.
             "RepetitionPenaltyLogitsProcessor",
             "PrefixConstrainedLogitsProcessor",
             "SynthIDTextWatermarkLogitsProcessor",
@@ -109,27 +109,27 @@ def split_criteria(
 ) -> tuple[StoppingCriteriaList, StoppingCriteriaList]:
     """The criteria besides length and EOS: those asked about one sequence of a batch, and about the whole of it."""
     is_split = num_sequences > 1 and stops_each(criteria)
-    of_rows, of_batch = StoppingCriteriaList(), StoppingCriteriaList()
+    of_sequence, of_batch = StoppingCriteriaList(), StoppingCriteriaList()
     for criterion in criteria:
         if type(criterion) not in (MaxLengthCriteria, EosTokenCriteria):
-            (of_rows if is_split and is_row_wise(criterion) else of_batch).append(criterion)
-    return of_rows, of_batch
+            (of_sequence if is_split and is_row_wise(criterion) else of_batch).append(criterion)
+    return of_sequence, of_batch
 
 
-def row_processors(logits_processor: LogitsProcessorList, row: int) -> LogitsProcessorList:
-    """The processors as the sequence `row` of the batch needs them, to be called with that sequence alone."""
-    return LogitsProcessorList(_row_processor(processor, row) for processor in logits_processor)
+def sequence_processors(logits_processor: LogitsProcessorList, sequence: int) -> LogitsProcessorList:
+    """The processors for one sequence of the batch, to be called with that sequence alone."""
+    return LogitsProcessorList(_sequence_processor(processor, sequence) for processor in logits_processor)
 
 
-def _row_processor(processor: LogitsProcessor, row: int) -> LogitsProcessor:
+def _sequence_processor(processor: LogitsProcessor, sequence: int) -> LogitsProcessor:
     if isinstance(processor, logits_process.RepetitionPenaltyLogitsProcessor):
         processor = copy.copy(processor)
         if isinstance(processor.prompt_ignore_length, torch.Tensor):  # one for each sequence
-            processor.prompt_ignore_length = processor.prompt_ignore_length[row : row + 1]
+            processor.prompt_ignore_length = processor.prompt_ignore_length[sequence : sequence + 1]
     elif isinstance(processor, logits_process.PrefixConstrainedLogitsProcessor):
         allowed = processor._prefix_allowed_tokens_fn
         processor = copy.copy(processor)
-        processor._prefix_allowed_tokens_fn = lambda _, prefix_ids: allowed(row, prefix_ids)
+        processor._prefix_allowed_tokens_fn = lambda _, prefix_ids: allowed(sequence, prefix_ids)
     elif isinstance(processor, logits_process.SynthIDTextWatermarkLogitsProcessor):
         processor = copy.deepcopy(processor)  # remembers the contexts it has seen
     return processor
@@ -144,23 +144,23 @@ class BatchNoise:
     stored for the others. What no longer fits into memory is drawn again from the generator's state before that step.
 
     Args:
-        num_rows (`int`): Sequences of the batch.
+        num_sequences (`int`): Sequences of the batch.
     """
 
-    def __init__(self, num_rows: int):
-        self._num_rows = num_rows
+    def __init__(self, num_sequences: int):
+        self._num_sequences = num_sequences
         self._states: list[torch.Tensor] = []  # of the device's default generator, before each step
         self._noise: OrderedDict[int, torch.Tensor] = OrderedDict()
-        self._steps = [0] * num_rows
+        self._steps = [0] * num_sequences
         self._device = torch.device("cpu")  # of the probabilities
 
-    def draw(self, row: int, probs: torch.Tensor) -> int:
+    def draw(self, sequence: int, probs: torch.Tensor) -> int:
         """The next token of a sequence, whose probabilities are (1, vocab)."""
         if not torch.isfinite(probs).all():
             return int(torch.multinomial(probs, num_samples=1))  # raises what plain decoding raises
-        noise = self._noise_of(self._steps[row], probs)
-        self._steps[row] += 1
-        return int((probs[0] / noise[row]).argmax())
+        noise = self._noise_of(self._steps[sequence], probs)
+        self._steps[sequence] += 1
+        return int((probs[0] / noise[sequence]).argmax())
 
     def rewind(self, num_steps: int) -> None:
         """Reset the generator to its state after `num_steps`, if a sequence was decoded further."""
@@ -171,7 +171,7 @@ class BatchNoise:
         """The step's noise (batch, vocab)."""
         if step in self._noise:
             return self._noise[step]
-        noise = probs.new_empty(self._num_rows, probs.shape[1])
+        noise = probs.new_empty(self._num_sequences, probs.shape[1])
         if step == len(self._states):
             self._device = probs.device
             self._states.append(_random_state(probs.device))

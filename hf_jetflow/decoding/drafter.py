@@ -15,7 +15,8 @@ from transformers.utils import logging
 from ..head.cache import UNSEEN_POSITION, HeadCache, StaticHeadCache
 from ..head.modeling_jetflow import JetFlowHead
 from ..head.scorers import StepScorer, TableScorer
-from ..target.target import Context, Target, TargetStates
+from ..target.context import Context, TargetStates
+from ..target.target import Target
 from ..transfer import to_device
 from ..trees.device_ngrams import MatchedNgrams, continue_full_tree
 from ..trees.ngrams import MAX_CONTEXT, ContextNgrams, TextNgrams, continue_tree
@@ -90,8 +91,8 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         self._max_path_rows = -(-(head.config.block_size + MAX_CONTINUED) // head.config.block_size)
         self._max_path_rows *= head.config.block_size
         self._cache: HeadCache | StaticHeadCache = HeadCache(head.config.num_hidden_layers)
-        if context is not None and context.strategy.num_slots is not None:
-            self._cache = _static_cache(head, context.strategy.num_slots + self._max_path_rows)
+        if context is not None and context.strategy.capacity is not None:
+            self._cache = _static_cache(head, context.strategy.capacity + self._max_path_rows)
         self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # features and positions the head has not read
         if past is not None:
             past.load(self._cache, head.config.num_rows)

@@ -10,7 +10,8 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .._compat import CACHE_NAME
 from ..target.caches import cache_windows
-from ..target.target import TargetStates
+from ..target.context import TargetStates
+from ..target.slots import BatchSlots
 from ..transfer import to_device
 from ..trees.ngrams import MAX_CONTEXT
 from ..trees.walk import Chooser
@@ -23,11 +24,12 @@ class Emitter:
 
     A stopping criterion may look at the whole batch, and may remember earlier calls. So it is called as in plain
     decoding: once for each step that every sequence has reached, with all sequences up to that step. Sequences that
-    are ahead lose what lies behind the step at which they end. Row-wise criteria need not wait for the others.
+    are ahead lose what lies behind the step at which they end. Criteria that look at one sequence are called at once.
 
     Args:
         input_ids (`torch.Tensor`, (batch, seq)): The prompts; seq may be 0 when they were given as embeddings.
         stopping_criteria (`StoppingCriteriaList`): Called after every token.
+        slots ([`BatchSlots`]): Tells which sequences are active.
         streamer (*optional*): Gets every token; of a batch, the tokens of all sequences as soon as each has one.
         pad_token_id (`int`, *optional*): Follows the end of a sequence while others go on.
         attention_mask (`torch.Tensor`, (batch, at least seq), *optional*): 0 for the padding in front of prompts.
@@ -37,11 +39,13 @@ class Emitter:
         self,
         input_ids: torch.Tensor,
         stopping_criteria: StoppingCriteriaList,
+        slots: BatchSlots,
         streamer: BaseStreamer | None = None,
         pad_token_id: int | None = None,
         attention_mask: torch.Tensor | None = None,
     ):
         batch, self._prompt_length = input_ids.shape
+        self._slots = slots
         self._num_padding = [0] * batch
         if batch > 1 and attention_mask is not None and attention_mask.dim() == 2:
             is_padding = attention_mask[:, attention_mask.shape[1] - self._prompt_length :].cumsum(1) == 0
@@ -62,17 +66,16 @@ class Emitter:
             int(i) for c in stopping_criteria if type(c) is EosTokenCriteria for i in c.eos_token_id.flatten()
         }
         self._stops_each = batch == 1 or stops_each(stopping_criteria)
-        self._row_criteria, self._batch_criteria = split_criteria(stopping_criteria, batch)
+        self._sequence_criteria, self._batch_criteria = split_criteria(stopping_criteria, batch)
         self._num_judged = self._prompt_length  # tokens of each sequence that the criteria of the batch have seen
-        self._stopped_rows: set[int] = set()  # by the criteria of the batch
+        self._stopped: set[int] = set()  # by the criteria of the batch
         self._hidden_states: list[tuple[torch.Tensor, ...]] = []
         self._attentions: list[tuple[torch.Tensor, ...]] = []
-        self.rows = list(range(batch))  # the sequence in each batch slot
-        self._finished_rows: set[int] = set()
+        self._finished: set[int] = set()
 
-    def committed_ids(self, row: int = 0) -> torch.Tensor:
+    def committed_ids(self, sequence: int = 0) -> torch.Tensor:
         """All ids of a sequence so far, (1, seq): a view that later tokens do not change."""
-        return self._written_ids[row : row + 1, : self._lengths[row]]
+        return self._written_ids[sequence : sequence + 1, : self._lengths[sequence]]
 
     @property
     def _written_ids(self) -> torch.Tensor:
@@ -80,15 +83,15 @@ class Emitter:
         if (width := self._ids.shape[1]) < self.length:
             self._ids = self._with_spare_capacity(self._ids, self.length)
             width = self._ids.shape[1]
-        slots: list[int] = []
+        offsets: list[int] = []
         tokens: list[int] = []
-        for row, (new_ids, start) in enumerate(zip(self._new_ids, self._num_written, strict=True)):
-            first = row * width + self._prompt_length
-            slots += range(first + start, first + len(new_ids))
+        for sequence, (new_ids, start) in enumerate(zip(self._new_ids, self._num_written, strict=True)):
+            first = sequence * width + self._prompt_length
+            offsets += range(first + start, first + len(new_ids))
             tokens += new_ids[start:]
         if tokens:
-            slots_and_tokens = to_device([slots, tokens], self._ids.device)
-            self._ids.view(-1).index_copy_(0, *slots_and_tokens.unbind())
+            offsets_and_tokens = to_device([offsets, tokens], self._ids.device)
+            self._ids.view(-1).index_copy_(0, *offsets_and_tokens.unbind())
             self._num_written = [len(new_ids) for new_ids in self._new_ids]
         return self._ids
 
@@ -97,61 +100,63 @@ class Emitter:
         """Newest tokens of the active sequences, for n-grams: (active, up to `MAX_CONTEXT`), -1 in front."""
         if len(self._lengths) == 1:
             return self.committed_ids()[:, -MAX_CONTEXT:]
-        lengths, starts = (
-            torch.tensor([counts[row] for row in self.rows], device="cpu")[:, None]
-            for counts in (self._lengths, self._num_padding)
+        sequences, lengths, starts = (
+            torch.tensor([values[sequence] for sequence in self.active], device="cpu")[:, None]
+            for values in (range(len(self._lengths)), self._lengths, self._num_padding)
         )
         newest = torch.arange(-min(int((lengths - starts).max()), MAX_CONTEXT), 0, device="cpu")
         ids = self._written_ids
-        rows, starts, columns = to_device(
-            torch.cat([torch.tensor(self.rows, device="cpu")[:, None], starts, lengths + newest], dim=1), ids.device
+        sequences, starts, columns = to_device(
+            torch.cat([sequences, starts, lengths + newest], dim=1), ids.device
         ).split([1, 1, len(newest)], dim=1)
-        return ids[rows, columns.clamp_min(0)].masked_fill_(columns < starts, -1)
+        return ids[sequences, columns.clamp_min(0)].masked_fill_(columns < starts, -1)
 
     @property
     def num_remaining(self) -> int | None:
         """Maximum number of tokens that an active sequence may still emit; `None` without a length limit."""
-        return None if self._max_length is None else self._max_length - min(self._lengths[row] for row in self.rows)
+        return None if self._max_length is None else self._max_length - min(self._lengths[i] for i in self.active)
 
     @property
     def num_new_tokens(self) -> int:
         """Tokens emitted, over all sequences."""
         return sum(self._lengths) - len(self._lengths) * self._prompt_length
 
-    def push(self, row: int, token: int, scores: tuple[torch.Tensor, ...] | None = None) -> bool:
+    def push(self, sequence: int, token: int, scores: tuple[torch.Tensor, ...] | None = None) -> bool:
         """Commit one token; a finished sequence ignores it. Returns whether the sequence is finished. The criteria get
         `scores`."""
-        if row in self._finished_rows:  # by a criterion of the batch, since the round began
+        if sequence in self._finished:  # by a criterion of the batch, since the round began
             return True
-        self._new_ids[row].append(token)
-        self._lengths[row] = length = self._lengths[row] + 1
+        self._new_ids[sequence].append(token)
+        self._lengths[sequence] = length = self._lengths[sequence] + 1
         is_finished = token in self._eos_ids or (self._max_length is not None and length >= self._max_length)
-        if is_finished or (self._row_criteria and _stopped(self._row_criteria, self.committed_ids(row), scores)):
-            self._finished_rows.add(row)
+        if not is_finished and self._sequence_criteria:
+            is_finished = bool(_stopped_by(self._sequence_criteria, self.committed_ids(sequence), scores))
+        if is_finished:
+            self._finished.add(sequence)
         if self._batch_criteria:
             self._judge(scores)
         self._stream()
-        return row in self._finished_rows
+        return sequence in self._finished
 
     def _judge(self, scores: tuple[torch.Tensor, ...] | None) -> None:
         """Ask the criteria of the batch about every step that all sequences have reached, in order."""
         while self._num_judged < self._num_reached:
             self._num_judged = end = self._num_judged + 1
-            self._stopped_rows |= _stopped(self._batch_criteria, self._written_ids[:, :end].contiguous(), scores)
-            if not self._stops_each and len(self._stopped_rows) < len(self._lengths):
+            self._stopped |= _stopped_by(self._batch_criteria, self._written_ids[:, :end].contiguous(), scores)
+            if not self._stops_each and len(self._stopped) < len(self._lengths):
                 continue
-            for row in self._stopped_rows:
-                if self._lengths[row] >= end:
-                    self._ids[row, end:] = self._pad_token_id
-                    self._lengths[row] = end
-                    del self._new_ids[row][end - self._prompt_length :]
-                    self._num_written[row] = len(self._new_ids[row])
-                    self._finished_rows.add(row)
+            for sequence in self._stopped:
+                if self._lengths[sequence] >= end:
+                    self._ids[sequence, end:] = self._pad_token_id
+                    self._lengths[sequence] = end
+                    del self._new_ids[sequence][end - self._prompt_length :]
+                    self._num_written[sequence] = len(self._new_ids[sequence])
+                    self._finished.add(sequence)
 
     @property
     def _num_reached(self) -> int:
         """Tokens that every sequence has, padding behind its end included."""
-        return min((n for row, n in enumerate(self._lengths) if row not in self._finished_rows), default=self.length)
+        return min((n for i, n in enumerate(self._lengths) if i not in self._finished), default=self.length)
 
     def _with_spare_capacity(self, ids: torch.Tensor, num_more: int) -> torch.Tensor:
         return pad(ids, (0, num_more), value=self._pad_token_id)
@@ -159,17 +164,17 @@ class Emitter:
     @property
     def is_finished(self) -> bool:
         """Whether every sequence has ended."""
-        return len(self._finished_rows) == len(self._lengths)
+        return len(self._finished) == len(self._lengths)
 
     @property
-    def finished_indices(self) -> list[int]:
-        """Slots of finished sequences, the last one first."""
-        return [slot for slot, row in reversed(list(enumerate(self.rows))) if row in self._finished_rows]
+    def active(self) -> list[int]:
+        """The active sequences, by batch slot."""
+        return self._slots.active
 
-    def retire(self, slot: int) -> None:
-        """Swap the sequence in `slot` out; the last one takes over the slot."""
-        self.rows[slot] = self.rows[-1]
-        self.rows.pop()
+    @property
+    def finished_slots(self) -> list[int]:
+        """Slots of finished sequences, the last one first."""
+        return [slot for slot, sequence in reversed([*enumerate(self.active)]) if sequence in self._finished]
 
     def _stream(self) -> None:
         if self._streamer is None:
@@ -195,7 +200,7 @@ class Emitter:
         (batch, rest); rest is what the shortest sequence lacks."""
         shape = (len(self._lengths), self.length - min(self._lengths))
         rest = torch.full(shape, self._pad_token_id, device="cpu")
-        rest[:, :1] = torch.cat([self.committed_ids(row)[:, -1:] for row in range(len(rest))])[:, : rest.shape[1]]
+        rest[:, :1] = torch.cat([self.committed_ids(i)[:, -1:] for i in range(len(rest))])[:, : rest.shape[1]]
         return rest
 
     def record_prompt(self, states: TargetStates) -> None:
@@ -242,10 +247,10 @@ class Emitter:
         )
 
 
-def _stopped(
+def _stopped_by(
     criteria: StoppingCriteriaList, input_ids: torch.Tensor, scores: tuple[torch.Tensor, ...] | None
 ) -> set[int]:
     """Indices of the sequences (batch, seq) that the criteria stop, whatever they return: one answer for each
     sequence, or one for all."""
     is_open = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device) & ~criteria(input_ids, scores)
-    return {row for row, flag in enumerate(is_open.flatten().tolist()) if not flag}
+    return {index for index, flag in enumerate(is_open.flatten().tolist()) if not flag}

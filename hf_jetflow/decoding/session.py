@@ -21,11 +21,14 @@ from transformers.utils import ModelOutput
 from .._compat import CACHE_NAME
 from ..head.modeling_jetflow import JetFlowHead
 from ..stats import GenerationStats
-from ..target.target import Target, TargetStates
+from ..target.adapters import AdapterNames
+from ..target.context import TargetStates
+from ..target.slots import BatchSlots
+from ..target.target import Target
 from ..transfer import to_device
 from ..trees.tree import DraftTree, chain_of
 from ..trees.walk import Chooser, walk_trees
-from .batching import BatchNoise, row_processors
+from .batching import BatchNoise, sequence_processors
 from .drafter import Draft, JetFlowCandidateGenerator
 from .emitter import Emitter
 from .policy import Policy, RoundPlan, choose_policy
@@ -91,9 +94,11 @@ class DecodingSession:
         self._noise = BatchNoise(len(call.input_ids))
         self._choosers = make_choosers(call, self._wants, self._noise)
         self._num_prompt = call.input_ids.shape[1]
+        self._slots = BatchSlots(len(call.input_ids), AdapterNames(model))
         self._emitter = Emitter(
             call.input_ids,
             call.stopping_criteria,
+            self._slots,
             call.streamer,
             pad_token_id=_pad_token_id(call.generation_config),
             attention_mask=call.model_kwargs.get("attention_mask"),
@@ -108,17 +113,19 @@ class DecodingSession:
     def _read_text(self, input_ids: torch.Tensor, model_kwargs: dict[str, Any], is_prompt: bool = True) -> None:
         cache = model_kwargs.get(CACHE_NAME)
         past = recall(cache, self._head)
-        self._context, states = self._target.prefill(input_ids, self._call.generation_config, model_kwargs, is_prompt)
+        self._context, states = self._target.prefill(
+            input_ids, self._call.generation_config, model_kwargs, self._slots, is_prompt
+        )
         # Prompts given as embeddings, and an adapter's virtual tokens, are cached without an id.
-        self._num_without_id = int(self._context.rows.lengths[0]) - input_ids.shape[1]
+        self._num_without_id = int(self._slots.lengths[0]) - input_ids.shape[1]
         self._emitter.record_prompt(states)
         if self._context.cache is not cache:  # a target may start a new one, and read all of the text
             past = None
         self._drafter = JetFlowCandidateGenerator(self._head, self._target, self._context, past)
         self._drafter.observe(states)
-        for row, chooser in enumerate(self._choosers):
-            token = chooser.choose(states.logits[row], self._emitter.committed_ids(row))
-            self._emitter.push(row, token, chooser.scores)
+        for sequence, chooser in enumerate(self._choosers):
+            token = chooser.choose(states.logits[sequence], self._emitter.committed_ids(sequence))
+            self._emitter.push(sequence, token, chooser.scores)
         if not self.is_finished:
             self._context.strategy.open()
 
@@ -159,7 +166,7 @@ class DecodingSession:
     @property
     def policy(self) -> Policy:
         """Plans the rounds of as many sequences as are active."""
-        return self._policy_for(len(self._emitter.rows))
+        return self._policy_for(len(self._slots.active))
 
     def _policy_for(self, num_sequences: int) -> Policy:
         size = 2 ** (num_sequences - 1).bit_length()  # batches of about one size share a policy
@@ -169,11 +176,10 @@ class DecodingSession:
 
     def drop_finished(self) -> None:
         """Swap out finished sequences: the last active sequence takes over each free batch slot."""
-        for index in self._emitter.finished_indices:
-            last = len(self._emitter.rows) - 1
-            self._drafter.select_sequences([last if slot == index else slot for slot in range(last)])
-            self._context.strategy.retire(index)
-            self._emitter.retire(index)
+        for finished in self._emitter.finished_slots:
+            last = len(self._slots.active) - 1
+            self._drafter.select_sequences([last if slot == finished else slot for slot in range(last)])
+            self._context.strategy.retire(finished)
 
     @_step("draft")
     def draft(self, plan: RoundPlan) -> Draft:
@@ -190,7 +196,7 @@ class DecodingSession:
     @_step("verify")
     def verify(self, tree: DraftTree) -> TargetStates:
         """One target forward over all nodes."""
-        return self._target.verify(self._context, tree)
+        return self._context.verify(tree)
 
     @_step("walk")
     def walk(self, tree: DraftTree, states: TargetStates) -> list[list[int]]:
@@ -201,7 +207,7 @@ class DecodingSession:
         """
         with ExitStack() as on_error:
             on_error.callback(self._context.strategy.roll_back, tree)
-            choosers = [self._choosers[row] for row in self._emitter.rows]
+            choosers = [self._choosers[sequence] for sequence in self._slots.active]
             paths = walk_trees(tree, states.logits, choosers, self._emitter)
             on_error.pop_all()
         return paths
@@ -217,8 +223,9 @@ class DecodingSession:
         """Count the round, and tell the observers."""
         self.stats.count_round(tree.num_nodes - 1, tree.max_depth, [len(path) - 1 for path in paths])
         if self._observers:
-            bonus_ids = [int(self._emitter.committed_ids(row)[0, -1]) for row in self._emitter.rows]
-            finished = Round(tree, paths, list(self._emitter.rows), bonus_ids, self.stats)
+            active = self._slots.active
+            bonus_ids = [int(self._emitter.committed_ids(sequence)[0, -1]) for sequence in active]
+            finished = Round(tree, paths, active, bonus_ids, self.stats)
             for observer in self._observers:
                 observer(finished)
 
@@ -237,18 +244,18 @@ class DecodingSession:
 
     def _read_rest(self) -> None:
         """Feed the tokens that plain decoding would still feed for finished sequences."""
-        strategy, rest_ids = self._context.strategy, self._emitter.rest_ids()
-        strategy.rows.cut([length - 1 + self._num_without_id for length in self._emitter.lengths])
-        strategy.rows.recall()
-        num_missing = strategy.rows.lengths.max() - strategy.rows.lengths
+        slots, rest_ids = self._slots, self._emitter.rest_ids()
+        slots.cut([length - 1 + self._num_without_id for length in self._emitter.lengths])
+        slots.recall()
+        num_missing = slots.lengths.max() - slots.lengths
         for start in range(0, rest_ids.shape[1], REST_ROWS):
-            chain = chain_of(rest_ids[strategy.rows.order, start : start + REST_ROWS])
+            chain = chain_of(rest_ids[slots.order, start : start + REST_ROWS])
             num_read = (num_missing - start).clamp(0, chain.num_nodes)
             # Sequences that lack fewer tokens repeat their last position: there may be none behind it.
             depths = chain.depths.minimum((num_read - 1).clamp_min(0)[:, None].to(chain.depths.device))
             chain = replace(chain, depths=depths)
-            self._target.verify(self._context, chain)
-            strategy.commit(chain, [list(range(length)) for length in num_read.tolist()])
+            self._context.verify(chain)
+            self._context.strategy.commit(chain, [list(range(length)) for length in num_read.tolist()])
 
 
 def make_choosers(call: Call, wants: dict[str, Any], noise: BatchNoise) -> list[Chooser]:
@@ -258,8 +265,8 @@ def make_choosers(call: Call, wants: dict[str, Any], noise: BatchNoise) -> list[
         recorded = [wants["return_dict_in_generate"] and wants[name] for name in ("output_scores", "output_logits")]
         return [Chooser(call.logits_processor, do_sample, *recorded)]
     return [
-        Chooser(row_processors(call.logits_processor, row), do_sample, draw=functools.partial(noise.draw, row))
-        for row in range(batch)
+        Chooser(sequence_processors(call.logits_processor, i), do_sample, draw=functools.partial(noise.draw, i))
+        for i in range(batch)
     ]
 
 

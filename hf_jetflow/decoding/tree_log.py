@@ -24,7 +24,7 @@ class TreeRound:
     path: list[int]  # nodes that the target accepted, root first
     bonus_id: int  # the target's own token after the path
     max_depth: int  # deepest level that was drafted; the tree need not reach it
-    row: int  # the sequence of the batch
+    row: int  # index of the sequence in the batch
     seconds_by_step: dict[str, float]  # host seconds of the steps, as in `GenerationStats.seconds_by_step`
 
     @property
@@ -49,7 +49,7 @@ class Round:
 
     tree: DraftTree
     paths: list[list[int]]  # accepted nodes of each sequence, root first
-    rows: list[int]  # the sequences of the batch, in the order of the trees
+    sequences: list[int]  # of the batch, in the order of the trees
     bonus_ids: list[int]  # the target's own token after each path
     stats: GenerationStats  # of the generation so far
 
@@ -78,7 +78,7 @@ class TreeLog:
         seconds = {step: total - before.get(step, 0.0) for step, total in self._seconds_before.items()}
         del seconds["prefill"]
         tree = finished.tree
-        for index, (path, row) in enumerate(zip(finished.paths, finished.rows, strict=True)):
+        for index, (path, sequence) in enumerate(zip(finished.paths, finished.sequences, strict=True)):
             self._rounds.append(
                 TreeRound(
                     tokens=tree.tokens[index].tolist(),
@@ -88,7 +88,7 @@ class TreeLog:
                     path=path,
                     bonus_id=finished.bonus_ids[index],
                     max_depth=tree.max_depth,
-                    row=row,
+                    row=sequence,
                     seconds_by_step=seconds,
                 )
             )

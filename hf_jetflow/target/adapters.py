@@ -1,6 +1,7 @@
 """peft's per-sequence `adapter_names`, reordered with the batch."""
 
-from functools import partial
+from functools import cached_property, partial
+from typing import Any
 
 from torch import nn
 
@@ -17,11 +18,16 @@ class AdapterNames:
     """
 
     def __init__(self, model: nn.Module):
-        hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
-        self._keywords = [h.keywords for h in hooks if isinstance(h, partial) and h.keywords.get("adapter_names")]
-        self._names = [list(keywords["adapter_names"]) for keywords in self._keywords]
+        self._model = model
 
-    def select(self, indices: list[int]) -> None:
+    @cached_property
+    def _hooks(self) -> list[tuple[dict[str, Any], list[str]]]:
+        """Keywords of peft's hooks, and the names of all sequences; looked up only if a sequence finishes."""
+        hooks = [hook for module in self._model.modules() for hook in module._forward_pre_hooks.values()]
+        keywords = [h.keywords for h in hooks if isinstance(h, partial) and h.keywords.get("adapter_names")]
+        return [(each, list(each["adapter_names"])) for each in keywords]
+
+    def select(self, sequences: list[int]) -> None:
         """Let the layers know the names of these sequences of the batch, in this order."""
-        for keywords, names in zip(self._keywords, self._names, strict=True):
-            keywords["adapter_names"] = [names[index] for index in indices]
+        for keywords, names in self._hooks:
+            keywords["adapter_names"] = [names[sequence] for sequence in sequences]

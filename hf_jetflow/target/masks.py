@@ -12,58 +12,51 @@ from .layer_kinds import Window
 
 
 if TYPE_CHECKING:
-    from .target import Context
+    from .context import Context
 
 
 # Models look up their recurrent layers' kinds, too, which mask padding only.
 NO_MASKS = dict.fromkeys(("linear_attention", "conv"))
 
 
-def tree_masks(
-    context: "Context",
-    tree: DraftTree,
-    windows: dict[str, Window | None],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> torch.Tensor | dict[str, torch.Tensor | None] | None:
+def tree_masks(context: "Context", tree: DraftTree) -> torch.Tensor | dict[str, torch.Tensor | None] | None:
     """
     The mask for the model's forward: one tensor, or one per kind of layer where the model has several.
 
     A lone root needs none, as in plain decoding, unless there is padding.
-
-    Args:
-        windows (`dict`): Attention kinds of the layers and their windows.
-        dtype (`torch.dtype`): Boolean (True: seen), or the type of numbers that are added to the scores.
     """
-    is_even = context.padding is None and len(set(context.rows.lengths.tolist())) == 1
-    if tree.num_nodes == 1 and is_even and context.strategy.num_slots is None:
+    is_even = context.padding is None and len(set(context.slots.lengths.tolist())) == 1
+    if tree.num_nodes == 1 and is_even and context.strategy.capacity is None:
         return None
-    masks = {kind: _as_dtype(_tree_mask(context, tree, window, device), dtype) for kind, window in windows.items()}
+    masks = {
+        kind: _as_dtype(_tree_mask(context, tree, window), context.mask_dtype)
+        for kind, window in context.target.windows.items()
+    }
     return {**NO_MASKS, **masks} if len(masks) > 1 else next(iter(masks.values()))
 
 
-def padding_mask(context: "Context", num_rows: int, device: torch.device) -> torch.Tensor | None:
+def padding_mask(context: "Context", tree: DraftTree) -> torch.Tensor | None:
     """(1, keys): 0 for the prompt's padding, as in plain decoding; `None` without padding. All that a target which
     verifies chains needs to know."""
     if context.padding is None:
         return None
-    num_new = int(context.rows.lengths) + num_rows - context.padding.shape[1]
-    return pad((~context.padding).long(), (0, num_new), value=1).to(device)
+    num_new = int(context.slots.lengths) + tree.num_nodes - context.padding.shape[1]
+    return pad((~context.padding).long(), (0, num_new), value=1).to(context.target.device)
 
 
-def _tree_mask(context: "Context", tree: DraftTree, window: Window | None, device: torch.device) -> torch.Tensor:
+def _tree_mask(context: "Context", tree: DraftTree, window: Window | None) -> torch.Tensor:
     """(batch, 1, rows, keys) bool: a node sees the prefix within the window in positions, its ancestors and itself.
 
     No row sees the slots behind a sequence's nodes. With a static cache, rows that pad see what the root sees.
     """
-    nodes, max_cached = tree.num_nodes, _max_cached_rows(context, window)
-    longest = int(context.rows.lengths.max())
+    nodes, device, max_cached = tree.num_nodes, context.target.device, _max_cached_rows(context, window)
+    longest = int(context.slots.lengths.max())
     slots = torch.arange(longest if max_cached is None else min(longest, max_cached), device=device)
     lengths, positions = context.on_device(device)[..., None].unbind()
     cached = lengths if max_cached is None else lengths.clamp_max(max_cached)
     is_seen = slots < cached
     if context.padding is not None:
-        is_pad = context.padding[to_device(context.rows.decoded, context.padding.device)].to(device)
+        is_pad = context.padding[to_device(context.slots.active, context.padding.device)].to(device)
         indices = slots + lengths - cached
         is_prompt = indices < is_pad.shape[1]
         is_seen = is_seen & ~(is_prompt & is_pad.gather(1, indices.clamp_max(is_pad.shape[1] - 1)))
@@ -77,9 +70,9 @@ def _tree_mask(context: "Context", tree: DraftTree, window: Window | None, devic
         sees_node = sees_node & window.sees(node_positions[:, :, None], node_positions[:, None])
     node_slots = cached + torch.arange(nodes, device=device)
     mask = pad(sees_prefix, (0, nodes)).scatter_(2, node_slots[:, None].expand_as(sees_node), sees_node)
-    if (num_slots := context.strategy.num_slots) is not None:
+    if (capacity := context.strategy.capacity) is not None:
         mask = torch.cat([mask, mask[:, :1].expand(-1, context.strategy.num_rows(nodes) - nodes, -1)], dim=1)
-        mask = pad(mask, (0, num_slots - mask.shape[2]))
+        mask = pad(mask, (0, capacity - mask.shape[2]))
     return mask[:, None]
 
 

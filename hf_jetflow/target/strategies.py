@@ -11,11 +11,12 @@ from typing import Any
 from transformers import DynamicCache, StaticCache
 
 from ..trees.tree import DraftTree, trim_tree
-from .batch_caches import BatchRows, commit_paths, retire_row, settle_batch, spread_layers
+from .batch_caches import commit_paths, retire_slot, settle_batch, spread_layers
 from .caches import StaticLayer, commit_path, max_static_nodes, static_rows
 from .growing_cache import grow_layers, settle_layers
 from .mixer_adapters import TreeMixer, TreeNodes, reading_trees
 from .recurrent import RecurrentStates, has_states, record_rows
+from .slots import BatchSlots
 
 
 class CacheStrategy:
@@ -24,11 +25,11 @@ class CacheStrategy:
 
     Args:
         cache (`DynamicCache` or `StaticCache`): The target's, filled by the prefill.
-        rows ([`BatchRows`]): How many tokens of each sequence it holds.
+        slots ([`BatchSlots`]): How many tokens of each sequence it holds.
     """
 
-    def __init__(self, cache: DynamicCache | StaticCache, rows: BatchRows):
-        self.cache, self.rows = cache, rows
+    def __init__(self, cache: DynamicCache | StaticCache, slots: BatchSlots):
+        self.cache, self.slots = cache, slots
 
     @property
     def max_nodes(self) -> int | None:
@@ -36,7 +37,7 @@ class CacheStrategy:
         return None
 
     @property
-    def num_slots(self) -> int | None:
+    def capacity(self) -> int | None:
         """Rows of keys that every forward sees, used or not; `None` for a cache that grows."""
         return None
 
@@ -59,7 +60,7 @@ class CacheStrategy:
     def commit(self, tree: DraftTree, paths: list[list[int]]) -> None:
         """Keep each sequence's path, compacted behind its prefix, and drop the other nodes."""
         self._commit_path(tree, paths[0])
-        self.rows.advance(paths)
+        self.slots.advance(paths)
 
     def _commit_path(self, tree: DraftTree, path: list[int]) -> None:
         commit_path(self.cache, path, self.num_rows(tree.num_nodes))
@@ -68,11 +69,11 @@ class CacheStrategy:
         """Drop all nodes of a verified tree, and leave the cache to the caller with the text up to the anchor; of a
         batch, as much as every sequence has."""
         self._commit_path(tree, [])
-        self.settle(int(self.rows.lengths.min()))
+        self.settle(int(self.slots.lengths.min()))
 
-    def retire(self, index: int) -> None:
-        """Go on without the sequence at a batch index; the last active sequence takes its slot."""
-        self.rows.retire(index)
+    def retire(self, slot: int) -> None:
+        """Go on without the sequence in a slot; the last active sequence takes over the slot."""
+        self.slots.retire(slot)
 
     def settle(self, length: int) -> None:
         """Leave the cache as plain decoding does, with `length` tokens of every sequence."""
@@ -86,10 +87,10 @@ class StaticStrategy(CacheStrategy):
 
     @property
     def max_nodes(self) -> int:
-        return max_static_nodes(self.num_slots - int(self.rows.lengths))
+        return max_static_nodes(self.capacity - int(self.slots.lengths))
 
     @property
-    def num_slots(self) -> int:
+    def capacity(self) -> int:
         return next(layer.max_cache_len for layer in self.cache.layers if isinstance(layer, StaticLayer))
 
     def num_rows(self, num_nodes: int) -> int:
@@ -110,8 +111,8 @@ class ReplayedStrategy(CacheStrategy):
         read: Runs the target over the nodes of a chain behind the cache.
     """
 
-    def __init__(self, cache: DynamicCache, rows: BatchRows, read: Callable[[DraftTree], Any]):
-        super().__init__(cache, rows)
+    def __init__(self, cache: DynamicCache, slots: BatchSlots, read: Callable[[DraftTree], Any]):
+        super().__init__(cache, slots)
         self._read = read
         self._states_before: RecurrentStates | None = None  # the newest verify
 
@@ -136,21 +137,21 @@ class BatchStrategy(CacheStrategy):
     """A growing cache of several sequences, which advance by different lengths and leave one by one."""
 
     def open(self) -> None:
-        spread_layers(self.cache, self.rows)
+        spread_layers(self.cache, self.slots)
 
     def commit(self, tree: DraftTree, paths: list[list[int]]) -> None:
-        commit_paths(self.cache, self.rows, paths)
-        self.rows.advance(paths)
+        commit_paths(self.cache, self.slots, paths)
+        self.slots.advance(paths)
 
     def roll_back(self, tree: DraftTree) -> None:
-        self.rows.recall()  # rows behind the lengths are not taken along
-        self.settle(int(self.rows.lengths.min()))
+        self.slots.recall()  # rows behind the lengths are not taken along
+        self.settle(int(self.slots.lengths.min()))
 
-    def retire(self, index: int) -> None:
-        retire_row(self.cache, self.rows, index)
+    def retire(self, slot: int) -> None:
+        retire_slot(self.cache, self.slots, slot)
 
     def settle(self, length: int) -> None:
-        settle_batch(self.cache, self.rows, length)
+        settle_batch(self.cache, self.slots, length)
 
 
 class HybridStrategy(CacheStrategy):
@@ -162,8 +163,8 @@ class HybridStrategy(CacheStrategy):
         mixers (`list[TreeMixer]`): The recurrent layers.
     """
 
-    def __init__(self, cache: DynamicCache | StaticCache, rows: BatchRows, mixers: list[TreeMixer]):
-        super().__init__(cache, rows)
+    def __init__(self, cache: DynamicCache | StaticCache, slots: BatchSlots, mixers: list[TreeMixer]):
+        super().__init__(cache, slots)
         self._mixers = mixers
 
     def _is_step(self, tree: DraftTree) -> bool:
@@ -184,7 +185,7 @@ class HybridStrategy(CacheStrategy):
     def roll_back(self, tree: DraftTree) -> None:
         if self._is_step(tree):  # as in plain decoding, the root was read
             self.commit(tree, [[0]])
-            return self.settle(int(self.rows.lengths))
+            return self.settle(int(self.slots.lengths))
         for mixer in self._mixers:
             mixer.forget()
         super().roll_back(tree)
@@ -201,8 +202,8 @@ class HybridBatchStrategy(HybridStrategy, BatchStrategy):
         return False  # the layers hold states of all sequences, active or not
 
     def roll_back(self, tree: DraftTree) -> None:
-        self.rows.recall()
-        lengths = {*self.rows.lengths.tolist()}
+        self.slots.recall()
+        lengths = {*self.slots.lengths.tolist()}
         if len(lengths) == 1:
             return super().roll_back(tree)
         self.settle(0)  # states of longer sequences cannot go back: a later call reads everything
@@ -210,38 +211,38 @@ class HybridBatchStrategy(HybridStrategy, BatchStrategy):
             mixer.forget()
             mixer.states.reset()
 
-    def retire(self, index: int) -> None:
-        last = len(self.rows.lengths) - 1
-        super().retire(index)
+    def retire(self, slot: int) -> None:
+        last = len(self.slots.lengths) - 1
+        super().retire(slot)
         for mixer in self._mixers:
-            mixer.reorder([index, last], [last, index])
+            mixer.reorder([slot, last], [last, slot])
 
     def settle(self, length: int) -> None:
-        places = sorted(range(len(self.rows.order)), key=self.rows.order.__getitem__)
+        sources = sorted(range(len(self.slots.order)), key=self.slots.order.__getitem__)
         for mixer in self._mixers:
-            mixer.reorder(list(range(len(places))), places)
+            mixer.reorder(list(range(len(sources))), sources)
         super().settle(length)
 
 
 def cache_strategy(
-    cache: DynamicCache | StaticCache, rows: BatchRows, mixers: list[TreeMixer], read: Callable[[DraftTree], Any]
+    cache: DynamicCache | StaticCache, slots: BatchSlots, mixers: list[TreeMixer], read: Callable[[DraftTree], Any]
 ) -> CacheStrategy:
     """
     The strategy for a cache that holds the prompts.
 
     Args:
-        rows ([`BatchRows`]): How many tokens of each sequence it holds.
+        slots ([`BatchSlots`]): How many tokens of each sequence it holds.
         mixers (`list[TreeMixer]`): The target's recurrent layers, if they read trees.
         read: Runs the target over the nodes of a chain behind the cache.
     """
-    is_batch, is_static = len(rows.order) > 1, isinstance(cache, StaticCache)
+    is_batch, is_static = len(slots.order) > 1, isinstance(cache, StaticCache)
     if mixers:
         kind = HybridBatchStrategy if is_batch else HybridStaticStrategy if is_static else HybridStrategy
-        return kind(cache, rows, mixers)
+        return kind(cache, slots, mixers)
     if is_batch:
-        return BatchStrategy(cache, rows)
+        return BatchStrategy(cache, slots)
     if is_static:
-        return StaticStrategy(cache, rows)
+        return StaticStrategy(cache, slots)
     if has_states(cache):
-        return ReplayedStrategy(cache, rows, read)
-    return CacheStrategy(cache, rows)
+        return ReplayedStrategy(cache, slots, read)
+    return CacheStrategy(cache, slots)

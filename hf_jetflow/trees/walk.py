@@ -59,12 +59,14 @@ class Chooser:
 class Committer(Protocol):
     """Where the walk commits tokens; [`Emitter`] is one."""
 
-    rows: list[int]
+    @property
+    def active(self) -> list[int]:
+        """The sequence of each tree."""
 
-    def committed_ids(self, row: int) -> torch.Tensor:
+    def committed_ids(self, sequence: int) -> torch.Tensor:
         """All committed ids of a sequence, (1, seq), at the time of the call."""
 
-    def push(self, row: int, token: int, scores: tuple[torch.Tensor, ...] | None) -> bool:
+    def push(self, sequence: int, token: int, scores: tuple[torch.Tensor, ...] | None) -> bool:
         """Commit a token of a sequence; says whether the sequence ends with it."""
 
 
@@ -78,7 +80,7 @@ def walk_trees(
         tree (`DraftTree`): Verified trees, one for each active sequence.
         logits (`torch.Tensor`, (active, nodes, vocab)): The target's logits at every node.
         choosers (`list[Chooser]`): One for each tree; called only at nodes of its path.
-        committer ([`Committer`]): Receives the tokens; `rows[i]` is the sequence of tree `i`.
+        committer ([`Committer`]): Receives the tokens; `active[i]` is the sequence of tree `i`.
 
     Returns:
         The paths: node ids, root first, whose logits were used.
@@ -91,7 +93,7 @@ def walk_trees(
     paths = []
     for index, chooser in enumerate(choosers):
         children = {pair: node for node, pair in enumerate(zip(parents[index], tokens[index], strict=True))}
-        paths.append(_walk(children, logits[index], all_choices[index], chooser, committer, committer.rows[index]))
+        paths.append(_walk(children, logits[index], all_choices[index], chooser, committer, committer.active[index]))
     return paths
 
 
@@ -101,7 +103,7 @@ def _walk(
     choices: list[int] | None,
     chooser: Chooser,
     committer: Committer,
-    row: int,
+    sequence: int,
 ) -> list[int]:
     """The path of one tree, given its nodes by parent and token, the logits (nodes, vocab), and maybe all choices."""
     path = [0]
@@ -113,8 +115,8 @@ def _walk(
             # NumPy's argmax is about 2x faster on the CPU and breaks ties the same way.
             token = int(logits[node].float().numpy().argmax())
         else:
-            token = chooser.choose(logits[node : node + 1], committer.committed_ids(row))
-        is_finished = committer.push(row, token, chooser.scores)
+            token = chooser.choose(logits[node : node + 1], committer.committed_ids(sequence))
+        is_finished = committer.push(sequence, token, chooser.scores)
         child = children.get((node, token))
         if is_finished or child is None:
             return path

@@ -1,0 +1,150 @@
+"""`Context`: a target whose cache holds the prompts. `verify` runs it over the draft trees of a round.
+
+Masks are in `masks.py`, what rounds do with the cache in `strategies.py`, other inputs of a forward in
+`step_inputs.py`.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import pad
+from transformers import CompileConfig, DynamicCache, PreTrainedModel, StaticCache
+from transformers.utils import ModelOutput
+
+from .._compat import CACHE_NAME
+from ..transfer import to_device
+from ..trees.tree import DraftTree
+from .attention import grouped_attention, mask_dtype
+from .layer_kinds import scaling_step
+from .masks import padding_mask, tree_masks
+from .mixer_adapters import tree_mixers
+from .position_limits import position_limits
+from .slots import BatchSlots
+from .step_inputs import StepInputs
+from .strategies import cache_strategy
+
+
+if TYPE_CHECKING:
+    from .target import Target
+
+
+@dataclass
+class TargetStates:
+    """What a target forward leaves behind."""
+
+    logits: torch.Tensor  # (batch, rows, vocab)
+    taps: tuple[torch.Tensor, ...]  # (batch, rows, target_hidden) per tap after a verify, all in one after the prefill
+    position_ids: torch.Tensor  # (batch, rows), positions of the features
+    hidden_states: tuple[torch.Tensor, ...] = ()  # all layers, where the caller asked for them
+    attentions: tuple[torch.Tensor, ...] = ()  # likewise
+
+    @property
+    def features(self) -> torch.Tensor:
+        """(batch, rows, taps x target_hidden)."""
+        return torch.cat(self.taps, dim=-1)
+
+
+@dataclass
+class Context:
+    """A target behind the prompts of one generation. `Target.prefill` makes it."""
+
+    target: "Target"
+    cache: DynamicCache | StaticCache  # holds the prompts
+    slots: BatchSlots
+    offsets: torch.Tensor  # (batch,) position of a token minus its index in the cache, on the host
+    kind_offsets: torch.Tensor | None = None  # (kinds, batch) where there are several kinds of positions
+    padding: torch.Tensor | None = None  # (batch, cached at prefill) bool, where a prompt was padded
+    step_inputs: StepInputs = field(default_factory=StepInputs)  # what plain decoding passes to every step
+    forward_kwargs: dict[str, Any] = field(default_factory=dict)
+    wants_states: bool = False  # the caller asked for hidden states
+    is_compiled: bool = False  # `generate` would compile the target's forward
+    compile_config: CompileConfig | None = None
+
+    def __post_init__(self) -> None:
+        model = self.target.model
+        mixers = tree_mixers(model, self.cache) if self.target.takes_trees else []
+        self.strategy = cache_strategy(self.cache, self.slots, mixers, self._forward)
+        self.mask_dtype = mask_dtype(model)
+        self._scaling_step, self._position_limits = scaling_step(model), position_limits(model)
+        self._on_device: tuple[torch.Tensor, torch.Tensor] | None = None  # lengths, and `on_device` for them
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Absolute positions of the anchors of the active sequences, (active,)."""
+        return self.slots.lengths + self.offsets[self.slots.active]
+
+    def on_device(self, device: torch.device) -> torch.Tensor:
+        """Cached tokens and anchor positions of the active sequences, (2, active), copied once per round."""
+        lengths, known = self.slots.lengths, self._on_device
+        if known is None or known[0] is not lengths or known[1].device != device:
+            known = self._on_device = (lengths, to_device(torch.stack([lengths, self.positions]), device))
+        return known[1]
+
+    def forward_of(self, model: PreTrainedModel) -> Callable:
+        """The model's call, compiled by transformers' own means where `generate` would."""
+        return model.get_compiled_call(self.compile_config) if self.is_compiled else model
+
+    @property
+    def max_depth(self) -> int | None:
+        """Depth that the next round can draft; `None` if any."""
+        positions = self.positions
+        # Some tables and caches are indexed by cache index.
+        anchors = {*positions.tolist(), *self.slots.lengths.tolist()}
+        if self.kind_offsets is not None:
+            anchors.update((self.kind_offsets[:, self.slots.active] + positions).flatten().tolist())
+        limits = [self._position_limits.max_depth(anchor) for anchor in anchors]
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    @property
+    def max_nodes(self) -> int | None:
+        """Nodes that a round can verify; `None` if any number."""
+        limits = [] if self.strategy.max_nodes is None else [self.strategy.max_nodes]
+        if self._scaling_step is not None:  # inside one scaling step, cache index and depth give the same scale
+            limits.append(self._scaling_step - (int(self.slots.lengths) + 1) % self._scaling_step)
+        return min(limits, default=None)
+
+    def needs_fresh_cache(self, num_tokens: int) -> bool:
+        """Whether plain decoding's next step, with `num_tokens` of text, starts a new cache; never in a batch."""
+        fresh_at = self._position_limits.fresh_at
+        return fresh_at is not None and num_tokens > fresh_at and self.slots.lengths.tolist() == [fresh_at]
+
+    def verify(self, tree: DraftTree) -> TargetStates:
+        """One target forward over all nodes; their keys and values lie in the cache until `commit`."""
+        self.strategy.prepare()
+        outputs, nodes = self._forward(tree), tree.num_nodes
+        return TargetStates(
+            logits=outputs.logits[:, :nodes],
+            taps=tuple(states[:, :nodes] for states in self.target.taps(outputs.hidden_states)),
+            position_ids=self._node_positions(tree),
+            hidden_states=outputs.hidden_states if self.wants_states else (),
+            attentions=(outputs.attentions or ()) if "output_attentions" in self.forward_kwargs else (),
+        )
+
+    def _node_positions(self, tree: DraftTree) -> torch.Tensor:
+        """Absolute positions of the nodes, (active, nodes)."""
+        device = self.target.device
+        return self.on_device(device)[1, :, None] + tree.depths.to(device)
+
+    def _forward(self, tree: DraftTree) -> ModelOutput:
+        """The model's forward over all nodes, and padding with a static cache."""
+        model, device = self.target.model, self.target.device
+        num_pad = self.strategy.num_rows(tree.num_nodes) - tree.num_nodes
+        position_ids = self._node_positions(tree)
+        position_ids = torch.cat([position_ids, position_ids[:, :1].expand(-1, num_pad)], dim=1)
+        if self.kind_offsets is not None:
+            position_ids = to_device(self.kind_offsets[:, self.slots.active, None], device) + position_ids
+        is_grouped = position_ids.shape[-1] > 1
+        with grouped_attention(model) if is_grouped else nullcontext(), self.strategy.reading(tree):
+            return self.forward_of(model)(
+                input_ids=pad(tree.tokens.to(device), (0, num_pad)),
+                attention_mask=(tree_masks if self.target.takes_trees else padding_mask)(self, tree),
+                position_ids=None if self.step_inputs.position_ids is None else position_ids,
+                use_cache=True,
+                return_dict=True,
+                **{CACHE_NAME: self.cache},
+                **self.forward_kwargs,
+                **self.step_inputs.keywords(self.slots.active, tree.num_nodes + num_pad),
+            )
