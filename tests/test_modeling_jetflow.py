@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModel
 
 from hf_jetflow import JetFlowConfig, JetFlowHead
 from hf_jetflow.head.cache import HeadCache
-from hf_jetflow.head.modeling_jetflow import visibility
+from hf_jetflow.head.masks import visibility
 
 
 BODY = ("fc.weight", "hidden_norm.weight", "norm.weight")

@@ -3,12 +3,12 @@
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
 from transformers import Cache, EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .._compat import CACHE_NAME
+from ..buffers import grown
 from ..target.caches import cache_windows
 from ..target.context import TargetStates
 from ..target.slots import BatchSlots
@@ -55,9 +55,8 @@ class Emitter:
         self._new_ids: list[list[int]] = [[] for _ in range(batch)]
         self._num_written = [0] * batch
         self._pad_token_id = pad_token_id or 0  # `generate` sees to one where sequences can end before others
-        self._ids = self._with_spare_capacity(
-            input_ids.long(), 64
-        )  # padding behind each sequence; new tokens are int64
+        # Padding lies behind each sequence; new tokens are int64.
+        self._ids = grown(input_ids.long(), self._prompt_length, dim=1, fill=self._pad_token_id)
         self._streamer = streamer
         self._num_streamed = 0
         # Length and EOS are decided on the host; every other criterion sees the ids as in plain decoding.
@@ -81,7 +80,7 @@ class Emitter:
     def _written_ids(self) -> torch.Tensor:
         """Ids of all sequences, (batch, at least seq), the new tokens included."""
         if (width := self._ids.shape[1]) < self.length:
-            self._ids = self._with_spare_capacity(self._ids, self.length)
+            self._ids = grown(self._ids, self.length, dim=1, fill=self._pad_token_id)
             width = self._ids.shape[1]
         offsets: list[int] = []
         tokens: list[int] = []
@@ -157,9 +156,6 @@ class Emitter:
     def _num_reached(self) -> int:
         """Tokens that every sequence has, padding behind its end included."""
         return min((n for i, n in enumerate(self._lengths) if i not in self._finished), default=self.length)
-
-    def _with_spare_capacity(self, ids: torch.Tensor, num_more: int) -> torch.Tensor:
-        return pad(ids, (0, num_more), value=self._pad_token_id)
 
     @property
     def is_finished(self) -> bool:

@@ -2,13 +2,15 @@
 
 import torch
 
+from ..buffers import grown
+
 
 UNSEEN_POSITION = torch.iinfo(torch.int32).max  # of padding among context rows: no block row sees past its anchor
 
 
 class HeadCache:
     """
-    Keys and values of the context rows, per head layer, in buffers that double when full.
+    Keys and values of the context rows, per head layer, in buffers with spare capacity.
 
     Block rows are written behind the context for one forward and overwritten by the next, so a round copies only new
     rows.
@@ -29,11 +31,7 @@ class HeadCache:
         for store, rows in ((self._keys, keys), (self._values, values)):
             buffer = store[layer_idx]
             if buffer is None or buffer.shape[2] < end:
-                batch, heads, _, dim = rows.shape
-                grown = rows.new_empty(batch, heads, max(2 * end, 256), dim)
-                if buffer is not None:
-                    grown[:, :, :start] = buffer[:, :, :start]
-                store[layer_idx] = buffer = grown
+                store[layer_idx] = buffer = grown(rows[:, :, :0] if buffer is None else buffer[:, :, :start], end)
             buffer[:, :, start:end] = rows
         self._lengths[layer_idx] += num_context
         return self._keys[layer_idx][:, :, :end], self._values[layer_idx][:, :, :end]  # type: ignore[index]

@@ -164,24 +164,3 @@ def _convolved(
         return sublayer(block)
     before, after = conv.kernels(block)
     return conv(after, sublayer(conv(before, block, offsets)), offsets)
-
-
-def visibility(
-    position_ids: torch.Tensor,
-    context_position_ids: torch.Tensor,
-    anchor_position_ids: torch.Tensor,
-    is_causal: bool,
-    window: int | None,
-) -> torch.Tensor:
-    """Boolean mask (batch, 1, rows, seq + rows) of the keys that each block row sees, context first."""
-    row = position_ids[:, :, None]
-    anchor = anchor_position_ids[:, :, None]
-    sees_context = context_position_ids[:, None, :] < anchor
-    sees_row = anchor == anchor_position_ids[:, None, :]
-    if is_causal:
-        sees_row = sees_row & (position_ids[:, None, :] <= row)
-    mask = torch.cat([sees_context, sees_row], dim=-1)
-    if window is not None:
-        key = torch.cat([context_position_ids, position_ids], dim=-1)[:, None, :]
-        mask = mask & (row - key < window)
-    return mask[:, None]

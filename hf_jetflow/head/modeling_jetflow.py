@@ -26,9 +26,10 @@ from .checkpoint_files import (
     readable_load_errors,
 )
 from .configuration_jetflow import JetFlowConfig
-from .decoder_layers import HeadCacheLike, JetFlowDecoderLayer, visibility
+from .decoder_layers import HeadCacheLike, JetFlowDecoderLayer
 from .formats import read_head, recognize
 from .linear import DraftLinear
+from .masks import additive_mask, visibility
 from .path_scorers import RecurrentCorrection, Refiner, TreeFlashCorrection
 from .rotary import DraftRotaryEmbedding
 from .scorers import Markov, RecurrentMarkov, Selector, StepScorer, TableScorer
@@ -224,7 +225,8 @@ class JetFlowHead(PreTrainedModel):
         for layer, context, kind in zip(self.layers, contexts, kinds, strict=True):
             if kind not in masks:
                 mask = visibility(position_ids, context_position_ids, anchor_position_ids, *kind)
-                masks[kind] = self._mask_for_backend(mask, block.dtype)
+                is_eager = self.config._attn_implementation == "eager"  # SDPA takes booleans
+                masks[kind] = additive_mask(mask, block.dtype) if is_eager else mask
             block = layer(block, context, cos_sin, masks[kind], past_key_values, offsets)
         rows = self.norm(block)
         if self.branch_correction is not None:
@@ -265,12 +267,6 @@ class JetFlowHead(PreTrainedModel):
             shift, state = self.branch_correction(slots[:, :, slot], parents[:, :, slot], state)
             shifts.append(shift)
         return torch.stack(shifts, dim=2).flatten(1, 2)
-
-    def _mask_for_backend(self, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """SDPA takes booleans; eager attention adds the mask to its scores."""
-        if self.config._attn_implementation != "eager":
-            return mask
-        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
     @classmethod
     def from_pretrained(

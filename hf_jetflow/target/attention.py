@@ -1,5 +1,6 @@
 """SDPA for many rows under an explicit mask, without copies of keys and values, registered with transformers."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_caus
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .._compat import CACHE_NAME
+from ..head.masks import additive_mask
 
 
 NAME = "jetflow_sdpa"
@@ -62,9 +64,8 @@ def _repeated_mask(mask: torch.Tensor, groups: int, dtype: torch.dtype) -> torch
     """The mask repeated for all query heads of a key/value head; made by the first layer and stored with the mask."""
     known = getattr(mask, "_jetflow_repeated", None)
     if known is None or known[0] != (groups, dtype):
-        added = mask
-        if mask.dtype == torch.bool:  # SDPA would turn it into numbers again in every layer
-            added = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
+        # SDPA would turn booleans into these numbers again in every layer.
+        added = additive_mask(mask, dtype, unseen=-math.inf) if mask.dtype == torch.bool else mask
         known = ((groups, dtype), added.repeat(1, 1, groups, 1))
         mask._jetflow_repeated = known  # type: ignore[attr-defined]
     return known[1]

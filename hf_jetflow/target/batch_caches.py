@@ -7,6 +7,7 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from ..buffers import grown
 from ..transfer import to_device
 from .caches import DynamicSlidingWindowLayer
 from .slots import BatchSlots, flat_offsets
@@ -36,7 +37,7 @@ class BatchLayer(DynamicLayer):
         self._buffers: list[torch.Tensor] = []
         num_cached, num_kept = layer.get_seq_length(), layer.keys.shape[2]
         for known in (layer.keys, layer.values):
-            self._buffers.append(_with_spare_capacity(known[:, :, :0], num_cached))
+            self._buffers.append(grown(known[:, :, :0], num_cached, fill=0))  # a masked NaN would still spoil a sum
             self._buffers[-1][:, :, num_cached - num_kept : num_cached] = known
         self.keys, self.values = (buffer[:, :, :num_cached] for buffer in self._buffers)
 
@@ -47,7 +48,7 @@ class BatchLayer(DynamicLayer):
         num_new, lengths = key_states.shape[2], self._slots.lengths
         end = int(lengths.max()) + num_new
         if self._buffers[0].shape[2] < end:
-            self._buffers = [_with_spare_capacity(buffer, end) for buffer in self._buffers]
+            self._buffers = [grown(buffer, end, fill=0) for buffer in self._buffers]
         heads, capacity = self._buffers[0].shape[1:3]
         offsets = self._slots.new_offsets(num_new, heads, capacity, key_states.device)
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
@@ -82,15 +83,6 @@ class BatchLayer(DynamicLayer):
         order = order.to(self._buffers[0].device)
         layer.keys, layer.values = (buffer[order, :, first:length] for buffer in self._buffers)
         return layer
-
-
-def _with_spare_capacity(states: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """A buffer for more than `num_rows` rows that starts with `states`. The rest is zero: a masked NaN would still
-    spoil a sum."""
-    batch, heads, known, dim = states.shape
-    buffer = states.new_zeros(batch, heads, num_rows + max(num_rows // 4, 256), dim)
-    buffer[:, :, :known] = states
-    return buffer
 
 
 def spread_layers(cache: Cache, slots: BatchSlots) -> None:

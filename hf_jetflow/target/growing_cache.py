@@ -10,6 +10,8 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from ..buffers import grown
+
 
 MAX_LAYERS = 8  # per buffer: more layers mean fewer moves, but more rows held twice while the buffer grows
 
@@ -33,13 +35,10 @@ class SharedBuffer:
         return bool(self.buffers) and self.buffers[0].shape[-2] >= num_rows
 
     def allocate(self, keys: torch.Tensor, values: torch.Tensor, num_rows: int) -> None:
-        """Replace the buffers by larger, empty ones for rows like these."""
-        buffers = []
-        for rows in (keys, values):
-            batch, heads, _, dim = rows.shape
-            capacity = num_rows + max(num_rows // 4, 256)
-            buffers.append(rows.new_empty(self.num_layers, batch, heads, capacity, dim))
-        self.buffers = tuple(buffers)
+        """Replace the buffers by larger ones without rows, for rows like these."""
+        self.buffers = tuple(
+            grown(rows[:, :, :0].expand(self.num_layers, *[-1] * rows.ndim), num_rows) for rows in (keys, values)
+        )
 
 
 def _kind(rows: torch.Tensor) -> tuple[Any, ...]:
@@ -159,9 +158,9 @@ def grow_layers(cache: DynamicCache) -> None:
         shared = buffers.get(kind)
         if shared is None or shared.num_layers == MAX_LAYERS:
             shared = buffers[kind] = SharedBuffer(0)
-        cache.layers[index] = grown = GrowingLayer(shared, shared.num_layers)
+        cache.layers[index] = growing = GrowingLayer(shared, shared.num_layers)
         shared.num_layers += 1
-        grown.adopt(layer.keys, layer.values)
+        growing.adopt(layer.keys, layer.values)
 
 
 def settle_layers(cache: DynamicCache) -> None:

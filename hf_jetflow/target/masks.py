@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import pad
 
+from ..head.masks import additive_mask
 from ..transfer import to_device
 from ..trees.tree import DraftTree
 from .caches import cache_windows
@@ -28,10 +29,9 @@ def tree_masks(context: "Context", tree: DraftTree) -> torch.Tensor | dict[str, 
     is_even = context.padding is None and len(set(context.slots.lengths.tolist())) == 1
     if tree.num_nodes == 1 and is_even and context.strategy.capacity is None:
         return None
-    masks = {
-        kind: _as_dtype(_tree_mask(context, tree, window), context.mask_dtype)
-        for kind, window in context.target.windows.items()
-    }
+    masks = {kind: _tree_mask(context, tree, window) for kind, window in context.target.windows.items()}
+    if context.mask_dtype != torch.bool:
+        masks = {kind: additive_mask(mask, context.mask_dtype) for kind, mask in masks.items()}
     return {**NO_MASKS, **masks} if len(masks) > 1 else next(iter(masks.values()))
 
 
@@ -74,13 +74,6 @@ def _tree_mask(context: "Context", tree: DraftTree, window: Window | None) -> to
         mask = torch.cat([mask, mask[:, :1].expand(-1, context.strategy.num_rows(nodes) - nodes, -1)], dim=1)
         mask = pad(mask, (0, capacity - mask.shape[2]))
     return mask[:, None]
-
-
-def _as_dtype(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Convert a boolean mask to `dtype`: boolean, or added to the scores."""
-    if dtype == torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def _max_cached_rows(context: "Context", window: Window | None) -> int | None:

@@ -47,17 +47,17 @@ class StepInputs:
     rows: dict[str, tuple[Any, int]] = field(default_factory=dict)  # one row, and its dimension
     num_sequences: int = 1
 
-    def keywords(self, batch_indices: list[int], num_rows: int) -> dict[str, Any]:
-        """Those of a verify with `num_rows` rows of the sequences `batch_indices`, in this order."""
-        keywords = {name: self._of_sequences(value, batch_indices) for name, value in self.constants.items()}
+    def keywords(self, sequences: list[int], num_rows: int) -> dict[str, Any]:
+        """Those of a verify with `num_rows` rows of these sequences of the batch, in this order."""
+        keywords = {name: self._of_sequences(value, sequences) for name, value in self.constants.items()}
         for name, (value, dim) in self.rows.items():
-            keywords[name] = self._of_sequences(value, batch_indices).repeat_interleave(num_rows, dim)
+            keywords[name] = self._of_sequences(value, sequences).repeat_interleave(num_rows, dim)
         return keywords
 
-    def _of_sequences(self, value: Any, batch_indices: list[int]) -> Any:
+    def _of_sequences(self, value: Any, sequences: list[int]) -> Any:
         """The value's entries of these sequences, if it has an entry for each; one sequence owns any value."""
         is_batch = self.num_sequences > 1 and isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) > 1
-        return value[batch_indices] if is_batch else value
+        return value[sequences] if is_batch else value
 
 
 def check_step_inputs(model: PreTrainedModel, input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
