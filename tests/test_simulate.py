@@ -108,9 +108,7 @@ def test_a_round_is_the_sum_of_block_corrections_tree_and_host():
     assert round_seconds(DENSE, dataclasses.replace(head, correction=None), hardware, 10).correct == 0
 
 
-@pytest.mark.parametrize(
-    "shape", [ATTENTIVE, dataclasses.replace(ATTENTIVE, experts=80, num_experts=4, experts_per_token=1)]
-)
+@pytest.mark.parametrize("shape", [ATTENTIVE, MIXED], ids=["attentive", "mixed"])
 def test_more_rows_sequences_or_context_never_take_less_time_and_better_hardware_never_more(shape):
     def seconds(hardware=DEVICE, rows=4, batch_size=2, context=6):
         return forward_seconds(shape, hardware, rows, batch_size=batch_size, context=context)
@@ -125,6 +123,7 @@ def test_more_rows_sequences_or_context_never_take_less_time_and_better_hardware
         assert times[0] > times[-1], name
 
 
+EXPERT_SIZES = dict(moe_intermediate_size=24, num_experts=6, num_experts_per_tok=2)
 SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2)
 
 
@@ -134,14 +133,7 @@ SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_attention_
         (LlamaConfig(**SIZES, num_hidden_layers=3, tie_word_embeddings=True), 0),
         (Gemma2Config(**SIZES, num_hidden_layers=4, head_dim=16, sliding_window=7), 0),
         (
-            Qwen3MoeConfig(
-                **SIZES,
-                num_hidden_layers=3,
-                moe_intermediate_size=24,
-                num_experts=6,
-                num_experts_per_tok=2,
-                mlp_only_layers=[0],
-            ),
+            Qwen3MoeConfig(**SIZES, **EXPERT_SIZES, num_hidden_layers=3, mlp_only_layers=[0]),
             2,
         ),
         (GptOssConfig(**SIZES, num_hidden_layers=2, head_dim=8, num_local_experts=5, num_experts_per_tok=3), 3),
@@ -244,17 +236,8 @@ def bench_rows(hardware, target, head, budgets, context=100):
     rows = [{"prompts": "a", "method": "plain", "node_budget": None, "tokens_per_second": 1 / plain}]
     for budget in budgets:
         seconds = round_seconds(target, head, hardware, budget, context=context)
-        rows.append(
-            {
-                "prompts": "a",
-                "method": "jetflow",
-                "node_budget": budget,
-                "temperature": 0.0,
-                "tokens_per_round": 2.5,
-                "tokens_per_second": 2.5 / seconds.round,
-                "round_seconds": {"verify": seconds.verify},
-            }
-        )
+        row = dict(prompts="a", method="jetflow", node_budget=budget, temperature=0.0, tokens_per_round=2.5)
+        rows.append({**row, "tokens_per_second": 2.5 / seconds.round, "round_seconds": {"verify": seconds.verify}})
     return rows
 
 
@@ -262,17 +245,8 @@ def test_figures_are_fitted_from_a_bench_on_the_machine():
     config = LlamaConfig(num_hidden_layers=4, hidden_size=256, intermediate_size=512, num_attention_heads=4)
     target = target_shape(config)
     head = head_shape(JetFlowConfig.for_target(config, num_hidden_layers=2, branch_correction="path", mask_token_id=0))
-    machine = Hardware(
-        "cpu",
-        2e10,
-        3e11,
-        1.0,
-        1.0,
-        launch_seconds=2e-4,
-        runs_ahead=False,
-        host_seconds=1e-3,
-        host_seconds_per_node=1e-5,
-    )
+    overheads = dict(launch_seconds=2e-4, host_seconds=1e-3, host_seconds_per_node=1e-5)
+    machine = Hardware("cpu", 2e10, 3e11, 1.0, 1.0, runs_ahead=False, **overheads)
     rows = bench_rows(machine, target, head, (32, 16, 64))
     chosen = fitting_rows([*rows, {**rows[1], "prompts": "b", "node_budget": 8}])
     assert [row["node_budget"] for row in chosen] == [None, 16, 64]
@@ -368,15 +342,8 @@ def test_tokens_per_round_are_read_from_a_bench_a_replay_and_a_table():
         read_tokens({"rows": [{"node_budget": 16, "prompts": "x"}]}, None)
 
 
-def check_script():
-    spec = importlib.util.spec_from_file_location("check_simulation", ROOT / "examples" / "check_simulation.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
-
-
-def test_the_stored_checks_are_what_the_script_computes():
-    found = json.loads(json.dumps(check_script().run_checks()))
+def test_the_stored_checks_are_what_the_script_computes(example_module):
+    found = json.loads(json.dumps(example_module("check_simulation").run_checks()))
     assert_same(found, json.loads((RESULTS / "simulation.json").read_text()))
 
 

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -261,6 +262,14 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+@pytest.fixture(scope="module")
+def finished_run(tiny_target, tmp_path_factory):
+    """The trainer of a run with two checkpoints."""
+    trainer = make_trainer(copy.deepcopy(tiny_target("llama")), tmp_path_factory.mktemp("run"), **EVERY_TWO)
+    trainer.train()
+    return trainer
+
+
 @pytest.mark.parametrize(
     ("harm", "fault"),
     [
@@ -275,9 +284,10 @@ def cut(path: Path) -> None:
         (lambda folder: cut(folder / "rng_state.pth"), "rng_state.pth cut off"),
     ],
 )
-def test_an_incomplete_checkpoint_is_removed_and_the_one_before_is_continued(target, tmp_path, caplog, harm, fault):
-    whole = make_trainer(target, tmp_path, **EVERY_TWO)
-    whole.train()
+def test_an_incomplete_checkpoint_is_removed_and_the_one_before_is_continued(
+    finished_run, target, tmp_path, caplog, harm, fault
+):
+    shutil.copytree(finished_run.args.output_dir, tmp_path, dirs_exist_ok=True)
     last = tmp_path / "checkpoint-4"
     harm(last)
     assert checkpoint_fault(last) == fault
@@ -290,7 +300,8 @@ def test_an_incomplete_checkpoint_is_removed_and_the_one_before_is_continued(tar
     assert f"{last} is incomplete and removed: {fault}" in message
     assert message.endswith(f"continuing from {tmp_path / 'checkpoint-2'}")
     assert all(
-        torch.equal(tensor, whole.model.state_dict()[name]) for name, tensor in trainer.model.state_dict().items()
+        torch.equal(tensor, finished_run.model.state_dict()[name])
+        for name, tensor in trainer.model.state_dict().items()
     )
     assert checkpoint_fault(last) == ""
 
