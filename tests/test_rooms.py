@@ -197,6 +197,12 @@ def test_no_file_reads_the_environment_or_catches_everything():
     assert not violations, report(violations)
 
 
+def test_the_command_line_prints_what_a_target_refuses_in_one_line():
+    sources = {path: source for path, source in source_files().items() if path.startswith("target/")}
+    raising = [path for path, source in sources.items() if "raise ValueError" in source]
+    assert not raising, "use `JetFlowError`: the command line prints others with their traceback"
+
+
 @pytest.mark.parametrize(
     ("path", "source", "message"),
     [

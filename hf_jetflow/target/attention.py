@@ -14,6 +14,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_caus
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .._compat import CACHE_NAME
+from ..errors import JetFlowError
 from ..head.masks import additive_mask
 
 
@@ -77,7 +78,7 @@ def mask_dtype(model: PreTrainedModel) -> torch.dtype:
     to the scores. The mask function registered under its name makes a small one to tell.
 
     Raises:
-        ValueError: If it takes no masks (batch, 1, rows, keys), in which a draft tree can be written.
+        JetFlowError: If it takes no masks (batch, 1, rows, keys), in which a draft tree can be written.
     """
     config = model.config.get_text_config(decoder=True)
     name = config._attn_implementation or "eager"
@@ -87,7 +88,7 @@ def mask_dtype(model: PreTrainedModel) -> torch.dtype:
         padding, inputs = torch.tensor([[0, 1]], device="cpu"), torch.zeros(1, 2, 1, dtype=model.dtype, device="cpu")
         mask = create_causal_mask(config, inputs, padding, position_ids=None, **{CACHE_NAME: None})
     if not isinstance(mask, torch.Tensor) or mask.ndim != 4:
-        raise ValueError(
+        raise JetFlowError(
             f"the attention implementation {name!r} takes no tree masks; load the target with "
             '`attn_implementation="sdpa"` (or "eager"), or register a function with `AttentionMaskInterface` that '
             "returns masks (batch, 1, rows, keys) for it"

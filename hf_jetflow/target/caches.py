@@ -9,6 +9,7 @@ from transformers import Cache, DynamicCache, StaticCache, cache_utils
 from transformers.cache_utils import DynamicLayer
 
 from .._compat import class_of
+from ..errors import JetFlowError
 from ..transfer import to_device
 from .growing_cache import GrowingLayer
 from .recurrent import RECURRENT_LAYERS
@@ -28,29 +29,29 @@ def check_target_cache(cache: Cache | None) -> DynamicCache | StaticCache:
     Refuse a cache that cannot hold a tree and roll back; returns any other.
 
     Raises:
-        ValueError: Naming the cache and what to use instead.
+        JetFlowError: Naming the cache and what to use instead.
     """
     without = "generate without `assistant_model`"
     if cache is None:
-        raise ValueError(
+        raise JetFlowError(
             "this call runs without a cache, or the target makes one of its own, which draft heads cannot roll back; "
             f"leave `use_cache` at True, or {without}"
         )
     if not isinstance(cache, (DynamicCache, StaticCache)) or cache.offloading:
         kind = f"`{type(cache).__name__}`" if not getattr(cache, "offloading", False) else "an offloaded cache"
-        raise ValueError(
+        raise JetFlowError(
             f"draft trees are not supported with {kind} yet; leave `cache_implementation` unset to use the dynamic "
             f"cache, or {without}"
         )
     known = (DynamicLayer, DynamicSlidingWindowLayer, GrowingLayer, StaticLayer, *EMPTY_LAYERS, *RECURRENT_LAYERS)
     unknown = {type(layer).__name__ for layer in cache.layers if type(layer) not in known}
     if "StaticSlidingWindowLayer" in unknown:
-        raise ValueError(
+        raise JetFlowError(
             "the static cache of a sliding-window target overwrites rows that a draft tree still needs; leave "
             f"`cache_implementation` unset, or {without}"
         )
     if unknown:
-        raise ValueError(
+        raise JetFlowError(
             f"the target's cache has {sorted(unknown)} layers, whose state draft heads cannot roll back after a "
             f"rejected draft; {without}"
         )
@@ -65,11 +66,11 @@ def check_padded_rows(cache: Cache, is_padding: torch.Tensor) -> None:
         is_padding (`torch.Tensor`, (batch, prompt)): Where the prompts are padded.
 
     Raises:
-        ValueError: Saying how many rows are missing.
+        JetFlowError: Saying how many rows are missing.
     """
     lengths = {layer.get_seq_length() for layer in cache.layers if type(layer) in (DynamicLayer, GrowingLayer)}
     if is_padding.any() and lengths and min(lengths) < is_padding.shape[1]:
-        raise ValueError(
+        raise JetFlowError(
             f"the cache holds {min(lengths)} of the prompt's {is_padding.shape[1]} tokens, so draft heads cannot tell "
             "which of them are padding; give one prompt without padding, or generate without `assistant_model`"
         )
@@ -80,11 +81,11 @@ def check_even_rows(cache: Cache) -> None:
     Refuse a cache whose layers hold different numbers of tokens, as some hooks that compress it leave it.
 
     Raises:
-        ValueError: Saying how many tokens the layers hold.
+        JetFlowError: Saying how many tokens the layers hold.
     """
     lengths = {layer.get_seq_length() for layer in cache.layers if type(layer) in (DynamicLayer, GrowingLayer)} - {0}
     if len(lengths) > 1:
-        raise ValueError(
+        raise JetFlowError(
             f"the layers of the cache hold {min(lengths)} to {max(lengths)} tokens, but a draft tree has one mask for "
             "all layers; compress every layer to the same length, or generate without `assistant_model`"
         )

@@ -10,6 +10,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from ..errors import JetFlowError
 from .mixer_plans import unknown_reason
 from .step_inputs import passes_positions
 
@@ -40,22 +41,22 @@ def layer_windows(model: PreTrainedModel) -> dict[str, Window | None]:
     Attention kinds of the target's layers and their windows, `None` for full attention.
 
     Raises:
-        ValueError: If a kind of layer is not known, or cannot verify a draft.
+        JetFlowError: If a kind of layer is not known, or cannot verify a draft.
     """
     text = model.config.get_text_config(decoder=True)
     if text.model_type in SCANS_FROM_NOTHING:
-        raise ValueError(
+        raise JetFlowError(
             f"the mamba layers of `{text.model_type}` read several rows at once from an empty state only, so they "
             "cannot verify a draft; generate without `assistant_model`"
         )
     if getattr(text, "cross_attention_layers", None):
-        raise ValueError(
+        raise JetFlowError(
             f"`{text.model_type}` has layers that attend to images beside the text, whose cache draft heads do not "
             "know; generate without `assistant_model`"
         )
     layers = _kinds(text)
     if {kind for kind, _ in layers} <= {"linear_attention", "conv"} | KINDS_WITHOUT_ROWS:
-        raise ValueError(
+        raise JetFlowError(
             f"`{text.model_type}` has recurrent layers only; draft heads need a target with attention, generate "
             "without `assistant_model`"
         )
@@ -68,11 +69,11 @@ def layer_windows(model: PreTrainedModel) -> dict[str, Window | None]:
         elif kind == "chunked_attention":
             windows[kind] = Window(layer.attention_chunk_size, is_chunked=True)
         elif kind not in RECURRENT_KINDS | KINDS_WITHOUT_ROWS:
-            raise ValueError(
+            raise JetFlowError(
                 f"the target has {kind!r} layers, which draft heads do not know; generate without `assistant_model`"
             )
     if len(windows) > 1 and model.config.model_type in MAKES_OWN_MASKS:
-        raise ValueError(
+        raise JetFlowError(
             f"`{model.config.model_type}` makes the masks of its {' and '.join(sorted(windows))} layers itself, so it "
             "takes no tree masks by kind of layer; generate without `assistant_model`"
         )

@@ -13,6 +13,7 @@ from transformers import Cache, cache_utils
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from .._compat import class_of
+from ..errors import JetFlowError
 
 
 if TYPE_CHECKING:
@@ -56,13 +57,13 @@ def check_states(cache: Cache) -> None:
     Refuse a target that, after the prompt, keeps what it read anywhere but in its cache.
 
     Raises:
-        ValueError: Saying what to do instead.
+        JetFlowError: Saying what to do instead.
     """
     layers = [layer for layer in cache.layers if isinstance(layer, LinearAttentionLayer)]
     is_stateless = layers and not any(any(layer.has_previous_state.values()) for layer in layers)
     is_unread = any(isinstance(layer, DynamicLayer) and not layer.is_initialized for layer in cache.layers)
     if is_stateless or is_unread:
-        raise ValueError(
+        raise JetFlowError(
             "the target keeps its recurrent state outside of its cache, where draft heads cannot take back a rejected "
             "draft; generate without `assistant_model`"
         )

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from .._compat import CACHE_NAME
+from ..errors import JetFlowError
 
 
 # Keywords that a verify sets itself. `logits_to_keep` is plain decoding's own saving.
@@ -67,7 +68,7 @@ def check_step_inputs(model: PreTrainedModel, input_ids: torch.Tensor, model_kwa
     A model that makes keywords from the prompt's outputs is left to `read_step_inputs`.
 
     Raises:
-        ValueError: Naming the keyword.
+        JetFlowError: Naming the keyword.
     """
     reason = REFUSED_TYPES.get(model.config.model_type)
     if reason is not None:
@@ -76,7 +77,7 @@ def check_step_inputs(model: PreTrainedModel, input_ids: torch.Tensor, model_kwa
         raise _refusal(model, "another model decodes between its steps (`depth_decoder`)")
     adapters = _last_row_adapters(model)
     if adapters:
-        raise ValueError(
+        raise JetFlowError(
             f"the adapter {adapters[0]!r} (activated LoRA) adapts only the last rows of a forward, so draft heads "
             "cannot verify several tokens at once; delete or disable it, or generate without `assistant_model`"
         )
@@ -105,7 +106,7 @@ def read_step_inputs(
         outputs (`ModelOutput`): Of the prompt's forward.
 
     Raises:
-        ValueError: Naming the keyword that a verify cannot pass on as plain steps do.
+        JetFlowError: Naming the keyword that a verify cannot pass on as plain steps do.
     """
     return _compare(model, _plain_steps(model, input_ids, model_kwargs, outputs), model_kwargs, len(input_ids))
 
@@ -255,8 +256,8 @@ def _is_per_sequence(value: Any, batch: int) -> bool:
     return not isinstance(value, dict | list | tuple)
 
 
-def _refusal(model: PreTrainedModel, reason: str) -> ValueError:
-    return ValueError(
+def _refusal(model: PreTrainedModel, reason: str) -> JetFlowError:
+    return JetFlowError(
         f"draft heads cannot verify several tokens of `{model.config.model_type}` in one forward as plain decoding "
         f"reads them: {reason}; generate without `assistant_model`"
     )

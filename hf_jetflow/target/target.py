@@ -12,6 +12,7 @@ from transformers import Cache, GenerationConfig, PreTrainedModel, StaticCache
 from transformers.utils import ModelOutput
 
 from .._compat import CACHE_NAME
+from ..errors import JetFlowError
 from ..head.configuration_jetflow import JetFlowConfig
 from .caches import check_even_rows, check_padded_rows, check_target_cache
 from .context import Context, TargetStates
@@ -123,12 +124,12 @@ class Target:
 
     def _check_static(self, generation_config: GenerationConfig) -> None:
         if not self.takes_trees:
-            raise ValueError(
+            raise JetFlowError(
                 "this target verifies chains only, which are not supported with a static cache; leave "
                 "`cache_implementation` unset, or generate without `assistant_model`"
             )
         if generation_config.output_attentions:
-            raise ValueError(
+            raise JetFlowError(
                 "`output_attentions` is not supported with draft trees in a static cache; leave "
                 "`cache_implementation` unset, or generate without `assistant_model`"
             )
@@ -183,7 +184,7 @@ class Target:
         num_layers = self._text_config.num_hidden_layers
         shift = len(hidden_states) - 1 - num_layers  # -1 where index 0 is the first layer's
         if shift not in (-1, 0):
-            raise ValueError(
+            raise JetFlowError(
                 f"the target returns {len(hidden_states)} hidden states, but its configuration has "
                 f"{num_layers} layers, so a draft head cannot tell which it listens to; generate without "
                 "`assistant_model`"
@@ -225,7 +226,7 @@ class Target:
         rows = self.output_rows(token_ids)
         if rows is None:
             kind = type(self.model.get_output_embeddings()).__name__
-            raise ValueError(
+            raise JetFlowError(
                 f"the target's output embedding is a `{kind}`, but the loss needs a plain linear layer without bias; "
                 "load the target unquantized"
             )
