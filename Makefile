@@ -2,7 +2,7 @@
 # make support-matrix   docs/support-matrix.md: decodes with tiny targets of many families and writes what was seen
 # make docs   the documentation as a site, in site/
 # make wheel   sdist and wheel in dist/, checked as the package index checks them, and their contents
-# make notebooks   examples/notebooks run anew, outputs and all
+# make notebooks   run examples/notebooks again and store their outputs
 # make parity   logits of heads in other projects' layouts, against their own packages, in an environment of its own
 # make targets-test   the tests of adapted and quantized targets, with peft, torchao, bitsandbytes and quanto, in an environment of its own
 # make launches   launches and host waits of a round, counted on a CUDA device that the CPU pretends (needs a C++ compiler)

@@ -30,7 +30,9 @@ from .target.position_limits import border_reason
 
 
 logger = logging.get_logger(__name__)
-_WRAPPERS: dict[tuple[Any, str], tuple[Callable, Callable]] = {}  # originals and our wrappers, by place and name
+_WRAPPERS: dict[
+    tuple[Any, str], tuple[Callable, Callable]
+] = {}  # originals and our wrappers, by class or module and name
 _dispatch = {"is_on": False}
 
 
@@ -41,31 +43,31 @@ def enable() -> None:
     Warns where the installed transformers lacks what is wrapped.
     """
     _dispatch["is_on"] = True
-    for place, name, wrap, loss in (
+    for owner, name, wrap, loss in (
         (GenerationMixin, "_assisted_decoding", _dispatching, "`generate` takes no draft head as `assistant_model`"),
         (GenerationMixin, "_validate_generation_mode", _validating, "`assistant_model` takes one prompt at a time"),
         (pipelines, "load_assistant_model", _loading, "pipelines take no draft head as `assistant_model`"),
     ):
-        if (place, name) in _WRAPPERS:  # beneath a later patch, if it was ever taken out
+        if (owner, name) in _WRAPPERS:  # beneath a later patch, if it was ever taken out
             continue
-        original = getattr(place, name, None)
+        original = getattr(owner, name, None)
         if original is None:
             logger.warning(
                 f"transformers {transformers.__version__} has no `{name}`, so {loss}; use "
                 "`custom_generate=head.custom_generate`, or install transformers 5.17 to 5.24."
             )
             continue
-        _WRAPPERS[place, name] = original, wrap(original)
-        setattr(place, name, _WRAPPERS[place, name][1])
+        _WRAPPERS[owner, name] = original, wrap(original)
+        setattr(owner, name, _WRAPPERS[owner, name][1])
 
 
 def disable() -> None:
     """Restore transformers' own methods. Third-party patches on top stay, and reach these."""
     _dispatch["is_on"] = False
-    for (place, name), (original, wrapper) in list(_WRAPPERS.items()):
-        if getattr(place, name) is wrapper:
-            setattr(place, name, original)
-            del _WRAPPERS[place, name]
+    for (owner, name), (original, wrapper) in list(_WRAPPERS.items()):
+        if getattr(owner, name) is wrapper:
+            setattr(owner, name, original)
+            del _WRAPPERS[owner, name]
 
 
 def _is_ours(assistant: Any) -> bool:

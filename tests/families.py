@@ -203,7 +203,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "llama": Family("full", seed=2),
     "llama4_text": Family(
-        "chunked and full, queries scaled by place, experts",
+        "chunked and full, queries scaled by index, experts",
         dict(
             head_dim=8,
             intermediate_size_mlp=48,

@@ -41,7 +41,7 @@ NAMES = [
 MOST_GROWTH = 64 * 2**20  # bytes of memory that a soak may gain once every family was built
 
 
-class FavourRecent(LogitsProcessor):
+class BoostRecent(LogitsProcessor):
     """A caller's own processor: tokens of the latest past score higher."""
 
     is_row_wise = True
@@ -271,7 +271,7 @@ def decode(case: dict[str, Any], dtype: torch.dtype, head: JetFlowHead | None) -
     torch.manual_seed(case["prompt_seed"])
     for _ in range(case["turns"]):
         settings = copy.deepcopy(case["settings"]) | dict(attention_mask=mask)
-        settings |= dict(logits_processor=[FavourRecent()]) if case["own_processor"] else {}
+        settings |= dict(logits_processor=[BoostRecent()]) if case["own_processor"] else {}
         settings |= {CACHE_NAME: cache} if cache is not None else {}
         if case["criterion"] is not None:
             settings["stopping_criteria"] = [StopAt(case["criterion"], case.get("stop_length"))]

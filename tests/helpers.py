@@ -137,7 +137,7 @@ def save_pair(folder: Path, target: PreTrainedModel, head: JetFlowHead | None = 
 
 def dotted_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     """Token 7 reads ".7": a stop string can end inside a token and span several. The first ids are letters."""
-    letters = {letter: place for place, letter in enumerate("abcdef")}
+    letters = {letter: index for index, letter in enumerate("abcdef")}
     words = {f".{token}": token for token in range(len(letters), vocab_size)}
     backend = Tokenizer(models.BPE(vocab=letters | words, merges=[]))
     backend.decoder = decoders.Fuse()

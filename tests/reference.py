@@ -14,12 +14,12 @@ def decode_slowly(target: PreTrainedModel, input_ids: torch.Tensor, num_tokens: 
 
 
 def assert_same_text(plain: torch.Tensor, drafted: torch.Tensor) -> None:
-    """Fails with the place of the first difference between two outputs (1, seq)."""
+    """Fails with the index of the first difference between two outputs (1, seq)."""
     expected, got = plain[0].tolist(), drafted[0].tolist()
-    place = next((i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), None)
-    assert place is None, (
-        f"the head changed the text: at index {place} plain decoding wrote {expected[place]}, with the head it is "
-        f"{got[place]} (lengths {len(expected)} and {len(got)})"
+    index = next((i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), None)
+    assert index is None, (
+        f"the head changed the text: at index {index} plain decoding wrote {expected[index]}, with the head it is "
+        f"{got[index]} (lengths {len(expected)} and {len(got)})"
     )
     assert len(expected) == len(got), (
         f"the text ended at the wrong token: plain decoding returns {len(expected)} ids, with the head {len(got)}"

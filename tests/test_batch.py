@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from conftest import FAMILIES, build_target
-from test_exact_sampling import PROCESSORS, WARPERS, FavourNeighbours
+from test_exact_sampling import PROCESSORS, WARPERS, BoostNeighbors
 from tokenizers import Tokenizer, decoders, models
 from transformers import LogitsProcessorList, PreTrainedTokenizerFast, SynthIDTextWatermarkingConfig, TextStreamer
 
@@ -72,14 +72,14 @@ def test_every_sequence_is_drafted_for_as_if_it_were_alone(family, monkeypatch):
     target, head, inputs = small_target(family), small_head(family), prompts()
     drafts, propose = [], JetFlowCandidateGenerator.propose
 
-    def kept_propose(self, context_ids, positions, max_depth, width):
+    def recorded_propose(self, context_ids, positions, max_depth, width):
         draft = propose(self, context_ids, positions, max_depth, width)
         if max_depth == 5:  # less near the end, where a sequence alone may draft less than one in a batch
-            places = zip(context_ids[:, -1].tolist(), positions.tolist(), strict=True)
-            drafts.extend(zip(places, draft.candidates.logprobs.sort().values, strict=True))
+            anchors = zip(context_ids[:, -1].tolist(), positions.tolist(), strict=True)
+            drafts.extend(zip(anchors, draft.candidates.logprobs.sort().values, strict=True))
         return draft
 
-    monkeypatch.setattr(JetFlowCandidateGenerator, "propose", kept_propose)
+    monkeypatch.setattr(JetFlowCandidateGenerator, "propose", recorded_propose)
     batch, _ = generate(target, head)
     in_batch = list(drafts)
     for row in range(len(inputs["input_ids"])):
@@ -89,8 +89,8 @@ def test_every_sequence_is_drafted_for_as_if_it_were_alone(family, monkeypatch):
         assert output[0].tolist() == batch[row, (~keep).sum() :].tolist()
         assert len(drafts) > 5
         shared = 0  # rounds begin elsewhere where n-grams continued the tree, which those of a batch do not
-        for place, logprobs in drafts:
-            if others := [other for known, other in in_batch if known == place]:
+        for anchor, logprobs in drafts:
+            if others := [other for known, other in in_batch if known == anchor]:
                 assert any(torch.allclose(other, logprobs, atol=1e-4) for other in others)
                 shared += 1
         assert shared > len(drafts) // 2
@@ -204,7 +204,7 @@ def test_sequences_that_have_ended_take_part_in_no_further_forward(monkeypatch):
     assert seen[-1] <= 5 - num_ended
 
 
-def test_stop_strings_end_each_sequence_by_itself():
+def test_stop_strings_end_each_sequence_on_its_own():
     letters = {letter: place for place, letter in enumerate("abcdef")}
     words = {f".{token}": token for token in range(len(letters), VOCAB)}
     backend = Tokenizer(models.BPE(vocab=letters | words, merges=[]))
@@ -294,16 +294,16 @@ def test_a_processor_that_may_look_at_the_whole_batch_is_given_it(caplog):
     head = small_head()
 
     def settings():
-        return dict(logits_processor=LogitsProcessorList([FavourNeighbours()]))
+        return dict(logits_processor=LogitsProcessorList([BoostNeighbors()]))
 
     plain, _ = generate(small_target(), None, **settings())
     drafted, _ = generate(small_target(), head, **settings())
     assert drafted.tolist() == plain.tolist()
-    assert "FavourNeighbours may look at the whole batch" in head.last_stats.policy["plain"]
+    assert "BoostNeighbors may look at the whole batch" in head.last_stats.policy["plain"]
 
 
 def test_a_processor_that_is_said_to_be_row_wise_is_believed():
-    class Favour:
+    class Boost:
         is_row_wise = True
 
         def __call__(self, input_ids, scores):
@@ -312,12 +312,12 @@ def test_a_processor_that_is_said_to_be_row_wise_is_believed():
     head = small_head()
     inputs = prompts((6, 6))
     alone = [
-        generate(
-            small_target(), None, dict(input_ids=inputs["input_ids"][row : row + 1]), logits_processor=[Favour()]
-        )[0]
+        generate(small_target(), None, dict(input_ids=inputs["input_ids"][row : row + 1]), logits_processor=[Boost()])[
+            0
+        ]
         for row in range(2)
     ]
-    drafted, _ = generate(small_target(), head, inputs, logits_processor=[Favour()])
+    drafted, _ = generate(small_target(), head, inputs, logits_processor=[Boost()])
     assert drafted.tolist() == torch.cat(alone).tolist()
     assert head.last_stats.num_accepted > 0
 
@@ -345,9 +345,9 @@ def test_guidance_is_decoded_in_step():
 # --- the noise -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("most_bytes", [0, 2**20], ids=["drawn again", "kept"])
-def test_noise_is_that_of_multinomial_in_whatever_order_it_is_asked_for(most_bytes, monkeypatch):
-    monkeypatch.setattr("hf_jetflow.decoding.batching.MOST_NOISE_BYTES", most_bytes)
+@pytest.mark.parametrize("max_bytes", [0, 2**20], ids=["drawn again", "stored"])
+def test_noise_is_that_of_multinomial_in_whatever_order_it_is_asked_for(max_bytes, monkeypatch):
+    monkeypatch.setattr("hf_jetflow.decoding.batching.MAX_NOISE_BYTES", max_bytes)
     probs = torch.softmax(2 * torch.randn(6, 3, 50), dim=-1)
     torch.manual_seed(8)
     expected = torch.stack([torch.multinomial(step, num_samples=1)[:, 0] for step in probs])

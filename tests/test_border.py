@@ -216,7 +216,7 @@ def test_a_release_beyond_the_tested_range_gets_a_warning(caplog, monkeypatch):
 
 
 def test_import_survives_a_release_in_which_a_wrapped_or_listed_name_is_gone():
-    """All in one process: the package is imported anew for each name that is taken away."""
+    """All in one process: the package is imported again for each name that is taken away."""
     code = """
     import importlib, sys, torch, transformers
     from transformers import LlamaConfig, LlamaForCausalLM, cache_utils

@@ -55,9 +55,9 @@ def test_a_new_correction_changes_no_score(kind, tiny_target, random_head, rows)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("num_kept", [4, 9, 2048])
-def test_what_is_read_of_a_token_is_kept_for_the_next_rounds(num_kept, tiny_target, random_head, monkeypatch):
-    monkeypatch.setattr(branch_scores, "MAX_CACHED_TOKENS", num_kept)
+@pytest.mark.parametrize("capacity", [4, 9, 2048])
+def test_projected_tokens_are_stored_for_the_next_rounds(capacity, tiny_target, random_head, monkeypatch):
+    monkeypatch.setattr(branch_scores, "MAX_CACHED_TOKENS", capacity)
     drafter = make_drafter(tiny_target, random_head, branch_correction="path")
     parts = branch_scores.ProjectedTokenCache(drafter.head.branch_correction, drafter.target)
     project, asked = parts._project, []
@@ -66,11 +66,11 @@ def test_what_is_read_of_a_token_is_kept_for_the_next_rounds(num_kept, tiny_targ
     for tokens, soon in rounds:
         tokens = torch.tensor(tokens)
         torch.testing.assert_close(parts.lookup(tokens, torch.tensor(soon)), project(tokens))
-    if num_kept == 2048:
+    if capacity == 2048:
         assert asked == [[5, 7, 8, 9], [30, 31], [1, 2, 3, 4, 6]]
-    if num_kept == 9:  # the fourth round does not fit in: what was kept is forgotten
+    if capacity == 9:  # the fourth round does not fit in: what was stored is dropped
         assert asked == [[5, 7, 8, 9], [30, 31], [1, 2, 3, 4, 5, 6]]
-    if num_kept == 4:  # nor would the fourth alone
+    if capacity == 4:  # nor would the fourth alone
         assert asked[-2:] == [[1, 2, 3, 4, 5, 6], [5, 6]]
 
 
@@ -91,7 +91,7 @@ def test_a_branch_is_scored_as_in_training(kind, is_shared, tiny_target, random_
     candidates = draft.candidates
     tree = build_tree(torch.tensor([9]), candidates, 40, draft.scorer)
     assert tree.depths.max() > 2
-    assert len(set(tree.parents.tolist())) > 5, "hardly any branches, so this test shows little"
+    assert len(set(tree.parents.tolist())) > 5, "almost no branches, so this test shows little"
     for leaf in range(1, 40):
         path = []
         node = leaf

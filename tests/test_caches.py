@@ -142,9 +142,9 @@ def test_a_commit_moves_the_accepted_rows_only():
     cache = DynamicCache()
     cache.update(rows(0, 10), rows(0, 10) + 0.5, 0)  # 6 rows of prefix, 4 nodes
     commit_path(cache, [0, 3], num_rows=4)
-    kept = torch.cat([rows(0, 7), rows(9, 10)], dim=2)
-    assert torch.equal(cache.layers[0].keys, kept)
-    assert torch.equal(cache.layers[0].values, kept + 0.5)
+    expected = torch.cat([rows(0, 7), rows(9, 10)], dim=2)
+    assert torch.equal(cache.layers[0].keys, expected)
+    assert torch.equal(cache.layers[0].values, expected + 0.5)
 
 
 @pytest.mark.parametrize("path", [[], [0], [0, 1], [0, 1, 2, 3], [0, 1, 3]], ids=str)

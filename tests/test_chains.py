@@ -1,4 +1,4 @@
-"""Targets that verify chains only: biases and masks by place in the cache, and recurrent layers of unknown classes."""
+"""Targets that verify chains only: biases and masks by index in the cache, and recurrent layers of unknown classes."""
 
 import pytest
 import torch
@@ -12,9 +12,9 @@ from hf_jetflow.target.caches import commit_path
 from hf_jetflow.target.recurrent import RecurrentStates, has_states, record_rows
 
 
-BY_PLACE = ["bloom", "falcon-alibi", "gpt_neo", "mpt"]
+BY_INDEX = ["bloom", "falcon-alibi", "gpt_neo", "mpt"]
 REPLAYED = ["bamba", "falcon_h1", "kimi_linear", "lfm2", "qwen3_5_text", "qwen3_next"]
-CHAINED = [*BY_PLACE, *REPLAYED]
+CHAINED = [*BY_INDEX, *REPLAYED]
 NUM_TOKENS = 18
 
 
@@ -96,7 +96,7 @@ def test_the_returned_states_are_those_of_plain_decoding(name):
 
 
 @torch.no_grad()
-def test_states_are_put_back_into_their_own_tensors():
+def test_states_are_restored_into_their_own_tensors():
     target = build("bamba")
     cache = target(prompt(), use_cache=True).past_key_values
     assert has_states(cache)
@@ -106,7 +106,7 @@ def test_states_are_put_back_into_their_own_tensors():
     target(prompt(3), past_key_values=cache, use_cache=True)
     assert not torch.equal(tensor, values), "the state did not change, so this test shows nothing"
     commit_path(cache, [], 3)
-    before.put_back(cache)
+    before.restore(cache)
     assert layer.recurrent_states[0] is tensor
     assert torch.equal(tensor, values)
     assert cache.get_seq_length() == 9

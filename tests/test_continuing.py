@@ -105,7 +105,7 @@ def test_the_longest_match_is_found(seed):
     assert _longest_match([5] * 99) == (MAX_MATCH, 98)
 
 
-def test_no_more_is_added_than_may_be_emitted_or_kept():
+def test_no_more_is_added_than_may_be_emitted_or_cached():
     limits = RoundPlan(64, 7, 63, max_continued=MAX_CONTINUED)
     assert [plan_round(limits, left).max_continued for left in (None, 3, 8, 9, 12, 99)] == [16, 0, 0, 1, 4, 16]
     assert chain_limits(limits).max_continued == 0

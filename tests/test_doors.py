@@ -145,18 +145,18 @@ def test_threads_share_one_head(family, node_budget, tiny_target, random_head):
     prompts = [make_prompt(length, seed=length) for length in (3, 12, 30, 47)]
     plain = [generate(target, prompt) for prompt in prompts]
 
-    def answer(place):
-        assistant = None if place % 5 == 4 else head
-        settings = dict(max_new_tokens=24 - place, do_sample=False, assistant_model=assistant)
-        text = target.generate(prompts[place % 4], **settings)
+    def answer(index):
+        assistant = None if index % 5 == 4 else head
+        settings = dict(max_new_tokens=24 - index, do_sample=False, assistant_model=assistant)
+        text = target.generate(prompts[index % 4], **settings)
         return text, head.last_stats.num_new_tokens if assistant is not None else None
 
     with ThreadPoolExecutor(6) as pool:
         answers = list(pool.map(answer, range(8)))
-    for place, (text, num_new_tokens) in enumerate(answers):
-        expected = plain[place % 4][:, : prompts[place % 4].shape[1] + 24 - place]
+    for index, (text, num_new_tokens) in enumerate(answers):
+        expected = plain[index % 4][:, : prompts[index % 4].shape[1] + 24 - index]
         assert_same_text(expected, text)
-        assert num_new_tokens in (None, 24 - place), "these statistics are another thread's"
+        assert num_new_tokens in (None, 24 - index), "these statistics are another thread's"
     assert target.config._attn_implementation == "sdpa"
 
 
@@ -245,11 +245,11 @@ def test_many_short_calls_of_an_evaluation(target, random_head):
 def test_stopping_criteria_of_the_caller_are_asked_in_a_loop(target, random_head, prompt):
     head, tokenizer = random_head(target), dotted_tokenizer(target.config.vocab_size)
     plain = generate(target, prompt)
-    for place in (0, 3, 10):
-        criterion = StopStringCriteria(tokenizer, f".{int(plain[0, 12 + place])}")
+    for index in (0, 3, 10):
+        criterion = StopStringCriteria(tokenizer, f".{int(plain[0, 12 + index])}")
         expected = generate(target, prompt, stopping_criteria=[criterion])
         assert_same_text(expected, generate(target, prompt, head, stopping_criteria=[criterion]))
-        assert expected.shape[1] <= 13 + place
+        assert expected.shape[1] <= 13 + index
 
 
 # --- models that accelerate moves about ------------------------------------------------------------------------------

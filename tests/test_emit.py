@@ -24,7 +24,7 @@ def plain(target, prompt):
     return generate(target, prompt)
 
 
-def first_places(text, start):
+def first_indices(text, start):
     """Index of the first occurrence of each token from `start` on, ascending."""
     tokens = text[0].tolist()
     return sorted(tokens.index(token, start) for token in set(tokens[start:]))
@@ -34,21 +34,21 @@ def first_places(text, start):
 
 
 @pytest.mark.parametrize("kind", ["echo", "wrong"])
-@pytest.mark.parametrize("place", range(12, 22))
-def test_an_eos_token_ends_the_text_wherever_it_lies_in_the_path(place, kind, target, head_of_kind, plain, prompt):
-    place = first_places(plain, 12)[place - 12]
-    eos = int(plain[0, place])
+@pytest.mark.parametrize("index", range(12, 22))
+def test_an_eos_token_ends_the_text_wherever_it_lies_in_the_path(index, kind, target, head_of_kind, plain, prompt):
+    index = first_indices(plain, 12)[index - 12]
+    eos = int(plain[0, index])
     head = head_of_kind(kind, target, plain)
     drafted = generate(target, prompt, head, eos_token_id=eos)
     assert_same_text(generate(target, prompt, eos_token_id=eos), drafted)
-    assert drafted.shape[1] == place + 1, "the text does not end with the EOS token"
+    assert drafted.shape[1] == index + 1, "the text does not end with the EOS token"
 
 
 def test_the_first_of_several_eos_tokens_ends_the_text(target, echo_head, plain, prompt):
-    places = first_places(plain, 12)
-    eos = [int(plain[0, place]) for place in (places[9], places[5], places[7])] + [999]
+    indices = first_indices(plain, 12)
+    eos = [int(plain[0, index]) for index in (indices[9], indices[5], indices[7])] + [999]
     drafted = generate(target, prompt, echo_head(target, plain), eos_token_id=eos)
-    assert_same_text(plain[:, : places[5] + 1], drafted)
+    assert_same_text(plain[:, : indices[5] + 1], drafted)
 
 
 def test_without_an_eos_token_the_text_has_its_full_length(target, echo_head, plain, prompt):
@@ -69,9 +69,9 @@ def tokenizer():
 
 
 @pytest.mark.parametrize("kind", ["echo", "wrong"])
-@pytest.mark.parametrize("place", [12, 14, 19, 20, 23])
-def test_a_stop_string_ends_the_text_as_in_plain_decoding(place, kind, tokenizer, target, head_of_kind, plain, prompt):
-    stop = dict(stop_strings=[f".{int(plain[0, place])}", "never"], tokenizer=tokenizer)
+@pytest.mark.parametrize("index", [12, 14, 19, 20, 23])
+def test_a_stop_string_ends_the_text_as_in_plain_decoding(index, kind, tokenizer, target, head_of_kind, plain, prompt):
+    stop = dict(stop_strings=[f".{int(plain[0, index])}", "never"], tokenizer=tokenizer)
     expected = generate(target, prompt, **stop)
     assert expected.shape[1] < plain.shape[1], "the stop string does not occur, so this test shows nothing"
     assert_same_text(expected, generate(target, prompt, head_of_kind(kind, target, plain), **stop))
@@ -145,7 +145,7 @@ class Recorder:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stop", ["length", "eos"])
 def test_the_streamer_gets_what_it_gets_in_plain_decoding(stop, kind, target, head_of_kind, plain, prompt):
-    kwargs = dict(eos_token_id=int(plain[0, first_places(plain, 12)[10]])) if stop == "eos" else {}
+    kwargs = dict(eos_token_id=int(plain[0, first_indices(plain, 12)[10]])) if stop == "eos" else {}
     expected, got = Recorder(), Recorder()
     generate(target, prompt, streamer=expected, **kwargs)
     generate(target, prompt, head_of_kind(kind, target, plain), streamer=got, **kwargs)
@@ -176,8 +176,8 @@ def assert_same_values(expected, got, name):
         torch.testing.assert_close(got, expected, atol=2e-3, rtol=1e-3, msg=lambda text: f"{name}: {text}")
         return
     assert len(expected) == len(got), f"{name} has {len(got)} entries, in plain decoding {len(expected)}"
-    for place, (one, other) in enumerate(zip(expected, got, strict=True)):
-        assert_same_values(one, other, f"{name}[{place}]")
+    for index, (one, other) in enumerate(zip(expected, got, strict=True)):
+        assert_same_values(one, other, f"{name}[{index}]")
 
 
 def assert_same_outputs(expected, got):
@@ -216,7 +216,7 @@ def test_every_output_equals_the_one_of_plain_sampling(kind, tiny_target, head_o
 def test_outputs_end_with_an_eos_token_inside_the_path(family, tiny_target, echo_head, prompt):
     target = tiny_target(family, attn_implementation="eager")
     plain = generate(target, prompt)
-    settings = EVERYTHING | dict(eos_token_id=int(plain[0, first_places(plain, 12)[6]]))
+    settings = EVERYTHING | dict(eos_token_id=int(plain[0, first_indices(plain, 12)[6]]))
     expected = generate(target, prompt, **settings)
     got = generate(target, prompt, echo_head(target, plain), **settings)
     assert_same_outputs(expected, got)
@@ -262,6 +262,6 @@ def test_output_flags_without_a_return_object_return_the_ids(target, echo_head, 
 def test_a_returned_text_is_not_changed_by_later_calls(target, echo_head, plain, prompt):
     head = echo_head(target, plain)
     text = generate(target, prompt, head)
-    kept = text.clone()
+    copy = text.clone()
     generate(target, prompt[:, :5], head)
-    assert torch.equal(text, kept)
+    assert torch.equal(text, copy)

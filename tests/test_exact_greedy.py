@@ -97,14 +97,14 @@ def test_a_lower_depth_limit_gives_the_plain_text(max_depth, tiny_target, echo_h
 
 
 @pytest.mark.parametrize("node_budget", [8, 64])
-def test_every_draft_of_the_echo_head_is_kept(family, node_budget, tiny_target, echo_head, plain_text, prompt):
+def test_every_draft_of_the_echo_head_is_accepted(family, node_budget, tiny_target, echo_head, plain_text, prompt):
     target, plain = tiny_target(family), plain_text(family, prompt)
     head = echo_head(target, plain)
     assert_same_text(plain, generate(target, prompt, head, node_budget))
     assert head.last_stats.tokens_per_round == head.config.block_size, "a right draft was rejected"
 
 
-def test_no_draft_of_the_wrong_head_is_kept(tiny_target, wrong_head, plain_text, prompt):
+def test_no_draft_of_the_wrong_head_is_accepted(tiny_target, wrong_head, plain_text, prompt):
     target, plain = tiny_target("llama"), plain_text("llama", prompt)
     head = wrong_head(target, plain)
     assert_same_text(plain, generate(target, prompt, head))

@@ -11,7 +11,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, WatermarkingConfi
 NUM_TOKENS = 25
 
 
-class FavourNeighbours(LogitsProcessor):
+class BoostNeighbors(LogitsProcessor):
     """Depends on the whole prefix and on how often it was called, as a grammar or a state machine would."""
 
     def __init__(self):
@@ -19,9 +19,9 @@ class FavourNeighbours(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self.num_calls += 1
-        favoured = (input_ids.sum() * self.num_calls + torch.arange(5, device=scores.device)) % scores.shape[-1]
+        boosted = (input_ids.sum() * self.num_calls + torch.arange(5, device=scores.device)) % scores.shape[-1]
         scores = scores.clone()
-        scores[:, favoured] += 4.0
+        scores[:, boosted] += 4.0
         return scores
 
 
@@ -65,7 +65,7 @@ def generate(target, input_ids, head=None, **kwargs):
     torch.manual_seed(5)
     kwargs = dict(max_new_tokens=NUM_TOKENS, do_sample=True) | kwargs
     if kwargs.pop("custom_processor", False):
-        kwargs["logits_processor"] = LogitsProcessorList([FavourNeighbours()])
+        kwargs["logits_processor"] = LogitsProcessorList([BoostNeighbors()])
     text = target.generate(input_ids, assistant_model=head, **kwargs)
     return text, torch.get_rng_state()
 

@@ -64,10 +64,10 @@ def test_a_growing_layer_holds_what_an_ordinary_one_holds():
 def test_a_growing_layer_leaves_its_rows_where_they_are():
     layer = GrowingLayer()
     layer.update(rows(0, 10), rows(0, 10))
-    place = layer.keys.data_ptr()
+    address = layer.keys.data_ptr()
     for start in range(10, 200, 10):
         layer.update(rows(start, start + 10), rows(start, start + 10))
-    assert layer.keys.data_ptr() == place
+    assert layer.keys.data_ptr() == address
     assert torch.equal(layer.keys, rows(0, 200))
 
 
@@ -123,13 +123,13 @@ def test_a_copy_shares_buffers_of_its_own():
     for layer in range(3):
         cache.update(rows(10, 12, layer), rows(10, 12, layer), layer)
     copied = copy.deepcopy(cache)
-    places = [layer.keys.data_ptr() for layer in copied.layers]
+    addresses = [layer.keys.data_ptr() for layer in copied.layers]
     for layer in range(3):
         copied.update(rows(50, 55, layer), rows(50, 55, layer), layer)
         cache.update(rows(12, 13, layer), rows(12, 13, layer), layer)
         assert torch.equal(copied.layers[layer].keys, torch.cat([rows(0, 12, layer), rows(50, 55, layer)], dim=2))
         assert torch.equal(cache.layers[layer].keys, rows(0, 13, layer))
-    assert [layer.keys.data_ptr() for layer in copied.layers] == places, "the copy's rows were copied once more"
+    assert [layer.keys.data_ptr() for layer in copied.layers] == addresses, "the copy's rows were copied once more"
     assert num_buffers(copied.layers) == 1
     assert num_buffers(copied.layers + cache.layers) == 2
 
@@ -160,7 +160,7 @@ def test_a_layer_whose_batch_changes_leaves_the_others():
 
 
 def test_rows_of_fewer_sequences_or_heads_are_not_taken_for_cropped_ones():
-    """Their first one lies at the same place."""
+    """Their first one lies at the same address."""
     for cut in (lambda rows: rows[:1], lambda rows: rows[:, :1]):
         layers = [GrowingLayer(), DynamicLayer()]
         for layer in layers:
@@ -198,8 +198,8 @@ def test_paths_are_committed_as_in_ordinary_layers(seed, is_replaced):
         path = torch.unique(torch.cat([torch.zeros(1, dtype=torch.long), path])).tolist()
         for cache in caches:
             cache.layers[-1].activate_past_recording()
-            for place, layer in enumerate(cache.layers):
-                layer.update(new[place], new[place] + 0.5)
+            for index, layer in enumerate(cache.layers):
+                layer.update(new[index], new[index] + 0.5)
             if step:
                 commit_path(cache, path, num_rows)
             elif cache is caches[0]:

@@ -128,9 +128,9 @@ def run_in_threads(*calls):
     results = [None] * len(calls)
     barrier = threading.Barrier(len(calls))
 
-    def run(place, call):
+    def run(index, call):
         barrier.wait()
-        results[place] = call()
+        results[index] = call()
 
     threads = [threading.Thread(target=run, args=item) for item in enumerate(calls)]
     for thread in threads:
@@ -398,13 +398,13 @@ def test_statistics_of_one_node_are_those_of_plain_decoding(target, head, prompt
 
 def test_statistics_count_the_tokens_emitted_when_an_eos_token_cuts_the_path(target, echo_head, plain, prompt):
     tokens = plain[0, 12:].tolist()
-    place = next(i for i in range(10, 15) if tokens.index(tokens[i]) == i)
+    index = next(i for i in range(10, 15) if tokens.index(tokens[i]) == i)
     head = echo_head(target, plain)
-    text = generate(target, prompt, assistant_model=head, eos_token_id=tokens[place])
+    text = generate(target, prompt, assistant_model=head, eos_token_id=tokens[index])
     stats = head.last_stats
-    assert text.shape[1] - 12 == place + 1
-    assert stats.num_new_tokens == place + 1, "tokens behind the EOS token are counted"
-    assert stats.num_accepted + stats.num_rounds + 1 == place + 1
+    assert text.shape[1] - 12 == index + 1
+    assert stats.num_new_tokens == index + 1, "tokens behind the EOS token are counted"
+    assert stats.num_accepted + stats.num_rounds + 1 == index + 1
 
 
 def test_statistics_of_the_noisy_head_add_up(target, noisy_head, plain, prompt):

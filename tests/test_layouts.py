@@ -280,11 +280,11 @@ def test_nothing_is_said_of_our_own_layout(tmp_path, said):
 # --- what configs say ------------------------------------------------------------------------------------------------
 
 
-def test_scales_and_the_soft_cap_of_a_file_are_kept(tmp_path):
+def test_scales_and_the_soft_cap_of_a_file_are_read(tmp_path):
     config = make.dflash_old(False)
     config["dflash_config"] |= dict(input_embedding_scale=2.5, output_multiplier=0.5, final_logit_softcapping=30.0)
-    kept = make.load(tmp_path, config, make.body_tensors()).config
-    assert (kept.embedding_scale, kept.logit_scale, kept.logit_softcap) == (2.5, 0.5, 30.0)
+    read = make.load(tmp_path, config, make.body_tensors()).config
+    assert (read.embedding_scale, read.logit_scale, read.logit_softcap) == (2.5, 0.5, 30.0)
 
 
 def test_scale_and_soft_cap_shape_the_draft_probabilities(target, tmp_path):

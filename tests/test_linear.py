@@ -314,7 +314,7 @@ def test_the_projection_follows_the_targets_output_embedding_and_the_draft_vocab
     assert assert_current() is not second
 
 
-def test_nothing_is_kept_of_a_head_or_target_that_is_gone(random_head):
+def test_nothing_is_retained_of_a_head_or_target_that_is_gone(random_head):
     from conftest import build_target
 
     target = copy.deepcopy(build_target("llama"))

@@ -126,7 +126,7 @@ def test_trees_on_a_device_are_those_on_the_host(node_budget, seed):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_text_that_grows_and_loses_its_beginning_is_counted_as_if_read_anew(seed):
+def test_a_text_that_grows_and_loses_its_beginning_is_counted_as_if_read_recounted(seed):
     """Texts of few tokens, repeated ones among them, so that several pieces of the new text look like the old one."""
     generator = torch.Generator().manual_seed(seed)
     text, of_text = [], TextNgrams(3)
@@ -136,10 +136,10 @@ def test_a_text_that_grows_and_loses_its_beginning_is_counted_as_if_read_anew(se
             text = [5, *text[:10]]  # another one
         text = text[-30:]
         of_text.follow(text)
-        anew = TextNgrams(3)
-        anew.follow(text)
-        assert counts(of_text.root) == counts(anew.root)
-        assert [counts(gram) for gram in of_text.tail] == [counts(gram) for gram in anew.tail]
+        recounted = TextNgrams(3)
+        recounted.follow(text)
+        assert counts(of_text.root) == counts(recounted.root)
+        assert [counts(gram) for gram in of_text.tail] == [counts(gram) for gram in recounted.tail]
 
 
 def counts(gram):
@@ -244,7 +244,7 @@ def test_weights_that_are_no_weights_are_refused(weights):
         JetFlowConfig(mask_token_id=4, ngram_weights=weights)
 
 
-def test_the_weights_are_kept(tiny_target, random_head, tmp_path):
+def test_the_weights_are_saved(tiny_target, random_head, tmp_path):
     target = tiny_target("llama")
     for given, kept in ((None, list(NGRAM_WEIGHTS)), ([], []), ([2, 1.5], [2, 1.5])):
         random_head(target, ngram_weights=given).save_pretrained(tmp_path)

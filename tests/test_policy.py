@@ -113,7 +113,7 @@ def test_a_head_that_is_never_right_costs_next_to_nothing(machine, monkeypatch):
 def share_drafted(machine, policy, costs, num_tokens):
     """Of the rounds of a generation, in per cent."""
     sizes, record = [], policy.record
-    policy.record = lambda tree, kept: (sizes.append(len(tree.tokens)), record(tree, kept))
+    policy.record = lambda tree, paths: (sizes.append(len(tree.tokens)), record(tree, paths))
     machine.run(policy, num_tokens)
     policy.record = record
     return 100 * sum(size > 1 for size in sizes) / len(sizes)
@@ -181,7 +181,7 @@ def test_short_answers_of_a_poor_head_stay_plain(monkeypatch):
 
 
 def test_a_trial_that_was_disturbed_is_forgotten(monkeypatch):
-    """Its budget is not chosen, but now and then as the neighbour of the best one, and so learned anew."""
+    """Its budget is not chosen, but now and then as the neighbor of the best one, and so timed again."""
     seconds = MACHINES["rows cost much"]
     best = max((4, 8, 16), key=lambda budget: rate(monkeypatch, seconds, 0.8, budget))
     machine, costs = Machine(monkeypatch, seconds, 0.8), RoundCosts()
@@ -196,7 +196,7 @@ def test_a_size_that_costs_much_more_is_seldom_taken_to_learn_its_seconds(monkey
     machine.run(AutoPolicy(LIMITS, costs), 200)
     sizes, policy = [], AutoPolicy(LIMITS, costs)
     record = policy.record
-    monkeypatch.setattr(policy, "record", lambda tree, kept: (sizes.append(len(tree.tokens)), record(tree, kept)))
+    monkeypatch.setattr(policy, "record", lambda tree, paths: (sizes.append(len(tree.tokens)), record(tree, paths)))
     machine.run(policy, 4000)
     assert 0 < sum(size > 32 for size in sizes) < 0.01 * len(sizes)
 
@@ -240,7 +240,7 @@ def test_every_trial_is_made_first_and_once(monkeypatch):
     sizes = []
     policy = AutoPolicy(LIMITS, costs)
     record = policy.record
-    monkeypatch.setattr(policy, "record", lambda tree, kept: (sizes.append(len(tree.tokens)), record(tree, kept)))
+    monkeypatch.setattr(policy, "record", lambda tree, paths: (sizes.append(len(tree.tokens)), record(tree, paths)))
     machine.run(policy, 200)
     assert sizes[: 2 * len(FIRST_TRIALS)] == [size for size in FIRST_TRIALS for _ in range(2)]
     assert costs.untried(128) is None
@@ -298,7 +298,7 @@ def test_a_roofline_of_few_sizes():
 
 
 def test_a_size_of_few_rounds_is_read_off_the_others():
-    """As they are: one disturbed trial among steady sizes, and a size whose many rounds differ from the others'."""
+    """As they are: one disturbed trial among steady sizes, and a size that differs from the others in many rounds."""
     steady = {nodes: (1 + 0.05 * nodes,) * 9 for nodes in (2, 4, 8, 24, 32, 64)}
     trial = RoundCosts(samples={1: (1.0,), 16: (3.6,), **steady})
     assert trial.seconds(16) == pytest.approx(1.8, rel=0.12)
@@ -337,7 +337,7 @@ def test_the_last_node_repays_its_time_as_well_as_the_text_does(text_rate):
 
 @pytest.mark.parametrize(("per_node", "least"), [(0.1, 0.1), (0.02, 0.02), (0.0, 0.0)])
 def test_nodes_that_cannot_repay_their_verification_are_not_drafted(per_node, least):
-    """Nor those that hardly do; two disturbed sizes change little of that."""
+    """Nor those that barely do; two disturbed sizes change little of that."""
     samples = {nodes: (1 + per_node * (nodes - 1),) * 9 for nodes in (1, 4, 8, 16, 24, 32, 64)}
     costs = RoundCosts(samples=samples, tokens=4.0, drafted_seconds=4.0, num_drafted=5)
     plan = AutoPolicy(LIMITS, costs).plan(100)
@@ -349,7 +349,7 @@ def test_nodes_that_cannot_repay_their_verification_are_not_drafted(per_node, le
     assert AutoPolicy(LIMITS, costs).plan(100).min_logprob == -math.inf
 
 
-def test_calibration_follows_what_was_kept():
+def test_calibration_follows_what_was_accepted():
     costs = RoundCosts()
     for _ in range(300):
         costs.count(2.0, 1, 0.5)

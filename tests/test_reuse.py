@@ -64,13 +64,13 @@ def drafts_of(monkeypatch):
 
 
 def assert_same_drafts(expected, got):
-    assert [draft[0] for draft in got] == [draft[0] for draft in expected], "the rounds kept other numbers of tokens"
+    assert [draft[0] for draft in got] == [draft[0] for draft in expected], "the rounds accepted different tokens"
     for (_, tokens, logprobs), (_, other_tokens, other_logprobs) in zip(expected, got, strict=True):
-        # Near-ties may change places, and the last of them fall out.
-        places = (tokens[..., None] == other_tokens[..., None, :]).int()
-        is_common = places.sum(-1) == 1
+        # Near-ties may swap, and the last of them fall out.
+        is_same = (tokens[..., None] == other_tokens[..., None, :]).int()
+        is_common = is_same.sum(-1) == 1
         assert is_common.float().mean() > 0.98
-        others = other_logprobs.gather(-1, places.argmax(-1))
+        others = other_logprobs.gather(-1, is_same.argmax(-1))
         torch.testing.assert_close(others[is_common], logprobs[is_common], atol=1e-4, rtol=1e-4)
 
 

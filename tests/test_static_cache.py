@@ -113,7 +113,7 @@ def test_compiled_forwards_give_the_plain_text(backend, tiny_target, random_head
     assert 2 <= num_graphs <= len(STATIC_ROWS) + 1  # one per number of rows, and the head's
     known = num_graphs
     assert_same_text(plain, generate(target, prompt, head, compile_config=config))
-    assert num_graphs == known  # nothing is compiled anew
+    assert num_graphs == known  # nothing is compiled again
 
 
 def static_address_of(cache: StaticHeadCache) -> list[int]:
@@ -190,13 +190,13 @@ def test_a_commit_stays_in_place():
     cache = StaticCache(config=_llama_config(), max_cache_len=20)
     cache.update(rows(0, 10), rows(0, 10) + 0.5, 0)  # 2 rows of prefix, 5 nodes, 3 rows of padding
     layer = cache.layers[0]
-    place = layer.keys.data_ptr(), layer.cumulative_length.data_ptr()
+    addresses = layer.keys.data_ptr(), layer.cumulative_length.data_ptr()
     cache.layers = cache.layers[:1]
     commit_path(cache, [0, 2, 4], num_rows=8)
     assert int(cache.get_seq_length()) == 5
     assert layer.keys[0, 0, :5, 0].tolist() == [0, 1, 2, 4, 6]
     assert layer.values[0, 0, :5, 0].tolist() == [0.5, 1.5, 2.5, 4.5, 6.5]
-    assert (layer.keys.data_ptr(), layer.cumulative_length.data_ptr()) == place
+    assert (layer.keys.data_ptr(), layer.cumulative_length.data_ptr()) == addresses
 
 
 def _llama_config():

@@ -383,7 +383,7 @@ def test_missing_blocks_do_not_see_one_another():
 def test_a_head_starts_from_the_target_s_late_layers_and_norms(target):
     with torch.no_grad():
         for parameter in target.parameters():
-            parameter.uniform_()  # norms too: by themselves they are all ones
+            parameter.uniform_()  # norms too: their initial values are all ones
     head = make_head(target, num_hidden_layers=2)
     initialize_from_target(head, target)
     states = target.state_dict()

@@ -164,13 +164,13 @@ def test_nodes_as_likely_as_their_parents_never_replace_them(node_budget, width)
     candidates = make_candidates(depth=5, width=width)
     candidates.logprobs.zero_()
     tree = build_tree(ANCHOR, candidates, node_budget)
-    kept = set(paths_of(tree))  # a lost parent would give a path that does not exist
-    assert all(path[:-1] in kept for path in kept if path)
+    paths = set(paths_of(tree))  # a lost parent would give a path that does not exist
+    assert all(path[:-1] in paths for path in paths if path)
     assert bool((tree.parents[1:] < torch.arange(1, len(tree.tokens))).all())
-    assert len(kept) == min(node_budget, on_offer(5, width))
+    assert len(paths) == min(node_budget, on_offer(5, width))
 
 
-def test_a_certain_spine_is_kept_before_any_doubtful_sibling():
+def test_a_certain_spine_comes_before_any_doubtful_sibling():
     candidates = make_candidates(depth=4, width=3)
     candidates.logprobs[:] = torch.tensor([0.0, -20.0, -30.0])
     tree = build_tree(ANCHOR, candidates, 5)
@@ -229,7 +229,7 @@ def test_the_scorer_is_spared_branches_that_have_fallen_out_of_the_tree():
 
 @pytest.mark.parametrize("least", [-0.5, -2.0, -4.0, -99.0])
 @pytest.mark.parametrize("node_budget", [2, 7, 20, 200])
-def test_below_the_least_log_probability_nothing_is_drafted(node_budget, least):
+def test_below_the_minimum_log_probability_nothing_is_drafted(node_budget, least):
     candidates, scorer = make_candidates(depth=4, width=4, seed=3), PathScorer(width=4)
     paths = set(paths_of(build_tree(ANCHOR, candidates, node_budget, scorer, min_logprob=least)))
     scores = scores_of_all_paths(candidates, is_scored=True)

@@ -25,7 +25,7 @@ class Walk:
 
 
 class Spy:
-    """A logits processor that changes nothing and keeps what it was shown."""
+    """A logits processor that changes nothing and records what it was shown."""
 
     def __init__(self):
         self.prefixes: list[list[int]] = []
@@ -190,7 +190,7 @@ def test_sampling_draws_as_plain_decoding_does_from_the_same_seed():
     assert len(paths) > 2
 
 
-def test_scores_and_logits_of_every_choice_are_kept_where_asked_for():
+def test_scores_and_logits_of_every_choice_are_recorded_on_request():
     def double(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         return scores * 2
 

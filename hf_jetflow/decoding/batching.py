@@ -55,7 +55,7 @@ ROW_WISE = {
     *(class_of(stopping_criteria, name) for name in ("MaxTimeCriteria", "StopStringCriteria")),
 }
 RECORDED = ("output_scores", "output_logits", "output_hidden_states", "output_attentions")
-MOST_NOISE_BYTES = 2**28
+MAX_NOISE_BYTES = 2**28
 
 
 def is_row_wise(part: object) -> bool:
@@ -181,7 +181,7 @@ class BatchNoise:
             generator.set_state(self._states[step])
             noise.exponential_(1, generator=generator)
         self._noise[step] = noise
-        if len(self._noise) > max(MOST_NOISE_BYTES // noise.nbytes, 1):
+        if len(self._noise) > max(MAX_NOISE_BYTES // noise.nbytes, 1):
             self._noise.popitem(last=False)
         return noise
 

@@ -264,9 +264,9 @@ def _speculators_causality(config: Config, layer_types: list[str], default: bool
 def _speculators_tensors(tensors: Tensors, is_reduced: bool) -> Tensors:
     """Convert offsets to token ids, and drop tensors that only the training of the head used."""
     unused = ("t2d", "d2t", "verifier_lm_head.weight", "verifier_norm.weight")
-    kept = {name: tensor for name, tensor in tensors.items() if name not in unused}
+    used = {name: tensor for name, tensor in tensors.items() if name not in unused}
     if "d2t" not in tensors:
-        return kept
+        return used
     offsets = tensors["d2t"].long()
     token_ids = torch.arange(len(offsets)) + offsets
     if "t2d" in tensors:
@@ -277,10 +277,10 @@ def _speculators_tensors(tensors: Tensors, is_reduced: bool) -> Tensors:
                 "`d2t` and `t2d` name different draft vocabularies; the checkpoint is damaged: download it again"
             )
     if is_reduced:
-        kept["d2t"] = token_ids
+        used["d2t"] = token_ids
     elif bool(offsets.any()):
         raise ValueError("`d2t` reorders a draft vocabulary that is as large as the target's, which is not supported")
-    return kept
+    return used
 
 
 def read_body(config: Config) -> Config:

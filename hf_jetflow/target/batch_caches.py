@@ -35,10 +35,10 @@ class BatchLayer(DynamicLayer):
         self._slots, self.settled = slots, layer
         self.lazy_initialization(layer.keys, layer.values)
         self._buffers: list[torch.Tensor] = []
-        num_cached, num_kept = layer.get_seq_length(), layer.keys.shape[2]
+        num_cached, num_rows = layer.get_seq_length(), layer.keys.shape[2]
         for known in (layer.keys, layer.values):
             self._buffers.append(grown(known[:, :, :0], num_cached, fill=0))  # a masked NaN would still spoil a sum
-            self._buffers[-1][:, :, num_cached - num_kept : num_cached] = known
+            self._buffers[-1][:, :, num_cached - num_rows : num_cached] = known
         self.keys, self.values = (buffer[:, :, :num_cached] for buffer in self._buffers)
 
     def update(
@@ -107,7 +107,7 @@ def commit_paths(cache: Cache, slots: BatchSlots, paths: list[list[int]]) -> Non
         sources = torch.tensor([[*path[1:], *range(len(path), longest)] for path in paths], device="cpu")
         both = [indices + slots.lengths[:, None] for indices in (sources, torch.arange(1, longest, device="cpu"))]
 
-        @functools.cache  # alike for most layers
+        @functools.cache  # the same for most layers
         def moves(heads: int, capacity: int, device: torch.device) -> tuple[torch.Tensor, ...]:
             return tuple(to_device(flat_offsets(indices, heads, capacity), device) for indices in both)
 

@@ -1,7 +1,7 @@
 """What the layers of a target see, by kind, and whether they take draft trees or chains only.
 
 A tree needs a mask and a position of its own for every node. A target that takes neither (alibi biases and local masks
-by place in the cache), or whose recurrent layers are not known (see `mixer_plans.py`), verifies one path at a time.
+by index in the cache), or whose recurrent layers are not known (see `mixer_plans.py`), verifies one path at a time.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 RECURRENT_KINDS = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
 SCANS_FROM_NOTHING = {"jamba", "zamba"}  # transformers' scan of mamba-1 layers takes no state to begin with
 MAKES_OWN_MASKS = {"paligemma"}  # models around a text model that do not hand its masks on, one per kind of layer
-KINDS_WITHOUT_ROWS = {"moe", "mlp"}  # layers that keep nothing of what they read
+KINDS_WITHOUT_ROWS = {"moe", "mlp"}  # layers that store nothing of what they read
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _recurrent_layers(model: PreTrainedModel) -> list[int]:
 
 
 def scaling_step(model: PreTrainedModel) -> int | None:
-    """Places in the cache whose queries are scaled alike, where a target scales them by place (llama4)."""
+    """Number of cache indices in a row that share a query scale, where a target scales queries by index (llama4)."""
     text = model.config.get_text_config(decoder=True)
     return text.floor_scale if getattr(text, "attn_temperature_tuning", False) else None
 

@@ -1,8 +1,8 @@
 """Recurrent layers in the target's cache; those of unknown classes verify chains, on top of a copy of their states.
 
 A recurrent state cannot forget its newest rows. Layers of known classes do without (see `mixer_adapters.py`). For the
-others, the states are copied before a chain is verified. If not all of it is accepted, they are put back, the other
-layers drop the chain's rows, and the target reads the accepted rows once more.
+others, the states are copied before a chain is verified. If not all of it is accepted, they are restored, the other
+layers drop the chain's rows, and the target reads the accepted rows again.
 """
 
 from dataclasses import dataclass
@@ -44,17 +44,17 @@ class RecurrentStates:
         layers = filter(_is_recurrent, cache.layers)
         return cls([(_copies(layer.conv_states), _copies(layer.recurrent_states)) for layer in layers])
 
-    def put_back(self, cache: Cache) -> None:
-        """Into the very tensors that they came from: compiled graphs hold on to them."""
-        for layer, kept in zip(filter(_is_recurrent, cache.layers), self.states, strict=True):
-            for places, states in zip((layer.conv_states, layer.recurrent_states), kept, strict=True):
+    def restore(self, cache: Cache) -> None:
+        """Write the states into the tensors that they came from: compiled graphs hold on to these."""
+        for layer, copies in zip(filter(_is_recurrent, cache.layers), self.states, strict=True):
+            for originals, states in zip((layer.conv_states, layer.recurrent_states), copies, strict=True):
                 for index, state in states.items():
-                    places[index].copy_(state)
+                    originals[index].copy_(state)
 
 
 def check_states(cache: Cache) -> None:
     """
-    Refuse a target that, after the prompt, keeps what it read anywhere but in its cache.
+    Refuse a target that, has read the prompt into anything but its cache.
 
     Raises:
         JetFlowError: Saying what to do instead.
@@ -64,7 +64,7 @@ def check_states(cache: Cache) -> None:
     is_unread = any(isinstance(layer, DynamicLayer) and not layer.is_initialized for layer in cache.layers)
     if is_stateless or is_unread:
         raise JetFlowError(
-            "the target keeps its recurrent state outside of its cache, where draft heads cannot take back a rejected "
+            "the target keeps its recurrent state outside of its cache, where draft heads cannot roll back a rejected "
             "draft; generate without `assistant_model`"
         )
 
@@ -75,7 +75,7 @@ def has_states(cache: Cache) -> bool:
 
 
 def record_rows(cache: Cache) -> None:
-    """Let the sliding-window layers keep all rows of the next forward, until rows are dropped."""
+    """Let the sliding-window layers retain all rows of the next forward, until rows are dropped."""
     for layer in cache.layers:
         if hasattr(layer, "activate_past_recording") and not isinstance(layer, LinearAttentionLayer):
             layer.activate_past_recording()

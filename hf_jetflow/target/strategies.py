@@ -58,7 +58,7 @@ class CacheStrategy:
         return nullcontext()
 
     def commit(self, tree: DraftTree, paths: list[list[int]]) -> None:
-        """Keep each sequence's path, compacted behind its prefix, and drop the other nodes."""
+        """Compact each sequence's path behind its prefix, and drop the other nodes."""
         self._commit_path(tree, paths[0])
         self.slots.advance(paths)
 
@@ -105,7 +105,7 @@ class StaticStrategy(CacheStrategy):
 
 class ReplayedStrategy(CacheStrategy):
     """
-    A cache with recurrent states of unknown layers: accepted rows of a rejected chain are read once more.
+    A cache with recurrent states of unknown layers: accepted rows of a rejected chain are read again.
 
     Args:
         read: Runs the target over the nodes of a chain behind the cache.
@@ -124,7 +124,7 @@ class ReplayedStrategy(CacheStrategy):
         if len(path) < tree.num_nodes:
             assert self._states_before is not None
             commit_path(self.cache, [], tree.num_nodes)
-            self._states_before.put_back(self.cache)
+            self._states_before.restore(self.cache)
             if not path:
                 return
             tree = trim_tree(tree, len(path))
