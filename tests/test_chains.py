@@ -8,8 +8,8 @@ from support_matrix import build
 from transformers import AutoModelForCausalLM
 
 from hf_jetflow.target import layer_kinds, mixer_plans
-from hf_jetflow.target.caches import commit_path
-from hf_jetflow.target.recurrent import RecurrentStates, has_states, record_rows
+from hf_jetflow.target.caches import commit_path, record_rows
+from hf_jetflow.target.recurrent import RecurrentStates, has_states
 
 
 BY_INDEX = ["bloom", "falcon-alibi", "gpt_neo", "mpt"]

@@ -8,7 +8,7 @@ from transformers import CompileConfig, StaticCache
 
 from hf_jetflow.decoding.drafter import IDLE_CACHES, JetFlowCandidateGenerator
 from hf_jetflow.head.cache import StaticHeadCache
-from hf_jetflow.target.caches import STATIC_ROWS, commit_path, max_static_nodes, static_rows
+from hf_jetflow.target.caches import STATIC_ROWS, commit_static_path, max_static_nodes, static_rows
 from hf_jetflow.target.context import Context, TargetStates
 
 
@@ -192,7 +192,7 @@ def test_a_commit_stays_in_place():
     layer = cache.layers[0]
     addresses = layer.keys.data_ptr(), layer.cumulative_length.data_ptr()
     cache.layers = cache.layers[:1]
-    commit_path(cache, [0, 2, 4], num_rows=8)
+    commit_static_path(cache, [0, 2, 4], num_rows=8)
     assert int(cache.get_seq_length()) == 5
     assert layer.keys[0, 0, :5, 0].tolist() == [0, 1, 2, 4, 6]
     assert layer.values[0, 0, :5, 0].tolist() == [0.5, 1.5, 2.5, 4.5, 6.5]

@@ -57,20 +57,13 @@ class BranchCorrection(StepScorer):
         """Project embeddings of the branches' last tokens: (..., hidden) to (..., 2 x width)."""
         return self.token_proj(self.token_norm(tokens))
 
-    def project_states(self, states: torch.Tensor) -> torch.Tensor:
-        """Project states, which branches with the same parent share: (..., hidden) to (..., 2 x width)."""
-        return self.state_proj(self.state_norm(states))
-
-    def carry(self, inner: torch.Tensor, states: torch.Tensor | None) -> torch.Tensor:
-        """Update the states (..., hidden) of branches with the inner rows (..., width) of one depth."""
-        carried = self.carry_proj(inner)
-        return carried if states is None else states + carried
-
     def recall(self, memory: Memory) -> Memory:
         """The state behind a parent and its projection, from the parent's inner row and the state before it."""
         inner, *before = memory
-        state = self.carry(inner, before[0] if before else None)
-        return state, self.project_states(state)
+        state = self.carry_proj(inner)
+        if before:
+            state = before[0] + state
+        return state, self.state_proj(self.state_norm(state))
 
     def read(
         self, depth: int, slots: torch.Tensor, tokens: torch.Tensor, recalled: Memory | None
@@ -81,23 +74,3 @@ class BranchCorrection(StepScorer):
         inner = self.gate(projected)
         memory = () if not self.has_state else (inner,) if recalled is None else (inner, recalled[0])
         return self.down_proj(inner), memory
-
-    def forward(
-        self, projected_slots: torch.Tensor, parent_embeds: torch.Tensor, state: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """
-        Shift the hidden row of one depth, once per branch.
-
-        Args:
-            projected_slots (`torch.Tensor`, (..., 2 x width)): `project_slots` of the depth's row.
-            parent_embeds (`torch.Tensor`, (..., hidden)): The target's embedding of the branches' last tokens.
-            state (`torch.Tensor`, (..., hidden)): State of the branches so far; `None` at the root.
-
-        Returns:
-            Shifts (..., hidden) of the depth's row and the branches' new state (`None` for the parent kind).
-        """
-        projected = projected_slots + self.project_tokens(parent_embeds)
-        if state is not None:
-            projected = projected + self.project_states(state)
-        inner = self.gate(projected)
-        return self.down_proj(inner), self.carry(inner, state) if self.has_state else None

@@ -262,9 +262,11 @@ class JetFlowHead(PreTrainedModel):
         blocks = (batch, num_rows // self.config.block_size, self.config.block_size, hidden)
         slots = self.branch_correction.project_slots(rows).view(*blocks[:3], -1)
         parents = parent_embeds.view(blocks)
-        shifts, state = [torch.zeros_like(parents[:, :, 0])] * 2, None
+        shifts, memory = [torch.zeros_like(parents[:, :, 0])] * 2, None
         for slot in range(2, self.config.block_size):
-            shift, state = self.branch_correction(slots[:, :, slot], parents[:, :, slot], state)
+            tokens = self.branch_correction.project_tokens(parents[:, :, slot])
+            recalled = self.branch_correction.recall(memory) if memory else None
+            shift, memory = self.branch_correction.read(slot - 1, slots[:, :, slot], tokens, recalled)
             shifts.append(shift)
         return torch.stack(shifts, dim=2).flatten(1, 2)
 

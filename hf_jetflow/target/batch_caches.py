@@ -116,14 +116,6 @@ def commit_paths(cache: Cache, slots: BatchSlots, paths: list[list[int]]) -> Non
                 layer.move(moves)
 
 
-def retire_slot(cache: Cache, slots: BatchSlots, slot: int) -> None:
-    """Retire the sequence in `slot`; the last active sequence takes over the slot."""
-    last = slots.retire(slot)
-    for layer in cache.layers:
-        if isinstance(layer, BatchLayer):
-            layer.swap(slot, last)
-
-
 def settle_batch(cache: Cache, slots: BatchSlots, length: int) -> None:
     """The cache's own layers again, with `length` rows of every sequence in the caller's order."""
     order = torch.tensor(slots.order, device="cpu").argsort()

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, StaticCache, cache_utils
@@ -106,64 +105,74 @@ def max_static_nodes(num_free: int) -> int:
     return max(rows for rows in (*STATIC_ROWS, 1) if rows <= max(num_free, 1))
 
 
-def commit_path(cache: Cache, path: list[int], num_rows: int) -> None:
+def record_rows(cache: Cache) -> None:
+    """Let the sliding-window layers retain all rows of the next forward, until rows are dropped."""
+    for layer in cache.layers:
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.activate_past_recording()
+
+
+def commit_path(cache: DynamicCache, path: list[int], num_rows: int) -> None:
     """
     Compact the keys and values of the path behind the prefix, and drop the other nodes. The prefix is not moved.
 
     Args:
-        cache (`DynamicCache` or `StaticCache`): The target's cache, whose last `num_rows` rows are the tree's nodes
-            and, with a static cache, padding.
+        cache (`DynamicCache`): The target's cache, whose last `num_rows` rows are the tree's nodes.
         path (`list[int]`): Accepted node ids, root first, ascending; an empty path drops all nodes.
         num_rows (`int`): Rows of the verifying forward.
     """
-    # The root is in place, and so are the nodes behind it whose ids equal their index on the path.
-    first = next((index for index, node in enumerate(path) if index != node), len(path))
-
-    @functools.cache  # the same for most layers
-    def moves(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        return to_device(path[first:], device), torch.arange(first, len(path), device=device)
-
-    layers = [layer for layer in cache.layers if not isinstance(layer, EMPTY_LAYERS)]
-    _commit_static([layer for layer in layers if isinstance(layer, StaticLayer)], moves, len(path), first, num_rows)
+    moves, is_moved = _moves(path)
     moved: dict[int, tuple[torch.Tensor, ...]] = {}  # buffers that layers share
-    for layer in layers:
+    for layer in cache.layers:
         if isinstance(layer, DynamicLayer) and (layer.is_sliding or len(path) < num_rows):
             if isinstance(layer, GrowingLayer) and (buffers := layer.shared_buffers):
                 start = layer.get_seq_length() - num_rows
-                if first < len(path) and id(buffers) not in moved:
+                if is_moved and id(buffers) not in moved:
                     _move(buffers, start, moves)
                     moved[id(buffers)] = buffers
                 layer.truncate(start + len(path))
                 continue
             start = layer.keys.shape[2] - num_rows
-            if first < len(path):
+            if is_moved:
                 _move((layer.keys, layer.values), start, moves)
             _end_at(layer, start + len(path), num_rows - len(path))
 
 
-def _commit_static(layers: list[Any], moves: Moves, length: int, first: int, num_rows: int) -> None:
-    """The part of `commit_path` for static layers, which all have one length, given that of the path."""
-    if not layers:
-        return
+def commit_static_path(cache: StaticCache, path: list[int], num_rows: int) -> None:
+    """`commit_path` for a static cache: the last rows are the nodes, then padding. All layers have one length."""
+    layers = [layer for layer in cache.layers if isinstance(layer, StaticLayer)]
     lengths = [layer.cumulative_length for layer in layers]
+    moves, is_moved = _moves(path)
 
     @functools.cache
     def shifted(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         start = lengths[0].to(device) - num_rows
-        rows, slots = moves(device)
-        return rows + start, slots + start
+        rows, indices = moves(device)
+        return rows + start, indices + start
 
-    if first < length:
+    if is_moved:
         for layer in layers:
             _move((layer.keys, layer.values), 0, shifted)
-    torch._foreach_add_(lengths, length - num_rows)  # in place: compiled graphs hold on to them
+    torch._foreach_add_(lengths, len(path) - num_rows)  # in place: compiled graphs hold on to them
+
+
+def _moves(path: list[int]) -> tuple[Moves, bool]:
+    """The moves that compact a path, the same for most layers, and whether there are any."""
+    # The root is in place, and so are the nodes behind it whose ids equal their index on the path.
+    first = next((index for index, node in enumerate(path) if index != node), len(path))
+
+    @functools.cache
+    def moves(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        return to_device(path[first:], device), torch.arange(first, len(path), device=device)
+
+    return moves, first < len(path)
 
 
 def _move(buffers: Iterable[torch.Tensor], start: int, moves: Moves) -> None:
     """Compact rows of buffers (..., rows, dim) behind `start`, in place."""
     for states in buffers:
-        rows, slots = (numbers + start if start else numbers for numbers in moves(states.device))
-        states.index_copy_(-2, slots, states.index_select(-2, rows))
+        rows, indices = (numbers + start if start else numbers for numbers in moves(states.device))
+        states.index_copy_(-2, indices, states.index_select(-2, rows))
 
 
 def _end_at(layer: DynamicLayer, length: int, num_dropped: int) -> None:

@@ -74,13 +74,6 @@ def has_states(cache: Cache) -> bool:
     return any(map(_is_recurrent, cache.layers))
 
 
-def record_rows(cache: Cache) -> None:
-    """Let the sliding-window layers retain all rows of the next forward, until rows are dropped."""
-    for layer in cache.layers:
-        if hasattr(layer, "activate_past_recording") and not isinstance(layer, LinearAttentionLayer):
-            layer.activate_past_recording()
-
-
 def _is_recurrent(layer: CacheLayerMixin) -> bool:
     return isinstance(layer, LinearAttentionLayer)
 

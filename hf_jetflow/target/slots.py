@@ -49,8 +49,8 @@ class BatchSlots:
             self._new_offsets[key] = to_device(flat_offsets(indices, heads, capacity), device)
         return self._new_offsets[key]
 
-    def retire(self, slot: int) -> int:
-        """Swap the sequence in `slot` with the last active one and deactivate it; returns the last slot."""
+    def retire(self, slot: int) -> None:
+        """Swap the sequence in `slot` with the last active one, and deactivate it."""
         last = len(self.lengths) - 1
         self.order[slot], self.order[last] = self.order[last], self.order[slot]
         self._finished[self.order[last]] = int(self.lengths[slot])
@@ -58,7 +58,6 @@ class BatchSlots:
         lengths[slot] = lengths[last]
         self._set_lengths(lengths[:last])
         self._adapter_names.select(self.active)
-        return last
 
     def cut(self, lengths: list[int]) -> None:
         """Truncate the cached lengths; tokens beyond `lengths` were surplus."""

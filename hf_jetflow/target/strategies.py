@@ -11,11 +11,11 @@ from typing import Any
 from transformers import DynamicCache, StaticCache
 
 from ..trees.tree import DraftTree, trim_tree
-from .batch_caches import commit_paths, retire_slot, settle_batch, spread_layers
-from .caches import StaticLayer, commit_path, max_static_nodes, static_rows
+from .batch_caches import BatchLayer, commit_paths, settle_batch, spread_layers
+from .caches import StaticLayer, commit_path, commit_static_path, max_static_nodes, record_rows, static_rows
 from .growing_cache import grow_layers, settle_layers
 from .mixer_adapters import TreeMixer, TreeNodes, reading_trees
-from .recurrent import RecurrentStates, has_states, record_rows
+from .recurrent import RecurrentStates, has_states
 from .slots import BatchSlots
 
 
@@ -63,7 +63,7 @@ class CacheStrategy:
         self.slots.advance(paths)
 
     def _commit_path(self, tree: DraftTree, path: list[int]) -> None:
-        commit_path(self.cache, path, self.num_rows(tree.num_nodes))
+        commit_path(self.cache, path, tree.num_nodes)
 
     def roll_back(self, tree: DraftTree) -> None:
         """Drop all nodes of a verified tree, and leave the cache to the caller with the text up to the anchor; of a
@@ -98,6 +98,9 @@ class StaticStrategy(CacheStrategy):
 
     def open(self) -> None:
         pass
+
+    def _commit_path(self, tree: DraftTree, path: list[int]) -> None:
+        commit_static_path(self.cache, path, self.num_rows(tree.num_nodes))
 
     def settle(self, length: int) -> None:
         pass
@@ -148,7 +151,11 @@ class BatchStrategy(CacheStrategy):
         self.settle(int(self.slots.lengths.min()))
 
     def retire(self, slot: int) -> None:
-        retire_slot(self.cache, self.slots, slot)
+        last = len(self.slots.lengths) - 1
+        super().retire(slot)
+        for layer in self.cache.layers:
+            if isinstance(layer, BatchLayer):
+                layer.swap(slot, last)
 
     def settle(self, length: int) -> None:
         settle_batch(self.cache, self.slots, length)
