@@ -66,7 +66,7 @@ class Emitter:
         }
         self._stops_each = batch == 1 or stops_each(stopping_criteria)
         self._sequence_criteria, self._batch_criteria = split_criteria(stopping_criteria, batch)
-        self._num_judged = self._prompt_length  # tokens of each sequence that the criteria of the batch have seen
+        self._num_checked = self._prompt_length  # tokens of each sequence that the criteria of the batch have seen
         self._stopped: set[int] = set()  # by the criteria of the batch
         self._hidden_states: list[tuple[torch.Tensor, ...]] = []
         self._attentions: list[tuple[torch.Tensor, ...]] = []
@@ -133,14 +133,14 @@ class Emitter:
         if is_finished:
             self._finished.add(sequence)
         if self._batch_criteria:
-            self._judge(scores)
+            self._check_batch_criteria(scores)
         self._stream()
         return sequence in self._finished
 
-    def _judge(self, scores: tuple[torch.Tensor, ...] | None) -> None:
+    def _check_batch_criteria(self, scores: tuple[torch.Tensor, ...] | None) -> None:
         """Ask the criteria of the batch about every step that all sequences have reached, in order."""
-        while self._num_judged < self._num_reached:
-            self._num_judged = end = self._num_judged + 1
+        while self._num_checked < self._num_reached:
+            self._num_checked = end = self._num_checked + 1
             self._stopped |= _stopped_by(self._batch_criteria, self._written_ids[:, :end].contiguous(), scores)
             if not self._stops_each and len(self._stopped) < len(self._lengths):
                 continue

@@ -36,7 +36,7 @@ from .reuse import recall, remember
 from .tree_log import Round, TreeLog
 
 
-REST_ROWS = 16  # tokens that finished sequences read at a time when the cache of a batch is left to the caller
+REST_CHUNK = 16  # tokens of finished sequences that are fed at a time, where the caller gets the cache of a batch
 OUTPUT_FLAGS = (
     "return_dict_in_generate",
     "output_scores",
@@ -135,7 +135,7 @@ class DecodingSession:
         return self._context.needs_fresh_cache(self._emitter.length)
 
     def read_again(self) -> None:
-        """Read all text so far into a new cache, as plain decoding does where one is needed."""
+        """Read all text so far into a new cache, as plain decoding does (Phi-3, at the length of its first RoPE)."""
         strategy, emitter = self._context.strategy, self._emitter
         strategy.settle(emitter.length - 1 + self._num_without_id)
         model_kwargs = self._model._update_model_kwargs_for_generation(
@@ -248,8 +248,8 @@ class DecodingSession:
         slots.cut([length - 1 + self._num_without_id for length in self._emitter.lengths])
         slots.recall()
         num_missing = slots.lengths.max() - slots.lengths
-        for start in range(0, rest_ids.shape[1], REST_ROWS):
-            chain = chain_of(rest_ids[slots.order, start : start + REST_ROWS])
+        for start in range(0, rest_ids.shape[1], REST_CHUNK):
+            chain = chain_of(rest_ids[slots.order, start : start + REST_CHUNK])
             num_read = (num_missing - start).clamp(0, chain.num_nodes)
             # Sequences that lack fewer tokens repeat their last position: there may be none behind it.
             depths = chain.depths.minimum((num_read - 1).clamp_min(0)[:, None].to(chain.depths.device))

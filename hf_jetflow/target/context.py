@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class TargetStates:
-    """What a target forward leaves behind."""
+    """Results of a target forward."""
 
     logits: torch.Tensor  # (batch, rows, vocab)
     taps: tuple[torch.Tensor, ...]  # (batch, rows, target_hidden) per tap after a verify, all in one after the prefill

@@ -50,11 +50,11 @@ class CacheStrategy:
         grow_layers(self.cache)
 
     def prepare(self) -> None:
-        """Called before each verify: nodes may be rejected."""
+        """Make the cache able to drop nodes; called before each verify."""
         record_rows(self.cache)
 
     def reading(self, tree: DraftTree) -> AbstractContextManager[None]:
-        """Around the forward over a tree's nodes."""
+        """Context manager around the forward over a tree's nodes."""
         return nullcontext()
 
     def commit(self, tree: DraftTree, paths: list[list[int]]) -> None:
