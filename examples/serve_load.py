@@ -194,9 +194,7 @@ def write_prompts(path: Path, folder: Path, num_prompts: int) -> Path:
     return output
 
 
-def measure(
-    ports: dict[str, int], target: Path, prompts: list[Path], log: BenchLog, settings: dict[str, Any]
-) -> None:
+def measure(ports: dict[str, int], target: Path, prompts: list[Path], log: BenchLog, settings: dict[str, Any]) -> None:
     """Take every measurement that the log lacks, the servers in turn; each is stored as soon as it is done."""
     loads = [AT_ONCE, *settings["loads"]]
     total, count = len(prompts) * len(loads) * len(METHODS), 0
@@ -231,7 +229,9 @@ def load_name(load: float | str) -> str:
 def summary(record: dict[str, Any]) -> str:
     """The line that the terminal shows for a measurement."""
     drafted = f", {record['tokens_per_pass']:.2f} per pass" if "tokens_per_pass" in record else ""
-    return f"{record['tokens_per_second']:.1f} tokens/s, p50 {record['request_latency_ms']['p50'] / 1000:.1f} s{drafted}"
+    return (
+        f"{record['tokens_per_second']:.1f} tokens/s, p50 {record['request_latency_ms']['p50'] / 1000:.1f} s{drafted}"
+    )
 
 
 def make_rows(names: list[str], log: BenchLog, settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -267,9 +267,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
     names = list(dict.fromkeys(row["prompts"] for row in rows))
     titles = ["time to first token, s", "time per output token, ms", "request latency, s"]
-    figure, axes = plt.subplots(
-        len(names), 3, figsize=(12, 3.4 * len(names)), squeeze=False, constrained_layout=True
-    )
+    figure, axes = plt.subplots(len(names), 3, figsize=(12, 3.4 * len(names)), squeeze=False, constrained_layout=True)
     for line, name in zip(axes, names, strict=True):
         for axis, latency, title in zip(line, LATENCIES.values(), titles, strict=True):
             for method, color, label in zip(METHODS, ("#7f7f7f", "#dd8452"), ("plain", "with the head"), strict=True):

@@ -69,7 +69,9 @@ def asked(monkeypatch):
 
 def measure(path, names=("math", "chat")):
     log = BenchLog(path, SETTINGS)
-    serve_load.measure({"plain": 1, "head": 2}, Path("target"), [Path(f"{name}.jsonl") for name in names], log, SETTINGS)
+    serve_load.measure(
+        {"plain": 1, "head": 2}, Path("target"), [Path(f"{name}.jsonl") for name in names], log, SETTINGS
+    )
     return log
 
 
@@ -126,7 +128,9 @@ def test_the_table_of_the_documents_shows_each_load_once_and_both_servers(asked,
     (tmp_path / "serving.json").write_text(json.dumps({"environment": facts, "rows": rows}))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     lines = tables.serving().splitlines()
-    assert lines[2] == "| math | 50 %: 2.00/s | plain | 50 / 90 / 99 | 51 / 91 / 100 | 0.1 / 0.1 / 0.1 | 13 | | 2 of 2 |"
+    assert (
+        lines[2] == "| math | 50 %: 2.00/s | plain | 50 / 90 / 99 | 51 / 91 / 100 | 0.1 / 0.1 / 0.1 | 13 | | 2 of 2 |"
+    )
     assert lines[3].startswith("| | | with the head | 50 / 90 / 99 |")
     assert "| 2.00 | 2 of 2 |" in lines[3]
     assert lines[6].startswith("| math | at once | plain |")

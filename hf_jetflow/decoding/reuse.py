@@ -5,8 +5,9 @@ to its tokens is loaded. Stored states are never changed: a call copies them, an
 """
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.nn.functional import pad
@@ -109,17 +110,11 @@ class _Memory:
         return type(None), ()  # is not pickled with its cache
 
 
-class HasHeadContext(Protocol):
-    """A drafter, asked for what its head was shown only where it is stored."""
-
-    def head_context(self) -> HeadContext: ...
-
-
-def remember(cache: Cache, head: JetFlowHead, drafter: HasHeadContext) -> None:
+def remember(cache: Cache, head: JetFlowHead, head_context: Callable[[], HeadContext]) -> None:
     """Store with the target's cache what the head was shown of its tokens; for one sequence, not for a batch."""
     marks = CacheMarks.of(cache)
     if marks is not None and len(marks.numbers) == 1:
-        memory = _Memory(weakref.ref(head), head.dtype, head.device, marks, drafter.head_context())
+        memory = _Memory(weakref.ref(head), head.dtype, head.device, marks, head_context())
         setattr(cache, ATTRIBUTE, memory)
 
 

@@ -238,7 +238,7 @@ class DecodingSession:
         if self._wants["return_dict_in_generate"] or getattr(cache, "_is_user_defined", False):
             self._read_rest()
             self._context.strategy.settle(self._emitter.length - 1 + self._num_without_id)
-            remember(cache, self._head, self._drafter)
+            remember(cache, self._head, self._drafter.head_context)
         self._drafter.close()
         return self._emitter.finish(cache, self._wants, self._choosers[0])
 

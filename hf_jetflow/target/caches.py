@@ -14,8 +14,8 @@ from .growing_cache import GrowingLayer
 from .recurrent import RECURRENT_LAYERS
 
 
-# Layers that read other layers' rows, or none; early releases have no such class.
-EMPTY_LAYERS = (class_of(cache_utils, "DummyLayer"),)
+# A layer that reads other layers' rows, or none; early releases have no such class.
+EmptyLayer = class_of(cache_utils, "DummyLayer")
 DynamicSlidingWindowLayer = class_of(cache_utils, "DynamicSlidingWindowLayer")
 StaticLayer = class_of(cache_utils, "StaticLayer")
 # moves(device): rows of the tree to move, and their new indices among the tree's rows.
@@ -42,7 +42,7 @@ def check_target_cache(cache: Cache | None) -> DynamicCache | StaticCache:
             f"draft trees are not supported with {kind} yet; leave `cache_implementation` unset to use the dynamic "
             f"cache, or {without}"
         )
-    known = (DynamicLayer, DynamicSlidingWindowLayer, GrowingLayer, StaticLayer, *EMPTY_LAYERS, *RECURRENT_LAYERS)
+    known = (DynamicLayer, DynamicSlidingWindowLayer, GrowingLayer, StaticLayer, EmptyLayer, *RECURRENT_LAYERS)
     unknown = {type(layer).__name__ for layer in cache.layers if type(layer) not in known}
     if "StaticSlidingWindowLayer" in unknown:
         raise JetFlowError(
