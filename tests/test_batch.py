@@ -82,11 +82,11 @@ def test_every_sequence_is_drafted_for_as_if_it_were_alone(family, monkeypatch):
     monkeypatch.setattr(JetFlowCandidateGenerator, "propose", recorded_propose)
     batch, _ = generate(target, head)
     in_batch = list(drafts)
-    for row in range(len(inputs["input_ids"])):
+    for index in range(len(inputs["input_ids"])):
         drafts.clear()
-        keep = inputs["attention_mask"][row] == 1
-        output, _ = generate(target, head, dict(input_ids=inputs["input_ids"][row : row + 1, keep]))
-        assert output[0].tolist() == batch[row, (~keep).sum() :].tolist()
+        keep = inputs["attention_mask"][index] == 1
+        output, _ = generate(target, head, dict(input_ids=inputs["input_ids"][index : index + 1, keep]))
+        assert output[0].tolist() == batch[index, (~keep).sum() :].tolist()
         assert len(drafts) > 5
         shared = 0  # rounds begin elsewhere where n-grams continued the tree, which those of a batch do not
         for anchor, logprobs in drafts:
@@ -108,7 +108,7 @@ SMALLER = {
     "suppress_tokens": dict(suppress_tokens=list(range(0, VOCAB, 2))),
     "begin_suppress_tokens": dict(begin_suppress_tokens=list(range(0, VOCAB, 2))),
     "min_new_tokens": dict(min_new_tokens=12, eos_token_id=list(range(3, 50))),
-    "prefix_allowed_tokens_fn": dict(prefix_allowed_tokens_fn=lambda row, ids: list(range(3 + row, 40 + row))),
+    "prefix_allowed_tokens_fn": dict(prefix_allowed_tokens_fn=lambda index, ids: list(range(3 + index, 40 + index))),
 }
 
 
@@ -128,7 +128,7 @@ def test_a_watermark_that_remembers_its_contexts_is_the_plain_one():
 
 
 def test_a_penalty_leaves_the_padding_of_each_prompt_out():
-    # Plain decoding hands the number of padding tokens of every row to the processor.
+    # Plain decoding hands the number of padding tokens of every sequence to the processor.
     assert_same_batch(small_target(), small_head(), do_sample=True, repetition_penalty=1.7, temperature=0.5)
 
 
@@ -312,10 +312,10 @@ def test_a_processor_that_is_said_to_be_row_wise_is_believed():
     head = small_head()
     inputs = prompts((6, 6))
     alone = [
-        generate(small_target(), None, dict(input_ids=inputs["input_ids"][row : row + 1]), logits_processor=[Boost()])[
-            0
-        ]
-        for row in range(2)
+        generate(
+            small_target(), None, dict(input_ids=inputs["input_ids"][index : index + 1]), logits_processor=[Boost()]
+        )[0]
+        for index in range(2)
     ]
     drafted, _ = generate(small_target(), head, inputs, logits_processor=[Boost()])
     assert drafted.tolist() == torch.cat(alone).tolist()
@@ -355,9 +355,9 @@ def test_noise_is_that_of_multinomial_in_whatever_order_it_is_asked_for(max_byte
     torch.manual_seed(8)
     noise = BatchNoise(3)
     got = torch.empty_like(expected)
-    for row in (1, 0, 2):
+    for sequence in (1, 0, 2):
         for step in range(6):
-            got[step, row] = noise.draw(row, probs[step, row : row + 1])
+            got[step, sequence] = noise.draw(sequence, probs[step, sequence : sequence + 1])
     assert got.tolist() == expected.tolist()
     assert torch.equal(torch.get_rng_state(), state)
 

@@ -38,8 +38,8 @@ class EndOfText(StoppingCriteria):
         self.pairs, self.is_done = pairs, [False] * batch
 
     def __call__(self, input_ids, scores, **kwargs):
-        for row, tail in enumerate(input_ids[:, -2:].sum(dim=1).tolist()):
-            self.is_done[row] = self.is_done[row] or tail % self.pairs == 0
+        for index, tail in enumerate(input_ids[:, -2:].sum(dim=1).tolist()):
+            self.is_done[index] = self.is_done[index] or tail % self.pairs == 0
         return all(self.is_done)
 
 

@@ -288,7 +288,7 @@ def test_a_pickled_cache_leaves_the_head_s_part_behind(tiny_target, random_head,
     assert_same_text(generate(target, text), generate(target, text, head, past_key_values=restored))
 
 
-def test_a_cache_repeated_for_a_batch_is_not_taken_for_one_row(tiny_target, random_head, prompt):
+def test_a_cache_repeated_for_a_batch_is_not_taken_for_one_sequence(tiny_target, random_head, prompt):
     target = tiny_target("llama")
     head = random_head(target)
     _, cache = ask(target, prompt, head)
