@@ -157,7 +157,7 @@ def test_a_server_that_does_not_start_shows_the_end_of_its_log(monkeypatch, tmp_
     monkeypatch.setattr(serve_load, "__file__", str(tmp_path / "serve_load.py"))
     settings = {"dtype": "float32", "max_model_len": 64, "max_num_seqs": 4, "kv_cache_mib": 1}
     with (
-        pytest.raises(SystemExit, match="did not start; the end of its log:\nHEAD is none, options .*--port"),
+        pytest.raises(SystemExit, match=r"did not start; the end of its log:\nHEAD is none, options .*--port"),
         serve_load.server(tmp_path / "target", "none", tmp_path / "log", settings),
     ):
         pass
