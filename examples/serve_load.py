@@ -95,9 +95,17 @@ def server(target: Path, head: str, log: Path, settings: dict[str, Any]) -> Iter
         wait_until_ready(process, port, log)
         yield port
     finally:
-        with suppress(ProcessLookupError):  # it ended on its own
-            os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
+        stop(process)
+
+
+def stop(process: subprocess.Popen) -> None:
+    """End a server and the processes that it started."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=30)
+    with suppress(ProcessLookupError):  # all of them have ended
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def wait_until_ready(process: subprocess.Popen, port: int, log: Path) -> None:

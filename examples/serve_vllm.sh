@@ -27,4 +27,6 @@ print(JetFlowHead.from_pretrained(sys.argv[1]).config.block_size - 1)' "$HEAD")
     settings="{\"method\": \"dflash\", \"model\": \"$converted\", \"num_speculative_tokens\": $depths}"
     set -- --speculative-config "$settings" "$@"
 fi
-do_run "$python" -m vllm.entrypoints.openai.api_server --model "$TARGET" "$@"
+set -- "$python" -m vllm.entrypoints.openai.api_server --model "$TARGET" "$@"
+echo "+ $*"
+if [ -z "${DRY_RUN:-}" ]; then exec "$@"; fi  # signals reach the server

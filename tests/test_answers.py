@@ -125,6 +125,13 @@ def test_a_killed_run_loses_no_finished_answer_and_says_what_it_continues_from(
     assert report.said == [f"continuing: {num_written} of 7 answers are in {output}"]
 
 
+def test_a_run_that_finds_every_answer_says_so(target, tokenizer, tmp_path):
+    output, report = tmp_path / "answers.jsonl", Report()
+    regenerate(target, tokenizer, output)
+    regenerate(target, tokenizer, output, report=report)
+    assert (report.calls, report.said) == ([], [f"continuing: 7 of 7 answers are in {output}"])
+
+
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [

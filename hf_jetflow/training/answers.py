@@ -70,9 +70,9 @@ def regenerate_answers(
         if report is not None:
             report(num_done, len(order), "answers")
 
+    if report is not None and num_done:
+        report.say(f"continuing: {num_done} of {len(order)} answers are in {output}")
     if num_done < len(order):
-        if report is not None and num_done:
-            report.say(f"continuing: {num_done} of {len(order)} answers are in {output}")
         count(0)
     eos_ids = _eos_ids(target, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
