@@ -1,6 +1,8 @@
 """What others meet first: workflows, templates and files about the project agree with pyproject.toml."""
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,17 @@ def test_the_tests_run_on_every_python_that_is_promised_and_at_both_ends_of_tran
 def test_the_torch_of_the_workflows_is_that_of_the_makefile():
     pinned = re.search(r",torch,(torch==[\d.]+)\)", MAKEFILE)[1]
     assert {read(path)["env"]["TORCH"].split()[0] for path in WORKFLOWS} == {pinned}
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("target", ["venv", "vllm-check", "serve-load", "parity", "targets-test"])
+def test_another_torch_reaches_pip_as_several_words(target):
+    torch = "torch==2.13.0 --index-url https://example.org/cpu"
+    fresh = [f"{name}=.none-{name}" for name in ("VENV", "VLLM_VENV", "PARITY_VENV", "TARGETS_VENV")]
+    command = ["make", "--dry-run", target, f"TORCH={torch}", *fresh]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    installs = [line for line in printed.splitlines() if re.search(r"pip install .*torch==", line)]
+    assert [line.endswith(f" {torch}") for line in installs] == [True]
 
 
 def test_pre_commit_has_the_ruff_of_the_tests():
