@@ -49,6 +49,12 @@ def layer_windows(model: PreTrainedModel) -> dict[str, Window | None]:
             f"the mamba layers of `{text.model_type}` read several rows at once from an empty state only, so they "
             "cannot verify a draft; generate without `assistant_model`"
         )
+    if not getattr(text, "is_decoder", True):  # configurations of encoders that can be decoders have the field
+        raise JetFlowError(
+            f"the attention of this `{text.model_type}` is bidirectional (`is_decoder=False` in its config), so "
+            "a forward of several rows shows each of them the later ones; set `is_decoder=True`, or generate without "
+            "`assistant_model`"
+        )
     if getattr(text, "cross_attention_layers", None):
         raise JetFlowError(
             f"`{text.model_type}` has layers that attend to images beside the text, whose cache draft heads do not "
