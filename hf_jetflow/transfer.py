@@ -1,6 +1,7 @@
-"""`to_device`: numbers of the host on a device, without a wait of the host where CUDA allows it."""
+"""Numbers of the host on a device, and when nothing may depend on numbers of a device, without waits of the host."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,3 +17,27 @@ def to_device(numbers: torch.Tensor | Sequence[Any], device: torch.device | str)
     source = numbers if isinstance(numbers, torch.Tensor) else torch.tensor(numbers, device="cpu")
     is_staged = source.device.type == "cpu" and torch.device(device).type == "cuda"
     return source.to(device, non_blocking=is_staged)
+
+
+def repeated(numbers: Sequence[float], counts: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Each number as often as its count says, in one tensor: made once, or as part of a captured function."""
+    if torch.compiler.is_compiling():
+        return _repeated(tuple(numbers), tuple(counts), device)
+    return _known_repeated(tuple(numbers), tuple(counts), device)
+
+
+def _repeated(numbers: tuple[float, ...], counts: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    # No copy from the host, which would keep a captured function out of CUDA graphs.
+    return torch.cat([torch.full((n,), number, device=device) for number, n in zip(numbers, counts, strict=True)])
+
+
+_known_repeated = lru_cache(maxsize=256)(_repeated)
+
+
+def has_fixed_shapes(device: torch.device) -> bool:
+    """
+    Whether shapes and the host must not depend on the values of tensors on this device.
+
+    Off the CPU the host would wait for them, and a captured function cannot read them on any device.
+    """
+    return torch.compiler.is_compiling() or device.type != "cpu"

@@ -10,7 +10,7 @@ from hf_jetflow.decoding.branch_scores import BranchScores
 from hf_jetflow.decoding.drafter import JetFlowCandidateGenerator
 from hf_jetflow.head.configuration_jetflow import NGRAM_WEIGHTS
 from hf_jetflow.target.target import Target
-from hf_jetflow.trees.device_ngrams import MatchedNgrams, continue_full_tree
+from hf_jetflow.trees.device_ngrams import MatchedNgrams, continue_with_matches
 from hf_jetflow.trees.ngrams import MAX_CONTEXT, ContextNgrams, TextNgrams, continue_tree
 from hf_jetflow.trees.tree import Candidates, build_tree
 
@@ -117,7 +117,10 @@ def test_trees_on_a_device_are_those_on_the_host(node_budget, seed):
         scorer = BranchScores(candidates, of_text(kind, text, candidates, WEIGHTS), None)
         tree = build_tree(text[None, -1:], candidates, node_budget, scorer)
         assert tree.num_nodes == node_budget
-        continued = [continue_tree(tree, text[None], node_budget, 16), continue_full_tree(tree, text[None], 16)]
+        continued = [
+            continue_tree(tree, text[None], node_budget, 16),
+            continue_with_matches(tree, text[None], node_budget, 16),
+        ]
         trees.append(continued[kind == "device"])
     for name in ("tokens", "parents", "depths"):
         assert torch.equal(getattr(trees[0], name), getattr(trees[1], name)), name

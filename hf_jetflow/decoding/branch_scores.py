@@ -6,6 +6,7 @@ import torch
 
 from ..head.scorers import Memory, StepScorer, TableScorer
 from ..target.target import Target
+from ..transfer import has_fixed_shapes
 from ..trees.device_ngrams import MatchedNgrams
 from ..trees.ngrams import ContextNgrams
 from ..trees.tree import Candidates, corrected_logprobs, with_rest
@@ -41,10 +42,10 @@ class BranchScores:
     ):
         self._logprobs, self._ngrams, self._correction = with_rest(candidates.logprobs), ngrams, correction
 
-    @torch.no_grad()
     def __call__(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         logprobs = self._logprobs[..., depth, :].unsqueeze(-2)
-        adjustments = None if self._correction is None else self._correction(depth, parents, tokens)
+        with torch.no_grad():
+            adjustments = None if self._correction is None else self._correction(depth, parents, tokens)
         if adjustments is not None:
             adjustments = adjustments.to(logprobs.device, torch.float32)
             adjustments = adjustments.nan_to_num(0.0, posinf=0.0, neginf=0.0)  # a correction that overflows is ignored
@@ -59,8 +60,8 @@ class ProjectedTokenCache:
     """
     Pre-projected tokens: a step scorer's projection of a branch's last token, cached for one generation.
 
-    A token drafted in one round is usually drafted again in the next ones, a depth higher. On other devices than the
-    CPU nothing is cached, as the host would have to wait for the tokens.
+    A token drafted in one round is usually drafted again in the next ones, a depth higher. Nothing is cached where
+    shapes are fixed.
 
     Args:
         scorer ([`StepScorer`]): The head's branch scorer.
@@ -74,7 +75,7 @@ class ProjectedTokenCache:
 
     def lookup(self, tokens: torch.Tensor, prefetch: torch.Tensor | None = None) -> torch.Tensor:
         """Projections (tokens, parts) of tokens (tokens,). `prefetch` tokens are projected and cached with them."""
-        if tokens.device.type != "cpu":
+        if has_fixed_shapes(tokens.device):
             return self._project(tokens)
         token_ids = tokens.tolist()
         wanted = dict.fromkeys(token_ids if prefetch is None else [*token_ids, *prefetch.flatten().tolist()])
@@ -185,6 +186,8 @@ class StepCorrection:
         self._num_before = 0
 
     def __call__(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor | None:
+        if depth == 0:
+            self._memory = ()  # of another tree
         if depth < self._first_depth and not self._scorer.reads_anchor:
             return None
         with self._weights.in_use():
@@ -218,6 +221,42 @@ class StepCorrection:
         return tuple(part.index_select(0, of_branch).unflatten(0, shape) for part in recalled)
 
 
+def logit_changes(
+    scorer: StepScorer,
+    target: Target,
+    weights: DraftWeights,
+    places: torch.Tensor,
+    token_ids: torch.Tensor | None,
+) -> LogitChanges:
+    """
+    Return a function that maps shifts (..., branches, shift) of a depth to logit changes of its candidates.
+
+    Args:
+        places (`torch.Tensor`, (..., depth, width)): The candidates, as indices into the draft vocabulary.
+        token_ids (`torch.Tensor`, (draft_vocab,), *optional*): The draft vocabulary, if it is not the target's.
+    """
+    weight = scorer.output_weight
+    if weight is None and weights.projection is not None:
+        weight = weights.projection.weight
+    if weight is not None:
+
+        def products(depth: int, shifts: torch.Tensor) -> torch.Tensor:
+            shifts, columns = shifts.to(weight.device, weight.dtype), places[..., depth, :].to(weight.device)
+            return scorer.candidate_logits(shifts, weight, columns)
+
+        return products
+
+    def changes(depth: int, shifts: torch.Tensor) -> torch.Tensor:
+        shifts = shifts.to(target.device, target.model.dtype)
+        zero = torch.zeros_like(shifts[..., :1, :])  # yields what is no shift: the bias
+        logits = target.output_logits(torch.cat([shifts, zero], dim=-2), token_ids)
+        columns = places[..., depth, :].unsqueeze(-2)
+        logits = logits.gather(-1, columns.expand(*logits.shape[:-1], columns.shape[-1]))
+        return logits[..., :-1, :] - logits[..., -1:, :]
+
+    return changes
+
+
 def _start_ids(context_ids: torch.Tensor, scorer: StepScorer) -> torch.Tensor:
     """Token (..., 1) with which memory starts: the anchor, or the one before it if there is one."""
     anchors = context_ids[..., -1:]
@@ -235,9 +274,9 @@ def gather_rows(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 
 def _distinct(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The distinct numbers in order of appearance, and each number's index among them."""
-    if numbers.device.type == "cpu":
-        known = numbers.tolist()
-        indices = {number: index for index, number in enumerate(dict.fromkeys(known))}
-        of_number = [indices[number] for number in known]
-        return torch.tensor(list(indices), device="cpu"), torch.tensor(of_number, device="cpu")
-    return numbers, torch.arange(len(numbers), device=numbers.device)  # the host would have to wait for their count
+    if has_fixed_shapes(numbers.device):
+        return numbers, torch.arange(len(numbers), device=numbers.device)
+    known = numbers.tolist()
+    indices = {number: index for index, number in enumerate(dict.fromkeys(known))}
+    of_number = [indices[number] for number in known]
+    return torch.tensor(list(indices), device="cpu"), torch.tensor(of_number, device="cpu")

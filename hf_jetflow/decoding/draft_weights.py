@@ -4,7 +4,7 @@ They are stored for each pair of head and target that is still in use, and made 
 has changed. Every generate call that drafts checks this once.
 """
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from weakref import WeakKeyDictionary
 
 import torch
@@ -51,7 +51,7 @@ class DraftWeights:
 
     def in_use(self) -> AbstractContextManager[None]:
         """Inside, the head's layers and the projection read their laid-out copies."""
-        return self._laid_out.in_use()
+        return nullcontext() if torch.compiler.is_compiling() else self._laid_out.in_use()
 
 
 def _linear(kind: type[nn.Linear], weight: torch.Tensor) -> nn.Linear:

@@ -17,21 +17,22 @@ from ..head.modeling_jetflow import JetFlowHead
 from ..head.scorers import StepScorer, TableScorer
 from ..target.context import Context, TargetStates
 from ..target.target import Target
-from ..transfer import to_device
-from ..trees.device_ngrams import MatchedNgrams, continue_full_tree
+from ..transfer import has_fixed_shapes, to_device
+from ..trees.device_ngrams import MatchedNgrams, continue_with_matches
 from ..trees.ngrams import MAX_CONTEXT, ContextNgrams, TextNgrams, continue_tree
 from ..trees.tree import BranchScorer, Candidates, DraftTree, build_tree
 from .branch_scores import (
     BranchScores,
     Correction,
-    LogitChanges,
     ProjectedTokenCache,
     StepCorrection,
     TableCorrection,
     gather_rows,
+    logit_changes,
 )
+from .captured_draft import CapturedDraft, as_draft, draft_tree, is_on_one_device
 from .draft_weights import DraftWeights, draft_weights
-from .policy import MAX_CONTINUED
+from .policy import MAX_CONTINUED, RoundPlan
 from .reuse import HeadContext
 
 
@@ -58,9 +59,8 @@ class Draft:
         tree = build_tree(self.context_ids[..., -1:], self.candidates, node_budget, self.scorer, width, min_logprob)
         if not self.has_ngrams:
             return tree
-        if tree.num_nodes == node_budget and tree.tokens.device.type != "cpu":
-            return continue_full_tree(tree, self.context_ids, max_continued, min_logprob)
-        return continue_tree(tree, self.context_ids, node_budget, max_continued, min_logprob)
+        continued = continue_with_matches if has_fixed_shapes(tree.tokens.device) else continue_tree
+        return continued(tree, self.context_ids, node_budget, max_continued, min_logprob)
 
 
 class JetFlowCandidateGenerator(CandidateGenerator):
@@ -72,8 +72,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
     Args:
         head ([`JetFlowHead`]): The draft head.
         target ([`Target`]): The target it borrows its embeddings from.
-        context ([`Context`], *optional*): With a static cache, the head's forwards have one shape, and are compiled if
-            the target's are.
+        context ([`Context`], *optional*): With a static cache and a compiled target, drafts are captured, too.
         past ([`HeadContext`], *optional*): What an earlier call, which left the target's cache, has shown to the head.
     """
 
@@ -87,9 +86,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         self.head = head
         self.target = target
         self._context = context
-        # Maximum number of states per round, as a multiple of the block: forwards of a static cache have few sizes.
-        self._max_path_rows = -(-(head.config.block_size + MAX_CONTINUED) // head.config.block_size)
-        self._max_path_rows *= head.config.block_size
+        self._max_path_rows = head.config.block_size + MAX_CONTINUED  # a captured draft reads as many states
         self._cache: HeadCache | StaticHeadCache = HeadCache(head.config.num_hidden_layers)
         if context is not None and context.strategy.capacity is not None:
             self._cache = _static_cache(head, context.strategy.capacity + self._max_path_rows)
@@ -100,17 +97,14 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         self._newest_positions: torch.Tensor | None = None  # (batch,) of the newest observed tokens
         self._slots = torch.arange(head.config.num_rows, device=head.device)
         self._texts: list[TextNgrams] = []  # by sequence; empty without n-grams
+        scorer = head.branch_correction
+        self._token_parts = ProjectedTokenCache(scorer, target) if isinstance(scorer, StepScorer) else None
         self._has_checked_scores = False  # done once per generation: off the CPU the host has to wait
 
     @cached_property
     def _weights(self) -> DraftWeights:
         """Created at the first draft: some calls never draft."""
         return draft_weights(self.head, self.target)
-
-    @cached_property
-    def _token_parts(self) -> ProjectedTokenCache:
-        assert isinstance(self.head.branch_correction, StepScorer)
-        return ProjectedTokenCache(self.head.branch_correction, self.target)
 
     @cached_property
     def _draft_indices(self) -> torch.Tensor:
@@ -168,44 +162,107 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         Returns:
             [`Draft`]: Its candidates are (batch, max_depth, width), on the tokens' device.
         """
-        head, device, anchor_ids = self.head, context_ids.device, context_ids[:, -1:]
+        anchor_ids = context_ids[:, -1:]
         if max_depth == 0:
             shape = (len(anchor_ids), 0, width)
-            return Draft(context_ids, Candidates(anchor_ids.new_empty(shape), torch.empty(shape, device=device)))
-        is_static = isinstance(self._cache, StaticHeadCache)
-        first = 0 if head.config.anchor_predicts else 1  # row that drafts depth 1
-        may_be_short = head.config.blocks_can_be_cut and not is_static
-        slots = self._slots[None, : first + max_depth if may_be_short else head.config.num_rows]
-        embeds = self.embed_block(anchor_ids.expand(-1, slots.shape[1]), (slots == 0).to(device))
-        features, context_position_ids = (torch.cat(parts, dim=1) for parts in zip(*self._pending, strict=True))
-        self._pending = [(features[:, :0], context_position_ids[:, :0])]
-        read = self._read_static if is_static else head
+            logprobs = torch.empty(shape, device=context_ids.device)
+            return Draft(context_ids, Candidates(anchor_ids.new_empty(shape), logprobs))
+        features, context_position_ids = self._take_pending()
         with self._weights.in_use():
-            rows = read(
-                inputs_embeds=embeds.to(head.device, head.dtype),
-                features=features.to(head.device, head.dtype),
-                position_ids=to_device(positions, head.device)[:, None] + slots,
-                context_position_ids=context_position_ids.to(head.device),
-                past_key_values=self._cache,
-            )[:, first : first + max_depth]
+            rows = self.read_block(anchor_ids, positions, features, context_position_ids, self._cache, max_depth)
+            if isinstance(self._cache, StaticHeadCache):
+                self._cache.count_rows(features.shape[1])
             return self.rank(rows, context_ids, width)
 
-    def _read_static(self, features: torch.Tensor, context_position_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
-        """The head's forward with few numbers of context rows: a path's, padded to blocks. More of them, as in a
-        prompt, are read as they are."""
+    @torch.no_grad()
+    def draft(
+        self, context_ids: torch.Tensor, positions: torch.Tensor, plan: RoundPlan, limits: RoundPlan
+    ) -> Draft | CapturedDraft:
+        """
+        The draft of a round: one captured function if the target's forward is compiled, `propose` otherwise.
+
+        Args:
+            plan ([`RoundPlan`]): The round's.
+            limits ([`RoundPlan`]): The generation's: a captured draft has one size, which fits all rounds.
+        """
+        deepest = limits.max_depth + limits.max_continued
+        if plan.max_depth == 0 or self._draft_tree is None or not self._fits(deepest):
+            return self.propose(context_ids, positions, plan.max_depth, plan.width)
         assert isinstance(self._cache, StaticHeadCache)
-        assert self._context is not None
+        num_ids = MAX_CONTEXT if self.head.config.ngram_weights else 2
+        context_ids = pad(context_ids[:, -num_ids:], (max(num_ids - context_ids.shape[1], 0), 0), value=-1)
+        features, context_position_ids = self._take_pending()
+        if self._cache.is_empty or features.shape[1] > self._max_path_rows:  # a prompt: all but its newest row
+            self._read_ahead((context_ids[:, -1:], positions), features[:, :-1], context_position_ids[:, :-1])
+            features, context_position_ids = features[:, -1:], context_position_ids[:, -1:]
         num_rows = features.shape[1]
-        forward: Callable = self.head
-        if not self._cache.is_empty and num_rows <= self._max_path_rows:
-            forward = self._context.forward_of(self.head)
-            num_pad = -num_rows % self.head.config.block_size
-            features = pad(features, (0, 0, 0, num_pad))
-            anchor_position = inputs["position_ids"][:, :1]  # no row sees a context row that is not before its anchor
-            context_position_ids = torch.cat([context_position_ids, anchor_position.expand(-1, num_pad)], dim=1)
-        rows = forward(features=features, context_position_ids=context_position_ids, **inputs)
+        num_pad = self._max_path_rows - num_rows
+        padded = pad(features, (0, 0, 0, num_pad))
+        # No row sees a context row that is not before its anchor.
+        padded_ids = torch.cat([context_position_ids, positions[:, None].expand(-1, num_pad)], dim=1)
+        shape = limits.node_budget, limits.max_depth, limits.width, limits.max_continued
+        outputs = self._draft_tree(self, context_ids, positions, padded, padded_ids, self._cache, *shape)
         self._cache.count_rows(num_rows)
-        return rows
+        return as_draft(outputs, deepest)
+
+    @cached_property
+    def _draft_tree(self) -> Callable | None:
+        """`draft_tree` as one captured function; `None` if the target's forward is not compiled."""
+        context, is_static = self._context, isinstance(self._cache, StaticHeadCache)
+        if context is None or not (context.is_compiled and is_static and is_on_one_device(self.head, self.target)):
+            return None
+        _ = self._weights, self._draft_indices  # made by the host
+        return context.captured(draft_tree)
+
+    def _fits(self, depth: int) -> bool:
+        """Whether the target has positions for nodes of this depth."""
+        max_depth = None if self._context is None else self._context.max_depth
+        return max_depth is None or depth <= max_depth
+
+    def _read_ahead(self, anchors: tuple[torch.Tensor, ...], features: torch.Tensor, positions: torch.Tensor) -> None:
+        """Cache context rows of any number, and check once per call that the head's numbers are finite."""
+        assert isinstance(self._cache, StaticHeadCache)
+        with self._weights.in_use():
+            rows = self.read_block(anchors[0], anchors[1], features, positions, self._cache, 1)
+        self._cache.count_rows(features.shape[1])
+        self._has_checked_scores = True
+        _warn_unless_finite(rows)
+
+    def _take_pending(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features (batch, seq, taps x target_hidden) and positions (batch, seq) that the head has not read."""
+        features, position_ids = (torch.cat(parts, dim=1) for parts in zip(*self._pending, strict=True))
+        self._pending = [(features[:, :0], position_ids[:, :0])]
+        return features, position_ids
+
+    def read_block(
+        self,
+        anchor_ids: torch.Tensor,
+        positions: torch.Tensor,
+        features: torch.Tensor,
+        context_position_ids: torch.Tensor,
+        cache: HeadCache | StaticHeadCache,
+        max_depth: int,
+    ) -> torch.Tensor:
+        """
+        The head's forward over one block per sequence; returns the rows (batch, max_depth, features) that draft.
+
+        Args:
+            anchor_ids (`torch.Tensor`, (batch, 1)), positions (`torch.Tensor`, (batch,)): The anchors.
+            features (`torch.Tensor`, (batch, seq, taps x target_hidden)): Of context rows that the cache lacks.
+            context_position_ids (`torch.Tensor`, (batch, seq)): Their positions.
+        """
+        head = self.head
+        first = 0 if head.config.anchor_predicts else 1  # row that drafts depth 1
+        may_be_short = head.config.blocks_can_be_cut and isinstance(cache, HeadCache)
+        slots = self._slots[None, : first + max_depth if may_be_short else head.config.num_rows]
+        embeds = self.embed_block(anchor_ids.expand(-1, slots.shape[1]), (slots == 0).to(anchor_ids.device))
+        return head(
+            inputs_embeds=embeds.to(head.device, head.dtype),
+            features=features.to(head.device, head.dtype),
+            position_ids=to_device(positions, head.device)[:, None] + slots,
+            context_position_ids=context_position_ids.to(head.device),
+            past_key_values=cache,
+        )[:, first : first + max_depth]
 
     def embed_block(self, block_ids: torch.Tensor, is_anchor: torch.Tensor) -> torch.Tensor:
         """Input rows of the head (batch, rows, hidden), by its own embedding or the target's."""
@@ -228,18 +285,18 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         places = order.topk(num_scored).indices
         tokens = places if token_ids is None else token_ids.to(places.device)[places]
         scores = logprobs.gather(-1, places).to(device)
-        if not self._has_checked_scores:
+        if not (self._has_checked_scores or torch.compiler.is_compiling()):
             self._has_checked_scores = True
             _warn_unless_finite(scores)
         # A row of the head that overflows scores NaN throughout. No tree follows a candidate at minus infinity.
         candidates = Candidates(tokens.to(device), scores.nan_to_num(-math.inf, neginf=-math.inf))
         scorer = None
-        if scores_branches:
+        if scores_branches or torch.compiler.is_compiling():  # the pairs of plain scores depend on numbers of the host
             ngrams: ContextNgrams | MatchedNgrams | None = None
-            if weights and device.type == "cpu":
-                ngrams = ContextNgrams(self._read_texts(context_ids, len(weights)), candidates, weights)
-            elif weights:
+            if weights and has_fixed_shapes(device):
                 ngrams = MatchedNgrams(context_ids, candidates, weights)
+            elif weights:
+                ngrams = ContextNgrams(self._read_texts(context_ids, len(weights)), candidates, weights)
             scorer = BranchScores(candidates, ngrams, self._correction(rows, context_ids, candidates, places))
         return Draft(context_ids, candidates, scorer, has_ngrams=bool(weights))
 
@@ -251,7 +308,8 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             return None
         if isinstance(scorer, TableScorer):
             return TableCorrection(scorer, rows, context_ids, candidates, places, self._weights, first_depth)
-        changes = self._make_logit_changes(scorer, places)
+        assert self._token_parts is not None
+        changes = logit_changes(scorer, self.target, self._weights, places, self.head.draft_token_ids)
         return StepCorrection(
             scorer, rows, context_ids, candidates, self._token_parts, changes, self._weights, first_depth
         )
@@ -284,31 +342,6 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             rows = rows.to(self.target.device, self.target.model.dtype)
             logits = self.target.output_logits(rows, self.head.draft_token_ids)
         return torch.log_softmax(self.head.shape_logits(logits.float()), dim=-1)
-
-    def _make_logit_changes(self, scorer: StepScorer, places: torch.Tensor) -> LogitChanges:
-        """Return a function that maps shifts (..., branches, shift) of a depth to logit changes of its candidates,
-        (..., branches, width)."""
-        weight = scorer.output_weight
-        if weight is None and self._weights.projection is not None:
-            weight = self._weights.projection.weight
-        if weight is not None:
-
-            def products(depth: int, shifts: torch.Tensor) -> torch.Tensor:
-                shifts, columns = shifts.to(weight.device, weight.dtype), places[..., depth, :].to(weight.device)
-                return scorer.candidate_logits(shifts, weight, columns)
-
-            return products
-        target, token_ids = self.target, self.head.draft_token_ids
-
-        def changes(depth: int, shifts: torch.Tensor) -> torch.Tensor:
-            shifts = shifts.to(target.device, target.model.dtype)
-            zero = torch.zeros_like(shifts[..., :1, :])  # yields what is no shift: the bias
-            logits = target.output_logits(torch.cat([shifts, zero], dim=-2), token_ids)
-            columns = places[..., depth, :].unsqueeze(-2)
-            logits = logits.gather(-1, columns.expand(*logits.shape[:-1], columns.shape[-1]))
-            return logits[..., :-1, :] - logits[..., -1:, :]
-
-        return changes
 
     def get_candidates(self, input_ids: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
         """

@@ -98,6 +98,8 @@ def plan_round(limits: RoundPlan, num_remaining: int | None, max_nodes: int | No
 class Policy(Protocol):
     """Decides the size of each round. Called in this order, once per round."""
 
+    limits: RoundPlan  # of all rounds
+
     def plan(self, num_remaining: int | None, max_nodes: int | None = None) -> RoundPlan:
         """The limits of the next round; see `plan_round`."""
 
@@ -115,10 +117,10 @@ class FixedPolicy:
     """The same node budget in every round."""
 
     def __init__(self, limits: RoundPlan):
-        self._limits = limits
+        self.limits = limits
 
     def plan(self, num_remaining: int | None, max_nodes: int | None = None) -> RoundPlan:
-        return plan_round(self._limits, num_remaining, max_nodes)
+        return plan_round(self.limits, num_remaining, max_nodes)
 
     def fit(self, tree: DraftTree) -> DraftTree:
         return tree
@@ -141,7 +143,7 @@ class AutoPolicy:
     """
 
     def __init__(self, limits: RoundPlan, costs: RoundCosts):
-        self._limits, self._costs = limits, costs
+        self.limits, self._costs = limits, costs
         self._max_nodes = sum(limits.width**depth for depth in range(limits.max_depth + 1))  # that a tree can have
         self._ceiling = max(64 // costs.num_sequences, 4)  # nodes to draft at most: about twice the last choice
         # Yield and normalized time of drafted rounds: of earlier generations at first, more and more of this one's.
@@ -160,7 +162,7 @@ class AutoPolicy:
         self._is_refresh = costs.num_drafted % REFRESH_EVERY == 0
         self._num_planned += 1
         least = -math.inf if self._is_trial or self._is_refresh else self._min_logprob()
-        limits = replace(self._limits, node_budget=untried or self._choose(), min_logprob=least)
+        limits = replace(self.limits, node_budget=untried or self._choose(), min_logprob=least)
         return plan_round(limits, num_remaining, max_nodes)
 
     def _min_logprob(self) -> float:

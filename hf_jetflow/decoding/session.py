@@ -29,6 +29,7 @@ from ..transfer import to_device
 from ..trees.tree import DraftTree, chain_of
 from ..trees.walk import Chooser, walk_trees
 from .batching import BatchNoise, sequence_processors
+from .captured_draft import CapturedDraft
 from .drafter import Draft, JetFlowCandidateGenerator
 from .emitter import Emitter
 from .policy import Policy, RoundPlan, choose_policy
@@ -182,14 +183,14 @@ class DecodingSession:
             self._context.strategy.retire(finished)
 
     @_step("draft")
-    def draft(self, plan: RoundPlan) -> Draft:
+    def draft(self, plan: RoundPlan) -> Draft | CapturedDraft:
         """The head's candidates behind the anchors, with what scores them along a branch."""
         context_ids = to_device(self._emitter.newest_ids, self._target.device)
         positions = self._context.on_device(self._target.device)[1]
-        return self._drafter.propose(context_ids, positions, plan.max_depth, plan.width)
+        return self._drafter.draft(context_ids, positions, plan, self.policy.limits)
 
     @_step("tree")
-    def best_tree(self, draft: Draft, plan: RoundPlan) -> DraftTree:
+    def best_tree(self, draft: Draft | CapturedDraft, plan: RoundPlan) -> DraftTree:
         """The best tree over a draft within the plan."""
         return draft.best_tree(plan.node_budget, plan.width, plan.min_logprob, plan.max_continued)
 

@@ -168,6 +168,26 @@ def _moves(path: list[int]) -> tuple[Moves, bool]:
     return moves, first < len(path)
 
 
+def compact_rows(
+    buffers: list[torch.Tensor], lengths: list[torch.Tensor], rows: torch.Tensor, num_kept: torch.Tensor
+) -> None:
+    """
+    `commit_path` of a static cache as a function of fixed shapes, which can be captured.
+
+    Args:
+        buffers (`list[torch.Tensor]`, (1, heads, slots, dim)): Keys and values of all layers.
+        lengths (`list[torch.Tensor]`, ()): Rows in each layer, updated in place.
+        rows (`torch.Tensor`, (rows of the verifying forward,)): Which of them takes each one's place.
+        num_kept (`torch.Tensor`, ()): How many stay, the path's.
+    """
+    slots = lengths[0] - len(rows) + torch.arange(len(rows), device=rows.device)
+    sources = lengths[0] - len(rows) + rows
+    for buffer in buffers:
+        buffer.index_copy_(-2, slots, buffer.index_select(-2, sources))
+    for length in lengths:
+        length.add_(num_kept - len(rows))
+
+
 def _move(buffers: Iterable[torch.Tensor], start: int, moves: Moves) -> None:
     """Compact rows of buffers (..., rows, dim) behind `start`, in place."""
     for states in buffers:

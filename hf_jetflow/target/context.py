@@ -24,7 +24,7 @@ from .mixer_adapters import tree_mixers
 from .position_limits import position_limits
 from .slots import BatchSlots
 from .step_inputs import StepInputs
-from .strategies import cache_strategy
+from .strategies import StaticStrategy, cache_strategy
 
 
 if TYPE_CHECKING:
@@ -67,6 +67,8 @@ class Context:
         model = self.target.model
         mixers = tree_mixers(model, self.cache) if self.target.takes_trees else []
         self.strategy = cache_strategy(self.cache, self.slots, mixers, self._forward)
+        if self.is_compiled and isinstance(self.strategy, StaticStrategy):
+            self.strategy.capture(self.captured)
         self.mask_dtype = mask_dtype(model)
         self._scaling_step, self._position_limits = scaling_step(model), position_limits(model)
         self._on_device: tuple[torch.Tensor, torch.Tensor] | None = None  # lengths, and `on_device` for them
@@ -86,6 +88,10 @@ class Context:
     def forward_of(self, model: PreTrainedModel) -> Callable:
         """The model's call, compiled by transformers' own means where `generate` would."""
         return model.get_compiled_call(self.compile_config) if self.is_compiled else model
+
+    def captured(self, function: Callable) -> Callable:
+        """A function of fixed shapes, compiled as the target's forward is."""
+        return torch.compile(function, **{**(self.compile_config or CompileConfig()).to_dict(), "dynamic": False})
 
     @property
     def max_depth(self) -> int | None:

@@ -10,9 +10,18 @@ from typing import Any
 
 from transformers import DynamicCache, StaticCache
 
+from ..transfer import to_device
 from ..trees.tree import DraftTree, trim_tree
 from .batch_caches import BatchLayer, commit_paths, settle_batch, spread_layers
-from .caches import StaticLayer, commit_path, commit_static_path, max_static_nodes, record_rows, static_rows
+from .caches import (
+    StaticLayer,
+    commit_path,
+    commit_static_path,
+    compact_rows,
+    max_static_nodes,
+    record_rows,
+    static_rows,
+)
 from .growing_cache import grow_layers, settle_layers
 from .mixer_adapters import TreeMixer, TreeNodes, reading_trees
 from .recurrent import RecurrentStates, has_states
@@ -84,6 +93,7 @@ class StaticStrategy(CacheStrategy):
     """A static cache of one sequence: forwards have few sizes, one compiled graph each."""
 
     cache: StaticCache
+    _compact_rows: Callable | None = None  # captured, where the target's forward is
 
     @property
     def max_nodes(self) -> int:
@@ -96,11 +106,22 @@ class StaticStrategy(CacheStrategy):
     def num_rows(self, num_nodes: int) -> int:
         return static_rows(num_nodes)
 
+    def capture(self, captured: Callable[[Callable], Callable]) -> None:
+        """Compact paths by one captured function; `captured` makes it."""
+        self._compact_rows = captured(compact_rows)
+
     def open(self) -> None:
         pass
 
     def _commit_path(self, tree: DraftTree, path: list[int]) -> None:
-        commit_static_path(self.cache, path, self.num_rows(tree.num_nodes))
+        num_rows = self.num_rows(tree.num_nodes)
+        layers = [layer for layer in self.cache.layers if isinstance(layer, StaticLayer)]
+        devices = {layer.keys.device for layer in layers}
+        if self._compact_rows is None or len(devices) > 1:
+            return commit_static_path(self.cache, path, num_rows)
+        buffers = [states for layer in layers for states in (layer.keys, layer.values)]
+        numbers = to_device([*path, *range(len(path), num_rows), len(path)], *devices)
+        self._compact_rows(buffers, [layer.cumulative_length for layer in layers], numbers[:-1], numbers[-1])
 
     def settle(self, length: int) -> None:
         pass

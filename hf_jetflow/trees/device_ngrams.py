@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import pad
 
-from ..transfer import to_device
+from ..transfer import repeated
 from .ngrams import MAX_CONTEXT, MAX_MATCH
 from .tree import Candidates, DraftTree, trim_tree
 
@@ -38,16 +38,19 @@ class MatchedNgrams:
         follows = texts[:, None, 1:, None] == tokens[:, :, None]
         self._follows = pad(follows.float(), (0, 1), value=1.0)
         self._counts = torch.arange(1, longest + 1, dtype=torch.int8, device=device).view(-1, 1, 1)
-        self._weights = to_device(weights, device).view(-1, 1, 1)
-        # Of each branch of the previous depth: length of the match that ends before each position, (texts, branches,
-        # seq + 1).
-        self._lengths = torch.zeros(len(texts), 1, texts.shape[1], dtype=torch.int8, device=device)
+        self._weights = repeated(weights, [1] * longest, device).view(-1, 1, 1)
+        # Of each branch of the newest depth, at first of the text: length of the match that ends before each position,
+        # (texts, branches, seq + 1).
+        self._of_text = torch.zeros(len(texts), 1, texts.shape[1], dtype=torch.int8, device=device)
         for token in texts[:, -longest:].unbind(1):
-            self._lengths = self._longer(self._lengths[..., :-1], token[:, None])
+            self._of_text = self._longer(self._of_text[..., :-1], token[:, None])
+        self._lengths = self._of_text
 
     def __call__(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Logit changes (..., branches, width) of a depth's candidates, see `ContextNgrams`."""
-        if depth:
+        if depth == 0:
+            self._lengths = self._of_text
+        else:
             parents, of_branch = (each.reshape(len(self._ids), -1) for each in (parents, tokens))
             index = parents[..., None].expand(-1, -1, self._ids.shape[1])
             self._lengths = self._longer(self._lengths[..., :-1].gather(1, index), of_branch)
@@ -63,11 +66,15 @@ class MatchedNgrams:
         return torch.cat([lengths.new_zeros((*lengths.shape[:2], 1)), lengths], dim=-1)
 
 
-def continue_full_tree(
-    tree: DraftTree, context_ids: torch.Tensor, max_continued: int, min_logprob: float = -math.inf
+def continue_with_matches(
+    tree: DraftTree, context_ids: torch.Tensor, node_budget: int, max_continued: int, min_logprob: float = -math.inf
 ) -> DraftTree:
-    """`ngrams.continue_tree` for a tree that uses its whole node budget, so that its size stays. `max_depth` of the
-    result is the deepest level that may hold nodes."""
+    """
+    `ngrams.continue_tree` with a fixed number of nodes: those of the budget, or as many as can be.
+
+    Nodes at minus infinity fill up what `continue_tree` leaves out. `max_depth` is the deepest level that may hold
+    nodes.
+    """
     if max_continued < 1 or tree.max_depth < 1 or tree.tokens.numel() != tree.num_nodes:
         return tree
     tokens, parents, depths, scores = (
@@ -83,8 +90,10 @@ def continue_full_tree(
     steps = torch.arange(max_continued, device=text.device)
     known = length + steps
     added = scores.index_select(0, leaf) + (known / (known + 2)).log().cumsum(0)
-    floor = scores.min().clamp_min(min_logprob)
-    added = added.where(is_deepest.any() & (added > floor), -math.inf)
+    is_added = is_deepest.any() & (added > min_logprob)
+    if tree.num_nodes == node_budget:
+        is_added = is_added & (added > scores.min())
+    added = added.where(is_added, -math.inf)
     grown = DraftTree(
         # A match that reaches the text's end goes on with the tokens added: it repeats itself.
         tokens=torch.cat([tokens, text.index_select(0, index + steps % (len(text) - index))]),
@@ -93,15 +102,11 @@ def continue_full_tree(
         logprobs=torch.cat([scores, added]),
         max_depth=tree.max_depth + max_continued,
     )
-    best = trim_tree(grown, tree.num_nodes)
-    shape = tree.tokens.shape
-    return DraftTree(
-        best.tokens.view(shape),
-        best.parents.view(shape),
-        best.depths.view(tree.depths.shape),
-        best.logprobs.view(shape),
-        best.max_depth,
-    )
+    best = trim_tree(grown, node_budget)
+    shape = (*tree.tokens.shape[:-1], best.num_nodes)
+    parts = (best.tokens, best.parents, best.depths, best.logprobs)
+    tokens, parents, depths, scores = (part.view(shape) for part in parts)
+    return DraftTree(tokens, parents, depths, scores, best.max_depth)
 
 
 def _longest_match(text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,7 +17,7 @@ from operator import neg
 import torch
 from torch.nn.functional import pad
 
-from ..transfer import to_device
+from ..transfer import has_fixed_shapes, repeated, to_device
 
 
 MIN_REST = 1e-6  # minimum total probability of the tokens that are not candidates
@@ -128,9 +128,8 @@ def build_tree(
                 grid, best = grid.topk(width, dim=-1)
             scores = grid.flatten(-2)
         scores, chosen = scores.topk(min(most, scores.shape[-1]))
-        # Early exit: drop branches that cannot enter the tree. CPU only: elsewhere the count would force a host wait.
-        # The tree is the same.
-        if scorer is not None and device.type == "cpu":
+        # Early exit: drop branches that cannot enter the tree, which stays the same.
+        if scorer is not None and not has_fixed_shapes(device):
             num_in_reach = _count_reachable(scores, best_scores, most, floor)
             if not num_in_reach and depth:  # the best child of the root always is
                 break
@@ -188,7 +187,7 @@ def _best_nodes(
     """The tree of the best `node_budget` nodes of all frontiers, which come root first."""
     # NaN would sort before the root, and a node must never come without its parent.
     scores = torch.cat(logprobs, dim=-1).nan_to_num(-math.inf, neginf=-math.inf)
-    depths = _level_numbers(tuple(sizes), scores.device).expand_as(scores)
+    depths = repeated(range(len(sizes)), sizes, scores.device).expand_as(scores)
     drafted = DraftTree(torch.cat(tokens, dim=-1), torch.cat(parents, dim=-1), depths, scores, max_depth)
     return trim_tree(drafted, node_budget)
 
@@ -240,9 +239,3 @@ def _promising_pairs(branches: int, width: int, most: int, device: torch.device)
     columns = torch.arange(width, device="cpu")[None, :]
     pairs = to_device(((rows + 1) * (columns + 1) <= most).nonzero().T.contiguous(), device)
     return pairs[0], pairs[1]
-
-
-@lru_cache(maxsize=256)
-def _level_numbers(sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Depth of each node when depth d has `sizes[d]` nodes."""
-    return to_device([depth for depth, size in enumerate(sizes) for _ in range(size)], device)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from conftest import OracleHead, build_noisy, build_target, make_prompt
+from transformers import CompileConfig
 
 from hf_jetflow import JetFlowHead
 
@@ -24,7 +25,8 @@ HEADS: dict[str, dict[str, Any]] = {
 }
 CACHES: dict[str, dict[str, Any]] = {
     "growing": {},
-    "static": dict(cache_implementation="static", disable_compile=True),
+    "static": dict(cache_implementation="static", disable_compile=True, max_cache_len=256),
+    "compiled": dict(cache_implementation="static", compile_config=CompileConfig(), max_cache_len=256),
 }
 MODES: dict[str, dict[str, Any]] = {"greedy": dict(do_sample=False), "sampled": dict(do_sample=True, top_k=0)}
 
@@ -61,6 +63,9 @@ def table(counts: Counts) -> dict[str, dict[str, float]]:
     return {
         name: {
             "launches": round(counts.per_round(counts.launches, step), 1),
+            "captured": round(
+                sum(n for where, n in counts.captured.items() if step in (None, where)) / counts.num_rounds, 1
+            ),
             "waits": round(counts.per_round(counts.waits, step), 2),
         }
         for name, step in steps.items()
@@ -92,7 +97,10 @@ def main() -> None:
         rows.append({"head": head, "cache": cache, "mode": mode, "nodes": args.nodes, "steps": steps})
         print(f"{head}; {cache} cache; {mode}; {args.nodes} nodes; {counts.num_rounds} rounds")
         for step, numbers in steps.items():
-            print(f"  {step:10} {numbers['launches']:7.1f} launches {numbers['waits']:6.2f} waits")
+            print(
+                f"  {step:10} {numbers['launches']:7.1f} launches {numbers['captured']:7.1f} captured "
+                f"{numbers['waits']:6.2f} waits"
+            )
         for events in (counts.waits, counts.launches):
             for step, place, number in counts.places(events)[: args.places]:
                 print(f"    {number:6.2f} {step:10} {place}")

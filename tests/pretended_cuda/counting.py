@@ -1,4 +1,8 @@
-"""`count`: launches and host waits inside a block, by step of the round and by source line."""
+"""`count`: launches and host waits inside a block, by step of the round and by source line.
+
+A captured function runs as written here, counts as one launch, and must not wait: `tests/test_captured_draft.py` shows
+that it is one graph.
+"""
 
 import functools
 import sys
@@ -10,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 from hf_jetflow.decoding.session import DecodingSession
+from hf_jetflow.target.context import Context
 
 from .device import install
 
@@ -23,7 +28,9 @@ class Counts:
 
     launches: Counter[tuple[str, str]] = field(default_factory=Counter)  # by step and place
     waits: Counter[tuple[str, str]] = field(default_factory=Counter)
+    captured: Counter[str] = field(default_factory=Counter)  # operations inside captured functions, by step
     step: str = "other"
+    is_captured: bool = False
     num_rounds: int = 0
 
     def per_round(self, events: Counter[tuple[str, str]], step: str | None = None) -> float:
@@ -44,17 +51,25 @@ def count() -> Iterator[Counts]:
     counts, device = Counts(), install()
 
     def listen(kind: str, operation: str) -> None:
+        if counts.is_captured:
+            assert kind == "launch", f"a captured function waits for {operation}"
+            counts.captured[counts.step] += 1
+            return
         events = counts.launches if kind == "launch" else counts.waits
         events[counts.step, _place(sys._getframe(1), operation)] += 1
 
     originals = {name: getattr(DecodingSession, name) for name in STEPS}
     for name, original in originals.items():
         setattr(DecodingSession, name, _as_step(counts, name, original))
+    forward_of, captured = Context.forward_of, Context.captured
+    Context.forward_of = lambda context, model: _as_captured(counts, model) if context.is_compiled else model
+    Context.captured = lambda _context, function: _as_captured(counts, function)
     device.listen(listen)
     try:
         yield counts
     finally:
         device.listen(None)
+        Context.forward_of, Context.captured = forward_of, captured
         for name, original in originals.items():
             setattr(DecodingSession, name, original)
 
@@ -70,6 +85,19 @@ def _as_step(counts: Counts, name: str, method: Any) -> Any:
             counts.num_rounds += name == "end_round"
 
     return step
+
+
+def _as_captured(counts: Counts, function: Any) -> Any:
+    @functools.wraps(function, updated=())
+    def captured(*args: Any, **kwargs: Any) -> Any:
+        counts.launches[counts.step, f"captured {getattr(function, '__name__', 'forward')}"] += 1
+        counts.is_captured = True
+        try:
+            return function(*args, **kwargs)
+        finally:
+            counts.is_captured = False
+
+    return captured
 
 
 def _place(frame: FrameType | None, operation: str) -> str:

@@ -1,0 +1,78 @@
+"""The draft as one function of fixed shapes: head, ranking, branch scores, n-gram votes, best tree, ancestor mask.
+
+`torch.compile` captures it whole, since nothing in it depends on values that the host would have to wait for. It runs
+the functions that draft on any device; `transfer.has_fixed_shapes` says which variant of them.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..head.cache import StaticHeadCache
+from ..head.modeling_jetflow import JetFlowHead
+from ..target.target import Target
+from ..trees.tree import DraftTree, ancestor_mask, trim_tree
+
+
+if TYPE_CHECKING:
+    from .drafter import JetFlowCandidateGenerator
+
+
+@dataclass
+class CapturedDraft:
+    """A draft that comes as a tree."""
+
+    tree: DraftTree
+
+    def best_tree(self, node_budget: int, *_: object) -> DraftTree:
+        """The tree, cut to the node budget."""
+        return self.tree if self.tree.num_nodes <= node_budget else trim_tree(self.tree, node_budget)
+
+
+def is_on_one_device(head: JetFlowHead, target: Target) -> bool:
+    """Whether the head and the target's embeddings lie on the device of the tokens."""
+    modules = (head, target.model.get_input_embeddings(), target.model.get_output_embeddings())
+    return {weight.device for module in modules for weight in module.parameters()} == {target.device}
+
+
+def draft_tree(
+    drafter: "JetFlowCandidateGenerator",
+    context_ids: torch.Tensor,
+    positions: torch.Tensor,
+    features: torch.Tensor,
+    context_position_ids: torch.Tensor,
+    cache: StaticHeadCache,
+    node_budget: int,
+    max_depth: int,
+    width: int,
+    max_continued: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    The best tree of one head forward.
+
+    Args:
+        context_ids (`torch.Tensor`, (batch, seq)): The newest committed tokens, the anchor last; -1 in front.
+        positions (`torch.Tensor`, (batch,)): The anchors' absolute positions.
+        features (`torch.Tensor`, (batch, rows, taps x target_hidden)), context_position_ids (`torch.Tensor`, (batch,
+            rows)): Context rows that the cache lacks, and padding.
+        node_budget, max_depth, width, max_continued: See [`~policy.RoundPlan`].
+
+    Returns:
+        Tokens, parents and depths (3, batch, nodes), their log-probabilities (batch, nodes), and the ancestor mask
+        (batch, nodes, nodes).
+    """
+    rows = drafter.read_block(context_ids[:, -1:], positions, features, context_position_ids, cache, max_depth)
+    draft = drafter.rank(rows, context_ids, width)
+    tree = draft.best_tree(node_budget, width, max_continued=max_continued)
+    mask = ancestor_mask(tree.parents, tree.max_depth)
+    return torch.stack([tree.tokens, tree.parents, tree.depths]), tree.logprobs, mask
+
+
+def as_draft(outputs: tuple[torch.Tensor, ...], max_depth: int) -> CapturedDraft:
+    """The draft that `draft_tree` returned. Copied: a CUDA graph overwrites its outputs when another one runs."""
+    nodes, logprobs, mask = (output.clone() for output in outputs)
+    tokens, parents, depths = nodes.unbind()
+    tree = DraftTree(tokens, parents, depths, logprobs, max_depth)
+    tree.ancestor_mask = mask
+    return CapturedDraft(tree)
