@@ -1,11 +1,14 @@
 """`cache_implementation="static"`: forwards of few shapes, compiled where transformers compiles, the plain text."""
 
+import functools
+
 import pytest
 import torch
 from conftest import BLOCK_SIZE, make_prompt
 from reference import assert_same_text
 from transformers import CompileConfig, StaticCache
 
+from hf_jetflow.decoding.captured_draft import draft_tree
 from hf_jetflow.decoding.drafter import IDLE_CACHES, JetFlowCandidateGenerator
 from hf_jetflow.head.cache import StaticHeadCache
 from hf_jetflow.target.caches import STATIC_ROWS, commit_static_path, max_static_nodes, static_rows
@@ -13,6 +16,11 @@ from hf_jetflow.target.context import Context, TargetStates
 
 
 FAMILIES = ["llama", "qwen3", "gemma"]
+
+
+@pytest.fixture(autouse=True)
+def _no_graphs_of_other_tests():
+    torch._dynamo.reset()
 
 
 def rows(start: int, stop: int) -> torch.Tensor:
@@ -99,7 +107,6 @@ def test_compiled_forwards_give_the_plain_text(backend, tiny_target, random_head
     plain = generate(target, prompt)
     head = random_head(target)
     head.generation_config.node_budget = 8
-    torch._dynamo.reset()
     num_graphs = 0
 
     def counted(graph, inputs):
@@ -110,7 +117,7 @@ def test_compiled_forwards_give_the_plain_text(backend, tiny_target, random_head
     config = CompileConfig(fullgraph=True, dynamic=False, backend=counted, mode=None)
     config._compile_all_devices = True
     assert_same_text(plain, generate(target, prompt, head, compile_config=config))
-    assert 2 <= num_graphs <= len(STATIC_ROWS) + 1  # one per number of rows, and the head's
+    assert 3 <= num_graphs <= 2 * len(STATIC_ROWS) + 1  # verify and commit per number of rows, and the draft
     known = num_graphs
     assert_same_text(plain, generate(target, prompt, head, compile_config=config))
     assert num_graphs == known  # nothing is compiled again
@@ -153,7 +160,7 @@ def test_what_a_head_is_asked_to_remember_is_not_overwritten_by_its_next_call(ti
 
 
 @pytest.mark.parametrize("num_rows", [1, BLOCK_SIZE, BLOCK_SIZE + 1, BLOCK_SIZE + 16])
-def test_a_path_of_any_length_runs_the_forward_that_may_be_compiled(num_rows, tiny_target, random_head, monkeypatch):
+def test_a_path_of_any_length_runs_the_one_captured_draft(num_rows, tiny_target, random_head, monkeypatch):
     """N-grams continue trees below the block, so a path may be longer than one."""
     target, shapes = tiny_target("llama"), []
     head = random_head(target)
@@ -168,16 +175,19 @@ def test_a_path_of_any_length_runs_the_forward_that_may_be_compiled(num_rows, ti
         original(self, states, paths)
 
     monkeypatch.setattr(JetFlowCandidateGenerator, "observe", observe)
-    monkeypatch.setattr(Context, "forward_of", lambda _, model: lambda **inputs: run(model, inputs))
+    monkeypatch.setattr(Context, "forward_of", lambda _context, model: model)
+    monkeypatch.setattr(Context, "captured", lambda _context, function: functools.partial(run, function))
 
-    def run(model, inputs):
-        if model is head:
-            shapes.append(inputs["features"].shape[1])
-        return model(**inputs)
+    def run(function, *inputs):
+        if function is draft_tree:
+            shapes.append(inputs[3].shape[1])
+        return function(*inputs)
 
-    generate(target, plain, head, max_new_tokens=5, max_cache_len=200)
-    assert shapes
-    assert set(shapes) == {-(-num_rows // BLOCK_SIZE) * BLOCK_SIZE}
+    config = CompileConfig()
+    config._compile_all_devices = True
+    generate(target, plain, head, max_new_tokens=5, max_cache_len=200, compile_config=config)
+    assert len(shapes) > 1
+    assert set(shapes) == {BLOCK_SIZE + 16}
 
 
 def test_rows_are_padded_to_few_numbers():

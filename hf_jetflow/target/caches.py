@@ -140,6 +140,8 @@ def commit_path(cache: DynamicCache, path: list[int], num_rows: int) -> None:
 
 def commit_static_path(cache: StaticCache, path: list[int], num_rows: int) -> None:
     """`commit_path` for a static cache: the last rows are the nodes, then padding. All layers have one length."""
+    if len(path) == num_rows:  # nothing moves
+        return
     layers = [layer for layer in cache.layers if isinstance(layer, StaticLayer)]
     lengths = [layer.cumulative_length for layer in layers]
     moves, is_moved = _moves(path)

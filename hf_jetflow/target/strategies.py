@@ -117,7 +117,7 @@ class StaticStrategy(CacheStrategy):
         num_rows = self.num_rows(tree.num_nodes)
         layers = [layer for layer in self.cache.layers if isinstance(layer, StaticLayer)]
         devices = {layer.keys.device for layer in layers}
-        if self._compact_rows is None or len(devices) > 1:
+        if self._compact_rows is None or len(path) == num_rows or len(devices) > 1:
             return commit_static_path(self.cache, path, num_rows)
         buffers = [states for layer in layers for states in (layer.keys, layer.values)]
         numbers = to_device([*path, *range(len(path), num_rows), len(path)], *devices)

@@ -16,6 +16,7 @@ from hf_jetflow import JetFlowHead
 
 from .counting import STEPS, Counts, count
 from .device import install
+from .prediction import ASSUMPTIONS, predict
 
 
 HEADS: dict[str, dict[str, Any]] = {
@@ -94,18 +95,30 @@ def main() -> None:
     for head, cache, mode in [(h, c, m) for h in args.heads for c in args.caches for m in args.modes]:
         counts = counts_of(HEADS[head], args.nodes, args.batch, args.layers, **CACHES[cache], **MODES[mode])
         steps = table(counts)
-        rows.append({"head": head, "cache": cache, "mode": mode, "nodes": args.nodes, "steps": steps})
+        times = predict(steps, args.nodes, **HEADS[head])
+        rows.append(
+            {
+                "ms on an H100, computed": times,
+                "head": head,
+                "cache": cache,
+                "mode": mode,
+                "nodes": args.nodes,
+                "steps": steps,
+            }
+        )
         print(f"{head}; {cache} cache; {mode}; {args.nodes} nodes; {counts.num_rounds} rounds")
         for step, numbers in steps.items():
             print(
                 f"  {step:10} {numbers['launches']:7.1f} launches {numbers['captured']:7.1f} captured "
                 f"{numbers['waits']:6.2f} waits"
             )
+        print(f"  computed: {times['round']:.1f} ms a round, {times['plain']:.1f} ms a plain step")
         for events in (counts.waits, counts.launches):
             for step, place, number in counts.places(events)[: args.places]:
                 print(f"    {number:6.2f} {step:10} {place}")
         if args.json:
             args.json.write_text(json.dumps(rows, indent=1))
+    print(ASSUMPTIONS)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,10 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-from hf_jetflow.decoding.session import DecodingSession
+from hf_jetflow.bench.counts import STEPS, watched_steps
 from hf_jetflow.target.context import Context
 
 from .device import install
-
-
-STEPS = ("draft", "best_tree", "verify", "walk", "commit", "end_round")
 
 
 @dataclass
@@ -58,33 +55,23 @@ def count() -> Iterator[Counts]:
         events = counts.launches if kind == "launch" else counts.waits
         events[counts.step, _place(sys._getframe(1), operation)] += 1
 
-    originals = {name: getattr(DecodingSession, name) for name in STEPS}
-    for name, original in originals.items():
-        setattr(DecodingSession, name, _as_step(counts, name, original))
+    @contextmanager
+    def watch(step: str) -> Iterator[None]:
+        outer, counts.step = counts.step, step
+        yield
+        counts.step = outer
+        counts.num_rounds += step == "end_round"
+
     forward_of, captured = Context.forward_of, Context.captured
     Context.forward_of = lambda context, model: _as_captured(counts, model) if context.is_compiled else model
     Context.captured = lambda _context, function: _as_captured(counts, function)
     device.listen(listen)
     try:
-        yield counts
+        with watched_steps(watch):
+            yield counts
     finally:
         device.listen(None)
         Context.forward_of, Context.captured = forward_of, captured
-        for name, original in originals.items():
-            setattr(DecodingSession, name, original)
-
-
-def _as_step(counts: Counts, name: str, method: Any) -> Any:
-    @functools.wraps(method)
-    def step(*args: Any) -> Any:
-        counts.step = name
-        try:
-            return method(*args)
-        finally:
-            counts.step = "other"
-            counts.num_rounds += name == "end_round"
-
-    return step
 
 
 def _as_captured(counts: Counts, function: Any) -> Any:
