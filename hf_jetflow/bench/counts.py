@@ -109,7 +109,7 @@ def count_steps(
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        warnings.showwarning = note  # type: ignore[assignment]
+        warnings.showwarning = note
         torch.cuda.set_sync_debug_mode("warn")
         try:
             with watched_steps(watch), profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
@@ -125,7 +125,7 @@ def launches_by_step(events: Any) -> Counter[str]:
     ranges = [
         (event.time_range.start, event.time_range.end, event.name.removeprefix("jetflow "))
         for event in events
-        if event.name.startswith("jetflow ") and event.device_type == torch.autograd.DeviceType.CPU
+        if event.name.startswith("jetflow ") and event.device_type.name == "CPU"
     ]
     launches: Counter[str] = Counter()
     for event in events:

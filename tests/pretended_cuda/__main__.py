@@ -96,16 +96,8 @@ def main() -> None:
         counts = counts_of(HEADS[head], args.nodes, args.batch, args.layers, **CACHES[cache], **MODES[mode])
         steps = table(counts)
         times = predict(steps, args.nodes, **HEADS[head])
-        rows.append(
-            {
-                "ms on an H100, computed": times,
-                "head": head,
-                "cache": cache,
-                "mode": mode,
-                "nodes": args.nodes,
-                "steps": steps,
-            }
-        )
+        facts = {"head": head, "cache": cache, "mode": mode, "nodes": args.nodes}
+        rows.append(facts | {"steps": steps, "computed_ms": times})
         print(f"{head}; {cache} cache; {mode}; {args.nodes} nodes; {counts.num_rounds} rounds")
         for step, numbers in steps.items():
             print(
