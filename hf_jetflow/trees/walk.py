@@ -91,9 +91,9 @@ def walk_trees(
     else:
         tokens, parents = torch.stack([tree.tokens, tree.parents]).tolist()
     paths = []
-    for index, chooser in enumerate(choosers):
+    for index, (chooser, sequence) in enumerate(zip(choosers, committer.active, strict=True)):
         children = {pair: node for node, pair in enumerate(zip(parents[index], tokens[index], strict=True))}
-        paths.append(_walk(children, logits[index], all_choices[index], chooser, committer, committer.active[index]))
+        paths.append(_walk(children, logits[index], all_choices[index], chooser, committer, sequence))
     return paths
 
 
