@@ -95,12 +95,12 @@ def collect(target: PreTrainedModel, head: JetFlowHead, texts: list[list[int]]) 
         known = torch.tensor(ids + [-1] * num_depths)
         before, following = (known[start:].unfold(0, num_depths, 1)[:num_anchors].flatten() for start in (2, 3))
         rows = rows.flatten(0, 1)
-        logprobs, places = drafter.logprobs(rows).topk(WIDTH)
-        tokens = places if head.draft_token_ids is None else head.draft_token_ids[places]
+        logprobs, indices = drafter.logprobs(rows).topk(WIDTH)
+        tokens = indices if head.draft_token_ids is None else head.draft_token_ids[indices]
         is_right = tokens == following[:, None]
         is_pair = (before >= 0) & is_right.any(-1)
         parts.append(
-            [part[is_pair] for part in (rows.half(), before, places.int(), logprobs, is_right.int().argmax(-1))]
+            [part[is_pair] for part in (rows.half(), before, indices.int(), logprobs, is_right.int().argmax(-1))]
         )
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
@@ -123,9 +123,9 @@ def fit(head: JetFlowHead, pairs: Pairs, epochs: int, batch_size: int, learning_
     num_steps = epochs * (len(pairs[0]) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, num_steps)
     for step, index in zip(range(num_steps), batches(len(pairs[0]), batch_size), strict=False):
-        rows, parents, places, logprobs, right = (part[index] for part in pairs)
-        tokens = places.long() if head.draft_token_ids is None else head.draft_token_ids[places.long()]
-        table = scorer.table(rows.float(), parents[:, None], tokens, places.long(), logprobs)[:, 0]
+        rows, parents, indices, logprobs, right = (part[index] for part in pairs)
+        tokens = indices.long() if head.draft_token_ids is None else head.draft_token_ids[indices.long()]
+        table = scorer.table(rows.float(), parents[:, None], tokens, indices.long(), logprobs)[:, 0]
         scores = corrected_logprobs(with_rest(logprobs), table)
         loss = -scores.gather(1, right[:, None]).mean()
         optimizer.zero_grad()

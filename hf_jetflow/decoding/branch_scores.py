@@ -111,7 +111,7 @@ class TableCorrection:
         rows (`torch.Tensor`, (..., depth, features)): The head's rows.
         context_ids (`torch.Tensor`, (..., seq)): The newest committed tokens, the anchor last.
         candidates ([`Candidates`]): Drafted by these rows.
-        places (`torch.Tensor`, (..., depth, width)): The candidates, as indices into the draft vocabulary.
+        indices (`torch.Tensor`, (..., depth, width)): The candidates, as indices into the draft vocabulary.
         weights ([`DraftWeights`]): Draft weights of this head and target.
         first_depth (`int`): The first depth to change.
     """
@@ -122,7 +122,7 @@ class TableCorrection:
         rows: torch.Tensor,
         context_ids: torch.Tensor,
         candidates: Candidates,
-        places: torch.Tensor,
+        indices: torch.Tensor,
         weights: DraftWeights,
         first_depth: int,
     ):
@@ -134,7 +134,7 @@ class TableCorrection:
                 rows,
                 self._parents.to(device),
                 tokens.to(device),
-                places.to(device),
+                indices.to(device),
                 candidates.logprobs.to(device),
             )
         self._table, self._first_depth = table.to(tokens.device), first_depth  # (..., depth, parents, width)
@@ -212,12 +212,12 @@ class StepCorrection:
 
     def _recall(self, parents: torch.Tensor) -> Memory:
         """What each branch recalls of its parent, (..., branches, ...)."""
-        shape, places = parents.shape, parents.flatten()
-        if len(places) > shape[-1]:  # several sequences
-            stop, step = len(places) // shape[-1] * self._num_before, self._num_before
-            places = places + torch.arange(0, stop, step, device=places.device).repeat_interleave(shape[-1])
-        places, of_branch = _distinct(places.to(self._slots.device))
-        recalled = self._scorer.recall(tuple(part.index_select(0, places) for part in self._memory))
+        shape, indices = parents.shape, parents.flatten()
+        if len(indices) > shape[-1]:  # several sequences
+            stop, step = len(indices) // shape[-1] * self._num_before, self._num_before
+            indices = indices + torch.arange(0, stop, step, device=indices.device).repeat_interleave(shape[-1])
+        indices, of_branch = _distinct(indices.to(self._slots.device))
+        recalled = self._scorer.recall(tuple(part.index_select(0, indices) for part in self._memory))
         return tuple(part.index_select(0, of_branch).unflatten(0, shape) for part in recalled)
 
 
@@ -225,14 +225,14 @@ def logit_changes(
     scorer: StepScorer,
     target: Target,
     weights: DraftWeights,
-    places: torch.Tensor,
+    indices: torch.Tensor,
     token_ids: torch.Tensor | None,
 ) -> LogitChanges:
     """
     Return a function that maps shifts (..., branches, shift) of a depth to logit changes of its candidates.
 
     Args:
-        places (`torch.Tensor`, (..., depth, width)): The candidates, as indices into the draft vocabulary.
+        indices (`torch.Tensor`, (..., depth, width)): The candidates, as indices into the draft vocabulary.
         token_ids (`torch.Tensor`, (draft_vocab,), *optional*): The draft vocabulary, if it is not the target's.
     """
     weight = scorer.output_weight
@@ -241,7 +241,7 @@ def logit_changes(
     if weight is not None:
 
         def products(depth: int, shifts: torch.Tensor) -> torch.Tensor:
-            shifts, columns = shifts.to(weight.device, weight.dtype), places[..., depth, :].to(weight.device)
+            shifts, columns = shifts.to(weight.device, weight.dtype), indices[..., depth, :].to(weight.device)
             return scorer.candidate_logits(shifts, weight, columns)
 
         return products
@@ -250,7 +250,7 @@ def logit_changes(
         shifts = shifts.to(target.device, target.model.dtype)
         zero = torch.zeros_like(shifts[..., :1, :])  # yields what is no shift: the bias
         logits = target.output_logits(torch.cat([shifts, zero], dim=-2), token_ids)
-        columns = places[..., depth, :].unsqueeze(-2)
+        columns = indices[..., depth, :].unsqueeze(-2)
         logits = logits.gather(-1, columns.expand(*logits.shape[:-1], columns.shape[-1]))
         return logits[..., :-1, :] - logits[..., -1:, :]
 
@@ -267,9 +267,9 @@ def _start_ids(context_ids: torch.Tensor, scorer: StepScorer) -> torch.Tensor:
     return torch.where(is_token, before, anchors)
 
 
-def gather_rows(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Rows (..., places, hidden) of states (..., rows, hidden)."""
-    return states.gather(-2, places[..., None].expand(*places.shape, states.shape[-1]))
+def gather_rows(states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Rows (..., indices, hidden) of states (..., rows, hidden)."""
+    return states.gather(-2, indices[..., None].expand(*indices.shape, states.shape[-1]))
 
 
 def _distinct(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

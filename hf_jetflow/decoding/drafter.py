@@ -113,8 +113,8 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         size, token_ids = self.head.config.vocab_size, self.head.draft_token_ids
         if token_ids is None:
             return torch.arange(size + 1, device=self.head.device)
-        places = token_ids.new_full((size + 1,), len(token_ids))
-        return places.scatter_(0, token_ids, torch.arange(len(token_ids), device=token_ids.device))
+        indices = token_ids.new_full((size + 1,), len(token_ids))
+        return indices.scatter_(0, token_ids, torch.arange(len(token_ids), device=token_ids.device))
 
     def observe(self, states: TargetStates, paths: list[list[int]] | None = None) -> None:
         """Take over the states of newly committed tokens; after a verify, those of each sequence's path."""
@@ -282,9 +282,9 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         if weights:  # context tokens rank by the most that n-grams can add, so that they become candidates
             order = self._boost_context_tokens(logprobs, context_ids.to(logprobs.device), sum(weights))
         num_scored = min(config.branch_candidates if scores_branches else width, logprobs.shape[-1])
-        places = order.topk(num_scored).indices
-        tokens = places if token_ids is None else token_ids.to(places.device)[places]
-        scores = logprobs.gather(-1, places).to(device)
+        indices = order.topk(num_scored).indices
+        tokens = indices if token_ids is None else token_ids.to(indices.device)[indices]
+        scores = logprobs.gather(-1, indices).to(device)
         if not (self._has_checked_scores or torch.compiler.is_compiling()):
             self._has_checked_scores = True
             _warn_unless_finite(scores)
@@ -297,19 +297,19 @@ class JetFlowCandidateGenerator(CandidateGenerator):
                 ngrams = MatchedNgrams(context_ids, candidates, weights)
             elif weights:
                 ngrams = ContextNgrams(self._read_texts(context_ids, len(weights)), candidates, weights)
-            scorer = BranchScores(candidates, ngrams, self._correction(rows, context_ids, candidates, places))
+            scorer = BranchScores(candidates, ngrams, self._correction(rows, context_ids, candidates, indices))
         return Draft(context_ids, candidates, scorer, has_ngrams=bool(weights))
 
     def _correction(
-        self, rows: torch.Tensor, context_ids: torch.Tensor, candidates: Candidates, places: torch.Tensor
+        self, rows: torch.Tensor, context_ids: torch.Tensor, candidates: Candidates, indices: torch.Tensor
     ) -> Correction | None:
         scorer, first_depth = self.head.branch_correction, self.head.config.first_corrected_depth
         if scorer is None:
             return None
         if isinstance(scorer, TableScorer):
-            return TableCorrection(scorer, rows, context_ids, candidates, places, self._weights, first_depth)
+            return TableCorrection(scorer, rows, context_ids, candidates, indices, self._weights, first_depth)
         assert self._token_parts is not None
-        changes = logit_changes(scorer, self.target, self._weights, places, self.head.draft_token_ids)
+        changes = logit_changes(scorer, self.target, self._weights, indices, self.head.draft_token_ids)
         return StepCorrection(
             scorer, rows, context_ids, candidates, self._token_parts, changes, self._weights, first_depth
         )
@@ -320,7 +320,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         if len(self._texts) != len(texts):
             self._texts = [TextNgrams(longest) for _ in texts]
         for known, ids in zip(self._texts, texts, strict=True):
-            num_padding = next((place for place, token in enumerate(ids) if token >= 0), len(ids))
+            num_padding = next((index for index, token in enumerate(ids) if token >= 0), len(ids))
             known.follow(ids[num_padding:])
         return self._texts
 
@@ -329,9 +329,9 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         size = self.head.config.vocab_size
         ids = context_ids[..., -MAX_CONTEXT:]
         ids = ids.where((ids >= 0) & (ids < size), size)  # padding; placeholders of images may lie outside too
-        places = self._draft_indices.to(ids.device)[ids].unsqueeze(-2).expand(*logprobs.shape[:-1], -1)
+        indices = self._draft_indices.to(ids.device)[ids].unsqueeze(-2).expand(*logprobs.shape[:-1], -1)
         order = pad(logprobs, (0, 1))  # the last column stands for ids outside the draft vocabulary
-        return order.scatter_(-1, places, order.gather(-1, places) + gain)[..., :-1]
+        return order.scatter_(-1, indices, order.gather(-1, indices) + gain)[..., :-1]
 
     def logprobs(self, rows: torch.Tensor) -> torch.Tensor:
         """Draft log-probabilities (..., draft_vocab) of drafted rows (..., features), before any branch correction."""

@@ -18,10 +18,10 @@ Memory = tuple[torch.Tensor, ...]
 class CandidateLogits(nn.Module):
     """The output embedding, restricted to some tokens."""
 
-    def forward(self, shifts: torch.Tensor, weight: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """Logit changes (..., branches, width): products of shifts (..., branches, hidden) and the rows `places`
+    def forward(self, shifts: torch.Tensor, weight: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """Logit changes (..., branches, width): products of shifts (..., branches, hidden) and the rows `indices`
         (..., width) of a weight (vocab, hidden)."""
-        rows = nn.functional.embedding(places, weight)
+        rows = nn.functional.embedding(indices, weight)
         if rows.shape[:-2].numel() == 1:  # one sequence: a plain product is faster than a batch of one
             return nn.functional.linear(shifts, rows.view(rows.shape[-2:]))
         return shifts @ rows.transpose(-1, -2)
@@ -54,7 +54,7 @@ class TableScorer(BranchScorer):
         rows: torch.Tensor,
         parents: torch.Tensor,
         tokens: torch.Tensor,
-        places: torch.Tensor,
+        indices: torch.Tensor,
         logprobs: torch.Tensor,
     ) -> torch.Tensor:
         """
@@ -64,7 +64,7 @@ class TableScorer(BranchScorer):
             rows (`torch.Tensor`, (..., depth, features)): `row_features` of the drafted rows.
             parents (`torch.Tensor`, (..., depth, parents)): Possible parents of each depth, as target ids.
             tokens (`torch.Tensor`, (..., depth, width)): Candidates, as target ids.
-            places (`torch.Tensor`, (..., depth, width)): The same candidates, as indices into the draft vocabulary.
+            indices (`torch.Tensor`, (..., depth, width)): The same candidates, as indices into the draft vocabulary.
             logprobs (`torch.Tensor`, (..., depth, width)): Their scores before any correction.
         """
         raise NotImplementedError
@@ -150,7 +150,7 @@ class Selector(TableScorer):
         rows: torch.Tensor,
         parents: torch.Tensor,
         tokens: torch.Tensor,
-        places: torch.Tensor,
+        indices: torch.Tensor,
         logprobs: torch.Tensor,
     ) -> torch.Tensor:
         scores = logprobs.masked_fill(tokens >= self.num_selectable, -torch.inf)
@@ -181,7 +181,7 @@ class Markov(TableScorer):
         rows: torch.Tensor,
         parents: torch.Tensor,
         tokens: torch.Tensor,
-        places: torch.Tensor,
+        indices: torch.Tensor,
         logprobs: torch.Tensor,
     ) -> torch.Tensor:
         factors = self.markov_w1(parents)
@@ -189,7 +189,7 @@ class Markov(TableScorer):
             of_rows, of_tokens = self.gate_proj.weight.split([rows.shape[-1], factors.shape[-1]], dim=1)
             gates = nn.functional.linear(rows, of_rows, self.gate_proj.bias).unsqueeze(-2)
             factors = factors * torch.sigmoid(gates + nn.functional.linear(factors, of_tokens))
-        return factors @ self.markov_w2.weight[places].transpose(-1, -2)
+        return factors @ self.markov_w2.weight[indices].transpose(-1, -2)
 
 
 class RecurrentMarkov(StepScorer):
