@@ -227,15 +227,15 @@ def test_the_scorer_is_spared_branches_that_have_fallen_out_of_the_tree():
     assert tree.depths.tolist() == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("least", [-0.5, -2.0, -4.0, -99.0])
+@pytest.mark.parametrize("min_logprob", [-0.5, -2.0, -4.0, -99.0])
 @pytest.mark.parametrize("node_budget", [2, 7, 20, 200])
-def test_below_the_minimum_log_probability_nothing_is_drafted(node_budget, least):
+def test_below_the_minimum_log_probability_nothing_is_drafted(node_budget, min_logprob):
     candidates, scorer = make_candidates(depth=4, width=4, seed=3), PathScorer(width=4)
-    paths = set(paths_of(build_tree(ANCHOR, candidates, node_budget, scorer, min_logprob=least)))
+    paths = set(paths_of(build_tree(ANCHOR, candidates, node_budget, scorer, min_logprob=min_logprob)))
     scores = scores_of_all_paths(candidates, is_scored=True)
     whole = paths_of(build_tree(ANCHOR, candidates, node_budget, PathScorer(width=4)))
     best_child = max((path for path in scores if len(path) == 1), key=scores.__getitem__)
-    assert paths == {path for path in whole if scores[path] >= least} | {(), best_child}
+    assert paths == {path for path in whole if scores[path] >= min_logprob} | {(), best_child}
 
 
 @pytest.mark.parametrize("num_nodes", [1, 2, 9, 40])

@@ -29,7 +29,7 @@ PROBE_SHARE = 0.01  # maximum share of run time spent probing whether drafting p
 REFRESH_EVERY = 16  # drafted rounds between probes of a neighboring budget, to update its timings
 REFRESH_SHARE = 0.01  # maximum share of drafted time spent on these probes
 RETIME_EVERY = 8  # rounds between plain rounds that update their timing, while the gain is small
-SMALL_GAIN = 1.25  # throughput over plain rounds that counts as small
+SMALL_GAIN = 1.25  # threshold of a small gain: throughput over plain rounds
 
 
 @dataclass(frozen=True)
@@ -161,8 +161,8 @@ class AutoPolicy:
         self._is_trial = untried is not None
         self._is_refresh = costs.num_drafted % REFRESH_EVERY == 0
         self._num_planned += 1
-        least = -math.inf if self._is_trial or self._is_refresh else self._min_logprob()
-        limits = replace(self.limits, node_budget=untried or self._choose(), min_logprob=least)
+        min_logprob = -math.inf if self._is_trial or self._is_refresh else self._min_logprob()
+        limits = replace(self.limits, node_budget=untried or self._choose(), min_logprob=min_logprob)
         return plan_round(limits, num_remaining, max_nodes)
 
     def _min_logprob(self) -> float:
@@ -198,10 +198,10 @@ class AutoPolicy:
     def _best_budget(self, gains: list[float]) -> int:
         """The node budget of the highest surplus; `gains[n - 1]` is the sum of the `n` best path probabilities, the
         root's 1 included."""
-        costs, most = self._costs, len(gains)
-        budgets = [budget for budget in AUTO_BUDGETS[1:] if budget <= most]
-        if most == self._max_nodes or not budgets:
-            budgets.append(most)
+        costs, num_nodes = self._costs, len(gains)
+        budgets = [budget for budget in AUTO_BUDGETS[1:] if budget <= num_nodes]
+        if num_nodes == self._max_nodes or not budgets:
+            budgets.append(num_nodes)
         yields = [(1 + costs.calibration * (gains[n - 1] - 1), costs.seconds(n)) for n in budgets]
         drafting = self._start_of_rest - self._start
         rate = self._rate or max(tokens / (drafting + seconds) for tokens, seconds in yields)

@@ -106,8 +106,8 @@ def build_tree(
     Returns:
         `DraftTree`: With exactly `min(node_budget, nodes on offer)` nodes, or fewer because of `min_logprob`.
     """
-    device, most = anchor_id.device, node_budget - 1
-    max_depth = min(candidates.tokens.shape[-2], most)
+    device, max_branches = anchor_id.device, node_budget - 1
+    max_depth = min(candidates.tokens.shape[-2], max_branches)
     if max_depth == 0:
         return _root_alone(anchor_id)
     tokens = [anchor_id]
@@ -119,18 +119,18 @@ def build_tree(
     floor = min_logprob if anchor_id.numel() == 1 else -math.inf  # in a batch, the size is known only at the end
     for depth in range(max_depth):
         if scorer is None:
-            rows, columns = _promising_pairs(sizes[-1], candidates.tokens.shape[-1], most, device)
+            rows, columns = _promising_pairs(sizes[-1], candidates.tokens.shape[-1], max_branches, device)
             scores = logprobs[-1][..., rows] + candidates.logprobs[..., depth, :][..., columns]
         else:
             grid = logprobs[-1][..., None] + scorer(depth, branches, tokens[-1])
             best = None
-            if width is not None and width < min(most, grid.shape[-1]):
+            if width is not None and width < min(max_branches, grid.shape[-1]):
                 grid, best = grid.topk(width, dim=-1)
             scores = grid.flatten(-2)
-        scores, chosen = scores.topk(min(most, scores.shape[-1]))
+        scores, chosen = scores.topk(min(max_branches, scores.shape[-1]))
         # Early exit: drop branches that cannot enter the tree, which stays the same.
         if scorer is not None and not has_fixed_shapes(device):
-            num_in_reach = _count_reachable(scores, best_scores, most, floor)
+            num_in_reach = _count_reachable(scores, best_scores, max_branches, floor)
             if not num_in_reach and depth:  # the best child of the root always is
                 break
             num_in_reach = max(num_in_reach, 1)
@@ -162,17 +162,17 @@ def chain_of(tokens: torch.Tensor) -> DraftTree:
     return DraftTree(tokens, parents, parents + 1, torch.zeros_like(tokens).float(), max_depth=tokens.shape[-1] - 1)
 
 
-def _count_reachable(scores: torch.Tensor, best: list[list[float]], most: int, floor: float) -> int:
+def _count_reachable(scores: torch.Tensor, best: list[list[float]], max_branches: int, floor: float) -> int:
     """
-    Count a frontier's scores, best first, that are at least `floor` and among the best `most` of all so far.
+    Count a frontier's scores, best first, that are at least `floor` and among the best `max_branches` of all so far.
 
     The others, and all below them, are no part of the tree. `best` holds each sequence's scores so far and is updated.
     """
     num_in_reach = 0
     for index, new in enumerate(scores.view(-1, scores.shape[-1]).tolist()):
-        best[index] = sorted(best[index] + new, reverse=True)[:most]
-        least = max(best[index][-1], floor) if len(best[index]) == most else floor
-        num_in_reach = max(num_in_reach, bisect_right(new, -least, key=neg))
+        best[index] = sorted(best[index] + new, reverse=True)[:max_branches]
+        threshold = max(best[index][-1], floor) if len(best[index]) == max_branches else floor
+        num_in_reach = max(num_in_reach, bisect_right(new, -threshold, key=neg))
     return num_in_reach
 
 
@@ -228,14 +228,16 @@ def ancestor_mask(parents: torch.Tensor, max_depth: int) -> torch.Tensor:
 
 
 @lru_cache(maxsize=256)
-def _promising_pairs(branches: int, width: int, most: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _promising_pairs(
+    branches: int, width: int, max_branches: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Pairs (branch, candidate) that can be among the best `most`, when branches and candidates are both sorted.
+    Pairs (branch, candidate) that can be among the best `max_branches`, when branches and candidates are both sorted.
 
     A pair scores at least as well as every pair with no smaller index, so (r, c) has (r + 1)(c + 1) - 1 pairs ahead
-    of it and is dropped once that reaches `most`.
+    of it and is dropped once that reaches `max_branches`.
     """
     rows = torch.arange(branches, device="cpu")[:, None]
     columns = torch.arange(width, device="cpu")[None, :]
-    pairs = to_device(((rows + 1) * (columns + 1) <= most).nonzero().T.contiguous(), device)
+    pairs = to_device(((rows + 1) * (columns + 1) <= max_branches).nonzero().T.contiguous(), device)
     return pairs[0], pairs[1]
