@@ -170,7 +170,7 @@ def test_a_path_of_any_length_runs_the_one_captured_draft(num_rows, tiny_target,
     def observe(self, states, paths=None):
         if paths is not None:  # as if the round had accepted that many tokens
             features = torch.cat(states.taps, dim=-1)[:, :1].expand(-1, num_rows, -1)
-            position_ids = states.position_ids[:, :1] + torch.arange(1 - num_rows, 1)
+            position_ids = states.position_ids[:, :1] + torch.arange(1 - num_rows, 1).to(states.position_ids)
             states, paths = TargetStates(states.logits, (features,), position_ids), None
         original(self, states, paths)
 

@@ -26,8 +26,8 @@ HEADS: dict[str, dict[str, Any]] = {
 }
 CACHES: dict[str, dict[str, Any]] = {
     "growing": {},
-    "static": dict(cache_implementation="static", disable_compile=True, max_cache_len=256),
-    "compiled": dict(cache_implementation="static", compile_config=CompileConfig(), max_cache_len=256),
+    "static": dict(cache_implementation="static", disable_compile=True, max_cache_len=512),
+    "compiled": dict(cache_implementation="static", compile_config=CompileConfig(), max_cache_len=512),
 }
 MODES: dict[str, dict[str, Any]] = {"greedy": dict(do_sample=False), "sampled": dict(do_sample=True, top_k=0)}
 
@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--caches", nargs="+", choices=CACHES, default=list(CACHES))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["greedy"])
     parser.add_argument("--places", type=int, default=0, help="print as many source lines with most waits, launches")
+    parser.add_argument("--tau", type=float, default=6.56, help="tokens per round, for the computed speedup")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     install()
@@ -104,7 +105,10 @@ def main() -> None:
                 f"  {step:10} {numbers['launches']:7.1f} launches {numbers['captured']:7.1f} captured "
                 f"{numbers['waits']:6.2f} waits"
             )
-        print(f"  computed: {times['round']:.1f} ms a round, {times['plain']:.1f} ms a plain step")
+        speedup = args.tau * times["plain"] / times["round"]
+        print(
+            f"  computed: {times['round']:.1f} ms a round, {times['plain']:.1f} ms a plain step, speedup {speedup:.1f}"
+        )
         for events in (counts.waits, counts.launches):
             for step, place, number in counts.places(events)[: args.places]:
                 print(f"    {number:6.2f} {step:10} {place}")

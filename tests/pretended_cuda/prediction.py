@@ -9,7 +9,7 @@ from hf_jetflow.simulate.roofline import head_shape, round_seconds, target_shape
 
 LAUNCH_SECONDS = 11e-6  # Qwen3-8B's published plain step, 22 ms in transformers, divided by its 1,960 launches
 WAIT_SECONDS = 25e-6  # assumed: from the end of the device's work to the host's next launch
-OPERATION_SECONDS = 2e-6  # assumed: a small operation inside a captured draft or commit, not fused with others
+OPERATION_SECONDS = 1e-6  # assumed: an operation of a captured draft or commit; 2 us a kernel, two operations in each
 QWEN3_8B = dict(
     vocab_size=151936,
     hidden_size=4096,
@@ -22,7 +22,7 @@ QWEN3_8B = dict(
 )
 ASSUMPTIONS = f"""Computed for Qwen3-8B on an H100, never measured. Weights and cache: the cost model's roofline.
 A launch: {1e6 * LAUNCH_SECONDS:g} us. A wait: {1e6 * WAIT_SECONDS:g} us.
-An operation inside a captured draft or commit: {1e6 * OPERATION_SECONDS:g} us, which is less where it is fused.
+An operation inside a captured draft or commit: {1e6 * OPERATION_SECONDS:g} us.
 Launches of eager forwards overlap with the device's work."""
 
 
