@@ -49,7 +49,8 @@ def layer_windows(model: PreTrainedModel) -> dict[str, Window | None]:
             f"the mamba layers of `{text.model_type}` read several rows at once from an empty state only, so they "
             "cannot verify a draft; generate without `assistant_model`"
         )
-    if not getattr(text, "is_decoder", True):  # configurations of encoders that can be decoders have the field
+    # Encoders that can be decoders have the field. Those that verify trees are given the mask of each row.
+    if not getattr(text, "is_decoder", True) and not passes_positions(model):
         raise JetFlowError(
             f"the attention of this `{text.model_type}` is bidirectional (`is_decoder=False` in its config), so "
             "a forward of several rows shows each of them the later ones; set `is_decoder=True`, or generate without "
