@@ -8,8 +8,8 @@ from conftest import BLOCK_SIZE, make_prompt
 from reference import assert_same_text
 from transformers import CompileConfig, StaticCache
 
-from hf_jetflow.decoding.captured_draft import draft_tree
-from hf_jetflow.decoding.drafter import IDLE_CACHES, JetFlowCandidateGenerator
+from hf_jetflow.decoding.captured_draft import IDLE_CACHES, draft_tree
+from hf_jetflow.decoding.drafter import JetFlowCandidateGenerator
 from hf_jetflow.head.cache import StaticHeadCache
 from hf_jetflow.target.caches import STATIC_ROWS, commit_static_path, max_static_nodes, static_rows
 from hf_jetflow.target.context import Context, TargetStates
@@ -123,6 +123,20 @@ def test_compiled_forwards_give_the_plain_text(backend, tiny_target, random_head
     assert num_graphs == known  # nothing is compiled again
 
 
+def test_texts_of_many_lengths_and_node_budgets_can_be_compiled(tiny_target, random_head):
+    """torch raises where a function needs more than eight graphs."""
+    target, graphs = tiny_target("llama"), []
+    config = CompileConfig(fullgraph=True, backend=lambda graph, _: graphs.append(1) or graph.forward, mode=None)
+    config._compile_all_devices = True
+    head = random_head(target)
+    for length, node_budget in [(length, 8) for length in range(5, 105, 10)] + [(9, 4), (9, 16), (9, "auto")]:
+        head.generation_config.node_budget = node_budget
+        ids = torch.randint(3, 200, (1, length), generator=torch.Generator().manual_seed(length))
+        plain = target.generate(ids, max_new_tokens=12, do_sample=False)
+        assert_same_text(plain, generate(target, ids, head, compile_config=config, max_new_tokens=12))
+    assert len(graphs) < 16, "texts of similar lengths share graphs"
+
+
 def static_address_of(cache: StaticHeadCache) -> list[int]:
     buffers = [cache._length, cache._position_ids, *(buffer for layer in cache._layers for buffer in layer)]
     # The mark that `torch._dynamo.mark_static_address` leaves, without which a graph copies what it changes.
@@ -141,7 +155,7 @@ def test_a_compiled_head_keeps_its_buffers_from_call_to_call(tiny_target, random
         addresses.append(static_address_of(caches[-1]))
     assert caches[0] is caches[1]
     assert addresses[0] == addresses[1]
-    assert_same_text(plain, generate(target, prompt, head, compile_config=config, max_cache_len=200))
+    assert_same_text(plain, generate(target, prompt, head, compile_config=config, max_cache_len=600))
     assert IDLE_CACHES[head][2] is not caches[0], "a larger cache of the target needs more rows"
 
 

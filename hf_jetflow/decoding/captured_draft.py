@@ -6,6 +6,7 @@ the functions that draft on any device; `transfer.has_fixed_shapes` says which v
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -76,3 +77,18 @@ def as_draft(outputs: tuple[torch.Tensor, ...], max_depth: int) -> CapturedDraft
     tree = DraftTree(tokens, parents, depths, logprobs, max_depth)
     tree.ancestor_mask = mask
     return CapturedDraft(tree)
+
+
+# Of each head that is in use and was compiled: the static cache of its latest call, unless a call is using it.
+IDLE_CACHES: WeakKeyDictionary[JetFlowHead, tuple[torch.device, torch.dtype, StaticHeadCache]] = WeakKeyDictionary()
+
+
+def static_cache(head: JetFlowHead, capacity: int, is_compiled: bool) -> StaticHeadCache:
+    """An empty cache, at the same addresses as in the call before if it fits."""
+    if is_compiled:  # a power of two, so that texts of similar lengths share a graph
+        capacity = max(1 << (capacity - 1).bit_length(), 512)
+    device, dtype, cache = IDLE_CACHES.pop(head, (None, None, None))
+    if cache is None or (device, dtype, cache.capacity) != (head.device, head.dtype, capacity):
+        return StaticHeadCache(head.config.num_hidden_layers, capacity)
+    cache.reset()
+    return cache

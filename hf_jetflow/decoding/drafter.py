@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn.functional import pad
@@ -30,7 +29,7 @@ from .branch_scores import (
     gather_rows,
     logit_changes,
 )
-from .captured_draft import CapturedDraft, as_draft, draft_tree, is_on_one_device
+from .captured_draft import IDLE_CACHES, CapturedDraft, as_draft, draft_tree, is_on_one_device, static_cache
 from .draft_weights import DraftWeights, draft_weights
 from .policy import MAX_CONTINUED, RoundPlan
 from .reuse import HeadContext
@@ -89,7 +88,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         self._max_path_rows = head.config.block_size + MAX_CONTINUED  # a captured draft reads as many states
         self._cache: HeadCache | StaticHeadCache = HeadCache(head.config.num_hidden_layers)
         if context is not None and context.strategy.capacity is not None:
-            self._cache = _static_cache(head, context.strategy.capacity + self._max_path_rows)
+            self._cache = static_cache(head, context.strategy.capacity + self._max_path_rows, context.is_compiled)
         self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # features and positions the head has not read
         if past is not None:
             past.load(self._cache, head.config.num_rows)
@@ -358,19 +357,6 @@ class JetFlowCandidateGenerator(CandidateGenerator):
 
     def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:
         """Nothing to update: the loop plans every round from scratch."""
-
-
-# Of each head that is in use and was compiled: the static cache of its latest call, unless a call is using it.
-IDLE_CACHES: WeakKeyDictionary[JetFlowHead, tuple[torch.device, torch.dtype, StaticHeadCache]] = WeakKeyDictionary()
-
-
-def _static_cache(head: JetFlowHead, capacity: int) -> StaticHeadCache:
-    """An empty cache, at the same addresses as in the call before if it fits."""
-    device, dtype, cache = IDLE_CACHES.pop(head, (None, None, None))
-    if cache is None or (device, dtype, cache.capacity) != (head.device, head.dtype, capacity):
-        return StaticHeadCache(head.config.num_hidden_layers, capacity)
-    cache.reset()
-    return cache
 
 
 def _warn_unless_finite(scores: torch.Tensor) -> None:

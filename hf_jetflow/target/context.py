@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from .target import Target
 
 
+MAX_GRAPHS = 256  # of one captured function: a graph for each node budget and size of the head's cache
+
+
 @dataclass
 class TargetStates:
     """Results of a target forward."""
@@ -89,9 +92,17 @@ class Context:
         """The model's call, compiled by transformers' own means where `generate` would."""
         return model.get_compiled_call(self.compile_config) if self.is_compiled else model
 
-    def captured(self, function: Callable) -> Callable:
-        """A function of fixed shapes, compiled as the target's forward is."""
-        return torch.compile(function, **{**(self.compile_config or CompileConfig()).to_dict(), "dynamic": False})
+    def captured(self, function: Callable, dynamic: bool = False) -> Callable:
+        """A function without data-dependent shapes, compiled as the target's forward is; `dynamic`: once for all
+        sizes."""
+        settings = (self.compile_config or CompileConfig()).to_dict() | {"dynamic": dynamic}
+        compiled = torch.compile(function, **settings)
+
+        def call(*args: Any) -> Any:
+            with torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS):  # beyond its limit, torch raises
+                return compiled(*args)
+
+        return call
 
     @property
     def max_depth(self) -> int | None:

@@ -106,9 +106,9 @@ class StaticStrategy(CacheStrategy):
     def num_rows(self, num_nodes: int) -> int:
         return static_rows(num_nodes)
 
-    def capture(self, captured: Callable[[Callable], Callable]) -> None:
+    def capture(self, captured: Callable[..., Callable]) -> None:
         """Compact paths by one captured function; `captured` makes it."""
-        self._compact_rows = captured(compact_rows)
+        self._compact_rows = captured(compact_rows, dynamic=True)
 
     def open(self) -> None:
         pass
