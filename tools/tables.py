@@ -319,6 +319,24 @@ def branch_gains() -> str:
     return table(["gain over the three sets", *(f"{each} nodes" for each in budgets)], lines, "correction_smollm2")
 
 
+def scorers() -> str:
+    """Tokens per round without n-grams, means of the prompt sets."""
+    labels = {
+        "no scorer": "none",
+        "own (path)": "path correction, trained with the block",
+        "selector": "DFlash 2 selector, fitted",
+        "markov": "DSpark Markov head, fitted",
+        "gated": "DSpark gated Markov head, fitted",
+    }
+    rows, lines = read("scorers")["rows"], []
+    for scorer, label in labels.items():
+        rates = [row["tokens_per_round"] for row in rows if row["scorer"] == scorer]
+        means = {name: sum(rate[name] for rate in rates) / len(rates) for name in rates[0]}
+        lines.append([label, *(f"{mean:.2f}" for mean in means.values()), f"{means['64'] / means['chain']:.2f}"])
+    budgets = [f"tree of {name}" for name in means if name != "chain"]
+    return table(["branch scorer", "chain", *budgets, "tree of 64 / chain"], lines, "scorers")
+
+
 def ablation() -> str:
     """Tokens per round at 32 nodes, means of the prompt sets."""
     heads = {
@@ -413,6 +431,7 @@ TABLES: dict[str, Callable[[], str]] = {
         branch_scores,
         branch_gains,
         ablation,
+        scorers,
         vllm,
         serving,
     )
