@@ -190,7 +190,7 @@ def test_a_path_of_any_length_runs_the_one_captured_draft(num_rows, tiny_target,
 
     monkeypatch.setattr(JetFlowCandidateGenerator, "observe", observe)
     monkeypatch.setattr(Context, "forward_of", lambda _context, model: model)
-    monkeypatch.setattr(Context, "captured", lambda _context, function: functools.partial(run, function))
+    monkeypatch.setattr(Context, "captured", lambda _context, function, **_: functools.partial(run, function))
 
     def run(function, *inputs):
         if function is draft_tree:
