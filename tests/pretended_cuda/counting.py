@@ -64,7 +64,7 @@ def count() -> Iterator[Counts]:
 
     forward_of, captured = Context.forward_of, Context.captured
     Context.forward_of = lambda context, model: _as_captured(counts, model) if context.is_compiled else model
-    Context.captured = lambda _context, function: _as_captured(counts, function)
+    Context.captured = lambda _context, function, **_: _as_captured(counts, function)
     device.listen(listen)
     try:
         with watched_steps(watch):
