@@ -65,7 +65,7 @@ def test_a_round_waits_once_whatever_scores_the_branches(tmp_path):
     run_python("-m", "pretended_cuda", "--layers", "5", "--nodes", "32", "--json", str(output))
     rows = json.loads(output.read_text())
     assert {(row["head"], row["cache"]) for row in rows} == {
-        (head, cache) for head in ("plain", "path", "ngrams") for cache in ("growing", "static")
+        (head, cache) for head in ("plain", "path", "ngrams") for cache in ("growing", "static", "compiled")
     }
     for row in rows:
         waits = {step: numbers["waits"] for step, numbers in row["steps"].items()}
