@@ -16,8 +16,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_jetflow import JetFlowConfig, JetFlowHead
+from hf_jetflow import JetFlowCandidateGenerator, JetFlowConfig, JetFlowHead
 from hf_jetflow.cli.main import parse, run
+from hf_jetflow.target.context import TargetStates
+from hf_jetflow.target.target import Target
 from hf_jetflow.trees.tree import DraftTree
 
 
@@ -212,3 +214,13 @@ def build_wheel(project: Path, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", str(folder)]
     subprocess.run([*command, str(folder / "source")], check=True)
     return next(folder.glob("*.whl"))
+
+
+def drafter_of(head: JetFlowHead, target, ids: torch.Tensor) -> JetFlowCandidateGenerator:
+    """A drafter that was shown all but the last tokens of ids (batch, seq)."""
+    view = Target(target, head.config)
+    drafter = JetFlowCandidateGenerator(head, view)
+    features = torch.cat([view.states(row[None, :-1])[0] for row in ids])
+    positions = torch.arange(ids.shape[1] - 1).expand(len(ids), -1)
+    drafter.observe(TargetStates(torch.empty(len(ids), 0, 1), (features,), positions))
+    return drafter

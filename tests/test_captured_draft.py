@@ -4,13 +4,11 @@ import make_layouts as make
 import make_scored_layouts as scored
 import pytest
 import torch
+from helpers import drafter_of
 from make_layouts import VOCAB
 
-from hf_jetflow import JetFlowCandidateGenerator
 from hf_jetflow.decoding.captured_draft import as_draft, draft_tree
 from hf_jetflow.head.cache import StaticHeadCache
-from hf_jetflow.target.context import TargetStates
-from hf_jetflow.target.target import Target
 
 
 CORRECTIONS = {kind: dict(branch_correction=kind) for kind in ("parent", "path")}
@@ -38,16 +36,6 @@ def head_of(kind, target, random_head, folder, **config):
 def texts(batch: int, seed: int = 9) -> torch.Tensor:
     """Ids (batch, 30), in which the second half repeats the first."""
     return torch.randint(4, VOCAB, (batch, 15), generator=torch.Generator().manual_seed(seed)).repeat(1, 2)
-
-
-def drafter_of(head, target, ids: torch.Tensor) -> JetFlowCandidateGenerator:
-    """A drafter that was shown all but the last tokens of ids (batch, seq)."""
-    view = Target(target, head.config)
-    drafter = JetFlowCandidateGenerator(head, view)
-    features = torch.cat([view.states(row[None, :-1])[0] for row in ids])
-    positions = torch.arange(ids.shape[1] - 1).expand(len(ids), -1)
-    drafter.observe(TargetStates(torch.empty(len(ids), 0, VOCAB), (features,), positions))
-    return drafter
 
 
 def trees_of(head, target, ids: torch.Tensor, budgets: list[int]) -> list:

@@ -6,13 +6,13 @@ import make_layouts as make
 import make_scored_layouts as scored
 import pytest
 import torch
+from helpers import drafter_of
 from make_layouts import VOCAB
 from reference import assert_same_text
 from scored_references import reference
 
 from hf_jetflow import JetFlowCandidateGenerator, JetFlowHead
 from hf_jetflow.head.formats import recognize
-from hf_jetflow.target.context import TargetStates
 from hf_jetflow.target.target import Target
 
 
@@ -30,16 +30,6 @@ def head(name, tmp_path_factory) -> JetFlowHead:
     """The head of a layout, with all tokens as candidates and without n-grams."""
     folder = tmp_path_factory.mktemp("head")
     return make.load(folder, *scored.CHECKPOINTS[name](), branch_candidates=VOCAB, ngram_weights=[])
-
-
-def drafter_of(head: JetFlowHead, target, ids: torch.Tensor) -> JetFlowCandidateGenerator:
-    """A drafter that was shown all but the last tokens of ids (batch, seq)."""
-    view = Target(target, head.config)
-    drafter = JetFlowCandidateGenerator(head, view)
-    features = torch.cat([view.states(row[None, :-1])[0] for row in ids])
-    positions = torch.arange(ids.shape[1] - 1).expand(len(ids), -1)
-    drafter.observe(TargetStates(torch.empty(len(ids), 0, VOCAB), (features,), positions))
-    return drafter
 
 
 def draft_behind(head: JetFlowHead, target, ids: torch.Tensor):

@@ -186,7 +186,7 @@ class DecodingSession:
     def draft(self, plan: RoundPlan) -> Draft | CapturedDraft:
         """The head's candidates behind the anchors, with what scores them along a branch."""
         context_ids = to_device(self._emitter.newest_ids, self._target.device)
-        positions = self._context.on_device(self._target.device)[1]
+        _, positions = self._context.on_device(self._target.device)
         return self._drafter.draft(context_ids, positions, plan, self.policy.limits)
 
     @_step("tree")

@@ -171,7 +171,7 @@ def _moves(path: list[int]) -> tuple[Moves, bool]:
 
 
 def compact_rows(
-    buffers: list[torch.Tensor], lengths: list[torch.Tensor], rows: torch.Tensor, num_kept: torch.Tensor
+    buffers: list[torch.Tensor], lengths: list[torch.Tensor], rows: torch.Tensor, path_length: torch.Tensor
 ) -> None:
     """
     `commit_path` of a static cache as a function of fixed shapes, which can be captured.
@@ -179,15 +179,15 @@ def compact_rows(
     Args:
         buffers (`list[torch.Tensor]`, (1, heads, slots, dim)): Keys and values of all layers.
         lengths (`list[torch.Tensor]`, ()): Rows in each layer, updated in place.
-        rows (`torch.Tensor`, (rows of the verifying forward,)): Which of them takes each one's place.
-        num_kept (`torch.Tensor`, ()): How many stay, the path's.
+        rows (`torch.Tensor`, (rows of the verifying forward,)): For each of them, the row to copy there.
+        path_length (`torch.Tensor`, ()): Rows of the path, which stay.
     """
     slots = lengths[0] - len(rows) + torch.arange(len(rows), device=rows.device)
     sources = lengths[0] - len(rows) + rows
     for buffer in buffers:
         buffer.index_copy_(-2, slots, buffer.index_select(-2, sources))
     for length in lengths:
-        length.add_(num_kept - len(rows))
+        length.add_(path_length - len(rows))
 
 
 def _move(buffers: Iterable[torch.Tensor], start: int, moves: Moves) -> None:

@@ -97,9 +97,10 @@ class Context:
         sizes."""
         settings = (self.compile_config or CompileConfig()).to_dict() | {"dynamic": dynamic}
         compiled = torch.compile(function, **settings)
+        raised_limit = torch._dynamo.config.patch(cache_size_limit=MAX_GRAPHS)  # its name in all releases of torch
 
         def call(*args: Any) -> Any:
-            with torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS):  # beyond its limit, torch raises
+            with raised_limit:
                 return compiled(*args)
 
         return call
