@@ -308,12 +308,12 @@ def test_the_embedding_scale_replaces_what_the_target_s_module_does(tiny_target,
     head = make.load(tmp_path / "raw", config, make.body_tensors())
     ids = torch.tensor([[5, 6]])
     weight = gemma.get_input_embeddings().weight
-    torch.testing.assert_close(Target(gemma, head.config).embed(ids), weight[ids])
+    torch.testing.assert_close(Target(gemma, head.config).embeddings.embed(ids), weight[ids])
     config["dflash_config"]["input_embedding_scale"] = 2.0
     scaled = make.load(tmp_path / "scaled", config, make.body_tensors())
-    torch.testing.assert_close(Target(gemma, scaled.config).embed(ids), 2 * weight[ids])
+    torch.testing.assert_close(Target(gemma, scaled.config).embeddings.embed(ids), 2 * weight[ids])
     jetspec = make.load(tmp_path / "jetspec", make.jetspec(False), make.body_tensors())
-    torch.testing.assert_close(Target(gemma, jetspec.config).embed(ids), 8 * weight[ids])
+    torch.testing.assert_close(Target(gemma, jetspec.config).embeddings.embed(ids), 8 * weight[ids])
 
 
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=128)

@@ -462,7 +462,7 @@ def test_the_teacher_is_the_target_s_own_distribution(family, scale, cap):
     assert shape.scale == pytest.approx(scale, rel=1e-3)
     ids = torch.randint(3, 257, (1, 20), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        raw = view.states(ids)[1][0] @ view.plain_output_rows(None).T
+        raw = view.states(ids)[1][0] @ view.embeddings.plain_output_rows(None).T
         torch.testing.assert_close(shape(raw), target(ids).logits[0], atol=1e-3, rtol=1e-3)
 
 

@@ -228,7 +228,7 @@ class _Bench:
         """Agreement of head and target on the plain greedy answers of the first pass."""
         view = Target(self._target, self._head.config)
         # Logits of a packed output embedding, or of the head's own, cannot be compared with the target's.
-        is_comparable = view.output_rows(None) is not None and self._head.config.is_plain
+        is_comparable = view.embeddings.output_rows(None) is not None and self._head.config.is_plain
         if not is_comparable or prompt_set.batch_size > 1:
             return {}
         answers = self._plain_answers(prompt_set)

@@ -98,7 +98,7 @@ class ProjectedTokenCache:
         weight = next(self._scorer.parameters())
         if not self._scorer.reads_embeddings:
             return self._scorer.project_tokens(tokens.to(weight.device))
-        embeds = self._target.embed(tokens.to(self._target.device))
+        embeds = self._target.embeddings.embed(tokens.to(self._target.device))
         return self._scorer.project_tokens(embeds.to(weight.device, weight.dtype))
 
 
@@ -249,7 +249,7 @@ def logit_changes(
     def changes(depth: int, shifts: torch.Tensor) -> torch.Tensor:
         shifts = shifts.to(target.device, target.model.dtype)
         zero = torch.zeros_like(shifts[..., :1, :])  # yields what is no shift: the bias
-        logits = target.output_logits(torch.cat([shifts, zero], dim=-2), token_ids)
+        logits = target.embeddings.output_logits(torch.cat([shifts, zero], dim=-2), token_ids)
         columns = indices[..., depth, :].unsqueeze(-2)
         logits = logits.gather(-1, columns.expand(*logits.shape[:-1], columns.shape[-1]))
         return logits[..., :-1, :] - logits[..., -1:, :]

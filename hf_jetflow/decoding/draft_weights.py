@@ -35,7 +35,7 @@ class DraftWeights:
         self._laid_out.refresh(module for module in modules if isinstance(module, DraftLinear))
 
     def _projection(self, head: JetFlowHead, target: Target) -> nn.Linear | None:
-        whole, token_ids = target.output_rows(None), head.draft_token_ids
+        whole, token_ids = target.embeddings.output_rows(None), head.draft_token_ids
         if whole is None:
             return None
         if token_ids is None:  # shares the target's memory, so it is never stale

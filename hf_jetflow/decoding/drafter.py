@@ -267,7 +267,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         """Input rows of the head (batch, rows, hidden), by its own embedding or the target's."""
         head = self.head
         if head.embed_tokens is None:
-            return self.target.embed_block(block_ids, is_anchor, head.mask_embedding)
+            return self.target.embeddings.embed_block(block_ids, is_anchor, head.mask_embedding)
         assert head.config.mask_token_id is not None
         return head.embed_tokens(torch.where(is_anchor, block_ids, head.config.mask_token_id).to(head.device))
 
@@ -339,7 +339,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             logits = projection(rows.to(projection.weight.device, projection.weight.dtype))
         else:
             rows = rows.to(self.target.device, self.target.model.dtype)
-            logits = self.target.output_logits(rows, self.head.draft_token_ids)
+            logits = self.target.embeddings.output_logits(rows, self.head.draft_token_ids)
         return torch.log_softmax(self.head.shape_logits(logits.float()), dim=-1)
 
     def get_candidates(self, input_ids: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:

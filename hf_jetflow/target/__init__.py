@@ -3,5 +3,5 @@
 Start with `target.py` (reads the prompt), then `context.py` (verifies a tree) and `strategies.py` (commit and roll
 back, by kind of cache; the work is in `caches.py`, `batch_caches.py`, `growing_cache.py`). `slots.py` maps batch slots
 to sequences, `layer_kinds.py` says what each kind of layer sees. Recurrent layers read trees by `tree_mixers.py` (the
-math) and `mixer_adapters.py` (the layers); `recurrent.py` is for others.
+math) and `mixer_adapters.py` (the layers); `recurrent.py` is for others. `embeddings.py` is what a head borrows.
 """

@@ -1,4 +1,4 @@
-"""`Target`: reads the prompt, and lends the head its embeddings. Rounds are verified by [`Context`]."""
+"""`Target`: reads the prompt. Rounds are verified by [`Context`]; the head borrows [`TargetEmbeddings`]."""
 
 import threading
 from collections.abc import Iterator
@@ -16,6 +16,7 @@ from ..errors import JetFlowError
 from ..head.configuration_jetflow import JetFlowConfig
 from .caches import check_even_rows, check_padded_rows, check_target_cache
 from .context import Context, TargetStates
+from .embeddings import TargetEmbeddings
 from .layer_kinds import layer_windows, takes_trees
 from .positions import text_positions, without_padding
 from .recurrent import check_states, has_states
@@ -36,6 +37,7 @@ class Target:
         self.model = model
         self.device = model.device  # of what is passed to it
         self.head_config = head_config
+        self.embeddings = TargetEmbeddings(model, head_config.embedding_scale, head_config.mask_token_id)
         assert head_config.hidden_state_indices is not None
         self._tapped = head_config.hidden_state_indices
         # Given a list, early releases count from the first layer's output and keep no embedding output (see `taps`).
@@ -193,46 +195,3 @@ class Target:
         if states[0].ndim == 4:  # gemma3n runs several streams beside each other; this one becomes the output
             states = [state[self._text_config.altup_active_idx] for state in states]
         return states
-
-    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """The target's embeddings of tokens, (..., hidden), scaled as the head was trained with."""
-        module, scale = self.model.get_input_embeddings(), self.head_config.embedding_scale
-        return module(input_ids) if scale is None else nn.functional.embedding(input_ids, module.weight) * scale
-
-    def embed_block(
-        self, input_ids: torch.Tensor, is_anchor: torch.Tensor, mask_embedding: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Input rows of the head, (batch, rows, hidden): `input_ids` where `is_anchor`, MASK elsewhere."""
-        if mask_embedding is None:
-            assert self.head_config.mask_token_id is not None
-            return self.embed(torch.where(is_anchor, input_ids, self.head_config.mask_token_id))
-        embeds = self.embed(input_ids)
-        return torch.where(is_anchor[..., None], embeds, mask_embedding.to(embeds))
-
-    def output_rows(self, token_ids: torch.Tensor | None) -> torch.Tensor | None:
-        """
-        Rows (draft_vocab, hidden) of the target's output embedding; `None` where it is not a plain linear layer, or
-        its weight is quantized, sharded or not in memory.
-        """
-        module = self.model.get_output_embeddings()
-        if type(module) is not nn.Linear or module.bias is not None:
-            return None
-        if type(module.weight) is not nn.Parameter or module.weight.is_meta:
-            return None
-        return module.weight if token_ids is None else module.weight[token_ids.to(module.weight.device)]
-
-    def plain_output_rows(self, token_ids: torch.Tensor | None) -> torch.Tensor:
-        """`output_rows`, for uses that cannot do without them."""
-        rows = self.output_rows(token_ids)
-        if rows is None:
-            kind = type(self.model.get_output_embeddings()).__name__
-            raise JetFlowError(
-                f"the target's output embedding is a `{kind}`, but the loss needs a plain linear layer without bias; "
-                "load the target unquantized"
-            )
-        return rows
-
-    def output_logits(self, rows: torch.Tensor, token_ids: torch.Tensor | None) -> torch.Tensor:
-        """Logits (..., draft_vocab) by the target's own output module, whatever it is (quantized, biased, ...)."""
-        logits = self.model.get_output_embeddings()(rows)
-        return logits if token_ids is None else logits[..., token_ids.to(logits.device)]

@@ -62,9 +62,11 @@ def forward_blocks(
             "leave these fields of the config at their defaults"
         )
     anchors = input_ids.gather(1, blocks.anchor_position_ids.clamp_min(0))
-    is_anchor, has_mask_token = blocks.depths == 0, head.config.mask_token_id is not None
+    embeddings, is_anchor = target.embeddings, blocks.depths == 0
+    has_mask_token = head.config.mask_token_id is not None
+    embeds = embeddings.embed_block(anchors, is_anchor, None) if has_mask_token else embeddings.embed(anchors)
     return model(
-        inputs_embeds=target.embed_block(anchors, is_anchor, None) if has_mask_token else target.embed(anchors),
+        inputs_embeds=embeds,
         is_mask=None if has_mask_token else ~is_anchor,
         features=features,
         position_ids=blocks.position_ids,
@@ -110,7 +112,7 @@ def draft_blocks(
     blocks = make_blocks(inputs, head.config.block_size)
     input_ids, last = inputs["input_ids"], inputs["input_ids"].shape[1] - 1
     before = (blocks.position_ids - 1).clamp(0, last)
-    parent_embeds = None if head.branch_correction is None else target.embed(input_ids.gather(1, before))
+    parent_embeds = None if head.branch_correction is None else target.embeddings.embed(input_ids.gather(1, before))
     outputs = forward_blocks(model, head, target, input_ids, blocks, features, parent_embeds)
     rows, shifts = (outputs, None) if parent_embeds is None else outputs
     is_slot = blocks.depths > 0
@@ -206,7 +208,7 @@ def measure_agreement(target: Target, head: JetFlowHead, sequences: Iterable[tup
         JetFlowError: If the target's output embedding is not a plain matrix.
     """
     agreement = Agreement()
-    projection = target.plain_output_rows(head.draft_token_ids)
+    projection = target.embeddings.plain_output_rows(head.draft_token_ids)
     for ids, num_prompt in sequences:
         input_ids = torch.tensor([list(ids)], device=target.model.device)
         inputs = {

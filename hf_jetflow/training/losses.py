@@ -189,7 +189,7 @@ def logit_shape(target: Target) -> LogitShape:
     Raises:
         JetFlowError: If the logits are computed in another way, so that hidden states cannot teach a head.
     """
-    model, projection, cap = target.model, target.plain_output_rows(None), _soft_cap(target.model)
+    model, projection, cap = target.model, target.embeddings.plain_output_rows(None), _soft_cap(target.model)
     input_ids = torch.arange(3, 19, device=target.device)[None]
     raw = (target.states(input_ids)[1][0].to(projection.dtype) @ projection.T).float()
     logits = model(input_ids=input_ids, use_cache=False).logits[0].float()

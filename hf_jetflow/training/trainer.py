@@ -135,7 +135,7 @@ class JetFlowTrainer(Trainer):
         self.target = Target(target.requires_grad_(False).eval(), head.config)
         folder = Path(args.features_dir) / features_fingerprint(head.config) if args.features_dir else None
         self.features = FeatureStore(self.target.states, folder)
-        self.projection = self.target.plain_output_rows(head.draft_token_ids)
+        self.projection = self.target.embeddings.plain_output_rows(head.draft_token_ids)
         self.teacher_shape = logit_shape(self.target)
         self.block_size = head.config.block_size
         self._agreement = Agreement()
