@@ -386,8 +386,6 @@ def vllm() -> str:
 
 def serving() -> str:
     """Latency of vLLM's server, one line for each prompt file, load and server."""
-    if not (RESULTS / "serving.json").exists():
-        return "Not measured yet."
 
     def spread(row: dict[str, Any], field: str, scale: int = 1, digits: int = 0) -> str:
         return " / ".join(f"{row[field][name] / scale:.{digits}f}" for name in ("p50", "p90", "p99"))
