@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import LogitsProcessorList, PreTrainedTokenizerFast, SynthIDTextWatermarkingConfig, TextStreamer
 
 from hf_jetflow import JetFlowConfig, JetFlowHead
-from hf_jetflow.decoding.batching import BatchNoise
 from hf_jetflow.decoding.drafter import JetFlowCandidateGenerator
+from hf_jetflow.decoding.noise import Noise, SequenceNoise
 
 
 VOCAB = 61  # small, so that a random head's trees hold the target's choice now and then
@@ -347,21 +347,22 @@ def test_guidance_is_decoded_in_step():
 
 @pytest.mark.parametrize("max_bytes", [0, 2**20], ids=["drawn again", "stored"])
 def test_noise_is_that_of_multinomial_in_whatever_order_it_is_asked_for(max_bytes, monkeypatch):
-    monkeypatch.setattr("hf_jetflow.decoding.batching.MAX_NOISE_BYTES", max_bytes)
+    monkeypatch.setattr("hf_jetflow.decoding.noise.MAX_NOISE_BYTES", max_bytes)
     probs = torch.softmax(2 * torch.randn(6, 3, 50), dim=-1)
     torch.manual_seed(8)
     expected = torch.stack([torch.multinomial(step, num_samples=1)[:, 0] for step in probs])
     state = torch.get_rng_state()
     torch.manual_seed(8)
-    noise = BatchNoise(3)
+    noise = Noise(3)
     got = torch.empty_like(expected)
     for sequence in (1, 0, 2):
+        draws = SequenceNoise(noise, sequence)
         for step in range(6):
-            got[step, sequence] = noise.draw(sequence, probs[step, sequence : sequence + 1])
+            got[step, sequence] = draws.draw(probs[step, sequence : sequence + 1])
     assert got.tolist() == expected.tolist()
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_probabilities_that_are_none_raise_as_in_plain_decoding():
     with pytest.raises(RuntimeError, match=r"inf.*nan"):
-        BatchNoise(2).draw(0, torch.tensor([[0.5, float("nan")]]))
+        SequenceNoise(Noise(2), 0).draw(torch.tensor([[0.5, float("nan")]]))

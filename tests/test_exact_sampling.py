@@ -5,7 +5,9 @@ import itertools
 import pytest
 import torch
 from reference import assert_same_text
-from transformers import LogitsProcessor, LogitsProcessorList, WatermarkingConfig
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, WatermarkingConfig
+
+from hf_jetflow.trees.walk import Chooser
 
 
 NUM_TOKENS = 25
@@ -109,6 +111,104 @@ def test_every_node_budget_draws_the_same_text_from_the_same_seed(node_budget, t
     head = noisy_head(target, plain)
     head.generation_config.node_budget = node_budget
     assert_same_text(plain, generate(target, prompt, head)[0])
+
+
+class StopAfter(StoppingCriteria):
+    """Ends the text at a length, which no draft knows of."""
+
+    def __init__(self, length: int):
+        self.length = length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_) -> torch.Tensor:
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
+
+
+@pytest.fixture
+def num_chosen_alone(monkeypatch):
+    """As on a GPU, choices at all nodes are made at once where that is possible; lists the calls where it is not."""
+    calls, choose = [], Chooser.choose
+    monkeypatch.setattr("hf_jetflow.trees.walk._reads_once", lambda _device: True)
+    monkeypatch.setattr(Chooser, "choose", lambda *args: calls.append(args) or choose(*args))
+    return calls
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("settings", [name for name in WARPERS if name not in ("eta_cutoff", "several at once")])
+def test_choices_at_all_nodes_at_once_draw_the_same_text(
+    settings, batch, tiny_target, head_of_kind, prompt, num_chosen_alone
+):
+    kwargs = WARPERS[settings] | dict(renormalize_logits=True, remove_invalid_values=True)
+    head = check_same(tiny_target("llama"), prompt.repeat(batch, 1), head_of_kind, "noisy", **kwargs)
+    assert head.last_stats.num_accepted > 5
+    assert len(num_chosen_alone) == batch, "only the token after the prompt is chosen alone"
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        WARPERS["eta_cutoff"],
+        PROCESSORS["repetition_penalty"],
+        dict(custom_processor=True),
+        dict(return_dict_in_generate=True, output_scores=True),
+    ],
+    ids=["eta_cutoff", "repetition_penalty", "custom", "output_scores"],
+)
+def test_what_depends_on_the_text_or_is_recorded_is_chosen_node_by_node(
+    kwargs, tiny_target, noisy_head, prompt, num_chosen_alone
+):
+    target = tiny_target("llama")
+    plain, state = generate(target, prompt, **kwargs)
+    plain = plain if torch.is_tensor(plain) else plain.sequences
+    drafted, drafted_state = generate(target, prompt, noisy_head(target, plain), **kwargs)
+    assert_same_text(plain, drafted if torch.is_tensor(drafted) else drafted.sequences)
+    assert torch.equal(state, drafted_state)
+    assert len(num_chosen_alone) == NUM_TOKENS
+
+
+@pytest.mark.parametrize("length", range(26, 32))
+def test_draws_behind_the_end_of_the_text_are_taken_back(length, tiny_target, head_of_kind, prompt, num_chosen_alone):
+    stop = [StopAfter(length)]
+    head = check_same(tiny_target("llama"), prompt, head_of_kind, "echo", top_k=0, stopping_criteria=stop)
+    assert head.last_stats.num_accepted > 0
+
+
+def test_draws_behind_a_closed_streamer_are_taken_back(tiny_target, head_of_kind, prompt, num_chosen_alone):
+    class Closed:
+        num_put = 0
+
+        def put(self, _value):
+            self.num_put += 1
+            if self.num_put == 10:
+                raise BrokenPipeError
+
+    target, states = tiny_target("llama"), []
+    plain, _ = generate(target, prompt, top_k=0)
+    for head in (None, head_of_kind("echo", target, plain)):
+        with pytest.raises(BrokenPipeError):
+            generate(target, prompt, head, top_k=0, streamer=Closed())
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+def test_probabilities_that_are_not_finite_raise_as_in_plain_decoding(
+    tiny_target, noisy_head, prompt, num_chosen_alone
+):
+    target = tiny_target("llama")
+    head = noisy_head(target, generate(target, prompt, top_k=0)[0])
+    num_calls = 0
+
+    def spoil(_module, _args, output):
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls > 1:
+            output.logits[..., 7] = float("nan")
+
+    handle = target.register_forward_hook(spoil)
+    try:
+        with pytest.raises(RuntimeError, match=r"inf.*nan"):
+            generate(target, prompt, head, top_k=0)
+    finally:
+        handle.remove()
 
 
 def test_every_family_draws_the_same_text_from_the_same_seed(family, tiny_target, head_of_kind, prompt):

@@ -107,7 +107,7 @@ def test_the_path_s_tokens_and_the_bonus_token_are_pushed_in_order():
 @pytest.mark.parametrize("is_general", [False, True], ids=["plain argmax", "processors"])
 @pytest.mark.parametrize("is_ahead", [False, True], ids=["node by node", "all nodes at once"])
 def test_the_walk_stops_where_push_says_so(last, path, bonus_id, is_general, is_ahead, monkeypatch):
-    monkeypatch.setattr("hf_jetflow.trees.walk._prefers_batched_argmax", lambda _logits: is_ahead)
+    monkeypatch.setattr("hf_jetflow.trees.walk._reads_once", lambda _device: is_ahead)
     committed = Committed(last)
     chooser = Chooser(LogitsProcessorList([Spy()]), do_sample=False) if is_general else plain_chooser()
     # The last token's node is not on the path although the tree has it: its logits were not used.
@@ -148,7 +148,7 @@ def test_a_processor_that_writes_in_place_leaves_the_target_s_logits_alone():
 @pytest.mark.parametrize("is_ahead", [False, True], ids=["node by node", "all nodes at once"])
 @pytest.mark.parametrize("seed", range(6))
 def test_plain_argmax_and_the_general_path_agree(seed, is_ahead, monkeypatch):
-    monkeypatch.setattr("hf_jetflow.trees.walk._prefers_batched_argmax", lambda _logits: is_ahead)
+    monkeypatch.setattr("hf_jetflow.trees.walk._reads_once", lambda _device: is_ahead)
     generator = torch.Generator().manual_seed(seed)
     parents = random_parents(20, generator)
     # Tokens by place among the siblings: few enough that the target often chooses one of them.
@@ -218,7 +218,7 @@ class CommittedBatch:
 
 @pytest.mark.parametrize("is_ahead", [False, True], ids=["node by node", "all nodes at once"])
 def test_each_sequence_of_a_batch_is_walked_on_its_own(is_ahead, monkeypatch):
-    monkeypatch.setattr("hf_jetflow.trees.walk._prefers_batched_argmax", lambda _logits: is_ahead)
+    monkeypatch.setattr("hf_jetflow.trees.walk._reads_once", lambda _device: is_ahead)
     other = make_tree(tokens=[9, 6, 1, 1, 0, 3], parents=[-1, 0, 0, 1, 2, 3])
     logits = torch.stack([choices(7, 0, 2, 0, 8, 3), choices(6, 1, 0, 9, 0, 0)])
     committed = CommittedBatch()

@@ -1,7 +1,6 @@
-"""Exact batched decoding of sequences that advance at different speeds: per-sequence processors, shared draws."""
+"""Exact batched decoding of sequences that advance at different speeds: which processors and criteria allow it."""
 
 import copy
-from collections import OrderedDict
 
 import torch
 from transformers import (
@@ -54,8 +53,21 @@ ROW_WISE = {
     ),
     *(class_of(stopping_criteria, name) for name in ("MaxTimeCriteria", "StopStringCriteria")),
 }
+# Row-wise processors that look at the scores alone, and whose code makes no host wait for a device.
+TEXT_BLIND = {
+    class_of(logits_process, name)
+    for name in (
+        "TemperatureLogitsWarper",
+        "TopPLogitsWarper",
+        "TopKLogitsWarper",
+        "MinPLogitsWarper",
+        "TypicalLogitsWarper",
+        "EpsilonLogitsWarper",
+        "InfNanRemoveLogitsProcessor",
+        "LogitNormalization",
+    )
+}
 RECORDED = ("output_scores", "output_logits", "output_hidden_states", "output_attentions")
-MAX_NOISE_BYTES = 2**28
 
 
 def is_row_wise(part: object) -> bool:
@@ -133,67 +145,3 @@ def _sequence_processor(processor: LogitsProcessor, sequence: int) -> LogitsProc
     elif isinstance(processor, logits_process.SynthIDTextWatermarkLogitsProcessor):
         processor = copy.deepcopy(processor)  # remembers the contexts it has seen
     return processor
-
-
-class BatchNoise:
-    """
-    The random draws of plain batched sampling, for sequences that are at different steps.
-
-    `torch.multinomial` divides all rows' probabilities by exponential noise of their shape and takes the greatest, so
-    a step's noise does not depend on the probabilities: it is drawn when the first sequence reaches the step and
-    stored for the others. What no longer fits into memory is drawn again from the generator's state before that step.
-
-    Args:
-        num_sequences (`int`): Sequences of the batch.
-    """
-
-    def __init__(self, num_sequences: int):
-        self._num_sequences = num_sequences
-        self._states: list[torch.Tensor] = []  # of the device's default generator, before each step
-        self._noise: OrderedDict[int, torch.Tensor] = OrderedDict()
-        self._steps = [0] * num_sequences
-        self._device = torch.device("cpu")  # of the probabilities
-
-    def draw(self, sequence: int, probs: torch.Tensor) -> int:
-        """The next token of a sequence, whose probabilities are (1, vocab)."""
-        if not torch.isfinite(probs).all():
-            return int(torch.multinomial(probs, num_samples=1))  # raises what plain decoding raises
-        noise = self._noise_of(self._steps[sequence], probs)
-        self._steps[sequence] += 1
-        return int((probs[0] / noise[sequence]).argmax())
-
-    def rewind(self, num_steps: int) -> None:
-        """Reset the generator to its state after `num_steps`, if a sequence was decoded further."""
-        if num_steps < len(self._states):
-            _set_random_state(self._device, self._states[num_steps])
-
-    def _noise_of(self, step: int, probs: torch.Tensor) -> torch.Tensor:
-        """The step's noise (batch, vocab)."""
-        if step in self._noise:
-            return self._noise[step]
-        noise = probs.new_empty(self._num_sequences, probs.shape[1])
-        if step == len(self._states):
-            self._device = probs.device
-            self._states.append(_random_state(probs.device))
-            noise.exponential_(1)
-        else:
-            generator = torch.Generator(probs.device)
-            generator.set_state(self._states[step])
-            noise.exponential_(1, generator=generator)
-        self._noise[step] = noise
-        if len(self._noise) > max(MAX_NOISE_BYTES // noise.nbytes, 1):
-            self._noise.popitem(last=False)
-        return noise
-
-
-def _random_state(device: torch.device) -> torch.Tensor:
-    if device.type == "cpu":
-        return torch.get_rng_state()
-    return torch.get_device_module(device).get_rng_state(device)
-
-
-def _set_random_state(device: torch.device, state: torch.Tensor) -> None:
-    if device.type == "cpu":
-        torch.set_rng_state(state)
-    else:
-        torch.get_device_module(device).set_rng_state(state, device)

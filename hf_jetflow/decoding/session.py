@@ -28,10 +28,11 @@ from ..target.target import Target
 from ..transfer import to_device
 from ..trees.tree import DraftTree, chain_of
 from ..trees.walk import Chooser, walk_trees
-from .batching import BatchNoise, sequence_processors
+from .batching import TEXT_BLIND, sequence_processors
 from .captured_draft import CapturedDraft
 from .drafter import Draft, JetFlowCandidateGenerator
 from .emitter import Emitter
+from .noise import Noise, SequenceNoise
 from .policy import Policy, RoundPlan, choose_policy
 from .reuse import recall, remember
 from .tree_log import Round, TreeLog
@@ -92,7 +93,7 @@ class DecodingSession:
         self._wants = {name: getattr(call.generation_config, name) for name in OUTPUT_FLAGS}
         self._policies: dict[int, Policy] = {}
         self._policy_for(len(call.input_ids))  # wrong settings are refused before the prompt is read
-        self._noise = BatchNoise(len(call.input_ids))
+        self._noise = Noise(len(call.input_ids))
         self._choosers = make_choosers(call, self._wants, self._noise)
         self._num_prompt = call.input_ids.shape[1]
         self._slots = BatchSlots(len(call.input_ids), AdapterNames(model))
@@ -208,6 +209,7 @@ class DecodingSession:
         """
         with ExitStack() as on_error:
             on_error.callback(self._context.strategy.roll_back, tree)
+            on_error.callback(self._rewind_noise)
             choosers = [self._choosers[sequence] for sequence in self._slots.active]
             paths = walk_trees(tree, states.logits, choosers, self._emitter)
             on_error.pop_all()
@@ -232,7 +234,7 @@ class DecodingSession:
 
     def finish(self) -> torch.Tensor | GenerateDecoderOnlyOutput:
         """What `generate` returns."""
-        self._noise.rewind(self._emitter.length - self._num_prompt)
+        self._rewind_noise()
         self.stats.num_new_tokens, self.stats.policy = self._emitter.num_new_tokens, self.policy.report()
         cache = self._context.cache
         # A cache that the caller retains must end as plain decoding leaves it.
@@ -242,6 +244,10 @@ class DecodingSession:
             remember(cache, self._head, self._drafter.head_context)
         self._drafter.close()
         return self._emitter.finish(cache, self._wants, self._choosers[0])
+
+    def _rewind_noise(self) -> None:
+        """Leave the random number generator as plain decoding of the emitted tokens does."""
+        self._noise.rewind(self._emitter.length - self._num_prompt)
 
     def _read_rest(self) -> None:
         """Feed the tokens that plain decoding would still feed for finished sequences."""
@@ -259,14 +265,22 @@ class DecodingSession:
             self._context.strategy.commit(chain, [list(range(length)) for length in num_read.tolist()])
 
 
-def make_choosers(call: Call, wants: dict[str, Any], noise: BatchNoise) -> list[Chooser]:
+def make_choosers(call: Call, wants: dict[str, Any], noise: Noise) -> list[Chooser]:
     """One chooser for each sequence; those of a batch share the noise."""
     do_sample, batch = call.generation_config.do_sample, len(call.input_ids)
+    is_text_blind = all(type(processor) in TEXT_BLIND for processor in call.logits_processor)
     if batch == 1:
         recorded = [wants["return_dict_in_generate"] and wants[name] for name in ("output_scores", "output_logits")]
-        return [Chooser(call.logits_processor, do_sample, *recorded)]
+        # Other processors may draw random numbers themselves.
+        draws = SequenceNoise(noise, 0) if is_text_blind else None
+        return [Chooser(call.logits_processor, do_sample, *recorded, noise=draws, is_text_blind=is_text_blind)]
     return [
-        Chooser(sequence_processors(call.logits_processor, i), do_sample, draw=functools.partial(noise.draw, i))
+        Chooser(
+            sequence_processors(call.logits_processor, i),
+            do_sample,
+            noise=SequenceNoise(noise, i),
+            is_text_blind=is_text_blind,
+        )
         for i in range(batch)
     ]
 

@@ -4,13 +4,29 @@ No draft probability enters. The chooser picks every token as plain decoding wou
 is exact for every logits processor and, with the same seed, the same sample path as plain decoding.
 """
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from transformers import LogitsProcessorList
 
 from .tree import DraftTree
+
+
+# Values of processed scores of all nodes, 4 bytes each, up to which they are chosen from at once.
+MAX_SCORES = 2**26
+
+
+class Draws(Protocol):
+    """The random draws of a sequence; [`SequenceNoise`] is one."""
+
+    def draw(self, probs: torch.Tensor) -> int:
+        """The next token, whose probabilities are (1, vocab)."""
+
+    def ahead(self, num_steps: int, probs: torch.Tensor) -> torch.Tensor:
+        """What the next steps divide their probabilities by, (steps, vocab)."""
+
+    def skip(self, num_steps: int) -> None:
+        """Count draws that were made with what `ahead` gave."""
 
 
 class Chooser:
@@ -21,7 +37,8 @@ class Chooser:
         logits_processor (`LogitsProcessorList`): The caller's processors and warpers, in order.
         do_sample (`bool`): Draw instead of taking the argmax.
         keep_scores (`bool`), keep_logits (`bool`): Record processed scores, raw logits of every choice.
-        draw: Draws a token from probabilities (1, vocab); `torch.multinomial` by default.
+        noise ([`Draws`], *optional*): Draws a token; `torch.multinomial` by default.
+        is_text_blind (`bool`): The processors look at the scores alone, so that nodes off the path have scores, too.
     """
 
     def __init__(
@@ -30,13 +47,21 @@ class Chooser:
         do_sample: bool,
         keep_scores: bool = False,
         keep_logits: bool = False,
-        draw: Callable[[torch.Tensor], int] | None = None,
+        noise: Draws | None = None,
+        is_text_blind: bool = False,
     ):
         self.logits_processor = logits_processor
         self.do_sample = do_sample
-        self._draw = draw or (lambda probs: int(torch.multinomial(probs, num_samples=1)))
+        self.noise = noise
+        self.is_text_blind = is_text_blind
         self.scores: tuple[torch.Tensor, ...] | None = () if keep_scores else None
         self.logits: tuple[torch.Tensor, ...] | None = () if keep_logits else None
+
+    @property
+    def chooses_ahead(self) -> bool:
+        """Whether choices can be made before it is known which nodes are on the path."""
+        is_recorded = self.scores is not None or self.logits is not None
+        return self.is_text_blind and not is_recorded and (self.noise is not None or not self.do_sample)
 
     @property
     def is_plain_argmax(self) -> bool:
@@ -51,9 +76,10 @@ class Chooser:
             self.scores += (scores,)
         if self.logits is not None:
             self.logits += (raw,)
-        if self.do_sample:
-            return self._draw(torch.softmax(scores, dim=-1))
-        return int(scores.argmax(dim=-1))
+        if not self.do_sample:
+            return int(scores.argmax(dim=-1))
+        probs = torch.softmax(scores, dim=-1)
+        return self.noise.draw(probs) if self.noise else int(torch.multinomial(probs, num_samples=1))
 
 
 class Committer(Protocol):
@@ -85,16 +111,38 @@ def walk_trees(
     Returns:
         The paths: node ids, root first, whose logits were used.
     """
-    all_choices: list[Any] = [None] * len(choosers)
-    if choosers[0].is_plain_argmax and _prefers_batched_argmax(logits):
-        all_choices, tokens, parents = torch.stack([logits.argmax(dim=-1), tree.tokens, tree.parents]).tolist()
-    else:
-        tokens, parents = torch.stack([tree.tokens, tree.parents]).tolist()
+    rows = [tree.tokens, tree.parents]
+    choices = _choices_ahead(tree, logits, choosers) if _reads_once(logits.device) else None
+    tokens, parents, *read = torch.stack(rows if choices is None else [*rows, choices]).tolist()
+    (all_choices,) = read or [[None] * len(choosers)]
     paths = []
     for index, (chooser, sequence) in enumerate(zip(choosers, committer.active, strict=True)):
         children = {pair: node for node, pair in enumerate(zip(parents[index], tokens[index], strict=True))}
         paths.append(_walk(children, logits[index], all_choices[index], chooser, committer, sequence))
     return paths
+
+
+def _choices_ahead(tree: DraftTree, logits: torch.Tensor, choosers: list[Chooser]) -> torch.Tensor | None:
+    """
+    The choice at every node as if it were on the path, (active, nodes), without waiting for the device.
+
+    -1 where probabilities are not finite; `None` where choices depend on the text, or are recorded.
+    """
+    first = choosers[0]
+    if first.is_plain_argmax:
+        return logits.argmax(dim=-1)
+    if not first.chooses_ahead or logits.numel() > MAX_SCORES:
+        return None
+    raw = logits.flatten(0, 1).to(copy=True, dtype=torch.float32, device=tree.tokens.device)
+    scores = first.logits_processor(tree.tokens.reshape(-1, 1), raw).view(logits.shape)
+    if not first.do_sample:
+        return scores.argmax(dim=-1)
+    probs = scores.softmax(dim=-1)
+    # The noise of a draw belongs to its step, whichever node is on the path at its depth.
+    noise = torch.stack([chooser.noise.ahead(tree.max_depth + 1, probs) for chooser in choosers if chooser.noise])
+    sequences = torch.arange(len(noise), device=noise.device)[:, None]
+    choices = (probs / noise[sequences, tree.depths]).argmax(dim=-1)
+    return choices.where(probs.isfinite().all(dim=-1), -1)
 
 
 def _walk(
@@ -109,8 +157,10 @@ def _walk(
     path = [0]
     while True:
         node = path[-1]
-        if choices is not None:
+        if choices is not None and choices[node] >= 0:
             token = choices[node]
+            if chooser.noise is not None:
+                chooser.noise.skip(1)
         elif chooser.is_plain_argmax:
             # NumPy's argmax is about 2x faster on the CPU and breaks ties the same way.
             token = int(logits[node].float().numpy().argmax())
@@ -123,6 +173,6 @@ def _walk(
         path.append(child)
 
 
-def _prefers_batched_argmax(logits: torch.Tensor) -> bool:
-    """Whether one argmax over all nodes and one transfer beat an argmax at each node of the path."""
-    return logits.device.type != "cpu"
+def _reads_once(device: torch.device) -> bool:
+    """Whether choices at all nodes and one transfer beat a choice at each node of the path."""
+    return device.type != "cpu"
