@@ -20,12 +20,14 @@ from hf_jetflow.errors import JetFlowError
 def test_a_captured_round_waits_once_and_launches_at_most_60_times(tmp_path):
     """Three layers of the target count as 36: its forward is one launch."""
     command = [sys.executable, "-m", "pretended_cuda", "--layers", "3", "--heads", "ngrams", "--caches", "compiled"]
-    command += ["--json", str(tmp_path / "counts.json")]
+    command += ["--modes", "greedy", "sampled", "--json", str(tmp_path / "counts.json")]
     subprocess.run(command, cwd=Path(__file__).parent, check=True)
-    (counts,) = json.loads((tmp_path / "counts.json").read_text())
-    assert counts["steps"]["round"]["waits"] == 1
-    assert counts["steps"]["round"]["launches"] <= 60
-    assert counts["steps"]["best_tree"]["launches"] == 0
+    rows = json.loads((tmp_path / "counts.json").read_text())
+    assert [row["mode"] for row in rows] == ["greedy", "sampled"]
+    for counts in rows:
+        assert counts["steps"]["round"]["waits"] == 1
+        assert counts["steps"]["round"]["launches"] <= 60
+        assert counts["steps"]["best_tree"]["launches"] == 0
 
 
 def test_counting_is_refused_without_a_cuda_device(monkeypatch):

@@ -126,7 +126,7 @@ def _choices_ahead(tree: DraftTree, logits: torch.Tensor, choosers: list[Chooser
     """
     The choice at every node as if it were on the path, (active, nodes), without waiting for the device.
 
-    -1 where probabilities are not finite; `None` where choices depend on the text, or are recorded.
+    -1 where probabilities are not numbers; `None` where choices depend on the text, or are recorded.
     """
     first = choosers[0]
     if first.is_plain_argmax:
@@ -140,9 +140,8 @@ def _choices_ahead(tree: DraftTree, logits: torch.Tensor, choosers: list[Chooser
     probs = scores.softmax(dim=-1)
     # The noise of a draw belongs to its step, whichever node is on the path at its depth.
     noise = torch.stack([chooser.noise.ahead(tree.max_depth + 1, probs) for chooser in choosers if chooser.noise])
-    sequences = torch.arange(len(noise), device=noise.device)[:, None]
-    choices = (probs / noise[sequences, tree.depths]).argmax(dim=-1)
-    return choices.where(probs.isfinite().all(dim=-1), -1)
+    choices = (probs / noise.gather(1, tree.depths[..., None].expand_as(probs))).argmax(dim=-1)
+    return choices.masked_fill(probs[..., 0].isnan(), -1)  # softmax spreads what is not finite over the row
 
 
 def _walk(
