@@ -270,10 +270,17 @@ def make_choosers(call: Call, wants: dict[str, Any], noise: Noise) -> list[Choos
     do_sample, batch = call.generation_config.do_sample, len(call.input_ids)
     is_text_blind = all(type(processor) in TEXT_BLIND for processor in call.logits_processor)
     if batch == 1:
-        recorded = [wants["return_dict_in_generate"] and wants[name] for name in ("output_scores", "output_logits")]
-        # Other processors may draw random numbers themselves.
-        draws = SequenceNoise(noise, 0) if is_text_blind else None
-        return [Chooser(call.logits_processor, do_sample, *recorded, noise=draws, is_text_blind=is_text_blind)]
+        is_recorded = wants["return_dict_in_generate"]
+        chooser = Chooser(
+            call.logits_processor,
+            do_sample,
+            keep_scores=is_recorded and wants["output_scores"],
+            keep_logits=is_recorded and wants["output_logits"],
+            # Other processors may draw random numbers themselves.
+            noise=SequenceNoise(noise, 0) if is_text_blind else None,
+            is_text_blind=is_text_blind,
+        )
+        return [chooser]
     return [
         Chooser(
             sequence_processors(call.logits_processor, i),
