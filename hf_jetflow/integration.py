@@ -33,7 +33,7 @@ logger = logging.get_logger(__name__)
 _WRAPPERS: dict[
     tuple[Any, str], tuple[Callable, Callable]
 ] = {}  # originals and our wrappers, by class or module and name
-_dispatch = {"is_on": False}
+_is_enabled = False
 
 
 def enable() -> None:
@@ -42,7 +42,8 @@ def enable() -> None:
 
     Warns where the installed transformers lacks what is wrapped.
     """
-    _dispatch["is_on"] = True
+    global _is_enabled
+    _is_enabled = True
     for owner, name, wrap, loss in (
         (GenerationMixin, "_assisted_decoding", _dispatching, "`generate` takes no draft head as `assistant_model`"),
         (GenerationMixin, "_validate_generation_mode", _validating, "`assistant_model` takes one prompt at a time"),
@@ -63,7 +64,8 @@ def enable() -> None:
 
 def disable() -> None:
     """Restore transformers' own methods. Third-party patches on top stay, and reach these."""
-    _dispatch["is_on"] = False
+    global _is_enabled
+    _is_enabled = False
     for (owner, name), (original, wrapper) in list(_WRAPPERS.items()):
         if getattr(owner, name) is wrapper:
             setattr(owner, name, original)
@@ -71,7 +73,7 @@ def disable() -> None:
 
 
 def _is_ours(assistant: Any) -> bool:
-    return _dispatch["is_on"] and isinstance(assistant, JetFlowHead)
+    return _is_enabled and isinstance(assistant, JetFlowHead)
 
 
 def _dispatching(original: Callable) -> Callable:
@@ -100,7 +102,7 @@ def _validating(original: Callable) -> Callable:
             # generation only.
             kwargs = {name: value for name, value in kwargs.items() if name != "assistant_model"}
             generation_mode = generation_config.get_generation_mode()
-        elif _dispatch["is_on"]:
+        elif _is_enabled:
             check_unwrapped(assistant)
         return original(self, generation_mode, generation_config, kwargs)
 
@@ -112,7 +114,7 @@ def _loading(original: Callable) -> Callable:
     def load_assistant_model(model: PreTrainedModel, assistant_model: Any, assistant_tokenizer: Any) -> Any:
         """A head, loaded or by its name, comes without a tokenizer: it drafts the target's own token ids."""
         head = assistant_model
-        if not _dispatch["is_on"]:
+        if not _is_enabled:
             return original(model, assistant_model, assistant_tokenizer)
         if isinstance(head, str) and isinstance(AutoConfig.from_pretrained(head), JetFlowConfig):
             head = JetFlowHead.from_pretrained(head).to(device=model.device, dtype=model.dtype)
@@ -153,10 +155,9 @@ def _checked_decode(
     generation_config = kwargs["generation_config"]
     check_call(model, generation_config, kwargs.pop("synced_gpus", False))
     check_processes(model, head)
-    num_given, max_length = _num_given(input_ids, kwargs), generation_config.max_length
-    cache, num_prompt = kwargs.get(CACHE_NAME), input_ids.shape[1] + num_given
-    max_length = None if max_length is None else max_length + num_given
-    reason = border_reason(model, cache, len(input_ids), num_prompt, max_length)
+    cache, num_given, max_length = kwargs.get(CACHE_NAME), _num_given(input_ids, kwargs), generation_config.max_length
+    limit = None if max_length is None else max_length + num_given
+    reason = border_reason(model, cache, len(input_ids), input_ids.shape[1] + num_given, limit)
     if reason is None and len(input_ids) > 1:
         deciders = kwargs["logits_processor"], kwargs["stopping_criteria"]
         reason = plain_batch_reason(model, *deciders, generation_config, cache)

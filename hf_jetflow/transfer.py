@@ -1,4 +1,4 @@
-"""Numbers of the host on a device, and when nothing may depend on numbers of a device, without waits of the host."""
+"""Copies from the host to a device, and where the host must not wait for a device."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -34,9 +34,9 @@ def _repeated(numbers: tuple[float, ...], counts: tuple[int, ...], device: torch
 _known_repeated = lru_cache(maxsize=256)(_repeated)
 
 
-def has_fixed_shapes(device: torch.device) -> bool:
+def must_not_wait(device: torch.device) -> bool:
     """
-    Whether shapes and the host must not depend on the values of tensors on this device.
+    Whether code must not read the values of tensors on this device, so that its shapes are fixed.
 
     Off the CPU the host would wait for them, and a captured function cannot read them on any device.
     """

@@ -72,10 +72,10 @@ def test_every_sequence_is_drafted_for_as_if_it_were_alone(family, monkeypatch):
     target, head, inputs = small_target(family), small_head(family), prompts()
     drafts, propose = [], JetFlowCandidateGenerator.propose
 
-    def recorded_propose(self, context_ids, positions, max_depth, width):
-        draft = propose(self, context_ids, positions, max_depth, width)
+    def recorded_propose(self, newest_ids, positions, max_depth, width):
+        draft = propose(self, newest_ids, positions, max_depth, width)
         if max_depth == 5:  # less near the end, where a sequence alone may draft less than one in a batch
-            anchors = zip(context_ids[:, -1].tolist(), positions.tolist(), strict=True)
+            anchors = zip(newest_ids[:, -1].tolist(), positions.tolist(), strict=True)
             drafts.extend(zip(anchors, draft.candidates.logprobs.sort().values, strict=True))
         return draft
 

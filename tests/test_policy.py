@@ -48,7 +48,7 @@ class Machine:
                 self.now += 0.2  # the draft
             else:
                 tree = make_tree([0], [-1])
-            tree = policy.fit(tree)
+            tree = policy.trim(tree)
             self.now += self.seconds(len(tree.tokens))
             node = accepted = 0
             children = {
@@ -332,7 +332,7 @@ def test_the_last_node_repays_its_time_as_well_as_the_text_does(text_rate):
     tree.logprobs = promises.log()[None]
     budgets = [budget for budget in AUTO_BUDGETS if 2 <= budget <= 64]
     best = max(budgets, key=lambda nodes: gains[nodes - 1] - max(text_rate, 1 / 1.1) * sized(nodes))
-    assert AutoPolicy(LIMITS, costs).fit(tree).num_nodes == best
+    assert AutoPolicy(LIMITS, costs).trim(tree).num_nodes == best
 
 
 @pytest.mark.parametrize(("per_node", "least"), [(0.1, 0.1), (0.02, 0.02), (0.0, 0.0)])

@@ -6,7 +6,7 @@ import torch
 
 from ..head.scorers import Memory, StepScorer, TableScorer
 from ..target.target import Target
-from ..transfer import has_fixed_shapes
+from ..transfer import must_not_wait
 from ..trees.device_ngrams import MatchedNgrams
 from ..trees.ngrams import ContextNgrams
 from ..trees.tree import Candidates, corrected_logprobs, with_rest
@@ -75,7 +75,7 @@ class ProjectedTokenCache:
 
     def lookup(self, tokens: torch.Tensor, prefetch: torch.Tensor | None = None) -> torch.Tensor:
         """Projections (tokens, parts) of tokens (tokens,). `prefetch` tokens are projected and cached with them."""
-        if has_fixed_shapes(tokens.device):
+        if must_not_wait(tokens.device):
             return self._project(tokens)
         token_ids = tokens.tolist()
         wanted = dict.fromkeys(token_ids if prefetch is None else [*token_ids, *prefetch.flatten().tolist()])
@@ -109,7 +109,7 @@ class TableCorrection:
     Args:
         scorer ([`TableScorer`]): The head's.
         rows (`torch.Tensor`, (..., depth, features)): The head's rows.
-        context_ids (`torch.Tensor`, (..., seq)): The newest committed tokens, the anchor last.
+        newest_ids (`torch.Tensor`, (..., seq)): The newest committed tokens, the anchor last.
         candidates ([`Candidates`]): Drafted by these rows.
         indices (`torch.Tensor`, (..., depth, width)): The candidates, as indices into the draft vocabulary.
         weights ([`DraftWeights`]): Draft weights of this head and target.
@@ -120,14 +120,14 @@ class TableCorrection:
         self,
         scorer: TableScorer,
         rows: torch.Tensor,
-        context_ids: torch.Tensor,
+        newest_ids: torch.Tensor,
         candidates: Candidates,
         indices: torch.Tensor,
         weights: DraftWeights,
         first_depth: int,
     ):
         tokens, device = candidates.tokens, rows.device
-        anchors = context_ids[..., -1:, None].expand_as(tokens[..., :1, :])
+        anchors = newest_ids[..., -1:, None].expand_as(tokens[..., :1, :])
         self._parents = torch.cat([anchors, tokens[..., :-1, :]], dim=-2)  # of each depth, (..., depth, width)
         with weights.in_use():
             table = scorer.table(
@@ -156,7 +156,7 @@ class StepCorrection:
     Args:
         scorer ([`StepScorer`]): The head's.
         rows (`torch.Tensor`, (..., depth, features)): The head's rows.
-        context_ids (`torch.Tensor`, (..., seq)): The newest committed tokens, the anchor last.
+        newest_ids (`torch.Tensor`, (..., seq)): The newest committed tokens, the anchor last.
         candidates ([`Candidates`]): Drafted by these rows.
         token_parts ([`ProjectedTokenCache`]): Projected tokens of `scorer`.
         logit_changes: Turns shifts of a depth into logit changes of its candidates.
@@ -168,7 +168,7 @@ class StepCorrection:
         self,
         scorer: StepScorer,
         rows: torch.Tensor,
-        context_ids: torch.Tensor,
+        newest_ids: torch.Tensor,
         candidates: Candidates,
         token_parts: ProjectedTokenCache,
         logit_changes: LogitChanges,
@@ -177,9 +177,9 @@ class StepCorrection:
     ):
         self._scorer, self._token_parts, self._weights = scorer, token_parts, weights
         with weights.in_use():
-            self._slots = scorer.project_slots(rows)
+            self._projected_rows = scorer.project_rows(rows)
         self._logit_changes, self._first_depth = logit_changes, first_depth
-        self._start_ids = _start_ids(context_ids, scorer)
+        self._start_ids = _start_ids(newest_ids, scorer)
         # Projected in advance, together with the first tokens that are looked up.
         self._likely_tokens: torch.Tensor | None = candidates.tokens[..., 1:-1, :NUM_PREFETCHED]
         self._memory: Memory = ()  # of the previous depth, branches flattened
@@ -195,7 +195,7 @@ class StepCorrection:
             return None if depth < self._first_depth else self._logit_changes(depth, shifts)
 
     def _read(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        scorer, slots, shape = self._scorer, self._slots[..., depth, :].unsqueeze(-2), tokens.shape
+        scorer, slots, shape = self._scorer, self._projected_rows[..., depth, :].unsqueeze(-2), tokens.shape
         projected = self._project(tokens, self._likely_tokens)
         self._likely_tokens = None
         recalled: Memory | None = None
@@ -208,7 +208,9 @@ class StepCorrection:
         return shifts
 
     def _project(self, tokens: torch.Tensor, likely: torch.Tensor | None = None) -> torch.Tensor:
-        return self._token_parts.lookup(tokens.flatten(), likely).view(*tokens.shape, -1).to(self._slots.device)
+        return (
+            self._token_parts.lookup(tokens.flatten(), likely).view(*tokens.shape, -1).to(self._projected_rows.device)
+        )
 
     def _recall(self, parents: torch.Tensor) -> Memory:
         """What each branch recalls of its parent, (..., branches, ...)."""
@@ -216,7 +218,7 @@ class StepCorrection:
         if len(indices) > shape[-1]:  # several sequences
             stop, step = len(indices) // shape[-1] * self._num_before, self._num_before
             indices = indices + torch.arange(0, stop, step, device=indices.device).repeat_interleave(shape[-1])
-        indices, of_branch = _distinct(indices.to(self._slots.device))
+        indices, of_branch = _distinct(indices.to(self._projected_rows.device))
         recalled = self._scorer.recall(tuple(part.index_select(0, indices) for part in self._memory))
         return tuple(part.index_select(0, of_branch).unflatten(0, shape) for part in recalled)
 
@@ -257,12 +259,12 @@ def logit_changes(
     return changes
 
 
-def _start_ids(context_ids: torch.Tensor, scorer: StepScorer) -> torch.Tensor:
+def _start_ids(newest_ids: torch.Tensor, scorer: StepScorer) -> torch.Tensor:
     """Token (..., 1) with which memory starts: the anchor, or the one before it if there is one."""
-    anchors = context_ids[..., -1:]
-    if not scorer.starts_before_anchor or context_ids.shape[-1] == 1:
+    anchors = newest_ids[..., -1:]
+    if not scorer.starts_before_anchor or newest_ids.shape[-1] == 1:
         return anchors
-    before = context_ids[..., -2:-1]
+    before = newest_ids[..., -2:-1]
     is_token = (before >= 0) & (before < scorer.config.vocab_size)  # no padding, no placeholder of an image
     return torch.where(is_token, before, anchors)
 
@@ -274,7 +276,7 @@ def gather_rows(states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 
 def _distinct(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The distinct numbers in order of appearance, and each number's index among them."""
-    if has_fixed_shapes(numbers.device):
+    if must_not_wait(numbers.device):
         return numbers, torch.arange(len(numbers), device=numbers.device)
     known = numbers.tolist()
     indices = {number: index for index, number in enumerate(dict.fromkeys(known))}

@@ -1,7 +1,7 @@
 """The draft as one function of fixed shapes: head, ranking, branch scores, n-gram votes, best tree, ancestor mask.
 
 `torch.compile` captures it whole, since nothing in it depends on values that the host would have to wait for. It runs
-the functions that draft on any device; `transfer.has_fixed_shapes` says which variant of them.
+the functions that draft on any device; `transfer.must_not_wait` says which variant of them.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class CapturedDraft:
     tree: DraftTree
 
     def best_tree(self, node_budget: int, *_: object) -> DraftTree:
-        """The tree, cut to the node budget."""
+        """The tree, cut to the node budget; its depth, width and n-gram levels are the generation's limits."""
         return self.tree if self.tree.num_nodes <= node_budget else trim_tree(self.tree, node_budget)
 
 
@@ -39,7 +39,7 @@ def is_on_one_device(head: JetFlowHead, target: Target) -> bool:
 
 def draft_tree(
     drafter: "JetFlowCandidateGenerator",
-    context_ids: torch.Tensor,
+    newest_ids: torch.Tensor,
     positions: torch.Tensor,
     features: torch.Tensor,
     context_position_ids: torch.Tensor,
@@ -53,7 +53,7 @@ def draft_tree(
     The best tree of one head forward.
 
     Args:
-        context_ids (`torch.Tensor`, (batch, seq)): The newest committed tokens, the anchor last; -1 in front.
+        newest_ids (`torch.Tensor`, (batch, seq)): The newest committed tokens, the anchor last; -1 in front.
         positions (`torch.Tensor`, (batch,)): The anchors' absolute positions.
         features (`torch.Tensor`, (batch, rows, taps x target_hidden)), context_position_ids (`torch.Tensor`, (batch,
             rows)): Context rows that the cache lacks, and padding.
@@ -63,8 +63,8 @@ def draft_tree(
         Tokens, parents and depths (3, batch, nodes), their log-probabilities (batch, nodes), and the ancestor mask
         (batch, nodes, nodes).
     """
-    rows = drafter.read_block(context_ids[:, -1:], positions, features, context_position_ids, cache, max_depth)
-    draft = drafter.rank(rows, context_ids, width)
+    rows = drafter.read_block(newest_ids[:, -1:], positions, features, context_position_ids, cache, max_depth)
+    draft = drafter.rank(rows, newest_ids, width)
     tree = draft.best_tree(node_budget, width, max_continued=max_continued)
     mask = ancestor_mask(tree.parents, tree.max_depth)
     return torch.stack([tree.tokens, tree.parents, tree.depths]), tree.logprobs, mask
@@ -92,3 +92,8 @@ def static_cache(head: JetFlowHead, capacity: int, is_compiled: bool) -> StaticH
         return StaticHeadCache(head.config.num_hidden_layers, capacity)
     cache.reset()
     return cache
+
+
+def keep_static_cache(head: JetFlowHead, cache: StaticHeadCache) -> None:
+    """Leave a cache, whose addresses captured functions hold on to, for the head's next call."""
+    IDLE_CACHES[head] = (head.device, head.dtype, cache)

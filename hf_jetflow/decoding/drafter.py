@@ -16,7 +16,7 @@ from ..head.modeling_jetflow import JetFlowHead
 from ..head.scorers import StepScorer, TableScorer
 from ..target.context import Context, TargetStates
 from ..target.target import Target
-from ..transfer import has_fixed_shapes, to_device
+from ..transfer import must_not_wait, to_device
 from ..trees.device_ngrams import MatchedNgrams, continue_with_matches
 from ..trees.ngrams import MAX_CONTEXT, ContextNgrams, TextNgrams, continue_tree
 from ..trees.tree import BranchScorer, Candidates, DraftTree, build_tree
@@ -29,7 +29,14 @@ from .branch_scores import (
     gather_rows,
     logit_changes,
 )
-from .captured_draft import IDLE_CACHES, CapturedDraft, as_draft, draft_tree, is_on_one_device, static_cache
+from .captured_draft import (
+    CapturedDraft,
+    as_draft,
+    draft_tree,
+    is_on_one_device,
+    keep_static_cache,
+    static_cache,
+)
 from .draft_weights import DraftWeights, draft_weights
 from .policy import MAX_CONTINUED, RoundPlan
 from .reuse import HeadContext
@@ -42,7 +49,7 @@ logger = logging.get_logger(__name__)
 class Draft:
     """One draft of the head, and what scores it along a branch."""
 
-    context_ids: torch.Tensor  # (..., seq) newest committed tokens, the anchor last
+    newest_ids: torch.Tensor  # (..., seq) newest committed tokens, the anchor last
     candidates: Candidates  # (..., depth, width), scored as if all branches of a depth were alike
     scorer: BranchScorer | None = None  # `None` without n-grams and branch scorer
     has_ngrams: bool = False  # n-grams of the text may continue the tree below the head's deepest level
@@ -55,11 +62,11 @@ class Draft:
         max_continued: int = 0,
     ) -> DraftTree:
         """The best tree within the node budget; see `build_tree` and `continue_tree`."""
-        tree = build_tree(self.context_ids[..., -1:], self.candidates, node_budget, self.scorer, width, min_logprob)
+        tree = build_tree(self.newest_ids[..., -1:], self.candidates, node_budget, self.scorer, width, min_logprob)
         if not self.has_ngrams:
             return tree
-        continued = continue_with_matches if has_fixed_shapes(tree.tokens.device) else continue_tree
-        return continued(tree, self.context_ids, node_budget, max_continued, min_logprob)
+        continued = continue_with_matches if must_not_wait(tree.tokens.device) else continue_tree
+        return continued(tree, self.newest_ids, node_budget, max_continued, min_logprob)
 
 
 class JetFlowCandidateGenerator(CandidateGenerator):
@@ -94,7 +101,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             past.load(self._cache, head.config.num_rows)
             self._pending.append((past.features, past.feature_position_ids))
         self._newest_positions: torch.Tensor | None = None  # (batch,) of the newest observed tokens
-        self._slots = torch.arange(head.config.num_rows, device=head.device)
+        self._row_offsets = torch.arange(head.config.num_rows, device=head.device)
         self._texts: list[TextNgrams] = []  # by sequence; empty without n-grams
         scorer = head.branch_correction
         self._token_parts = ProjectedTokenCache(scorer, target) if isinstance(scorer, StepScorer) else None
@@ -135,9 +142,9 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             self._cache.select_sequences(index)
 
     def close(self) -> None:
-        """Leave buffers that compiled forwards hold on to for the head's next call."""
+        """Drafts no more."""
         if isinstance(self._cache, StaticHeadCache) and self._context is not None and self._context.is_compiled:
-            IDLE_CACHES[self.head] = (self.head.device, self.head.dtype, self._cache)
+            keep_static_cache(self.head, self._cache)
 
     def head_context(self) -> HeadContext:
         """Everything that the head was shown."""
@@ -148,12 +155,12 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         return HeadContext(tuple(layers), position_ids, features, feature_position_ids)
 
     @torch.no_grad()
-    def propose(self, context_ids: torch.Tensor, positions: torch.Tensor, max_depth: int, width: int) -> Draft:
+    def propose(self, newest_ids: torch.Tensor, positions: torch.Tensor, max_depth: int, width: int) -> Draft:
         """
         One head forward.
 
         Args:
-            context_ids (`torch.Tensor`, (batch, seq)): The newest committed tokens of each sequence, the anchor last.
+            newest_ids (`torch.Tensor`, (batch, seq)): The newest committed tokens of each sequence, the anchor last.
             positions (`torch.Tensor`, (batch,)): The anchors' absolute positions.
             max_depth (`int`): Depths to draft; 0 drafts nothing and leaves the head alone.
             width (`int`): Candidates per depth; re-scored branches use `config.branch_candidates` instead.
@@ -161,21 +168,21 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         Returns:
             [`Draft`]: Its candidates are (batch, max_depth, width), on the tokens' device.
         """
-        anchor_ids = context_ids[:, -1:]
+        anchor_ids = newest_ids[:, -1:]
         if max_depth == 0:
             shape = (len(anchor_ids), 0, width)
-            logprobs = torch.empty(shape, device=context_ids.device)
-            return Draft(context_ids, Candidates(anchor_ids.new_empty(shape), logprobs))
+            logprobs = torch.empty(shape, device=newest_ids.device)
+            return Draft(newest_ids, Candidates(anchor_ids.new_empty(shape), logprobs))
         features, context_position_ids = self._take_pending()
         with self._weights.in_use():
             rows = self.read_block(anchor_ids, positions, features, context_position_ids, self._cache, max_depth)
             if isinstance(self._cache, StaticHeadCache):
                 self._cache.count_rows(features.shape[1])
-            return self.rank(rows, context_ids, width)
+            return self.rank(rows, newest_ids, width)
 
     @torch.no_grad()
     def draft(
-        self, context_ids: torch.Tensor, positions: torch.Tensor, plan: RoundPlan, limits: RoundPlan
+        self, newest_ids: torch.Tensor, positions: torch.Tensor, plan: RoundPlan, limits: RoundPlan
     ) -> Draft | CapturedDraft:
         """
         The draft of a round: one captured function if the target's forward is compiled, `propose` otherwise.
@@ -186,13 +193,13 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         """
         deepest = limits.max_depth + limits.max_continued
         if plan.max_depth == 0 or self._draft_tree is None or not self._fits(deepest):
-            return self.propose(context_ids, positions, plan.max_depth, plan.width)
+            return self.propose(newest_ids, positions, plan.max_depth, plan.width)
         assert isinstance(self._cache, StaticHeadCache)
         num_ids = MAX_CONTEXT if self.head.config.ngram_weights else 2
-        context_ids = pad(context_ids[:, -num_ids:], (max(num_ids - context_ids.shape[1], 0), 0), value=-1)
+        newest_ids = pad(newest_ids[:, -num_ids:], (max(num_ids - newest_ids.shape[1], 0), 0), value=-1)
         features, context_position_ids = self._take_pending()
         if self._cache.is_empty or features.shape[1] > self._max_path_rows:  # a prompt: all but its newest row
-            self._read_ahead((context_ids[:, -1:], positions), features[:, :-1], context_position_ids[:, :-1])
+            self._read_ahead((newest_ids[:, -1:], positions), features[:, :-1], context_position_ids[:, :-1])
             features, context_position_ids = features[:, -1:], context_position_ids[:, -1:]
         num_rows = features.shape[1]
         num_pad = self._max_path_rows - num_rows
@@ -200,7 +207,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         # No row sees a context row that is not before its anchor.
         padded_ids = torch.cat([context_position_ids, positions[:, None].expand(-1, num_pad)], dim=1)
         shape = limits.node_budget, limits.max_depth, limits.width, limits.max_continued
-        outputs = self._draft_tree(self, context_ids, positions, padded, padded_ids, self._cache, *shape)
+        outputs = self._draft_tree(self, newest_ids, positions, padded, padded_ids, self._cache, *shape)
         self._cache.count_rows(num_rows)
         return as_draft(outputs, deepest)
 
@@ -253,12 +260,12 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         head = self.head
         first = 0 if head.config.anchor_predicts else 1  # row that drafts depth 1
         may_be_short = head.config.blocks_can_be_cut and isinstance(cache, HeadCache)
-        slots = self._slots[None, : first + max_depth if may_be_short else head.config.num_rows]
-        embeds = self.embed_block(anchor_ids.expand(-1, slots.shape[1]), (slots == 0).to(anchor_ids.device))
+        offsets = self._row_offsets[None, : first + max_depth if may_be_short else head.config.num_rows]
+        embeds = self.embed_block(anchor_ids.expand(-1, offsets.shape[1]), (offsets == 0).to(anchor_ids.device))
         return head(
             inputs_embeds=embeds.to(head.device, head.dtype),
             features=features.to(head.device, head.dtype),
-            position_ids=to_device(positions, head.device)[:, None] + slots,
+            position_ids=to_device(positions, head.device)[:, None] + offsets,
             context_position_ids=context_position_ids.to(head.device),
             past_key_values=cache,
         )[:, first : first + max_depth]
@@ -271,15 +278,19 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         assert head.config.mask_token_id is not None
         return head.embed_tokens(torch.where(is_anchor, block_ids, head.config.mask_token_id).to(head.device))
 
-    def rank(self, rows: torch.Tensor, context_ids: torch.Tensor, width: int) -> Draft:
-        """The draft of rows (..., depth, hidden) behind tokens (..., seq), on the tokens' device."""
-        config, device = self.head.config, context_ids.device
+    def rank(self, rows: torch.Tensor, newest_ids: torch.Tensor, width: int) -> Draft:
+        """
+        The draft of rows (..., depth, hidden) behind tokens (..., seq), on the tokens' device.
+
+        Each depth gets `width` candidates, or `config.branch_candidates` where branches are scored.
+        """
+        config, device = self.head.config, newest_ids.device
         weights = config.ngram_weights
         scores_branches = bool(weights) or self.head.branch_correction is not None
         logprobs, token_ids = self.logprobs(rows), self.head.draft_token_ids
         order = logprobs
         if weights:  # context tokens rank by the most that n-grams can add, so that they become candidates
-            order = self._boost_context_tokens(logprobs, context_ids.to(logprobs.device), sum(weights))
+            order = self._boost_context_tokens(logprobs, newest_ids.to(logprobs.device), sum(weights))
         num_scored = min(config.branch_candidates if scores_branches else width, logprobs.shape[-1])
         indices = order.topk(num_scored).indices
         tokens = indices if token_ids is None else token_ids.to(indices.device)[indices]
@@ -290,32 +301,32 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         # A row of the head that overflows scores NaN throughout. No tree follows a candidate at minus infinity.
         candidates = Candidates(tokens.to(device), scores.nan_to_num(-math.inf, neginf=-math.inf))
         scorer = None
-        if scores_branches or torch.compiler.is_compiling():  # the pairs of plain scores depend on numbers of the host
+        if scores_branches or torch.compiler.is_compiling():  # compiled, no pairs are picked on the host
             ngrams: ContextNgrams | MatchedNgrams | None = None
-            if weights and has_fixed_shapes(device):
-                ngrams = MatchedNgrams(context_ids, candidates, weights)
+            if weights and must_not_wait(device):
+                ngrams = MatchedNgrams(newest_ids, candidates, weights)
             elif weights:
-                ngrams = ContextNgrams(self._read_texts(context_ids, len(weights)), candidates, weights)
-            scorer = BranchScores(candidates, ngrams, self._correction(rows, context_ids, candidates, indices))
-        return Draft(context_ids, candidates, scorer, has_ngrams=bool(weights))
+                ngrams = ContextNgrams(self._read_texts(newest_ids, len(weights)), candidates, weights)
+            scorer = BranchScores(candidates, ngrams, self._correction(rows, newest_ids, candidates, indices))
+        return Draft(newest_ids, candidates, scorer, has_ngrams=bool(weights))
 
     def _correction(
-        self, rows: torch.Tensor, context_ids: torch.Tensor, candidates: Candidates, indices: torch.Tensor
+        self, rows: torch.Tensor, newest_ids: torch.Tensor, candidates: Candidates, indices: torch.Tensor
     ) -> Correction | None:
         scorer, first_depth = self.head.branch_correction, self.head.config.first_corrected_depth
         if scorer is None:
             return None
         if isinstance(scorer, TableScorer):
-            return TableCorrection(scorer, rows, context_ids, candidates, indices, self._weights, first_depth)
+            return TableCorrection(scorer, rows, newest_ids, candidates, indices, self._weights, first_depth)
         assert self._token_parts is not None
         changes = logit_changes(scorer, self.target, self._weights, indices, self.head.draft_token_ids)
         return StepCorrection(
-            scorer, rows, context_ids, candidates, self._token_parts, changes, self._weights, first_depth
+            scorer, rows, newest_ids, candidates, self._token_parts, changes, self._weights, first_depth
         )
 
-    def _read_texts(self, context_ids: torch.Tensor, longest: int) -> list[TextNgrams]:
+    def _read_texts(self, newest_ids: torch.Tensor, longest: int) -> list[TextNgrams]:
         """The n-grams of the newest tokens of each text."""
-        texts = context_ids.reshape(-1, context_ids.shape[-1])[:, -MAX_CONTEXT:].tolist()
+        texts = newest_ids.reshape(-1, newest_ids.shape[-1])[:, -MAX_CONTEXT:].tolist()
         if len(self._texts) != len(texts):
             self._texts = [TextNgrams(longest) for _ in texts]
         for known, ids in zip(self._texts, texts, strict=True):
@@ -323,10 +334,10 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             known.follow(ids[num_padding:])
         return self._texts
 
-    def _boost_context_tokens(self, logprobs: torch.Tensor, context_ids: torch.Tensor, gain: float) -> torch.Tensor:
+    def _boost_context_tokens(self, logprobs: torch.Tensor, newest_ids: torch.Tensor, gain: float) -> torch.Tensor:
         """Log-probabilities (..., depth, draft_vocab) and `gain` for tokens among the newest of a text."""
         size = self.head.config.vocab_size
-        ids = context_ids[..., -MAX_CONTEXT:]
+        ids = newest_ids[..., -MAX_CONTEXT:]
         ids = ids.where((ids >= 0) & (ids < size), size)  # padding; placeholders of images may lie outside too
         indices = self._draft_indices.to(ids.device)[ids].unsqueeze(-2).expand(*logprobs.shape[:-1], -1)
         order = pad(logprobs, (0, 1))  # the last column stands for ids outside the draft vocabulary

@@ -33,14 +33,14 @@ def decode(
     call = Call(input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs)
     session = DecodingSession(model, head, call)
     while not session.is_finished:
-        if session.needs_fresh_cache:
+        if session.needs_fresh_cache:  # Phi-3 only, at the length where its other RoPE begins
             session.read_again()
             continue
         session.drop_finished()
         policy = session.policy
         plan = policy.plan(session.num_remaining, session.max_nodes)
         draft = session.draft(plan)
-        tree = policy.fit(session.best_tree(draft, plan))
+        tree = policy.trim(session.best_tree(draft, plan))
         states = session.verify(tree)
         paths = session.walk(tree, states)
         session.commit(tree, states, paths)

@@ -23,7 +23,7 @@ from .round_costs import RoundCosts
 MAX_WIDTH = 64  # children per node; a child ranked lower has less than 1/64 of its parent's probability
 MAX_CONTINUED = 16  # levels that n-grams may add below the head's last depth
 AUTO_BUDGETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # choices of "auto"; 1 is plain decoding
-MIN_SECONDS = 1e-9  # of a round: tests may stop the clock
+MIN_SECONDS = 1e-9  # of a round: a clock may be coarse
 EVIDENCE = 4.0  # drafted rounds needed to decide whether drafting pays
 PROBE_SHARE = 0.01  # maximum share of run time spent probing whether drafting pays again
 REFRESH_EVERY = 16  # drafted rounds between probes of a neighboring budget, to update its timings
@@ -103,7 +103,7 @@ class Policy(Protocol):
     def plan(self, num_remaining: int | None, max_nodes: int | None = None) -> RoundPlan:
         """The limits of the next round; see `plan_round`."""
 
-    def fit(self, tree: DraftTree) -> DraftTree:
+    def trim(self, tree: DraftTree) -> DraftTree:
         """The part of the drafted tree that is to be verified."""
 
     def record(self, tree: DraftTree, paths: list[list[int]]) -> None:
@@ -122,7 +122,7 @@ class FixedPolicy:
     def plan(self, num_remaining: int | None, max_nodes: int | None = None) -> RoundPlan:
         return plan_round(self.limits, num_remaining, max_nodes)
 
-    def fit(self, tree: DraftTree) -> DraftTree:
+    def trim(self, tree: DraftTree) -> DraftTree:
         return tree
 
     def record(self, tree: DraftTree, paths: list[list[int]]) -> None:
@@ -144,7 +144,9 @@ class AutoPolicy:
 
     def __init__(self, limits: RoundPlan, costs: RoundCosts):
         self.limits, self._costs = limits, costs
-        self._max_nodes = sum(limits.width**depth for depth in range(limits.max_depth + 1))  # that a tree can have
+        self._full_tree_size = sum(
+            limits.width**depth for depth in range(limits.max_depth + 1)
+        )  # that a tree can have
         self._ceiling = max(64 // costs.num_sequences, 4)  # nodes to draft at most: about twice the last choice
         # Yield and normalized time of drafted rounds: of earlier generations at first, more and more of this one's.
         self._weight = EVIDENCE if costs.num_drafted else 0.0
@@ -157,7 +159,7 @@ class AutoPolicy:
     def plan(self, num_remaining: int | None, max_nodes: int | None = None) -> RoundPlan:
         self._start = time.perf_counter()
         costs = self._costs
-        untried = costs.untried(min(self._max_nodes, max_nodes or self._max_nodes))
+        untried = costs.untried(min(self._full_tree_size, max_nodes or self._full_tree_size))
         self._is_trial = untried is not None
         self._is_refresh = costs.num_drafted % REFRESH_EVERY == 0
         self._num_planned += 1
@@ -181,7 +183,7 @@ class AutoPolicy:
                 return 1
         return self._ceiling
 
-    def fit(self, tree: DraftTree) -> DraftTree:
+    def trim(self, tree: DraftTree) -> DraftTree:
         """The part of the tree that repays its verification."""
         num_nodes = tree.num_nodes
         if num_nodes == 1:
@@ -200,7 +202,7 @@ class AutoPolicy:
         root's 1 included."""
         costs, num_nodes = self._costs, len(gains)
         budgets = [budget for budget in AUTO_BUDGETS[1:] if budget <= num_nodes]
-        if num_nodes == self._max_nodes or not budgets:
+        if num_nodes == self._full_tree_size or not budgets:
             budgets.append(num_nodes)
         yields = [(1 + costs.calibration * (gains[n - 1] - 1), costs.seconds(n)) for n in budgets]
         drafting = self._start_of_rest - self._start

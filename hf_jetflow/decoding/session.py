@@ -89,7 +89,7 @@ class DecodingSession:
     """
 
     def __init__(self, model: PreTrainedModel, head: JetFlowHead, call: Call):
-        self._head, self._model = head, model
+        self._head, self._model, self._call = head, model, call
         self._wants = {name: getattr(call.generation_config, name) for name in OUTPUT_FLAGS}
         self._policies: dict[int, Policy] = {}
         self._policy_for(len(call.input_ids))  # wrong settings are refused before the prompt is read
@@ -107,7 +107,6 @@ class DecodingSession:
         )
         self._target = Target(model, head.config)
         self.stats = head.last_stats = GenerationStats()
-        self._call = call
         self._read_text(call.input_ids, call.model_kwargs)
         self._observers = (*TreeLog(head, self.stats).observers, *head.round_observers)
 
@@ -186,9 +185,10 @@ class DecodingSession:
     @_step("draft")
     def draft(self, plan: RoundPlan) -> Draft | CapturedDraft:
         """The head's candidates behind the anchors, with what scores them along a branch."""
-        context_ids = to_device(self._emitter.newest_ids, self._target.device)
-        _, positions = self._context.on_device(self._target.device)
-        return self._drafter.draft(context_ids, positions, plan, self.policy.limits)
+        device = self._target.device
+        newest_ids = to_device(self._emitter.newest_ids, device)
+        _lengths, positions = self._context.lengths_and_positions(device)
+        return self._drafter.draft(newest_ids, positions, plan, self.policy.limits)
 
     @_step("tree")
     def best_tree(self, draft: Draft | CapturedDraft, plan: RoundPlan) -> DraftTree:
@@ -218,7 +218,9 @@ class DecodingSession:
     @_step("commit")
     def commit(self, tree: DraftTree, states: TargetStates, paths: list[list[int]]) -> None:
         """Compact the accepted paths in the cache and queue their states for the head."""
-        self._emitter.record_path(states, paths[0], self._context.cache)  # batches return no states
+        self._emitter.record_path(
+            states, paths[0], self._context.cache
+        )  # batches that return states are decoded plainly
         self._context.strategy.commit(tree, paths)
         self._drafter.observe(states, paths)
 

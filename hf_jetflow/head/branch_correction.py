@@ -49,7 +49,7 @@ class BranchCorrection(StepScorer):
             self.state_proj = DraftLinear(hidden, 2 * width, bias=False)
             self.carry_proj = DraftLinear(width, hidden, bias=False)
 
-    def project_slots(self, slots: torch.Tensor) -> torch.Tensor:
+    def project_rows(self, slots: torch.Tensor) -> torch.Tensor:
         """Project hidden rows, which all branches of a depth share: (..., hidden) to (..., 2 x width)."""
         return self.slot_proj(self.slot_norm(slots))
 

@@ -260,7 +260,7 @@ class JetFlowHead(PreTrainedModel):
         assert self.branch_correction is not None
         batch, num_rows, hidden = rows.shape
         blocks = (batch, num_rows // self.config.block_size, self.config.block_size, hidden)
-        slots = self.branch_correction.project_slots(rows).view(*blocks[:3], -1)
+        slots = self.branch_correction.project_rows(rows).view(*blocks[:3], -1)
         parents = parent_embeds.view(blocks)
         shifts, memory = [torch.zeros_like(parents[:, :, 0])] * 2, None
         for slot in range(2, self.config.block_size):

@@ -33,7 +33,7 @@ class TreeFlashCorrection(StepScorer):
     def row_features(self, rows: torch.Tensor, residual: torch.Tensor, num_rows: int) -> torch.Tensor:
         return torch.cat([rows, residual], dim=-1)
 
-    def project_slots(self, slots: torch.Tensor) -> torch.Tensor:
+    def project_rows(self, slots: torch.Tensor) -> torch.Tensor:
         projected = nn.functional.linear(slots[..., : self.hidden], self.ug.weight[:, self.hidden :], self.ug.bias)
         return torch.cat([slots, projected], dim=-1)
 
@@ -65,7 +65,7 @@ class RecurrentCorrection(StepScorer):
     def output_weight(self) -> torch.Tensor:
         return self.readout.weight
 
-    def project_slots(self, slots: torch.Tensor) -> torch.Tensor:
+    def project_rows(self, slots: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(slots, self.joint_proj.weight[:, : self.hidden])
 
     def project_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -133,7 +133,7 @@ class Refiner(StepScorer):
         """The weights (rank, rank) on the row, on the mean and on the token."""
         return self.in_proj.weight.split(self.rank, dim=1)
 
-    def project_slots(self, slots: torch.Tensor) -> torch.Tensor:
+    def project_rows(self, slots: torch.Tensor) -> torch.Tensor:
         row, mean, *first = slots.split(self.down_h.in_features, dim=-1)
         of_row, of_mean, _ = self._weights()
         shared = nn.functional.linear(self.down_g(mean), of_mean)

@@ -74,7 +74,7 @@ class StepScorer(BranchScorer):
     """
     A scorer that is asked depth by depth.
 
-    What branches share is computed once: `project_slots` for all branches of a depth, `project_tokens` for a token
+    What branches share is computed once: `project_rows` for all branches of a depth, `project_tokens` for a token
     wherever it ends a branch, `recall` for the children of one parent.
     """
 
@@ -95,7 +95,7 @@ class StepScorer(BranchScorer):
         """What turns shifts into logit changes, (draft_vocab, shift); `None` for the output embedding."""
         return None
 
-    def project_slots(self, slots: torch.Tensor) -> torch.Tensor:
+    def project_rows(self, slots: torch.Tensor) -> torch.Tensor:
         """Project row features (..., features) of a depth."""
         raise NotImplementedError
 
@@ -223,7 +223,7 @@ class RecurrentMarkov(StepScorer):
         weight = self.joint_proj.weight
         return weight.split([self.rank, self.rank, weight.shape[1] - 2 * self.rank], dim=1)
 
-    def project_slots(self, slots: torch.Tensor) -> torch.Tensor:
+    def project_rows(self, slots: torch.Tensor) -> torch.Tensor:
         weight = self._weights()[2]
         rows = slots.unflatten(-1, (-1, weight.shape[1]))
         return nn.functional.linear(rows, weight, self.joint_proj.bias).flatten(-2)

@@ -24,7 +24,7 @@ from .mixer_adapters import tree_mixers
 from .position_limits import position_limits
 from .slots import BatchSlots
 from .step_inputs import StepInputs
-from .strategies import StaticStrategy, cache_strategy
+from .strategies import cache_strategy
 
 
 if TYPE_CHECKING:
@@ -70,22 +70,22 @@ class Context:
         model = self.target.model
         mixers = tree_mixers(model, self.cache) if self.target.takes_trees else []
         self.strategy = cache_strategy(self.cache, self.slots, mixers, self._forward)
-        if self.is_compiled and isinstance(self.strategy, StaticStrategy):
+        if self.is_compiled:
             self.strategy.capture(self.captured)
         self.mask_dtype = mask_dtype(model)
         self._scaling_step, self._position_limits = scaling_step(model), position_limits(model)
-        self._on_device: tuple[torch.Tensor, torch.Tensor] | None = None  # lengths, and `on_device` for them
+        self._copied: tuple[torch.Tensor, torch.Tensor] | None = None  # lengths, and their `lengths_and_positions`
 
     @property
     def positions(self) -> torch.Tensor:
         """Absolute positions of the anchors of the active sequences, (active,)."""
         return self.slots.lengths + self.offsets[self.slots.active]
 
-    def on_device(self, device: torch.device) -> torch.Tensor:
+    def lengths_and_positions(self, device: torch.device) -> torch.Tensor:
         """Cached tokens and anchor positions of the active sequences, (2, active), copied once per round."""
-        lengths, known = self.slots.lengths, self._on_device
+        lengths, known = self.slots.lengths, self._copied
         if known is None or known[0] is not lengths or known[1].device != device:
-            known = self._on_device = (lengths, to_device(torch.stack([lengths, self.positions]), device))
+            known = self._copied = (lengths, to_device(torch.stack([lengths, self.positions]), device))
         return known[1]
 
     def forward_of(self, model: PreTrainedModel) -> Callable:
@@ -144,7 +144,7 @@ class Context:
     def _node_positions(self, tree: DraftTree) -> torch.Tensor:
         """Absolute positions of the nodes, (active, nodes)."""
         device = self.target.device
-        return self.on_device(device)[1, :, None] + tree.depths.to(device)
+        return self.lengths_and_positions(device)[1, :, None] + tree.depths.to(device)
 
     def _forward(self, tree: DraftTree) -> ModelOutput:
         """The model's forward over all nodes, and padding with a static cache."""

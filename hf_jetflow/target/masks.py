@@ -52,7 +52,7 @@ def _tree_mask(context: "Context", tree: DraftTree, window: Window | None) -> to
     nodes, device, max_cached = tree.num_nodes, context.target.device, _max_cached_rows(context, window)
     longest = int(context.slots.lengths.max())
     slots = torch.arange(longest if max_cached is None else min(longest, max_cached), device=device)
-    lengths, positions = context.on_device(device)[..., None].unbind()
+    lengths, positions = context.lengths_and_positions(device)[..., None].unbind()
     cached = lengths if max_cached is None else lengths.clamp_max(max_cached)
     is_seen = slots < cached
     if context.padding is not None:

@@ -54,6 +54,9 @@ class CacheStrategy:
         """Rows of the forward that verifies `num_nodes` nodes; those beyond the nodes are padding."""
         return num_nodes
 
+    def capture(self, captured: Callable[..., Callable]) -> None:
+        """Capture what rounds do with the cache, where its shapes are fixed; `captured` makes a captured function."""
+
     def open(self) -> None:
         """Make the cache ready for rounds; `settle` ends them."""
         grow_layers(self.cache)
@@ -72,6 +75,7 @@ class CacheStrategy:
         self.slots.advance(paths)
 
     def _commit_path(self, tree: DraftTree, path: list[int]) -> None:
+        """Of one sequence."""
         commit_path(self.cache, path, tree.num_nodes)
 
     def roll_back(self, tree: DraftTree) -> None:
@@ -107,7 +111,6 @@ class StaticStrategy(CacheStrategy):
         return static_rows(num_nodes)
 
     def capture(self, captured: Callable[..., Callable]) -> None:
-        """Compact paths by one captured function; `captured` makes it."""
         self._compact_rows = captured(compact_rows, dynamic=True)
 
     def open(self) -> None:

@@ -80,24 +80,24 @@ def answer_logprobs(target: Target, head: JetFlowHead, ids: Sequence[int], num_p
     logprobs = drafter.logprobs(rows).gather(-1, indices.where(is_scored, 0)[..., None].to(rows.device))[..., 0]
     if head.config.branch_correction in READ_CORRECTIONS:
         before = torch.tensor(list(ids[num_prompt - 1 : num_prompt - 1 + len(rows)]), device=rows.device)
-        context_ids = torch.stack([before, answer[: len(rows)]], dim=1)
-        logprobs = _corrected_logprobs(drafter, rows, context_ids, tokens, logprobs)
+        newest_ids = torch.stack([before, answer[: len(rows)]], dim=1)
+        logprobs = _corrected_logprobs(drafter, rows, newest_ids, tokens, logprobs)
     return logprobs[is_scored]
 
 
 def _corrected_logprobs(
     drafter: JetFlowCandidateGenerator,
     rows: torch.Tensor,
-    context_ids: torch.Tensor,
+    newest_ids: torch.Tensor,
     tokens: torch.Tensor,
     logprobs: torch.Tensor,
 ) -> torch.Tensor:
     """Log-probabilities (anchors, depth) of tokens behind the tokens before them. `logprobs` stay for tokens that
     are no candidates and for all below these."""
-    draft = drafter.rank(rows, context_ids, tokens.shape[1])
+    draft = drafter.rank(rows, newest_ids, tokens.shape[1])
     assert draft.scorer is not None
     parents, is_reached = torch.zeros_like(tokens[:, :1]), torch.ones_like(tokens[:, 0], dtype=torch.bool)
-    token, corrected = context_ids[:, -1:], logprobs.clone()
+    token, corrected = newest_ids[:, -1:], logprobs.clone()
     for depth in range(tokens.shape[1]):
         scores = draft.scorer(depth, parents, token)[:, 0].to(logprobs.device)
         candidates = draft.candidates.tokens[:, depth]
@@ -141,10 +141,10 @@ def _replay_text(
     position = num_prompt  # of the anchor
     while position < len(ids) - 1:
         plan = plan_round(limits, len(ids) - 1 - position)
-        context_ids = torch.tensor(ids[: position + 1], device=blocks.device)
-        draft = drafter.rank(blocks[position - num_prompt, : plan.max_depth], context_ids, plan.width)
+        newest_ids = torch.tensor(ids[: position + 1], device=blocks.device)
+        draft = drafter.rank(blocks[position - num_prompt, : plan.max_depth], newest_ids, plan.width)
         if tree_builder is not None:
-            tree = tree_builder(context_ids[-1:], draft.candidates, plan.node_budget, draft.scorer, plan.width)
+            tree = tree_builder(newest_ids[-1:], draft.candidates, plan.node_budget, draft.scorer, plan.width)
         else:
             tree = draft.best_tree(plan.node_budget, plan.width, max_continued=plan.max_continued)
         parents, tokens = tree.parents.tolist(), tree.tokens.tolist()

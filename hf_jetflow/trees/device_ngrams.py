@@ -23,14 +23,14 @@ class MatchedNgrams:
     Logit changes of candidates after each branch of a tree, as [`~ngrams.ContextNgrams`] defines them.
 
     Args:
-        context_ids (`torch.Tensor`, (..., seq)): Newest committed tokens of each sequence, the anchor last; negative
+        newest_ids (`torch.Tensor`, (..., seq)): Newest committed tokens of each sequence, the anchor last; negative
             ids in front of shorter texts.
         candidates ([`~tree.Candidates`]): Proposals per depth.
         weights (`Sequence[float]`): One for each length of a match, from 1.
     """
 
-    def __init__(self, context_ids: torch.Tensor, candidates: Candidates, weights: Sequence[float]):
-        texts = context_ids.reshape(-1, context_ids.shape[-1])[:, -MAX_CONTEXT:]
+    def __init__(self, newest_ids: torch.Tensor, candidates: Candidates, weights: Sequence[float]):
+        texts = newest_ids.reshape(-1, newest_ids.shape[-1])[:, -MAX_CONTEXT:]
         device, longest = texts.device, len(weights)
         self._ids = texts[:, :-1].where(texts[:, :-1] >= 0, NO_TOKEN)
         tokens = candidates.tokens.reshape(len(texts), *candidates.tokens.shape[-2:])
@@ -67,7 +67,7 @@ class MatchedNgrams:
 
 
 def continue_with_matches(
-    tree: DraftTree, context_ids: torch.Tensor, node_budget: int, max_continued: int, min_logprob: float = -math.inf
+    tree: DraftTree, newest_ids: torch.Tensor, node_budget: int, max_continued: int, min_logprob: float = -math.inf
 ) -> DraftTree:
     """
     `ngrams.continue_tree` with a fixed number of nodes: those of the budget, or as many as can be.
@@ -85,7 +85,7 @@ def continue_with_matches(
     path = [leaf]
     for _ in range(tree.max_depth - 1):
         path.append(parents.index_select(0, path[-1]).clamp_min(0))
-    text = torch.cat([context_ids.flatten()[-MAX_CONTEXT:], tokens.index_select(0, torch.cat(path[::-1]))])
+    text = torch.cat([newest_ids.flatten()[-MAX_CONTEXT:], tokens.index_select(0, torch.cat(path[::-1]))])
     length, index = _longest_match(text)
     steps = torch.arange(max_continued, device=text.device)
     known = length + steps

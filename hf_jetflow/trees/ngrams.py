@@ -158,7 +158,7 @@ class ContextNgrams:
 
 
 def continue_tree(
-    tree: DraftTree, context_ids: torch.Tensor, node_budget: int, max_continued: int, min_logprob: float = -math.inf
+    tree: DraftTree, newest_ids: torch.Tensor, node_budget: int, max_continued: int, min_logprob: float = -math.inf
 ) -> DraftTree:
     """
     Continue a tree below the head's deepest level, and return the best nodes of both parts.
@@ -168,7 +168,7 @@ def continue_tree(
 
     Args:
         tree ([`~tree.DraftTree`]): The tree of one sequence; trees of batches are returned unchanged.
-        context_ids (`torch.Tensor`, (..., seq)): All committed tokens, the anchor last.
+        newest_ids (`torch.Tensor`, (..., seq)): All committed tokens, the anchor last.
         node_budget (`int`): Maximum number of nodes, root included.
         max_continued (`int`): Maximum number of levels to add.
         min_logprob (`float`): Nodes below it are not added.
@@ -183,7 +183,7 @@ def continue_tree(
     floor = max(min_logprob, min(scores) if tree.num_nodes == node_budget else -math.inf)
     if scores[leaf] <= floor:
         return tree
-    text = context_ids.flatten()[-MAX_CONTEXT:].tolist() + [tokens[node] for node in _path_to(leaf, parents)]
+    text = newest_ids.flatten()[-MAX_CONTEXT:].tolist() + [tokens[node] for node in _path_to(leaf, parents)]
     length, index = _longest_match(text)
     parent, score = leaf, scores[leaf]
     for level in range(1, max_continued + 1):

@@ -17,7 +17,7 @@ from operator import neg
 import torch
 from torch.nn.functional import pad
 
-from ..transfer import has_fixed_shapes, repeated, to_device
+from ..transfer import must_not_wait, repeated, to_device
 
 
 MIN_REST = 1e-6  # minimum total probability of the tokens that are not candidates
@@ -111,9 +111,9 @@ def build_tree(
     if max_depth == 0:
         return _root_alone(anchor_id)
     tokens = [anchor_id]
-    branches = torch.zeros_like(anchor_id)  # of each node of the newest depth: its parent among those above
-    parents = [branches - 1]
-    logprobs = [branches.float()]
+    parent_branches = torch.zeros_like(anchor_id)  # of the newest depth's nodes: their parents in the depth above
+    parents = [parent_branches - 1]
+    logprobs = [parent_branches.float()]
     sizes = [1]
     best_scores: list[list[float]] = [[] for _ in range(anchor_id.numel())]
     floor = min_logprob if anchor_id.numel() == 1 else -math.inf  # in a batch, the size is known only at the end
@@ -122,26 +122,26 @@ def build_tree(
             rows, columns = _promising_pairs(sizes[-1], candidates.tokens.shape[-1], max_branches, device)
             scores = logprobs[-1][..., rows] + candidates.logprobs[..., depth, :][..., columns]
         else:
-            grid = logprobs[-1][..., None] + scorer(depth, branches, tokens[-1])
+            grid = logprobs[-1][..., None] + scorer(depth, parent_branches, tokens[-1])
             best = None
             if width is not None and width < min(max_branches, grid.shape[-1]):
                 grid, best = grid.topk(width, dim=-1)
             scores = grid.flatten(-2)
         scores, chosen = scores.topk(min(max_branches, scores.shape[-1]))
         # Early exit: drop branches that cannot enter the tree, which stays the same.
-        if scorer is not None and not has_fixed_shapes(device):
+        if scorer is not None and not must_not_wait(device):
             num_in_reach = _count_reachable(scores, best_scores, max_branches, floor)
             if not num_in_reach and depth:  # the best child of the root always is
                 break
             num_in_reach = max(num_in_reach, 1)
             scores, chosen = scores[..., :num_in_reach], chosen[..., :num_in_reach]
         if scorer is None:
-            branches, columns = rows[chosen], columns[chosen]
+            parent_branches, columns = rows[chosen], columns[chosen]
         else:
-            branches = chosen // grid.shape[-1]
+            parent_branches = chosen // grid.shape[-1]
             columns = chosen % grid.shape[-1] if best is None else best.flatten(-2).gather(-1, chosen)
         tokens.append(candidates.tokens[..., depth, :].gather(-1, columns))
-        parents.append(branches + (sum(sizes) - sizes[-1]))
+        parents.append(parent_branches + (sum(sizes) - sizes[-1]))
         logprobs.append(scores)
         sizes.append(scores.shape[-1])
     tree = _best_nodes(tokens, parents, logprobs, sizes, node_budget, max_depth)

@@ -4,7 +4,7 @@ No draft probability enters. The chooser picks every token as plain decoding wou
 is exact for every logits processor and, with the same seed, the same sample path as plain decoding.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from transformers import LogitsProcessorList
@@ -23,7 +23,7 @@ class Draws(Protocol):
         """The next token, whose probabilities are (1, vocab)."""
 
     def ahead(self, num_steps: int, probs: torch.Tensor) -> torch.Tensor:
-        """What the next steps divide their probabilities by, (steps, vocab)."""
+        """Exponential noise of the next steps, (steps, vocab): the token drawn is the argmax of probs / noise."""
 
     def skip(self, num_steps: int) -> None:
         """Count draws that were made with what `ahead` gave."""
@@ -111,10 +111,12 @@ def walk_trees(
     Returns:
         The paths: node ids, root first, whose logits were used.
     """
-    rows = [tree.tokens, tree.parents]
+    all_choices: list[Any] = [None] * len(choosers)
     choices = _choices_ahead(tree, logits, choosers) if _reads_once(logits.device) else None
-    tokens, parents, *read = torch.stack(rows if choices is None else [*rows, choices]).tolist()
-    (all_choices,) = read or [[None] * len(choosers)]
+    if choices is None:
+        tokens, parents = torch.stack([tree.tokens, tree.parents]).tolist()
+    else:
+        tokens, parents, all_choices = torch.stack([tree.tokens, tree.parents, choices]).tolist()
     paths = []
     for index, (chooser, sequence) in enumerate(zip(choosers, committer.active, strict=True)):
         children = {pair: node for node, pair in enumerate(zip(parents[index], tokens[index], strict=True))}
@@ -128,7 +130,7 @@ def _choices_ahead(tree: DraftTree, logits: torch.Tensor, choosers: list[Chooser
 
     -1 where probabilities are not numbers; `None` where choices depend on the text, or are recorded.
     """
-    first = choosers[0]
+    first = choosers[0]  # all of a batch have its settings
     if first.is_plain_argmax:
         return logits.argmax(dim=-1)
     if not first.chooses_ahead or logits.numel() > MAX_SCORES:
