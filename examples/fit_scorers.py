@@ -95,7 +95,7 @@ def collect(target: PreTrainedModel, head: JetFlowHead, texts: list[list[int]]) 
         known = torch.tensor(ids + [-1] * num_depths)
         before, following = (known[start:].unfold(0, num_depths, 1)[:num_anchors].flatten() for start in (2, 3))
         rows = rows.flatten(0, 1)
-        logprobs, indices = drafter.logprobs(rows).topk(WIDTH)
+        logprobs, indices = drafter.ranker.logprobs(rows).topk(WIDTH)
         tokens = indices if head.draft_token_ids is None else head.draft_token_ids[indices]
         is_right = tokens == following[:, None]
         is_pair = (before >= 0) & is_right.any(-1)

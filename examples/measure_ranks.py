@@ -13,7 +13,8 @@ from replayed import load_pair, make_parser, text_sets
 
 from hf_jetflow import JetFlowHead
 from hf_jetflow.bench.environment import environment
-from hf_jetflow.decoding.drafter import Draft, JetFlowCandidateGenerator
+from hf_jetflow.decoding.drafter import JetFlowCandidateGenerator
+from hf_jetflow.decoding.ranking import Draft
 from hf_jetflow.files import write_json
 from hf_jetflow.target.target import Target
 from hf_jetflow.training.replay import _rows_of_all_anchors
@@ -45,7 +46,7 @@ def acceptance_by_rank(
         drafter = JetFlowCandidateGenerator(head, target)
         for position, rows in enumerate(_rows_of_all_anchors(drafter, ids, num_prompt), num_prompt):
             following = ids[position + 1 : position + 1 + num_depths]
-            draft = drafter.rank(rows[: len(following)], torch.tensor(ids[: position + 1]), num_ranks)
+            draft = drafter.ranker.rank(rows[: len(following)], torch.tensor(ids[: position + 1]), num_ranks)
             for depth, rank in enumerate(ranks_of(draft, ids[position], following, num_ranks)):
                 reached[depth] += 1
                 if rank is not None:

@@ -47,7 +47,7 @@ def test_a_new_correction_changes_no_score(kind, tiny_target, random_head, rows)
         head := random_head(target, branch_correction=kind, branch_candidates=20, ngram_weights=[]),
         Target(target, head.config),
     )
-    draft = drafter.rank(rows, torch.tensor([9]), 64)
+    draft = drafter.ranker.rank(rows, torch.tensor([9]), 64)
     candidates = draft.candidates
     for depth in range(7):
         scores = draft.scorer(depth, torch.zeros(1, dtype=torch.long), torch.tensor([5]))
@@ -87,7 +87,7 @@ def test_a_branch_is_scored_as_in_training(kind, is_shared, tiny_target, random_
     head, target = drafter.head, drafter.target.model
     weight = target.get_output_embeddings().weight.detach()
     rows = rows * 0.05  # so that no depth is certain of one token
-    draft = drafter.rank(rows, torch.tensor([9]), 64)
+    draft = drafter.ranker.rank(rows, torch.tensor([9]), 64)
     candidates = draft.candidates
     tree = build_tree(torch.tensor([9]), candidates, 40, draft.scorer)
     assert tree.depths.max() > 2

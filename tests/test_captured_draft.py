@@ -84,7 +84,7 @@ def test_a_draft_is_one_graph_for_all_rounds(kind, target, random_head, tmp_path
     for seed in (1, 2):
         ids = texts(1, seed)
         drafter, anchors = drafter_of(head, target, ids), torch.tensor([ids.shape[1] - 1])
-        _ = drafter._weights, drafter._draft_indices
+        drafter.ranker.prepare()
         cache = StaticHeadCache(head.config.num_hidden_layers, 64)
         host = (
             drafter_of(head, target, ids).propose(ids, anchors, depth, 24).best_tree(64, 24, max_continued=CONTINUED)

@@ -297,7 +297,7 @@ def test_scale_and_soft_cap_shape_the_draft_probabilities(target, tmp_path):
     for head, expected in ((plain, logits), (shaped, 3 * torch.tanh(logits / 2 / 3))):
         head.config.ngram_weights = []
         drafter = JetFlowCandidateGenerator(head, Target(target, head.config))
-        candidates = drafter.rank(rows, torch.tensor([5]), 5).candidates
+        candidates = drafter.ranker.rank(rows, torch.tensor([5]), 5).candidates
         expected = torch.log_softmax(expected, dim=-1).topk(5)
         torch.testing.assert_close(candidates.logprobs, expected.values)
 

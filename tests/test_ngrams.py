@@ -157,9 +157,9 @@ def test_the_newest_tokens_of_a_long_text_are_searched(tiny_target, random_head)
     head = random_head(target, ngram_weights=[1.0], branch_candidates=8)
     drafter = JetFlowCandidateGenerator(head, Target(target, head.config))
     text = torch.tensor([[-1, -1, 5, 7, *range(8, 6 + MAX_CONTEXT)]])  # padded in front
-    (of_text,) = drafter._read_texts(text, 1)
+    (of_text,) = drafter.ranker._read_texts(text, 1)
     assert of_text.root.nexts[5].nexts.keys() == {7}
-    (of_text,) = drafter._read_texts(torch.cat([text, torch.tensor([[3]])], dim=1), 1)
+    (of_text,) = drafter.ranker._read_texts(torch.cat([text, torch.tensor([[3]])], dim=1), 1)
     assert 5 not in of_text.root.nexts
     assert of_text.root.nexts[7].nexts.keys() == {8}
     assert of_text.root.followed == MAX_CONTEXT
@@ -167,7 +167,7 @@ def test_the_newest_tokens_of_a_long_text_are_searched(tiny_target, random_head)
 
 def first_scores(drafter, rows, text):
     with torch.no_grad():
-        draft = drafter.rank(rows, torch.tensor(text), 8)
+        draft = drafter.ranker.rank(rows, torch.tensor(text), 8)
         candidates = draft.candidates
     scores = candidates.logprobs[0]
     if draft.scorer is not None:
@@ -187,7 +187,7 @@ def test_a_token_that_came_next_before_is_proposed_and_more_likely(kind, draft_v
     drafter = JetFlowCandidateGenerator(head, Target(target, head.config))
     rows = torch.randn(3, 64, generator=torch.Generator().manual_seed(7)) * 0.1
     head.config.ngram_weights = []
-    plain = drafter.logprobs(rows)[0].detach()
+    plain = drafter.ranker.logprobs(rows)[0].detach()
     place = int(plain.argsort()[20])  # of the draft vocabulary
     token = place if head.draft_token_ids is None else int(head.draft_token_ids[place])
     text = [100, 101, token, 10**6, -1, 100, 101]
@@ -210,7 +210,7 @@ def test_a_tree_follows_the_text(tiny_target, random_head):
     head = random_head(target, ngram_weights=[2.0, 4.0], branch_candidates=20)
     drafter = JetFlowCandidateGenerator(head, Target(target, head.config))
     text = [*range(50, 58), 9, 50, 51]
-    draft = drafter.rank(torch.zeros(5, 64), torch.tensor(text), 8)
+    draft = drafter.ranker.rank(torch.zeros(5, 64), torch.tensor(text), 8)
     candidates = draft.candidates
     tree = build_tree(torch.tensor([51]), candidates, 12, draft.scorer)
     node, path = 0, []

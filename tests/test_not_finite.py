@@ -119,10 +119,10 @@ def test_a_spoiled_correction_leaves_the_drafts_of_the_block(tiny_target, noisy_
 
 
 def test_it_is_said_once(tiny_target, spoiled_head, prompt, monkeypatch):
-    from hf_jetflow.decoding import drafter
+    from hf_jetflow.decoding import ranking
 
     said = []
-    monkeypatch.setattr(drafter.logger, "warning_once", said.append)
+    monkeypatch.setattr(ranking.logger, "warning_once", said.append)
     target = tiny_target("llama")
     text(target, prompt, spoiled_head("NaN everywhere", target), do_sample=False)
     assert len(said) == 1

@@ -118,7 +118,7 @@ def test_a_draft_of_no_depth_is_empty(name, head, target):
     if head.branch_correction is not None:
         rows = head.branch_correction.row_features(rows, rows, head.config.num_rows)
     drafter = JetFlowCandidateGenerator(head, Target(target, head.config))
-    assert drafter.rank(rows[0, :0], torch.tensor(IDS), 8).best_tree(1).num_nodes == 1
+    assert drafter.ranker.rank(rows[0, :0], torch.tensor(IDS), 8).best_tree(1).num_nodes == 1
 
 
 @torch.no_grad()
@@ -201,7 +201,8 @@ def test_what_is_no_token_before_the_anchor_counts_as_the_anchor(target, tmp_pat
     head = make.load(tmp_path, *scored.xpress(), ngram_weights=[])
     drafter, rows = JetFlowCandidateGenerator(head, Target(target, head.config)), torch.randn(7, 3 * make.HIDDEN)
     got, expected = (
-        scores_along(drafter.rank(rows[None], torch.tensor([[first, 9]]), 8), [9, 5, 6]) for first in (before, 9)
+        scores_along(drafter.ranker.rank(rows[None], torch.tensor([[first, 9]]), 8), [9, 5, 6])
+        for first in (before, 9)
     )
     torch.testing.assert_close(got, expected)
 

@@ -64,7 +64,7 @@ def draft_tree(
         (batch, nodes, nodes).
     """
     rows = drafter.read_block(newest_ids[:, -1:], positions, features, context_position_ids, cache, max_depth)
-    draft = drafter.rank(rows, newest_ids, width)
+    draft = drafter.ranker.rank(rows, newest_ids, width)
     tree = draft.best_tree(node_budget, width, max_continued=max_continued)
     mask = ancestor_mask(tree.parents, tree.max_depth)
     return torch.stack([tree.tokens, tree.parents, tree.depths]), tree.logprobs, mask

@@ -1,72 +1,25 @@
-"""`JetFlowCandidateGenerator`: anchor and context features -> block -> head -> candidates per depth."""
+"""`JetFlowCandidateGenerator`: anchor and context features -> block -> head -> rows, which `ranking.py` ranks."""
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch.nn.functional import pad
 from transformers.generation.candidate_generator import CandidateGenerator
-from transformers.utils import logging
 
 from ..head.cache import UNSEEN_POSITION, HeadCache, StaticHeadCache
 from ..head.modeling_jetflow import JetFlowHead
-from ..head.scorers import StepScorer, TableScorer
 from ..target.context import Context, TargetStates
 from ..target.target import Target
-from ..transfer import must_not_wait, to_device
-from ..trees.device_ngrams import MatchedNgrams, continue_with_matches
-from ..trees.ngrams import MAX_CONTEXT, ContextNgrams, TextNgrams, continue_tree
-from ..trees.tree import BranchScorer, Candidates, DraftTree, build_tree
-from .branch_scores import (
-    BranchScores,
-    Correction,
-    ProjectedTokenCache,
-    StepCorrection,
-    TableCorrection,
-    gather_rows,
-    logit_changes,
-)
-from .captured_draft import (
-    CapturedDraft,
-    as_draft,
-    draft_tree,
-    is_on_one_device,
-    keep_static_cache,
-    static_cache,
-)
-from .draft_weights import DraftWeights, draft_weights
+from ..transfer import to_device
+from ..trees.ngrams import MAX_CONTEXT
+from ..trees.tree import Candidates
+from .branch_scores import gather_rows
+from .captured_draft import CapturedDraft, as_draft, draft_tree, is_on_one_device, keep_static_cache, static_cache
 from .policy import MAX_CONTINUED, RoundPlan
+from .ranking import Draft, Ranker
 from .reuse import HeadContext
-
-
-logger = logging.get_logger(__name__)
-
-
-@dataclass
-class Draft:
-    """One draft of the head, and what scores it along a branch."""
-
-    newest_ids: torch.Tensor  # (..., seq) newest committed tokens, the anchor last
-    candidates: Candidates  # (..., depth, width), scored as if all branches of a depth were alike
-    scorer: BranchScorer | None = None  # `None` without n-grams and branch scorer
-    has_ngrams: bool = False  # n-grams of the text may continue the tree below the head's deepest level
-
-    def best_tree(
-        self,
-        node_budget: int,
-        width: int | None = None,
-        min_logprob: float = -math.inf,
-        max_continued: int = 0,
-    ) -> DraftTree:
-        """The best tree within the node budget; see `build_tree` and `continue_tree`."""
-        tree = build_tree(self.newest_ids[..., -1:], self.candidates, node_budget, self.scorer, width, min_logprob)
-        if not self.has_ngrams:
-            return tree
-        continued = continue_with_matches if must_not_wait(tree.tokens.device) else continue_tree
-        return continued(tree, self.newest_ids, node_budget, max_continued, min_logprob)
 
 
 class JetFlowCandidateGenerator(CandidateGenerator):
@@ -102,38 +55,21 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             self._pending.append((past.features, past.feature_position_ids))
         self._newest_positions: torch.Tensor | None = None  # (batch,) of the newest observed tokens
         self._row_offsets = torch.arange(head.config.num_rows, device=head.device)
-        self._texts: list[TextNgrams] = []  # by sequence; empty without n-grams
-        scorer = head.branch_correction
-        self._token_parts = ProjectedTokenCache(scorer, target) if isinstance(scorer, StepScorer) else None
-        self._has_checked_scores = False  # done once per generation: off the CPU the host has to wait
-
-    @cached_property
-    def _weights(self) -> DraftWeights:
-        """Created at the first draft: some calls never draft."""
-        return draft_weights(self.head, self.target)
-
-    @cached_property
-    def _draft_indices(self) -> torch.Tensor:
-        """Maps a target token id to its draft-vocabulary index, (vocab + 1,); other ids map to the draft vocabulary's
-        size."""
-        size, token_ids = self.head.config.vocab_size, self.head.draft_token_ids
-        if token_ids is None:
-            return torch.arange(size + 1, device=self.head.device)
-        indices = token_ids.new_full((size + 1,), len(token_ids))
-        return indices.scatter_(0, token_ids, torch.arange(len(token_ids), device=token_ids.device))
+        self.ranker = Ranker(head, target)
 
     def observe(self, states: TargetStates, paths: list[list[int]] | None = None) -> None:
         """Take over the states of newly committed tokens; after a verify, those of each sequence's path."""
-        taps, position_ids = states.taps, states.position_ids
-        if paths is not None:
-            taps, position_ids = _path_rows(taps, position_ids, paths)
-        self._pending.append((torch.cat(taps, dim=-1), position_ids))
+        if paths is None:
+            features, position_ids = states.features, states.position_ids
+        else:
+            features, position_ids = _path_features(states, paths)
+        self._pending.append((features, position_ids))
         self._newest_positions = position_ids[:, -1]
 
     def select_sequences(self, indices: list[int]) -> None:
         """Keep only these sequences of the batch, in this order."""
         index = to_device(indices, self.head.device)
-        self._texts = [self._texts[i] for i in indices if self._texts]
+        self.ranker.select_sequences(indices)
         self._pending = [
             (features[index.to(features.device)], position_ids[index.to(position_ids.device)])
             for features, position_ids in self._pending
@@ -142,7 +78,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             self._cache.select_sequences(index)
 
     def close(self) -> None:
-        """Drafts no more."""
+        """Leave a captured draft's cache for the head's next call."""
         if isinstance(self._cache, StaticHeadCache) and self._context is not None and self._context.is_compiled:
             keep_static_cache(self.head, self._cache)
 
@@ -174,11 +110,11 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             logprobs = torch.empty(shape, device=newest_ids.device)
             return Draft(newest_ids, Candidates(anchor_ids.new_empty(shape), logprobs))
         features, context_position_ids = self._take_pending()
-        with self._weights.in_use():
+        with self.ranker.weights.in_use():
             rows = self.read_block(anchor_ids, positions, features, context_position_ids, self._cache, max_depth)
             if isinstance(self._cache, StaticHeadCache):
                 self._cache.count_rows(features.shape[1])
-            return self.rank(rows, newest_ids, width)
+            return self.ranker.rank(rows, newest_ids, width)
 
     @torch.no_grad()
     def draft(
@@ -217,7 +153,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         context, is_static = self._context, isinstance(self._cache, StaticHeadCache)
         if context is None or not (context.is_compiled and is_static and is_on_one_device(self.head, self.target)):
             return None
-        _ = self._weights, self._draft_indices  # made by the host
+        self.ranker.prepare()
         return context.captured(draft_tree)
 
     def _fits(self, depth: int) -> bool:
@@ -228,11 +164,10 @@ class JetFlowCandidateGenerator(CandidateGenerator):
     def _read_ahead(self, anchors: tuple[torch.Tensor, ...], features: torch.Tensor, positions: torch.Tensor) -> None:
         """Cache context rows of any number, and check once per call that the head's numbers are finite."""
         assert isinstance(self._cache, StaticHeadCache)
-        with self._weights.in_use():
+        with self.ranker.weights.in_use():
             rows = self.read_block(anchors[0], anchors[1], features, positions, self._cache, 1)
         self._cache.count_rows(features.shape[1])
-        self._has_checked_scores = True
-        _warn_unless_finite(rows)
+        self.ranker.warn_unless_finite(rows)
 
     def _take_pending(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Features (batch, seq, taps x target_hidden) and positions (batch, seq) that the head has not read."""
@@ -278,81 +213,6 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         assert head.config.mask_token_id is not None
         return head.embed_tokens(torch.where(is_anchor, block_ids, head.config.mask_token_id).to(head.device))
 
-    def rank(self, rows: torch.Tensor, newest_ids: torch.Tensor, width: int) -> Draft:
-        """
-        The draft of rows (..., depth, hidden) behind tokens (..., seq), on the tokens' device.
-
-        Each depth gets `width` candidates, or `config.branch_candidates` where branches are scored.
-        """
-        config, device = self.head.config, newest_ids.device
-        weights = config.ngram_weights
-        scores_branches = bool(weights) or self.head.branch_correction is not None
-        logprobs, token_ids = self.logprobs(rows), self.head.draft_token_ids
-        order = logprobs
-        if weights:  # context tokens rank by the most that n-grams can add, so that they become candidates
-            order = self._boost_context_tokens(logprobs, newest_ids.to(logprobs.device), sum(weights))
-        num_scored = min(config.branch_candidates if scores_branches else width, logprobs.shape[-1])
-        indices = order.topk(num_scored).indices
-        tokens = indices if token_ids is None else token_ids.to(indices.device)[indices]
-        scores = logprobs.gather(-1, indices).to(device)
-        if not (self._has_checked_scores or torch.compiler.is_compiling()):
-            self._has_checked_scores = True
-            _warn_unless_finite(scores)
-        # A row of the head that overflows scores NaN throughout. No tree follows a candidate at minus infinity.
-        candidates = Candidates(tokens.to(device), scores.nan_to_num(-math.inf, neginf=-math.inf))
-        scorer = None
-        if scores_branches or torch.compiler.is_compiling():  # compiled, no pairs are picked on the host
-            ngrams: ContextNgrams | MatchedNgrams | None = None
-            if weights and must_not_wait(device):
-                ngrams = MatchedNgrams(newest_ids, candidates, weights)
-            elif weights:
-                ngrams = ContextNgrams(self._read_texts(newest_ids, len(weights)), candidates, weights)
-            scorer = BranchScores(candidates, ngrams, self._correction(rows, newest_ids, candidates, indices))
-        return Draft(newest_ids, candidates, scorer, has_ngrams=bool(weights))
-
-    def _correction(
-        self, rows: torch.Tensor, newest_ids: torch.Tensor, candidates: Candidates, indices: torch.Tensor
-    ) -> Correction | None:
-        scorer, first_depth = self.head.branch_correction, self.head.config.first_corrected_depth
-        if scorer is None:
-            return None
-        if isinstance(scorer, TableScorer):
-            return TableCorrection(scorer, rows, newest_ids, candidates, indices, self._weights, first_depth)
-        assert self._token_parts is not None
-        changes = logit_changes(scorer, self.target, self._weights, indices, self.head.draft_token_ids)
-        return StepCorrection(
-            scorer, rows, newest_ids, candidates, self._token_parts, changes, self._weights, first_depth
-        )
-
-    def _read_texts(self, newest_ids: torch.Tensor, longest: int) -> list[TextNgrams]:
-        """The n-grams of the newest tokens of each text."""
-        texts = newest_ids.reshape(-1, newest_ids.shape[-1])[:, -MAX_CONTEXT:].tolist()
-        if len(self._texts) != len(texts):
-            self._texts = [TextNgrams(longest) for _ in texts]
-        for known, ids in zip(self._texts, texts, strict=True):
-            num_padding = next((index for index, token in enumerate(ids) if token >= 0), len(ids))
-            known.follow(ids[num_padding:])
-        return self._texts
-
-    def _boost_context_tokens(self, logprobs: torch.Tensor, newest_ids: torch.Tensor, gain: float) -> torch.Tensor:
-        """Log-probabilities (..., depth, draft_vocab) and `gain` for tokens among the newest of a text."""
-        size = self.head.config.vocab_size
-        ids = newest_ids[..., -MAX_CONTEXT:]
-        ids = ids.where((ids >= 0) & (ids < size), size)  # padding; placeholders of images may lie outside too
-        indices = self._draft_indices.to(ids.device)[ids].unsqueeze(-2).expand(*logprobs.shape[:-1], -1)
-        order = pad(logprobs, (0, 1))  # the last column stands for ids outside the draft vocabulary
-        return order.scatter_(-1, indices, order.gather(-1, indices) + gain)[..., :-1]
-
-    def logprobs(self, rows: torch.Tensor) -> torch.Tensor:
-        """Draft log-probabilities (..., draft_vocab) of drafted rows (..., features), before any branch correction."""
-        rows, projection = rows[..., : self.head.config.hidden_size], self._weights.projection
-        if projection is not None:
-            logits = projection(rows.to(projection.weight.device, projection.weight.dtype))
-        else:
-            rows = rows.to(self.target.device, self.target.model.dtype)
-            logits = self.target.embeddings.output_logits(rows, self.head.draft_token_ids)
-        return torch.log_softmax(self.head.shape_logits(logits.float()), dim=-1)
-
     def get_candidates(self, input_ids: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
         """
         The base class's chain view of `propose`: the best token of every depth behind `input_ids` (1, seq).
@@ -370,27 +230,17 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         """Nothing to update: the loop plans every round from scratch."""
 
 
-def _warn_unless_finite(scores: torch.Tensor) -> None:
-    if scores.isnan().any():
-        logger.warning_once(
-            "The draft head computes NaN scores, and those drafts are dropped: the text stays exact, but decoding is "
-            "slow. Its weights are damaged, or its numbers overflow in its dtype: load it in bfloat16 or float32."
-        )
-
-
-def _path_rows(
-    taps: tuple[torch.Tensor, ...], position_ids: torch.Tensor, paths: list[list[int]]
-) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-    """Tapped states (batch, length, hidden) and positions (batch, length) of each sequence's path; shorter ones are
-    padded with rows that no block sees."""
+def _path_features(states: TargetStates, paths: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features (batch, length, taps x target_hidden) and positions (batch, length) of each sequence's path; shorter
+    ones are padded with rows that no block sees."""
+    taps, position_ids = states.taps, states.position_ids
     device = position_ids.device
     if len(paths) == 1:
         rows = to_device(paths[0], device)
-        return tuple(states.index_select(1, rows.to(states.device)) for states in taps), position_ids[:, rows]
+        of_path = [tap.index_select(1, rows.to(tap.device)) for tap in taps]
+        return torch.cat(of_path, dim=-1), position_ids[:, rows]
     length = max(len(path) for path in paths)
     rows = to_device([path + [-1] * (length - len(path)) for path in paths], device)
     is_pad, rows = rows < 0, rows.clamp_min(0)
-    return (
-        tuple(gather_rows(states, rows.to(states.device)) for states in taps),
-        position_ids.gather(1, rows).masked_fill_(is_pad, UNSEEN_POSITION),
-    )
+    of_paths = [gather_rows(tap, rows.to(tap.device)) for tap in taps]
+    return torch.cat(of_paths, dim=-1), position_ids.gather(1, rows).masked_fill_(is_pad, UNSEEN_POSITION)

@@ -30,10 +30,11 @@ from ..trees.tree import DraftTree, chain_of
 from ..trees.walk import Chooser, walk_trees
 from .batching import TEXT_BLIND, sequence_processors
 from .captured_draft import CapturedDraft
-from .drafter import Draft, JetFlowCandidateGenerator
+from .drafter import JetFlowCandidateGenerator
 from .emitter import Emitter
 from .noise import Noise, SequenceNoise
 from .policy import Policy, RoundPlan, choose_policy
+from .ranking import Draft
 from .reuse import recall, remember
 from .tree_log import Round, TreeLog
 

@@ -77,7 +77,7 @@ def answer_logprobs(target: Target, head: JetFlowHead, ids: Sequence[int], num_p
     if head.draft_token_ids is not None:
         is_scored = is_scored & torch.isin(tokens, head.draft_token_ids)
         indices = torch.searchsorted(head.draft_token_ids, tokens.contiguous())
-    logprobs = drafter.logprobs(rows).gather(-1, indices.where(is_scored, 0)[..., None].to(rows.device))[..., 0]
+    logprobs = drafter.ranker.logprobs(rows).gather(-1, indices.where(is_scored, 0)[..., None].to(rows.device))[..., 0]
     if head.config.branch_correction in READ_CORRECTIONS:
         before = torch.tensor(list(ids[num_prompt - 1 : num_prompt - 1 + len(rows)]), device=rows.device)
         newest_ids = torch.stack([before, answer[: len(rows)]], dim=1)
@@ -94,7 +94,7 @@ def _corrected_logprobs(
 ) -> torch.Tensor:
     """Log-probabilities (anchors, depth) of tokens behind the tokens before them. `logprobs` stay for tokens that
     are no candidates and for all below these."""
-    draft = drafter.rank(rows, newest_ids, tokens.shape[1])
+    draft = drafter.ranker.rank(rows, newest_ids, tokens.shape[1])
     assert draft.scorer is not None
     parents, is_reached = torch.zeros_like(tokens[:, :1]), torch.ones_like(tokens[:, 0], dtype=torch.bool)
     token, corrected = newest_ids[:, -1:], logprobs.clone()
@@ -142,7 +142,7 @@ def _replay_text(
     while position < len(ids) - 1:
         plan = plan_round(limits, len(ids) - 1 - position)
         newest_ids = torch.tensor(ids[: position + 1], device=blocks.device)
-        draft = drafter.rank(blocks[position - num_prompt, : plan.max_depth], newest_ids, plan.width)
+        draft = drafter.ranker.rank(blocks[position - num_prompt, : plan.max_depth], newest_ids, plan.width)
         if tree_builder is not None:
             tree = tree_builder(newest_ids[-1:], draft.candidates, plan.node_budget, draft.scorer, plan.width)
         else:

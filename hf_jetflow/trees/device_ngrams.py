@@ -15,7 +15,7 @@ from .ngrams import MAX_CONTEXT, MAX_MATCH
 from .tree import Candidates, DraftTree, trim_tree
 
 
-NO_TOKEN = -2  # in front of shorter texts; other than the -1 there, it equals no token that is looked up
+NO_TOKEN = -2  # in front of shorter texts, which come padded with -1; equals no token that is looked up
 
 
 class MatchedNgrams:

@@ -1,0 +1,191 @@
+"""`Ranker`: rows of the head -> a `Draft`, which are candidates per depth and what scores them along a branch."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch.nn.functional import pad
+from transformers.utils import logging
+
+from ..head.modeling_jetflow import JetFlowHead
+from ..head.scorers import StepScorer, TableScorer
+from ..target.target import Target
+from ..transfer import must_not_wait
+from ..trees.device_ngrams import MatchedNgrams, continue_with_matches
+from ..trees.ngrams import MAX_CONTEXT, ContextNgrams, TextNgrams, continue_tree
+from ..trees.tree import BranchScorer, Candidates, DraftTree, build_tree
+from .branch_scores import (
+    BranchScores,
+    Correction,
+    ProjectedTokenCache,
+    StepCorrection,
+    TableCorrection,
+    logit_changes,
+)
+from .draft_weights import DraftWeights, draft_weights
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class Draft:
+    """One draft of the head, and what scores it along a branch."""
+
+    newest_ids: torch.Tensor  # (..., seq) newest committed tokens, the anchor last
+    candidates: Candidates  # (..., depth, width), scored as if all branches of a depth were alike
+    scorer: BranchScorer | None = None  # `None` without n-grams and branch scorer
+    has_ngrams: bool = False  # n-grams of the text may continue the tree below the head's deepest level
+
+    def best_tree(
+        self,
+        node_budget: int,
+        width: int | None = None,
+        min_logprob: float = -math.inf,
+        max_continued: int = 0,
+    ) -> DraftTree:
+        """The best tree within the node budget; see `build_tree` and `continue_tree`."""
+        tree = build_tree(self.newest_ids[..., -1:], self.candidates, node_budget, self.scorer, width, min_logprob)
+        if not self.has_ngrams:
+            return tree
+        continued = continue_with_matches if must_not_wait(tree.tokens.device) else continue_tree
+        return continued(tree, self.newest_ids, node_budget, max_continued, min_logprob)
+
+
+class Ranker:
+    """
+    Ranks candidates for one generation of one sequence or a batch of them.
+
+    Args:
+        head ([`JetFlowHead`]): The draft head.
+        target ([`Target`]): The target it borrows its embeddings from.
+    """
+
+    def __init__(self, head: JetFlowHead, target: Target):
+        self._head, self._target = head, target
+        self._texts: list[TextNgrams] = []  # by sequence; empty without n-grams
+        scorer = head.branch_correction
+        self._token_parts = ProjectedTokenCache(scorer, target) if isinstance(scorer, StepScorer) else None
+        self._has_checked_scores = False
+
+    @property
+    def _ngram_weights(self) -> Sequence[float]:
+        return self._head.config.ngram_weights or ()
+
+    @cached_property
+    def weights(self) -> DraftWeights:
+        """Draft weights of the head and target. Created at the first draft: some calls never draft."""
+        return draft_weights(self._head, self._target)
+
+    @cached_property
+    def _draft_indices(self) -> torch.Tensor:
+        """Maps a target token id to its draft-vocabulary index, (vocab + 1,); other ids map to the draft vocabulary's
+        size."""
+        size, token_ids = self._head.config.vocab_size, self._head.draft_token_ids
+        if token_ids is None:
+            return torch.arange(size + 1, device=self._head.device)
+        indices = token_ids.new_full((size + 1,), len(token_ids))
+        return indices.scatter_(0, token_ids, torch.arange(len(token_ids), device=token_ids.device))
+
+    def prepare(self) -> None:
+        """Make what captured drafts read and only the host can make."""
+        _ = self.weights, self._draft_indices
+
+    def select_sequences(self, indices: list[int]) -> None:
+        """Keep only these sequences of the batch, in this order."""
+        self._texts = [self._texts[i] for i in indices if self._texts]
+
+    def rank(self, rows: torch.Tensor, newest_ids: torch.Tensor, width: int) -> Draft:
+        """
+        The draft of rows (..., depth, hidden) behind tokens (..., seq), on the tokens' device.
+
+        Each depth gets `width` candidates, or `config.branch_candidates` where branches are scored.
+        """
+        config = self._head.config
+        is_scored = bool(self._ngram_weights) or self._head.branch_correction is not None
+        num_candidates = config.branch_candidates if is_scored else width
+        candidates, indices = self._candidates(self.logprobs(rows), newest_ids, num_candidates)
+        if not (is_scored or torch.compiler.is_compiling()):  # compiled, no pairs are picked on the host
+            return Draft(newest_ids, candidates)
+        ngrams = self._ngrams(newest_ids, candidates) if self._ngram_weights else None
+        scorer = BranchScores(candidates, ngrams, self._correction(rows, newest_ids, candidates, indices))
+        return Draft(newest_ids, candidates, scorer, has_ngrams=ngrams is not None)
+
+    def _candidates(
+        self, logprobs: torch.Tensor, newest_ids: torch.Tensor, num_candidates: int
+    ) -> tuple[Candidates, torch.Tensor]:
+        """The best tokens of each depth, on the tokens' device, and their draft-vocabulary indices."""
+        token_ids, device = self._head.draft_token_ids, newest_ids.device
+        order = logprobs
+        if self._ngram_weights:  # context tokens rank by the most that n-grams can add, so that they become candidates
+            order = self._boost_context_tokens(logprobs, newest_ids.to(logprobs.device), sum(self._ngram_weights))
+        indices = order.topk(min(num_candidates, order.shape[-1])).indices
+        tokens = indices if token_ids is None else token_ids.to(indices.device)[indices]
+        scores = logprobs.gather(-1, indices).to(device)
+        if not torch.compiler.is_compiling():
+            self.warn_unless_finite(scores)
+        # A row of the head that overflows scores NaN throughout. No tree follows a candidate at minus infinity.
+        return Candidates(tokens.to(device), scores.nan_to_num(-math.inf, neginf=-math.inf)), indices
+
+    def _ngrams(self, newest_ids: torch.Tensor, candidates: Candidates) -> ContextNgrams | MatchedNgrams:
+        weights = self._ngram_weights
+        if must_not_wait(newest_ids.device):
+            return MatchedNgrams(newest_ids, candidates, weights)
+        return ContextNgrams(self._read_texts(newest_ids, len(weights)), candidates, weights)
+
+    def _correction(
+        self, rows: torch.Tensor, newest_ids: torch.Tensor, candidates: Candidates, indices: torch.Tensor
+    ) -> Correction | None:
+        scorer, first_depth = self._head.branch_correction, self._head.config.first_corrected_depth
+        if scorer is None:
+            return None
+        if isinstance(scorer, TableScorer):
+            return TableCorrection(scorer, rows, newest_ids, candidates, indices, self.weights, first_depth)
+        assert self._token_parts is not None
+        changes = logit_changes(scorer, self._target, self.weights, indices, self._head.draft_token_ids)
+        return StepCorrection(
+            scorer, rows, newest_ids, candidates, self._token_parts, changes, self.weights, first_depth
+        )
+
+    def _read_texts(self, newest_ids: torch.Tensor, longest: int) -> list[TextNgrams]:
+        """The n-grams of the newest tokens of each text."""
+        texts = newest_ids.reshape(-1, newest_ids.shape[-1])[:, -MAX_CONTEXT:].tolist()
+        if len(self._texts) != len(texts):
+            self._texts = [TextNgrams(longest) for _ in texts]
+        for known, ids in zip(self._texts, texts, strict=True):
+            num_padding = next((index for index, token in enumerate(ids) if token >= 0), len(ids))
+            known.follow(ids[num_padding:])
+        return self._texts
+
+    def _boost_context_tokens(self, logprobs: torch.Tensor, newest_ids: torch.Tensor, gain: float) -> torch.Tensor:
+        """Log-probabilities (..., depth, draft_vocab) and `gain` for tokens among the newest of a text."""
+        size = self._head.config.vocab_size
+        ids = newest_ids[..., -MAX_CONTEXT:]
+        ids = ids.where((ids >= 0) & (ids < size), size)  # padding; placeholders of images may lie outside too
+        indices = self._draft_indices.to(ids.device)[ids].unsqueeze(-2).expand(*logprobs.shape[:-1], -1)
+        order = pad(logprobs, (0, 1))  # the last column stands for ids outside the draft vocabulary
+        return order.scatter_(-1, indices, order.gather(-1, indices) + gain)[..., :-1]
+
+    def logprobs(self, rows: torch.Tensor) -> torch.Tensor:
+        """Draft log-probabilities (..., draft_vocab) of drafted rows (..., features), before any branch correction."""
+        rows, projection = rows[..., : self._head.config.hidden_size], self.weights.projection
+        if projection is not None:
+            logits = projection(rows.to(projection.weight.device, projection.weight.dtype))
+        else:
+            rows = rows.to(self._target.device, self._target.model.dtype)
+            logits = self._target.embeddings.output_logits(rows, self._head.draft_token_ids)
+        return torch.log_softmax(self._head.shape_logits(logits.float()), dim=-1)
+
+    def warn_unless_finite(self, scores: torch.Tensor) -> None:
+        """Look at the head's numbers once per generation: off the CPU the host has to wait."""
+        if self._has_checked_scores:
+            return
+        self._has_checked_scores = True
+        if scores.isnan().any():
+            logger.warning_once(
+                "The draft head computes NaN scores, and those drafts are dropped: the text stays exact, but decoding "
+                "is slow. Its weights are damaged, or its numbers overflow in its dtype: load it in bfloat16 or "
+                "float32."
+            )
