@@ -119,27 +119,20 @@ def build_tree(
     floor = min_logprob if anchor_id.numel() == 1 else -math.inf  # in a batch, the size is known only at the end
     for depth in range(max_depth):
         if scorer is None:
-            rows, columns = _promising_pairs(sizes[-1], candidates.tokens.shape[-1], max_branches, device)
-            scores = logprobs[-1][..., rows] + candidates.logprobs[..., depth, :][..., columns]
+            scores, parent_branches, columns = _best_pairs(
+                logprobs[-1], candidates.logprobs[..., depth, :], max_branches
+            )
         else:
             grid = logprobs[-1][..., None] + scorer(depth, parent_branches, tokens[-1])
-            best = None
-            if width is not None and width < min(max_branches, grid.shape[-1]):
-                grid, best = grid.topk(width, dim=-1)
-            scores = grid.flatten(-2)
-        scores, chosen = scores.topk(min(max_branches, scores.shape[-1]))
-        # Early exit: drop branches that cannot enter the tree, which stays the same.
-        if scorer is not None and not must_not_wait(device):
-            num_in_reach = _count_reachable(scores, best_scores, max_branches, floor)
-            if not num_in_reach and depth:  # the best child of the root always is
-                break
-            num_in_reach = max(num_in_reach, 1)
-            scores, chosen = scores[..., :num_in_reach], chosen[..., :num_in_reach]
-        if scorer is None:
-            parent_branches, columns = rows[chosen], columns[chosen]
-        else:
-            parent_branches = chosen // grid.shape[-1]
-            columns = chosen % grid.shape[-1] if best is None else best.flatten(-2).gather(-1, chosen)
+            scores, parent_branches, columns = _best_children(grid, width, max_branches)
+            # Early exit: drop branches that cannot enter the tree, which stays the same.
+            if not must_not_wait(device):
+                num_in_reach = _count_reachable(scores, best_scores, max_branches, floor)
+                if not num_in_reach and depth:  # the best child of the root always is
+                    break
+                scores, parent_branches, columns = (
+                    part[..., : max(num_in_reach, 1)] for part in (scores, parent_branches, columns)
+                )
         tokens.append(candidates.tokens[..., depth, :].gather(-1, columns))
         parents.append(parent_branches + (sum(sizes) - sizes[-1]))
         logprobs.append(scores)
@@ -149,6 +142,30 @@ def build_tree(
         return tree
     num_above = int((tree.logprobs >= min_logprob).sum(-1).max())
     return trim_tree(tree, max(num_above, 2)) if num_above < tree.num_nodes else tree
+
+
+def _best_children(
+    grid: torch.Tensor, width: int | None, max_branches: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scores, branches and candidates of the best `max_branches` entries of scores (..., branches, candidates), at
+    most `width` of each branch; all (..., entries), best first."""
+    best = None
+    if width is not None and width < min(max_branches, grid.shape[-1]):
+        grid, best = grid.topk(width, dim=-1)
+    scores = grid.flatten(-2)
+    scores, chosen = scores.topk(min(max_branches, scores.shape[-1]))
+    columns = chosen % grid.shape[-1] if best is None else best.flatten(-2).gather(-1, chosen)
+    return scores, chosen // grid.shape[-1], columns
+
+
+def _best_pairs(
+    of_branches: torch.Tensor, of_candidates: torch.Tensor, max_branches: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same where every branch (..., branches) adds the same scores (..., candidates); both are sorted."""
+    rows, columns = _promising_pairs(of_branches.shape[-1], of_candidates.shape[-1], max_branches, of_branches.device)
+    scores = of_branches[..., rows] + of_candidates[..., columns]
+    scores, chosen = scores.topk(min(max_branches, scores.shape[-1]))
+    return scores, rows[chosen], columns[chosen]
 
 
 def _root_alone(anchor_id: torch.Tensor) -> DraftTree:
