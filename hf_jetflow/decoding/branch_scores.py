@@ -1,6 +1,7 @@
 """Scores of a draft tree's nodes: those of the head's block, changed by the head's branch scorer and by n-grams."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -102,39 +103,38 @@ class ProjectedTokenCache:
         return self._scorer.project_tokens(embeds.to(weight.device, weight.dtype))
 
 
+@dataclass
+class DraftedRows:
+    """Rows of one proposal, and the candidates that they drafted."""
+
+    rows: torch.Tensor  # (..., depth, features), the head's
+    newest_ids: torch.Tensor  # (..., seq) newest committed tokens, the anchor last
+    candidates: Candidates
+    indices: torch.Tensor  # (..., depth, width), the candidates as indices into the draft vocabulary
+
+
 class TableCorrection:
     """
     The table scorer of one proposal: all pairs of candidates of neighboring depths are scored at once.
 
     Args:
         scorer ([`TableScorer`]): The head's.
-        rows (`torch.Tensor`, (..., depth, features)): The head's rows.
-        newest_ids (`torch.Tensor`, (..., seq)): The newest committed tokens, the anchor last.
-        candidates ([`Candidates`]): Drafted by these rows.
-        indices (`torch.Tensor`, (..., depth, width)): The candidates, as indices into the draft vocabulary.
+        drafted ([`DraftedRows`]): What it scores.
         weights ([`DraftWeights`]): Draft weights of this head and target.
         first_depth (`int`): The first depth to change.
     """
 
-    def __init__(
-        self,
-        scorer: TableScorer,
-        rows: torch.Tensor,
-        newest_ids: torch.Tensor,
-        candidates: Candidates,
-        indices: torch.Tensor,
-        weights: DraftWeights,
-        first_depth: int,
-    ):
+    def __init__(self, scorer: TableScorer, drafted: DraftedRows, weights: DraftWeights, first_depth: int):
+        rows, candidates = drafted.rows, drafted.candidates
         tokens, device = candidates.tokens, rows.device
-        anchors = newest_ids[..., -1:, None].expand_as(tokens[..., :1, :])
+        anchors = drafted.newest_ids[..., -1:, None].expand_as(tokens[..., :1, :])
         self._parents = torch.cat([anchors, tokens[..., :-1, :]], dim=-2)  # of each depth, (..., depth, width)
         with weights.in_use():
             table = scorer.table(
                 rows,
                 self._parents.to(device),
                 tokens.to(device),
-                indices.to(device),
+                drafted.indices.to(device),
                 candidates.logprobs.to(device),
             )
         self._table, self._first_depth = table.to(tokens.device), first_depth  # (..., depth, parents, width)
@@ -155,9 +155,7 @@ class StepCorrection:
 
     Args:
         scorer ([`StepScorer`]): The head's.
-        rows (`torch.Tensor`, (..., depth, features)): The head's rows.
-        newest_ids (`torch.Tensor`, (..., seq)): The newest committed tokens, the anchor last.
-        candidates ([`Candidates`]): Drafted by these rows.
+        drafted ([`DraftedRows`]): What it scores.
         token_parts ([`ProjectedTokenCache`]): Projected tokens of `scorer`.
         logit_changes: Turns shifts of a depth into logit changes of its candidates.
         weights ([`DraftWeights`]): Draft weights of this head and target.
@@ -167,9 +165,7 @@ class StepCorrection:
     def __init__(
         self,
         scorer: StepScorer,
-        rows: torch.Tensor,
-        newest_ids: torch.Tensor,
-        candidates: Candidates,
+        drafted: DraftedRows,
         token_parts: ProjectedTokenCache,
         logit_changes: LogitChanges,
         weights: DraftWeights,
@@ -177,11 +173,11 @@ class StepCorrection:
     ):
         self._scorer, self._token_parts, self._weights = scorer, token_parts, weights
         with weights.in_use():
-            self._projected_rows = scorer.project_rows(rows)
+            self._projected_rows = scorer.project_rows(drafted.rows)
         self._logit_changes, self._first_depth = logit_changes, first_depth
-        self._start_ids = _start_ids(newest_ids, scorer)
+        self._start_ids = _start_ids(drafted.newest_ids, scorer)
         # Projected in advance, together with the first tokens that are looked up.
-        self._likely_tokens: torch.Tensor | None = candidates.tokens[..., 1:-1, :NUM_PREFETCHED]
+        self._likely_tokens: torch.Tensor | None = drafted.candidates.tokens[..., 1:-1, :NUM_PREFETCHED]
         self._memory: Memory = ()  # of the previous depth, branches flattened
         self._num_before = 0
 

@@ -19,6 +19,7 @@ from ..trees.tree import BranchScorer, Candidates, DraftTree, build_tree
 from .branch_scores import (
     BranchScores,
     Correction,
+    DraftedRows,
     ProjectedTokenCache,
     StepCorrection,
     TableCorrection,
@@ -110,7 +111,7 @@ class Ranker:
         if not (is_scored or torch.compiler.is_compiling()):  # compiled, no pairs are picked on the host
             return Draft(newest_ids, candidates)
         ngrams = self._ngrams(newest_ids, candidates) if self._ngram_weights else None
-        scorer = BranchScores(candidates, ngrams, self._correction(rows, newest_ids, candidates, indices))
+        scorer = BranchScores(candidates, ngrams, self._correction(DraftedRows(rows, newest_ids, candidates, indices)))
         return Draft(newest_ids, candidates, scorer, has_ngrams=ngrams is not None)
 
     def _candidates(
@@ -135,19 +136,15 @@ class Ranker:
             return MatchedNgrams(newest_ids, candidates, weights)
         return ContextNgrams(self._read_texts(newest_ids, len(weights)), candidates, weights)
 
-    def _correction(
-        self, rows: torch.Tensor, newest_ids: torch.Tensor, candidates: Candidates, indices: torch.Tensor
-    ) -> Correction | None:
+    def _correction(self, drafted: DraftedRows) -> Correction | None:
         scorer, first_depth = self._head.branch_correction, self._head.config.first_corrected_depth
         if scorer is None:
             return None
         if isinstance(scorer, TableScorer):
-            return TableCorrection(scorer, rows, newest_ids, candidates, indices, self.weights, first_depth)
+            return TableCorrection(scorer, drafted, self.weights, first_depth)
         assert self._token_parts is not None
-        changes = logit_changes(scorer, self._target, self.weights, indices, self._head.draft_token_ids)
-        return StepCorrection(
-            scorer, rows, newest_ids, candidates, self._token_parts, changes, self.weights, first_depth
-        )
+        changes = logit_changes(scorer, self._target, self.weights, drafted.indices, self._head.draft_token_ids)
+        return StepCorrection(scorer, drafted, self._token_parts, changes, self.weights, first_depth)
 
     def _read_texts(self, newest_ids: torch.Tensor, longest: int) -> list[TextNgrams]:
         """The n-grams of the newest tokens of each text."""
