@@ -132,6 +132,17 @@ class FixedPolicy:
         return {}
 
 
+@dataclass
+class _Round:
+    """The round between its plan and its record."""
+
+    start: float = 0.0
+    start_of_rest: float = 0.0  # of what follows its drafting
+    is_trial: bool = False  # times a size that has no timing yet
+    is_refresh: bool = False  # times a neighbor of the best size
+    promised: float = 0.0  # drafted tokens, by the tree's probabilities
+
+
 class AutoPolicy:
     """
     Drafts a tree and keeps the best nodes that maximize expected tokens - r x seconds.
@@ -151,19 +162,16 @@ class AutoPolicy:
         # Yield and normalized time of drafted rounds: of earlier generations at first, more and more of this one's.
         self._weight = EVIDENCE if costs.num_drafted else 0.0
         self._tokens, self._seconds = self._weight * costs.tokens, self._weight * costs.drafted_seconds
-        self._is_trial = self._is_refresh = False
         self._num_planned = 0
-        self._promised = 0.0  # drafted tokens that this round's tree promises
-        self._start = self._start_of_rest = 0.0  # of the round, and of what follows its drafting
+        self._round = _Round()
 
     def plan(self, num_remaining: int | None, max_nodes: int | None = None) -> RoundPlan:
-        self._start = time.perf_counter()
-        costs = self._costs
+        start, costs = time.perf_counter(), self._costs
         untried = costs.untried(min(self._full_tree_size, max_nodes or self._full_tree_size))
-        self._is_trial = untried is not None
-        self._is_refresh = costs.num_drafted % REFRESH_EVERY == 0
+        is_trial, is_refresh = untried is not None, costs.num_drafted % REFRESH_EVERY == 0
+        self._round = _Round(start, start, is_trial, is_refresh)
         self._num_planned += 1
-        min_logprob = -math.inf if self._is_trial or self._is_refresh else self._min_logprob()
+        min_logprob = -math.inf if is_trial or is_refresh else self._min_logprob()
         limits = replace(self.limits, node_budget=untried or self._choose(), min_logprob=min_logprob)
         return plan_round(limits, num_remaining, max_nodes)
 
@@ -187,14 +195,13 @@ class AutoPolicy:
         """The part of the tree that repays its verification."""
         num_nodes = tree.num_nodes
         if num_nodes == 1:
-            self._start_of_rest = self._start
             return tree
-        self._start_of_rest = time.perf_counter()
+        self._round.start_of_rest = time.perf_counter()
         # The root's 1 comes first; of a batch, what its trees promise on average.
         trees = [sorted(map(math.exp, row), reverse=True) for row in tree.logprobs.view(-1, num_nodes).tolist()]
         gains = list(accumulate(sum(shares) / len(trees) for shares in zip(*trees, strict=True)))
-        best = num_nodes if self._is_trial else self._best_budget(gains)
-        self._promised = gains[best - 1] - 1
+        best = num_nodes if self._round.is_trial else self._best_budget(gains)
+        self._round.promised = gains[best - 1] - 1
         return tree if best == num_nodes else trim_tree(tree, best)
 
     def _best_budget(self, gains: list[float]) -> int:
@@ -205,13 +212,13 @@ class AutoPolicy:
         if num_nodes == self._full_tree_size or not budgets:
             budgets.append(num_nodes)
         yields = [(1 + costs.calibration * (gains[n - 1] - 1), costs.seconds(n)) for n in budgets]
-        drafting = self._start_of_rest - self._start
+        drafting = self._round.start_of_rest - self._round.start
         rate = self._rate or max(tokens / (drafting + seconds) for tokens, seconds in yields)
         rate = max(rate, 1 / costs.seconds(1))
         surplus = [tokens - rate * seconds for tokens, seconds in yields]
         best = surplus.index(max(surplus))
         self._ceiling = next((budget for budget in AUTO_BUDGETS if budget >= 2 * budgets[best]), AUTO_BUDGETS[-1])
-        if self._is_refresh:  # above and below in turn
+        if self._round.is_refresh:  # above and below in turn
             step = 1 if costs.num_drafted // REFRESH_EVERY % 2 else -1
             other = min(max(best + step, 0), len(budgets) - 1)
             loss = (surplus[best] - surplus[other]) / rate / costs.slowdown
@@ -222,10 +229,10 @@ class AutoPolicy:
 
     def record(self, tree: DraftTree, paths: list[list[int]]) -> None:
         now, costs, num_nodes = time.perf_counter(), self._costs, tree.num_nodes
-        rest = max(now - self._start_of_rest, MIN_SECONDS)
-        seconds = max(now - self._start, rest)
+        rest = max(now - self._round.start_of_rest, MIN_SECONDS)
+        seconds = max(now - self._round.start, rest)
         costs.add(num_nodes, rest)
-        if self._is_trial:
+        if self._round.is_trial:
             return
         # Normalize by this round's own slowdown, so that a slow moment does not bias later choices.
         seconds *= costs.normalized_seconds(num_nodes) / rest
@@ -234,7 +241,7 @@ class AutoPolicy:
             return
         num_accepted = sum(len(path) - 1 for path in paths) / len(paths)  # per sequence
         costs.earn((num_accepted + 1) * costs.normalized_seconds(1) - seconds)
-        costs.count(self._promised, num_accepted, seconds)
+        costs.count(self._round.promised, num_accepted, seconds)
         costs.refresh_credit += REFRESH_SHARE * seconds
         self._weight = 0.9 * self._weight + 1
         self._tokens = 0.9 * self._tokens + num_accepted + 1
