@@ -234,7 +234,7 @@ def joint_probabilities(target, input_ids, num_tokens, temperature):
     return dict(zip(texts, totals.tolist(), strict=True))
 
 
-@pytest.mark.parametrize("node_budget", [5, 40])
+@pytest.mark.parametrize("node_budget", [5, pytest.param(40, marks=pytest.mark.slow)])
 def test_sampled_texts_are_distributed_as_in_plain_sampling(node_budget, tiny_target, random_head):
     target = tiny_target("llama", vocab_size=3, num_hidden_layers=2)
     input_ids = torch.tensor([[1, 0, 2, 2, 1]])

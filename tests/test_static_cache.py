@@ -23,6 +23,12 @@ def _no_graphs_of_other_tests():
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def shallow(tiny_target):
+    """A target of two layers, which takes half as long to compile as `target`."""
+    return tiny_target("llama", num_hidden_layers=2)
+
+
 def rows(start: int, stop: int) -> torch.Tensor:
     """Keys (1, 2, rows, 3) that tell their row."""
     return torch.arange(start, stop, dtype=torch.float32)[None, None, :, None].expand(1, 2, -1, 3)
@@ -101,10 +107,9 @@ def test_hidden_states_are_those_of_plain_decoding(tiny_target, noisy_head, prom
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_forwards_give_the_plain_text(backend, tiny_target, random_head, prompt):
+def test_compiled_forwards_give_the_plain_text(backend, shallow, random_head, prompt):
     """transformers' own compile path; `inductor` takes a C++ compiler."""
-    target = tiny_target("llama")
-    plain = generate(target, prompt)
+    target, plain = shallow, generate(shallow, prompt)
     head = random_head(target)
     head.generation_config.node_budget = 8
     num_graphs = 0
@@ -123,9 +128,9 @@ def test_compiled_forwards_give_the_plain_text(backend, tiny_target, random_head
     assert num_graphs == known  # nothing is compiled again
 
 
-def test_texts_of_many_lengths_and_node_budgets_can_be_compiled(tiny_target, random_head):
+def test_texts_of_many_lengths_and_node_budgets_can_be_compiled(shallow, random_head):
     """torch raises where a function needs more than eight graphs."""
-    target, graphs = tiny_target("llama"), []
+    target, graphs = shallow, []
     config = CompileConfig(fullgraph=True, backend=lambda graph, _: graphs.append(1) or graph.forward, mode=None)
     config._compile_all_devices = True
     head = random_head(target)
@@ -144,10 +149,11 @@ def static_address_of(cache: StaticHeadCache) -> list[int]:
     return [buffer.data_ptr() for buffer in buffers]
 
 
-def test_a_compiled_head_keeps_its_buffers_from_call_to_call(tiny_target, random_head, prompt):
-    target, config = tiny_target("llama"), CompileConfig(fullgraph=True, dynamic=False, backend="eager", mode=None)
+def test_a_compiled_head_keeps_its_buffers_from_call_to_call(shallow, random_head, prompt):
+    target, config = shallow, CompileConfig(fullgraph=True, dynamic=False, backend="eager", mode=None)
     config._compile_all_devices = True
     head = random_head(target)
+    head.generation_config.node_budget = 8
     plain, addresses, caches = generate(target, prompt), [], []
     for _ in range(2):
         assert_same_text(plain, generate(target, prompt, head, compile_config=config, max_cache_len=128))
@@ -159,11 +165,12 @@ def test_a_compiled_head_keeps_its_buffers_from_call_to_call(tiny_target, random
     assert IDLE_CACHES[head][2] is not caches[0], "a larger cache of the target needs more rows"
 
 
-def test_what_a_head_is_asked_to_remember_is_not_overwritten_by_its_next_call(tiny_target, noisy_head, prompt):
-    target, config = tiny_target("llama"), CompileConfig(fullgraph=True, dynamic=False, backend="eager", mode=None)
+def test_what_a_head_is_asked_to_remember_is_not_overwritten_by_its_next_call(shallow, noisy_head, prompt):
+    target, config = shallow, CompileConfig(fullgraph=True, dynamic=False, backend="eager", mode=None)
     config._compile_all_devices = True
     plain = generate(target, prompt)
     head, other = noisy_head(target, plain), make_prompt(20, seed=9)
+    head.generation_config.node_budget = 8
     settings = dict(compile_config=config, max_cache_len=128, return_dict_in_generate=True)
     first = generate(target, prompt, head, max_new_tokens=15, **settings)
     stored = first.past_key_values._jetflow_memory.context
