@@ -24,7 +24,7 @@ PROMPTS = [
 NUM_NEW = 12
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tokenizer(target):
     """Its EOS is a token that the target writes early in some answers, not in all."""
     answers = [greedy_answer(target, encode_chat(tiny_tokenizer(257), prompt["messages"]), None) for prompt in PROMPTS]
@@ -160,8 +160,7 @@ def test_greedy_answers_continue_with_another_batch_size_and_seed(target, tokeni
     regenerate(target, tokenizer, output, batch_size=2, seed=4)
 
 
-@pytest.mark.parametrize("end", [0, 1, 40, -2, -1], ids=lambda end: f"half a line of {end}")
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("end", "temperature"), [(0, 1.0), (1, 1.0), (40, 0.0), (-2, 1.0), (-1, 1.0)])
 def test_a_killed_run_is_continued_without_loss_or_duplicates(target, tokenizer, tmp_path, end, temperature):
     whole = regenerate(target, tokenizer, tmp_path / "whole.jsonl", temperature=temperature)
     output = tmp_path / "answers.jsonl"

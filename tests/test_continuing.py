@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import BLOCK_SIZE, make_prompt
+from conftest import BLOCK_SIZE, FAMILIES, make_prompt
 from helpers import as_batch, make_tree
 from reference import assert_same_text
 
@@ -121,7 +121,7 @@ def repeating(do_sample=False, **settings):
     return dict(attention_mask=torch.ones(1, 44), do_sample=do_sample, **allowed) | settings
 
 
-@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(("family", "do_sample"), [*((name, False) for name in FAMILIES), ("llama", True)])
 def test_rounds_go_beyond_the_block_and_the_text_stays(family, do_sample, tiny_target, echo_head):
     """Past windows of nine tokens too, which take paths longer than they are."""
     target = tiny_target(family)

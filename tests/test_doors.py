@@ -135,8 +135,7 @@ def test_text_is_streamed_out_of_a_thread(do_sample, target, tokenizer, random_h
     assert head.last_stats.num_new_tokens == 24  # this thread generated nothing, so it sees the other's
 
 
-@pytest.mark.parametrize("node_budget", [16, "auto"])
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize(("family", "node_budget"), [("llama", "auto"), ("gemma3_text", 16)])
 def test_threads_share_one_head(family, node_budget, tiny_target, random_head):
     """Prompts of different lengths, each answered several times, and plain ones beside."""
     target = tiny_target(family)
@@ -270,8 +269,11 @@ DISPATCHED = {
 }
 
 
-@pytest.mark.parametrize(("kind", "do_sample"), [("random", False), ("random", True), ("path", False)])
-@pytest.mark.parametrize("way", DISPATCHED)
+@pytest.mark.parametrize(
+    ("way", "kind", "do_sample"),
+    [(way, "random", False) for way in DISPATCHED]
+    + [("cpu and disk", "random", True), ("cpu and disk", "path", False)],
+)
 def test_a_dispatched_target_gives_the_plain_text(way, kind, do_sample, tiny_target, head_of_kind, prompt, tmp_path):
     plain_target = tiny_target("llama")
     plain = generate(plain_target, prompt, do_sample=do_sample)

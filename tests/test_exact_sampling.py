@@ -81,8 +81,11 @@ def check_same(target, prompt, head_of_kind, kind, **kwargs):
     return head
 
 
-@pytest.mark.parametrize("kind", ["noisy", "echo"])
-@pytest.mark.parametrize("settings", [*WARPERS, *PROCESSORS])
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [(settings, "noisy") for settings in (*WARPERS, *PROCESSORS)]
+    + [(settings, "echo") for settings in ("nothing", "several at once", "min_new_tokens", "guidance_scale")],
+)
 def test_sampling_draws_the_same_text_from_the_same_seed(settings, kind, tiny_target, head_of_kind, prompt):
     kwargs = (WARPERS | PROCESSORS)[settings]
     check_same(tiny_target("llama"), prompt, head_of_kind, kind, **kwargs)
@@ -98,8 +101,10 @@ def test_greedy_decoding_runs_every_processor_on_the_true_prefix(settings, tiny_
     check_same(target, prompt, head_of_kind, "noisy", **kwargs)
 
 
-@pytest.mark.parametrize("kind", ["random", "echo", "wrong", "noisy", "parent", "path"])
-@pytest.mark.parametrize("do_sample", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "do_sample"),
+    [(kind, True) for kind in ("random", "echo", "wrong", "noisy", "parent", "path")] + [("noisy", False)],
+)
 def test_a_custom_processor_is_called_once_per_token(do_sample, kind, tiny_target, head_of_kind, prompt):
     check_same(tiny_target("llama"), prompt, head_of_kind, kind, custom_processor=True, do_sample=do_sample)
 

