@@ -269,31 +269,44 @@ def test_the_gpu_bench_names_what_is_missing(environment, cause, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_stages_of_the_gpu_bench_can_be_resumed(tmp_path):
-    """A dry run on the CPU: a stage that runs out of time is called again, one that is finished is not."""
-    tiny = dict(SHAPE="tiny", ALLOW_CPU="1", OUT=str(tmp_path), PYTHON=sys.executable)
-    options = "--new 12 --repeats 1 --head-layers 1 --nodes 1 16 --contexts 30"
+@pytest.fixture
+def run_stages(tmp_path):
+    """`run_stages(*stages)` of the GPU bench: its Python notes arguments, and fails until the folder has a `ready`."""
+    stand_in = tmp_path / "python"
+    stand_in.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > "$OUT/arguments"\n[ -f "$OUT/ready" ]\n')
+    stand_in.chmod(0o755)
+    settings = dict(SHAPE="tiny", ALLOW_CPU="1", OUT=str(tmp_path), PYTHON=str(stand_in))
 
-    def run(*stages: str, seconds: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            ["bash", str(EXAMPLES / "bench_gpu.sh"), *stages],
-            env={**os.environ, **tiny, "ROUND_ARGS": f"{options} --seconds {seconds}"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    def run(*stages: str) -> subprocess.CompletedProcess:
+        command = ["bash", str(EXAMPLES / "bench_gpu.sh"), *stages]
+        return subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, check=False)
 
-    stopped = run("scored", seconds="0")
-    assert (stopped.returncode, "rows are left: run this again" in stopped.stdout) == (1, True)
-    finished = run("scored", seconds="500")
-    assert finished.returncode == 0, finished.stdout
+    return run
+
+
+def test_the_stages_of_the_gpu_bench_can_be_resumed(run_stages, tmp_path):
+    """A stage that was not finished is called again, one that is finished is not."""
+    stopped = run_stages("scored")
+    assert (stopped.returncode, "run this again to go on" in stopped.stderr) == (1, True)
+    (tmp_path / "ready").touch()
+    assert run_stages("scored").returncode == 0
+    assert "finished before" in run_stages("scored").stdout
+    unknown = run_stages("nothing")
+    assert (unknown.returncode, "unknown stage 'nothing'" in unknown.stderr) == (1, True)
+
+
+def test_a_stage_of_the_gpu_bench_measures_its_rows_in_parts(run_stages, example, tmp_path):
+    run_stages("scored")
+    script, *options = (tmp_path / "arguments").read_text().splitlines()
+    assert script == str(EXAMPLES / "round_times.py")
+    options += ["--new", "12", "--repeats", "1", "--head-layers", "1", "--nodes", "1", "16", "--contexts", "30"]
+    with pytest.raises(SystemExit, match="3 rows are left: run this again"):
+        example("round_times", *options, "--seconds", 0)
+    example("round_times", *options)
     rows = json.loads((tmp_path / "rounds_scored.json").read_text())["rows"]
     assert [row["nodes"] for row in rows] == [0, 1, 16]
     assert rows[2]["step_ms"].keys() == {"draft", "best_tree", "verify", "walk", "commit"}
     assert rows[2]["tokens_per_round"] > 1.5
-    assert "finished before" in run("scored", seconds="0").stdout
-    unknown = run("nothing", seconds="0")
-    assert (unknown.returncode, "unknown stage 'nothing'" in unknown.stderr) == (1, True)
 
 
 def test_a_verify_is_timed_by_context_length(example_module, tiny_target):
