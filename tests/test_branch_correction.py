@@ -209,8 +209,9 @@ def test_the_correction_s_loss_equals_its_definition(chunk_size):
     assert is_top1.tolist() == (best == (teacher @ projection.T).argmax(-1)).tolist()
 
 
-@pytest.mark.parametrize("kind", ["random", "noisy", "parent", "path"])
-@pytest.mark.parametrize("width", [None, 1])
+@pytest.mark.parametrize(
+    ("kind", "width"), [("random", None), ("noisy", None), ("parent", None), ("path", None), ("noisy", 1), ("path", 1)]
+)
 def test_a_replay_counts_the_rounds_of_decoding(kind, width, tiny_target, head_of_kind, prompt):
     target = tiny_target("llama")
     plain = target.generate(prompt, max_new_tokens=33, do_sample=False)

@@ -45,8 +45,11 @@ def test_a_prompt_behind_padding_gives_the_plain_text(name):
     assert head.last_stats.num_accepted
 
 
-@pytest.mark.parametrize("turns", ["head then head", "head then plain", "plain then head"])
-@pytest.mark.parametrize("name", CHAINED)
+@pytest.mark.parametrize(
+    ("turns", "name"),
+    [("head then head", name) for name in CHAINED]
+    + [(turns, name) for turns in ("head then plain", "plain then head") for name in ("bloom", "qwen3_next")],
+)
 def test_turns_on_one_cache_give_the_plain_text(turns, name):
     target = build(name)
     texts = []

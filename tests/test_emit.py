@@ -33,8 +33,9 @@ def first_indices(text, start):
 # --- the end ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["echo", "wrong"])
-@pytest.mark.parametrize("index", range(12, 22))
+@pytest.mark.parametrize(
+    ("index", "kind"), [*((index, "echo") for index in range(12, 22)), (12, "wrong"), (15, "wrong")]
+)
 def test_an_eos_token_ends_the_text_wherever_it_lies_in_the_path(index, kind, target, head_of_kind, plain, prompt):
     index = first_indices(plain, 12)[index - 12]
     eos = int(plain[0, index])
@@ -68,8 +69,9 @@ def tokenizer():
     return dotted_tokenizer(257)
 
 
-@pytest.mark.parametrize("kind", ["echo", "wrong"])
-@pytest.mark.parametrize("index", [12, 14, 19, 20, 23])
+@pytest.mark.parametrize(
+    ("index", "kind"), [(12, "echo"), (14, "echo"), (19, "echo"), (20, "echo"), (23, "echo"), (14, "wrong")]
+)
 def test_a_stop_string_ends_the_text_as_in_plain_decoding(index, kind, tokenizer, target, head_of_kind, plain, prompt):
     stop = dict(stop_strings=[f".{int(plain[0, index])}", "never"], tokenizer=tokenizer)
     expected = generate(target, prompt, **stop)
@@ -188,8 +190,7 @@ def assert_same_outputs(expected, got):
         assert_same_values(expected[name], got[name], name)
 
 
-@pytest.mark.parametrize("kind", ["echo", "noisy", "wrong"])
-@pytest.mark.parametrize("prompt_length", [3, 12])
+@pytest.mark.parametrize(("kind", "prompt_length"), [("echo", 3), ("noisy", 12), ("wrong", 12)])
 @pytest.mark.parametrize("family", OUTPUT_FAMILIES)
 def test_every_output_equals_the_one_of_plain_decoding(prompt_length, kind, family, tiny_target, head_of_kind):
     target = tiny_target(family, attn_implementation="eager")

@@ -67,11 +67,10 @@ def test_every_family_and_node_budget_gives_the_plain_text(
 
 
 @pytest.mark.parametrize(
-    ("kind", "node_budget"),
-    [(kind, 64) for kind in KINDS if kind != "noisy"]
-    + [(kind, budget) for kind in ("random", "path") for budget in OTHER_BUDGETS],
+    ("family", "kind", "node_budget"),
+    [(family, kind, 64) for family in ("qwen3", "mistral-sliding") for kind in KINDS if kind != "noisy"]
+    + [("mistral-sliding", kind, budget) for kind in ("random", "path") for budget in OTHER_BUDGETS],
 )
-@pytest.mark.parametrize("family", ["qwen3", "mistral-sliding"])
 def test_every_head_gives_the_plain_text(kind, node_budget, family, tiny_target, head_of_kind, plain_text, prompt):
     target, plain = tiny_target(family), plain_text(family, prompt)
     head = head_of_kind(kind, target, plain)

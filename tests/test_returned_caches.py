@@ -30,8 +30,7 @@ def both(target, head, **kwargs):
     return generate(target, None, **kwargs), generate(target, head, **kwargs)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(("batch", "do_sample"), [(1, False), (3, True)], ids=["one, greedy", "three, sampled"])
 def test_prompts_given_as_embeddings_are_cached_whole(batch, do_sample, family, tiny_target, random_head):
     target = tiny_target(family)
     head = random_head(target)
