@@ -264,8 +264,9 @@ def example(example_module, monkeypatch):
 
 @pytest.fixture
 def short_measurements(monkeypatch) -> None:
-    """A bench times its forwards, and training evaluates its head, with few tokens."""
+    """A bench times few forwards, and training evaluates its head with few tokens."""
     monkeypatch.setattr("hf_jetflow.bench.forward_times.MAX_TOKENS", 8)
+    monkeypatch.setattr("hf_jetflow.bench.forward_times.MIN_SHARE", 0.3)
     monkeypatch.setattr("hf_jetflow.training.recipe.FINAL_NEW_TOKENS", 8)
 
 
