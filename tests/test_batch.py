@@ -67,6 +67,7 @@ def test_a_batch_of_prompts_of_mixed_lengths_gets_the_plain_text(family):
     assert head.last_stats.num_accepted > 10
 
 
+@pytest.mark.any_release
 @pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gemma3_text", "gpt_neox"])
 def test_every_sequence_is_drafted_for_as_if_it_were_alone(family, monkeypatch):
     target, head, inputs = small_target(family), small_head(family), prompts()

@@ -135,6 +135,7 @@ def test_text_is_streamed_out_of_a_thread(do_sample, target, tokenizer, random_h
     assert head.last_stats.num_new_tokens == 24  # this thread generated nothing, so it sees the other's
 
 
+@pytest.mark.any_release
 @pytest.mark.parametrize(("family", "node_budget"), [("llama", "auto"), ("gemma3_text", 16)])
 def test_threads_share_one_head(family, node_budget, tiny_target, random_head):
     """Prompts of different lengths, each answered several times, and plain ones beside."""

@@ -66,6 +66,7 @@ def test_every_family_and_node_budget_gives_the_plain_text(
         )
 
 
+@pytest.mark.any_release
 @pytest.mark.parametrize(
     ("family", "kind", "node_budget"),
     [(family, kind, 64) for family in ("qwen3", "mistral-sliding") for kind in KINDS if kind != "noisy"]
@@ -77,6 +78,7 @@ def test_every_head_gives_the_plain_text(kind, node_budget, family, tiny_target,
     assert_same_text(plain, generate(target, prompt, head, node_budget))
 
 
+@pytest.mark.any_release
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_a_chain_gives_the_plain_text(kind, family, tiny_target, head_of_kind, plain_text, prompt):
@@ -139,6 +141,7 @@ HEAD_LAYOUTS = {
 }
 
 
+@pytest.mark.any_release
 @pytest.mark.parametrize("layout", HEAD_LAYOUTS)
 def test_every_layout_of_the_head_gives_the_plain_text(layout, tiny_target, random_head, plain_text, prompt):
     target = tiny_target("mistral-sliding")

@@ -101,6 +101,7 @@ def test_greedy_decoding_runs_every_processor_on_the_true_prefix(settings, tiny_
     check_same(target, prompt, head_of_kind, "noisy", **kwargs)
 
 
+@pytest.mark.any_release
 @pytest.mark.parametrize(
     ("kind", "do_sample"),
     [(kind, True) for kind in ("random", "echo", "wrong", "noisy", "parent", "path")] + [("noisy", False)],
@@ -109,6 +110,7 @@ def test_a_custom_processor_is_called_once_per_token(do_sample, kind, tiny_targe
     check_same(tiny_target("llama"), prompt, head_of_kind, kind, custom_processor=True, do_sample=do_sample)
 
 
+@pytest.mark.any_release
 @pytest.mark.parametrize("node_budget", [1, 2, 7, 256])
 def test_every_node_budget_draws_the_same_text_from_the_same_seed(node_budget, tiny_target, noisy_head, prompt):
     target = tiny_target("qwen3")
@@ -239,6 +241,7 @@ def joint_probabilities(target, input_ids, num_tokens, temperature):
     return dict(zip(texts, totals.tolist(), strict=True))
 
 
+@pytest.mark.any_release
 @pytest.mark.parametrize("node_budget", [5, pytest.param(40, marks=pytest.mark.slow)])
 def test_sampled_texts_are_distributed_as_in_plain_sampling(node_budget, tiny_target, random_head):
     target = tiny_target("llama", vocab_size=3, num_hidden_layers=2)

@@ -143,6 +143,7 @@ def test_turns_on_one_cache_give_the_plain_text(turns, num_prompts, name):
     assert texts[0].tolist() == texts[1].tolist()
 
 
+@pytest.mark.any_release
 @pytest.mark.parametrize("settings", [dict(node_budget="auto"), dict(node_budget=1), dict(width=1), dict(max_depth=1)])
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_settings_of_the_rounds_do_not_change_the_text(settings, name):
@@ -182,6 +183,7 @@ class LeavingReader:
     def end(self): ...
 
 
+@pytest.mark.any_release
 @pytest.mark.parametrize(("num_prompts", "node_budget", "num_tokens"), [(1, 1, 9), (1, 64, 2), (1, 64, 9), (3, 64, 9)])
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_a_generation_that_broke_off_can_be_gone_on_from(name, num_prompts, node_budget, num_tokens):
@@ -268,6 +270,7 @@ def test_the_layers_are_left_as_they_were():
     assert_same_text(plain.sequences, drafted.sequences)
 
 
+@pytest.mark.any_release
 @pytest.mark.parametrize("name", ["bamba", "qwen3_5_text"])
 def test_threads_share_a_target(name):
     target = target_of(name)

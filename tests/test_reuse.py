@@ -308,6 +308,7 @@ def test_head_and_cache_do_not_keep_each_other_alive(tiny_target, random_head, p
     assert context() is None
 
 
+@pytest.mark.any_release
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "static"])
 def test_whatever_is_done_to_a_cache_the_text_is_the_plain_one(kind, seed, tiny_target, random_head, prompt):
@@ -357,6 +358,7 @@ class LeavingReader:
         raise AssertionError("the generation was not ended")
 
 
+@pytest.mark.any_release
 @pytest.mark.parametrize("num_tokens", [1, 5])
 @pytest.mark.parametrize("kind", ["llama", "mistral-sliding", "gemma3_text", "static"])
 def test_a_generation_that_broke_off_can_be_gone_on_from(kind, num_tokens, tiny_target, noisy_head, prompt):

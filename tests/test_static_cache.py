@@ -136,6 +136,7 @@ def test_compiled_forwards_give_the_plain_text(backend, shallow, random_head, pr
     assert num_graphs == known  # nothing is compiled again
 
 
+@pytest.mark.any_release
 def test_texts_of_many_lengths_and_node_budgets_can_be_compiled(shallow, random_head):
     """torch raises where a function needs more than eight graphs."""
     target, graphs = shallow, []
@@ -157,6 +158,7 @@ def static_address_of(cache: StaticHeadCache) -> list[int]:
     return [buffer.data_ptr() for buffer in buffers]
 
 
+@pytest.mark.any_release
 def test_a_compiled_head_keeps_its_buffers_from_call_to_call(shallow, random_head, prompt):
     target, config = shallow, CompileConfig(fullgraph=True, dynamic=False, backend="eager", mode=None)
     config._compile_all_devices = True
@@ -173,6 +175,7 @@ def test_a_compiled_head_keeps_its_buffers_from_call_to_call(shallow, random_hea
     assert IDLE_CACHES[head][2] is not caches[0], "a larger cache of the target needs more rows"
 
 
+@pytest.mark.any_release
 def test_what_a_head_is_asked_to_remember_is_not_overwritten_by_its_next_call(shallow, noisy_head, prompt):
     target, config = shallow, CompileConfig(fullgraph=True, dynamic=False, backend="eager", mode=None)
     config._compile_all_devices = True
