@@ -34,6 +34,8 @@ LATENT: dict[str, Any] = dict(  # multi-head latent attention
     n_group=1,
     topk_group=1,
 )
+INDEXED: dict[str, Any] = dict(LATENT, index_topk=4, index_head_dim=8, index_n_heads=2)
+GROUPED: dict[str, Any] = dict(LATENT, num_key_value_heads=2, head_dim=8)  # experts without latent attention
 DELTA: dict[str, Any] = dict(
     linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4
 )
@@ -83,8 +85,12 @@ def _seeing(attention: str, vision: dict[str, Any], seed: int = 1, **text: Any) 
 
 
 FAMILIES: dict[str, Family] = {
+    "afmoe": _mixed("sliding and full, experts", head_dim=8, **EXPERTS),
     "apertus": Family("full", seed=11),
+    "apertus1p5_text": Family("full", seed=2),
     "arcee": Family("full", seed=4),
+    "aria_text": Family("full, experts", dict(head_dim=8, moe_num_experts=4)),
+    "axk1": Family("latent, experts", LATENT),
     "bailing_hybrid": Family(
         "recurrent and latent, experts",
         dict(
@@ -101,24 +107,30 @@ FAMILIES: dict[str, Family] = {
     "codegen": Family("full", dict(rotary_dim=4, n_ctx=128), seed=13),
     "cohere": Family("full, logit scale", dict(logit_scale=0.5), seed=2),
     "cohere2": _mixed("sliding and full, logit scale", logit_scale=0.5),
+    "cohere2_moe": _mixed("sliding and full, logit scale, experts", logit_scale=0.5, head_dim=8, **EXPERTS),
     "cwm": _mixed(seed=5),
     "deepseek_v2": Family("latent, experts", LATENT),
     "deepseek_v3": Family("latent, experts", LATENT, seed=2),
-    "deepseek_v32": Family("latent, sparse by index", dict(LATENT, index_topk=4, index_head_dim=8, index_n_heads=2)),
+    "deepseek_v32": Family("latent, sparse by index", INDEXED),
+    "deepseek_v4": Family("compressed, experts", dict(INDEXED, head_dim=16, o_groups=2, o_lora_rank=16)),
     "diffllama": Family("full, differential"),
     "dory": Family(
         "looped, sliding and full",
         dict(sliding_window=WINDOW, head_dim=8, layer_types=MIXED, n_input_layers=1, n_output_layers=1),
         window=WINDOW,
     ),
-    "dots1": _mixed("sliding and full, experts", n_shared_experts=1, **{**LATENT, "num_key_value_heads": 2}),
+    "dots1": _mixed("sliding and full, experts", n_shared_experts=1, **GROUPED),
     "ernie4_5": Family("full", seed=5),
+    "ernie4_5_moe": Family("full, experts", dict(moe_num_experts=4, moe_k=2, moe_intermediate_size=16)),
     "exaone": Family("full"),
     "exaone4": _mixed(seed=3),
+    "exaone_moe": _mixed("sliding and full, experts", head_dim=8, **EXPERTS),
     "falcon": Family("multi-query", dict(multi_query=True), seed=4),
     "falcon-alibi": Family("multi-query, alibi", dict(multi_query=True, alibi=True), model_type="falcon", seed=14),
     "falcon_h1": Family("recurrent and full in each layer", dict(MAMBA, mamba_d_ssm=32, mamba_d_head=8), seed=4),
+    "falcon_mamba": Family("recurrent", dict(state_size=8, time_step_rank=4)),
     "flex_olmo": Family("full, experts", EXPERTS),
+    "flint": _mixed("sliding and full, experts", head_dim=8, shared_expert_intermediate_size=16, **EXPERTS),
     "gemma": Family("full, embedding scale", dict(head_dim=8)),
     "gemma2": _sliding("sliding and full, soft caps, eager", head_dim=8, attn_logit_softcapping=2.0, seed=7),
     "gemma3": Family(
@@ -155,10 +167,15 @@ FAMILIES: dict[str, Family] = {
         vocab_size_per_layer_input=67,
         hidden_size_per_layer_input=8,
     ),
+    "gemma4_unified_text": _mixed(
+        "sliding and full, heads of two widths", head_dim=8, per_layer_config={i: {"head_dim": 16} for i in "13"}
+    ),
     "glm": Family("full, partial rotary", dict(head_dim=8)),
     "glm4": Family("full, partial rotary", dict(head_dim=8), seed=4),
-    "glm4_moe": Family("full, experts", {**LATENT, "head_dim": 8, "num_key_value_heads": 2}, seed=3),
+    "glm4_moe": Family("full, experts", GROUPED, seed=3),
+    "glm4_moe_lite": Family("latent, experts", LATENT, seed=2),
     "glm4v": _seeing("image, multimodal rope", dict(image_size=16), seed=21),
+    "glm_moe_dsa": Family("latent, sparse by index, experts", INDEXED),
     "gpt2": Family("full, learned positions", seed=2),
     "gpt_bigcode": Family("multi-query, learned positions", dict(multi_query=True), seed=2),
     "gpt_neo": Family(
@@ -172,13 +189,24 @@ FAMILIES: dict[str, Family] = {
     "granite": Family(
         "full, multipliers", dict(embedding_multiplier=3.0, logits_scaling=2.0, residual_multiplier=0.5)
     ),
+    "granite_swa": _mixed("sliding and full, multipliers", embedding_multiplier=3.0, logits_scaling=2.0),
     "granitemoe": Family("full, experts", dict(embedding_multiplier=3.0, logits_scaling=2.0, **LOCAL_EXPERTS)),
+    "granitemoe_swa": _mixed("sliding and full, experts", embedding_multiplier=3.0, **LOCAL_EXPERTS),
     "granitemoehybrid": Family(
         "recurrent and full, experts", dict(layer_types=HYBRID, shared_intermediate_size=16, **LOCAL_EXPERTS, **MAMBA)
     ),
+    "granitemoeshared": Family("full, experts", dict(shared_intermediate_size=16, **LOCAL_EXPERTS)),
     "helium": Family("full", dict(head_dim=8), seed=3),
+    "hrm_text": Family("looped, full", dict(num_hidden_layers=8, num_layers_per_stack=1, head_dim=8), seed=3),
     "hunyuan_v1_dense": Family("full", dict(head_dim=8), seed=5),
     "hunyuan_v1_moe": Family("full, experts", dict(head_dim=8, num_experts=4, moe_topk=2), seed=2),
+    "hy_v3": Family("full, experts", dict(head_dim=8, **EXPERTS)),
+    "hy_v4": Family("latent, sparse by index, experts", INDEXED),
+    "hyperclovax": Family("full, multipliers", dict(head_dim=8, embedding_multiplier=3.0, logits_scaling=2.0)),
+    "inkling_text": Family("convolutions, sliding and full, experts", dict(GROUPED, swa_head_dim=8, rel_extent=16)),
+    "internlm3": Family("full", dict(head_dim=8)),
+    "iquestcoder": Family("full", dict(head_dim=8)),
+    "jais2": Family("full", dict(head_dim=8)),
     "jamba": Family(
         "recurrent and full, experts",
         dict(attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8, mamba_dt_rank=4, num_experts=2),
@@ -189,6 +217,11 @@ FAMILIES: dict[str, Family] = {
     "kimi_linear": Family(
         "recurrent and latent, experts",
         dict(LATENT, layer_types=HYBRID, linear_head_dim=8, linear_num_heads=4, num_local_experts=4),
+    ),
+    "kolibri1": _mixed("sliding and full, experts", head_dim=8, moe_intermediate_size=16, **LOCAL_EXPERTS),
+    "laguna": _mixed("sliding and full, experts", head_dim=8, num_attention_heads_per_layer=[4, 2] * 2, **EXPERTS),
+    "lara_mini": _sliding(
+        "recurrent and sliding, experts", head_dim=8, layer_types=[HYBRID[0], MIXED[0]] * 2, **DELTA, **EXPERTS
     ),
     "lfm2": Family("convolutions and full", dict(layer_types=["conv", "full_attention"] * 2)),
     "lfm2_moe": Family(
@@ -240,10 +273,18 @@ FAMILIES: dict[str, Family] = {
     ),
     "mamba2": Family("recurrent", dict(num_heads=4, head_dim=16, state_size=8, chunk_size=8, n_groups=1)),
     "mellum": _mixed("sliding and full, experts", head_dim=8, **EXPERTS),
+    "mimo_v2_flash": _mixed("sliding and full, sinks, experts", **GROUPED),
+    "minicpm3": Family("latent", dict(LATENT, head_dim=8)),
     "minimax": Family(
         "recurrent and full, experts", dict(head_dim=8, layer_types=HYBRID, block_size=8, **LOCAL_EXPERTS)
     ),
     "minimax_m2": Family("full, experts", dict(head_dim=8, **LOCAL_EXPERTS), seed=8),
+    "minimax_m3_vl_text": Family("full, experts", dict(head_dim=8, rotary_dim=4, **LOCAL_EXPERTS)),
+    "minimax_m3_vl_text-sparse": Family(
+        "full and sparse by index, experts",
+        dict(head_dim=8, layer_types=["full_attention", "minimax_m3_sparse"] * 2, **LOCAL_EXPERTS),
+        "minimax_m3_vl_text",
+    ),
     "ministral": _mixed(head_dim=8),
     "ministral3": _sliding(head_dim=8),
     "mistral": _sliding(),
@@ -330,9 +371,11 @@ FAMILIES: dict[str, Family] = {
         dict(block_types=["recurrent", "attention"], lru_width=32, attention_window_size=WINDOW),
         window=WINDOW,
     ),
+    "sarvam_mla": Family("latent, experts", LATENT, seed=10),
     "sarvam_moe": Family("full, experts", LATENT, seed=4),
     "seed_oss": Family("full", dict(head_dim=8)),
     "smollm3": Family("full, layers without positions"),
+    "solar_open": Family("full, experts", GROUPED),
     "stablelm": Family("full, partial rotary", seed=3),
     "starcoder2": _sliding(seed=7),
     "vaultgemma": _mixed("sliding and full, soft caps, eager", head_dim=8),
@@ -351,4 +394,5 @@ FAMILIES: dict[str, Family] = {
             adapter_rank=4,
         ),
     ),
+    "zaya": Family("convolutions and full, experts", dict(EXPERTS, head_dim=8, num_experts_per_tok=1), seed=9),
 }
