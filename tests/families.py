@@ -114,6 +114,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v32": Family("latent, sparse by index", INDEXED),
     "deepseek_v4": Family("compressed, experts", dict(INDEXED, head_dim=16, o_groups=2, o_lora_rank=16)),
     "diffllama": Family("full, differential"),
+    "doge": Family("sparse by score", dict(keep_window_size=WINDOW)),
     "dory": Family(
         "looped, sliding and full",
         dict(sliding_window=WINDOW, head_dim=8, layer_types=MIXED, n_input_layers=1, n_output_layers=1),

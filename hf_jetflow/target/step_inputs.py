@@ -33,6 +33,7 @@ REFUSED_TYPES = {
     "kosmos-2.5": COUNTS_TOKENS,
     "git": "the target adjusts masks and positions in forwards of one token only",
     "cpmant": "the target puts trained rows in front of the tokens of each forward",
+    "doge": "behind its `keep_window_size`, which keys a row sees depends on the other rows of its forward",
 }
 # What a model raises that builds its step's inputs from more than it is given.
 NEEDS_MORE = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
