@@ -35,9 +35,11 @@ def numbered_records(path: str | os.PathLike) -> Iterator[tuple[int, int, dict[s
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 if not line.endswith(b"\n"):
                     return
-                reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+                if isinstance(error, UnicodeDecodeError):
+                    raise JetFlowError(f"{path}, line {number}: not UTF-8 text; save the file as UTF-8") from error
                 raise JetFlowError(
-                    f"{path}, line {number}: not valid JSON ({reason}); repair or remove the line"
+                    f"{path}, line {number}: not valid JSON ({error.msg}, column {error.colno}); repair or remove the "
+                    "line"
                 ) from error
             if not isinstance(record, dict):
                 raise JetFlowError(

@@ -13,6 +13,9 @@ if TYPE_CHECKING:  # settings are read before transformers is imported
     from transformers import PreTrainedTokenizerBase
 
 
+CONTENT = (str, list, type(None))  # text, parts for a template that takes them, nothing beside tool calls
+
+
 def read_prompts(paths: Sequence[str | os.PathLike]) -> list[dict[str, Any]]:
     """
     Prompts of JSON lines files, as `{"id": str, "source": str, "messages": [...]}`.
@@ -44,17 +47,23 @@ def _messages(record: dict[str, Any], where: str) -> list[dict[str, Any]]:
     if "messages" in record:
         messages = record["messages"]
         is_list = isinstance(messages, list) and len(messages) > 0
-        if not is_list or not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in messages):
+        if not is_list or not all(
+            isinstance(turn, dict) and {"role", "content"} <= turn.keys() and isinstance(turn["content"], CONTENT)
+            for turn in messages
+        ):
             raise JetFlowError(
-                f"{where}: expected `messages` to be a list of objects with `role` and `content`, got "
+                f"{where}: expected `messages` to be a list of objects with `role` and text as `content`, got "
                 f"{shown(messages)}; correct the line"
             )
         return messages
     name = next((name for name in ("prompt", "turns") if record.get(name)), None)
     if name is None:
+        empty = [f"`{name}`" for name in ("prompt", "turns") if name in record]
+        if empty:
+            raise JetFlowError(f"{where}: {empty[0]} is empty; fill it, or remove the line")
         raise JetFlowError(
             f"{where}: expected `messages`, `turns` or `prompt`, got {sorted(record)}; rename the field that holds "
-            "the prompt, or fill it"
+            "the prompt"
         )
     text = record[name][0] if name == "turns" and isinstance(record[name], list) else record[name]
     if not isinstance(text, str) or (name == "turns" and text is record[name]):

@@ -229,4 +229,24 @@ def test_a_package_that_loading_needs_is_named_without_a_traceback(monkeypatch, 
     monkeypatch.setattr("hf_jetflow.target.loading.load_target", refuse)
     result = run_command("bench", "--target", "x.gguf", "--head", "head", "--prompts", str(prompts))
     assert result.exit_code == 1
-    assert result.output == "error: GGUF files need gguf, which is not installed; run `pip install gguf`\n"
+    assert result.output.splitlines() == [
+        "loading x.gguf and head ...",
+        "error: GGUF files need gguf, which is not installed; run `pip install gguf`",
+    ]
+
+
+def test_an_interrupted_bench_says_how_to_go_on_and_the_next_one_that_it_does(monkeypatch, prompts, tmp_path):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_jetflow.target.loading.load_target", interrupt)
+    partial = tmp_path / "bench.json.partial"
+    partial.write_text("")
+    command = ["bench", "--target", "x", "--head", "head", "--prompts", prompts, "--json", tmp_path / "bench.json"]
+    result = run_command(*command)
+    assert result.exit_code == 130
+    assert result.output.splitlines() == [
+        f"continuing with the measurements in {partial}",
+        "loading x and head ...",
+        "interrupted; with --json, the same command continues after the last finished answer",
+    ]

@@ -29,7 +29,14 @@ def test_a_line_cut_off_within_a_character_is_left_out_at_the_end_and_named_else
     path.write_bytes(b'{"x": 1}\n' + cut)
     assert list(read_jsonl(path)) == [{"x": 1}]
     path.write_bytes(cut + b'\n{"x": 1}\n')
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: not valid JSON"):
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: not UTF-8 text"):
+        list(read_jsonl(path))
+
+
+def test_a_file_in_another_encoding_is_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"x": 1}\n{"x": 2}\n', encoding="utf-16")
+    with pytest.raises(JetFlowError, match=r"a\.jsonl, line 1: not UTF-8 text; save the file as UTF-8"):
         list(read_jsonl(path))
 
 
@@ -83,11 +90,16 @@ def test_a_conversation_is_encoded_by_the_chat_template():
         ({"prompt": 7}, "expected text in `prompt`, got 7"),
         ({"turns": "one"}, 'expected a list of texts in `turns`, got "one"'),
         ({"turns": [{"content": "one"}]}, "expected a list of texts in `turns`"),
-        ({"messages": "one"}, 'expected `messages` to be a list of objects with `role` and `content`, got "one"'),
+        (
+            {"messages": "one"},
+            'expected `messages` to be a list of objects with `role` and text as `content`, got "one"',
+        ),
         ({"messages": []}, "expected `messages` to be a list"),
         ({"messages": [{"role": "user"}]}, "expected `messages` to be a list"),
         ({"messages": ["one"]}, "expected `messages` to be a list"),
-        ({"prompt": "", "turns": []}, "expected `messages`, `turns` or `prompt`"),
+        ({"messages": [{"role": "user", "content": 5}]}, "with `role` and text as `content`, got [{"),
+        ({"prompt": "", "turns": []}, "`prompt` is empty; fill it, or remove the line"),
+        ({"turns": []}, "`turns` is empty; fill it, or remove the line"),
     ],
 )
 def test_a_field_of_a_wrong_type_is_named_with_file_and_line(tmp_path, record, message):

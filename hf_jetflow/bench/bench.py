@@ -47,7 +47,7 @@ def bench_pair(pair: PairSettings, settings: BenchSettings, progress: Progress |
     for path in settings.prompts:
         read_prompts([path])
     figure = None if settings.plot is None else plot_path(settings.plot)
-    log_path = None if settings.json is None else Path(f"{settings.json}.partial")
+    log_path = partial_path(settings)
     result = run_bench(*load_pair(pair), settings, log_path=log_path, progress=progress)
     if settings.json is not None and log_path is not None:
         write_json(result, settings.json)
@@ -55,6 +55,11 @@ def bench_pair(pair: PairSettings, settings: BenchSettings, progress: Progress |
     if figure is not None:
         draw_bench(result, figure)
     return result
+
+
+def partial_path(settings: BenchSettings) -> Path | None:
+    """Where finished measurements are stored until the bench ends; `None` without a JSON file."""
+    return None if settings.json is None else Path(f"{settings.json}.partial")
 
 
 def run_bench(

@@ -26,6 +26,7 @@ class Output:
 
 
 SETTINGS = (PairSettings, BenchSettings, Output)
+INTERRUPTED = "; with --json, the same command continues after the last finished answer"
 
 
 def check(_: PairSettings, settings: BenchSettings, __: Output) -> None:
@@ -36,11 +37,15 @@ def check(_: PairSettings, settings: BenchSettings, __: Output) -> None:
 def run(pair: PairSettings, settings: BenchSettings, output: Output) -> None:
     if output.count:
         return count(pair, settings)
-    from ..bench.bench import bench_pair
+    from ..bench.bench import bench_pair, partial_path
     from ..bench.report import closing_sentences, print_tables
     from .console import note_files, progress, table_console
 
     with progress(output.quiet) as report:
+        partial = partial_path(settings)
+        if partial is not None and partial.exists():
+            report.say(f"continuing with the measurements in {partial}")
+        report.say(f"loading {pair.target} and {pair.head} ...")
         result = bench_pair(pair, settings, report)
     console = table_console()
     if not output.quiet:

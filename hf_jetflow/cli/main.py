@@ -64,6 +64,9 @@ def run(command: Command) -> None:
         sys.stdout.flush()
     except JetFlowError as error:
         raise _failure(command.module, error) from None
+    except KeyboardInterrupt:
+        print(f"interrupted{getattr(command.module, 'INTERRUPTED', '')}", file=sys.stderr)
+        raise SystemExit(130) from None
     except BrokenPipeError:  # the reader of a pipe has enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None

@@ -22,6 +22,7 @@ class Output:
     )
 
 
+INTERRUPTED = "; the same command continues where it stopped"
 SETTINGS = (TrainRecipe, Output)
 
 
