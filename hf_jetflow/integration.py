@@ -97,7 +97,7 @@ def _validating(original: Callable) -> Callable:
         assistant = kwargs.get("assistant_model")
         if _is_ours(assistant):
             check_pairing(self, assistant)
-            check_mode(generation_config)
+            check_mode(generation_config)  # before `generate` makes caches; by `custom_generate`, `check_call` does it
             # As the plain call whose text it gives: stateful targets and several sequences are refused in assisted
             # generation only.
             kwargs = {name: value for name, value in kwargs.items() if name != "assistant_model"}

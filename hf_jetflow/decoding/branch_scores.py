@@ -183,7 +183,7 @@ class StepCorrection:
 
     def __call__(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor | None:
         if depth == 0:
-            self._memory = ()  # of another tree
+            self._memory = ()  # of an earlier tree: a draft can build several
         if depth < self._first_depth and not self._scorer.reads_anchor:
             return None
         with self._weights.in_use():

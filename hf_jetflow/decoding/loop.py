@@ -38,7 +38,7 @@ def decode(
             continue
         session.drop_finished()
         policy = session.policy
-        plan = policy.plan(session.num_remaining, session.max_nodes)
+        plan = policy.plan(session.max_yield, session.max_nodes)
         draft = session.draft(plan)
         tree = policy.trim(session.best_tree(draft, plan))
         states = session.verify(tree)

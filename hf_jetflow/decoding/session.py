@@ -139,7 +139,7 @@ class DecodingSession:
     def read_again(self) -> None:
         """Read all text so far into a new cache, as plain decoding does (Phi-3, at the length of its first RoPE)."""
         strategy, emitter = self._context.strategy, self._emitter
-        strategy.settle(emitter.length - 1 + self._num_without_id)
+        strategy.settle(self._num_cached(emitter.length))
         model_kwargs = self._model._update_model_kwargs_for_generation(
             ModelOutput({CACHE_NAME: strategy.cache}),
             dict(self._call.model_kwargs),
@@ -154,7 +154,7 @@ class DecodingSession:
         return self._emitter.is_finished
 
     @property
-    def num_remaining(self) -> int | None:
+    def max_yield(self) -> int | None:
         """Tokens that the next round may yield for some sequence, the bonus token included; `None` if any number."""
         max_depth, num_remaining = self._context.max_depth, self._emitter.num_remaining
         limits = [num_remaining, None if max_depth is None else max_depth + 1]
@@ -243,10 +243,14 @@ class DecodingSession:
         # A cache that the caller retains must end as plain decoding leaves it.
         if self._wants["return_dict_in_generate"] or getattr(cache, "_is_user_defined", False):
             self._read_rest()
-            self._context.strategy.settle(self._emitter.length - 1 + self._num_without_id)
+            self._context.strategy.settle(self._num_cached(self._emitter.length))
             remember(cache, self._head, self._drafter.head_context)
         self._drafter.close()
         return self._emitter.finish(cache, self._wants, self._choosers[0])
+
+    def _num_cached(self, length: int) -> int:
+        """Cached tokens of a sequence with `length` ids: all but the anchor, and those without an id."""
+        return length - 1 + self._num_without_id
 
     def _rewind_noise(self) -> None:
         """Leave the random number generator as plain decoding of the emitted tokens does."""
@@ -255,7 +259,7 @@ class DecodingSession:
     def _read_rest(self) -> None:
         """Feed the tokens that plain decoding would still feed for finished sequences."""
         slots, rest_ids = self._slots, self._emitter.rest_ids()
-        slots.cut([length - 1 + self._num_without_id for length in self._emitter.lengths])
+        slots.cut([self._num_cached(length) for length in self._emitter.lengths])
         slots.recall()
         num_missing = slots.lengths.max() - slots.lengths
         for start in range(0, rest_ids.shape[1], REST_CHUNK):
