@@ -224,9 +224,9 @@ class _Bench:
             return []
         key = (*prompt_set.key, temperature, f"forwards {number}")
         if self._log.get(*key) is None:
-            newest_ids = prompt_set.prompt_ids[number] + runs[0].new_ids[: len(runs[0].new_ids) // 2]
+            context_ids = prompt_set.prompt_ids[number] + runs[0].new_ids[: len(runs[0].new_ids) // 2]
             node_counts = usual_node_counts(runs)
-            self._log.add(time_forwards(self._target, self._head, newest_ids, node_counts), *key)
+            self._log.add(time_forwards(self._target, self._head, context_ids, node_counts), *key)
         return self._log.get(*key)
 
     def agreement(self, prompt_set: PromptSet) -> dict[str, list[float]]:

@@ -71,13 +71,13 @@ class _RoundTimer:
 
 
 def time_forwards(
-    target: PreTrainedModel, head: JetFlowHead, newest_ids: Sequence[int], node_counts: Sequence[int]
+    target: PreTrainedModel, head: JetFlowHead, context_ids: Sequence[int], node_counts: Sequence[int]
 ) -> list[list[float]]:
     """
     Seconds of rounds and of the forwards in them, by the number of nodes verified.
 
     Args:
-        newest_ids: Token ids of a text as long as the contexts of the timed runs.
+        context_ids: Token ids of a text as long as the contexts of the timed runs.
         node_counts: Node budgets to time; 1 is a plain round without a head forward.
 
     Returns:
@@ -88,7 +88,7 @@ def time_forwards(
     def timed_rounds(count: int, times_scores: bool) -> dict[int, list[float]]:
         settings = head_settings(head, **Variant("jetflow", count).head_settings(head))
         with settings, _RoundTimer(target, head, times_scores) as timer:
-            greedy_ids(target, newest_ids, MAX_TOKENS, assistant_model=head)
+            greedy_ids(target, context_ids, MAX_TOKENS, assistant_model=head)
         rounds: dict[int, list[list[float]]] = {}
         for nodes, seconds in timer.rounds:
             rounds.setdefault(nodes, []).append(seconds)

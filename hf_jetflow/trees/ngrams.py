@@ -168,7 +168,7 @@ def continue_tree(
 
     Args:
         tree ([`~tree.DraftTree`]): The tree of one sequence; trees of batches are returned unchanged.
-        newest_ids (`torch.Tensor`, (..., seq)): All committed tokens, the anchor last.
+        newest_ids (`torch.Tensor`, (..., seq)): Newest committed tokens, the anchor last.
         node_budget (`int`): Maximum number of nodes, root included.
         max_continued (`int`): Maximum number of levels to add.
         min_logprob (`float`): Nodes below it are not added.
