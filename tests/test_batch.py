@@ -364,6 +364,15 @@ def test_noise_is_that_of_multinomial_in_whatever_order_it_is_asked_for(max_byte
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_one_sequence_stores_nothing_of_the_steps_that_it_has_drawn():
+    noise, probs = Noise(1), torch.full((1, 50), 0.02)
+    draws = SequenceNoise(noise, 0)
+    draws.draw(probs)
+    draws.ahead(4, probs)
+    draws.skip()
+    assert list(noise._noise) == list(noise._states) == [2, 3, 4]
+
+
 def test_probabilities_that_are_none_raise_as_in_plain_decoding():
     with pytest.raises(RuntimeError, match=r"inf.*nan"):
         SequenceNoise(Noise(2), 0).draw(torch.tensor([[0.5, float("nan")]]))

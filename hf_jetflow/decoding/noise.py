@@ -22,7 +22,8 @@ class Noise:
 
     def __init__(self, num_sequences: int):
         self._num_sequences = num_sequences
-        self._states: list[torch.Tensor] = []  # of the device's default generator, before each step
+        self._num_drawn = 0
+        self._states: dict[int, torch.Tensor] = {}  # of the device's default generator, before each step
         self._noise: OrderedDict[int, torch.Tensor] = OrderedDict()
         self._device = torch.device("cpu")  # of the probabilities
 
@@ -31,9 +32,10 @@ class Noise:
         if step in self._noise:
             return self._noise[step]
         noise = probs.new_empty(self._num_sequences, probs.shape[-1])
-        if step == len(self._states):
+        if step == self._num_drawn:
+            self._num_drawn += 1
             self._device = probs.device
-            self._states.append(_random_state(probs.device))
+            self._states[step] = _random_state(probs.device)
             noise.exponential_(1)
         else:
             generator = torch.Generator(probs.device)
@@ -46,8 +48,14 @@ class Noise:
 
     def rewind(self, num_steps: int) -> None:
         """Reset the generator to its state after `num_steps`, if more were drawn."""
-        if num_steps < len(self._states):
+        if num_steps < self._num_drawn:
             _set_random_state(self._device, self._states[num_steps])
+
+    def forget(self, step: int) -> None:
+        """Drop what a sequence alone needs no more once it has drawn `step`."""
+        if self._num_sequences == 1:
+            self._noise.pop(step, None)
+            self._states.pop(step, None)
 
 
 class SequenceNoise:
@@ -68,7 +76,7 @@ class SequenceNoise:
         if not torch.isfinite(probs).all():
             return int(torch.multinomial(probs, num_samples=1))  # raises what plain decoding raises
         noise = self._noise.of_step(self._step, probs)[self._index]
-        self._step += 1
+        self.skip()
         return int((probs[0] / noise).argmax())
 
     def ahead(self, num_steps: int, probs: torch.Tensor) -> torch.Tensor:
@@ -76,9 +84,10 @@ class SequenceNoise:
         steps = range(self._step, self._step + num_steps)
         return torch.stack([self._noise.of_step(step, probs)[self._index] for step in steps])
 
-    def skip(self, num_steps: int) -> None:
-        """Count draws that were made with noise of `ahead`."""
-        self._step += num_steps
+    def skip(self) -> None:
+        """Count a draw, such as one that was made with noise of `ahead`."""
+        self._noise.forget(self._step)
+        self._step += 1
 
 
 def _random_state(device: torch.device) -> torch.Tensor:

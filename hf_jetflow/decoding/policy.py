@@ -155,9 +155,7 @@ class AutoPolicy:
 
     def __init__(self, limits: RoundPlan, costs: RoundCosts):
         self.limits, self._costs = limits, costs
-        self._full_tree_size = sum(
-            limits.width**depth for depth in range(limits.max_depth + 1)
-        )  # that a tree can have
+        self._full_tree_size = sum(limits.width**depth for depth in range(limits.max_depth + 1))
         self._ceiling = max(64 // costs.num_sequences, 4)  # nodes to draft at most: about twice the last choice
         # Yield and normalized time of drafted rounds: of earlier generations at first, more and more of this one's.
         self._weight = EVIDENCE if costs.num_drafted else 0.0

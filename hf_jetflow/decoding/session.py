@@ -219,9 +219,8 @@ class DecodingSession:
     @_step("commit")
     def commit(self, tree: DraftTree, states: TargetStates, paths: list[list[int]]) -> None:
         """Compact the accepted paths in the cache and queue their states for the head."""
-        self._emitter.record_path(
-            states, paths[0], self._context.cache
-        )  # batches that return states are decoded plainly
+        # Batches that return states are decoded plainly.
+        self._emitter.record_path(states, paths[0], self._context.cache)
         self._context.strategy.commit(tree, paths)
         self._drafter.observe(states, paths)
 

@@ -25,8 +25,8 @@ class Draws(Protocol):
     def ahead(self, num_steps: int, probs: torch.Tensor) -> torch.Tensor:
         """Exponential noise of the next steps, (steps, vocab): the token drawn is the argmax of probs / noise."""
 
-    def skip(self, num_steps: int) -> None:
-        """Count draws that were made with what `ahead` gave."""
+    def skip(self) -> None:
+        """Count a draw that was made with what `ahead` gave."""
 
 
 class Chooser:
@@ -161,7 +161,7 @@ def _walk(
         if choices is not None and choices[node] >= 0:
             token = choices[node]
             if chooser.noise is not None:
-                chooser.noise.skip(1)
+                chooser.noise.skip()
         elif chooser.is_plain_argmax:
             # NumPy's argmax is about 2x faster on the CPU and breaks ties the same way.
             token = int(logits[node].float().numpy().argmax())
