@@ -8,7 +8,7 @@ from conftest import BLOCK_SIZE, FAMILIES, make_prompt
 from helpers import as_batch, make_tree
 from reference import assert_same_text
 
-from hf_jetflow.decoding.policy import MAX_CONTINUED, RoundPlan, chain_limits, plan_round
+from hf_jetflow.decoding.policy import MAX_CONTINUED, TreeLimits, chain_limits, plan_round
 from hf_jetflow.trees import ngrams
 from hf_jetflow.trees.ngrams import MAX_MATCH, _longest_match, continue_tree
 from hf_jetflow.trees.tree import ancestor_mask
@@ -106,7 +106,7 @@ def test_the_longest_match_is_found(seed):
 
 
 def test_no_more_is_added_than_may_be_emitted_or_cached():
-    limits = RoundPlan(64, 7, 63, max_continued=MAX_CONTINUED)
+    limits = TreeLimits(64, 7, 63, max_continued=MAX_CONTINUED)
     assert [plan_round(limits, left).max_continued for left in (None, 3, 8, 9, 12, 99)] == [16, 0, 0, 1, 4, 16]
     assert chain_limits(limits).max_continued == 0
 

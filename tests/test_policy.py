@@ -10,12 +10,12 @@ from helpers import make_tree
 from reference import assert_same_text
 
 from hf_jetflow.decoding import policy as policy_module
-from hf_jetflow.decoding.policy import AUTO_BUDGETS, REFRESH_EVERY, AutoPolicy, RoundPlan
+from hf_jetflow.decoding.policy import AUTO_BUDGETS, REFRESH_EVERY, AutoPolicy, TreeLimits
 from hf_jetflow.decoding.round_costs import FIRST_TRIALS, RoundCosts, roofline
 from hf_jetflow.trees.tree import Candidates, build_tree, chain_of, trim_tree
 
 
-LIMITS = RoundPlan(node_budget=128, max_depth=7, width=64)
+LIMITS = TreeLimits(node_budget=128, max_depth=7, width=64)
 
 
 class Machine:
@@ -80,7 +80,7 @@ def rate(monkeypatch, seconds, top, node_budget, claimed=None):
     """Tokens per second with a fixed budget, or with "auto" once it has had its trials."""
     machine = Machine(monkeypatch, seconds, top, claimed)
     if node_budget != "auto":
-        limits = RoundPlan(node_budget, LIMITS.max_depth, max(min(64, node_budget - 1), 1))
+        limits = TreeLimits(node_budget, LIMITS.max_depth, max(min(64, node_budget - 1), 1))
         tokens, spent = machine.run(policy_module.FixedPolicy(limits), 1000)
         return tokens / spent
     costs = RoundCosts()
@@ -252,7 +252,7 @@ def test_every_trial_is_made_first_and_once(monkeypatch):
 @pytest.mark.parametrize(("max_depth", "width"), [(7, 1), (3, 1), (1, 2), (2, 3)])
 def test_trees_that_cannot_be_large_do_not_wait_for_large_trials(max_depth, width, monkeypatch):
     machine, costs = Machine(monkeypatch, MACHINES["rows are nearly free"], 0.8), RoundCosts()
-    policy = AutoPolicy(RoundPlan(128, max_depth, width), costs)
+    policy = AutoPolicy(TreeLimits(128, max_depth, width), costs)
     machine.run(policy, 200)
     most = sum(width**depth for depth in range(max_depth + 1))
     assert costs.untried(most) is None

@@ -57,7 +57,7 @@ def draft_tree(
         positions (`torch.Tensor`, (batch,)): The anchors' absolute positions.
         features (`torch.Tensor`, (batch, rows, taps x target_hidden)), context_position_ids (`torch.Tensor`, (batch,
             rows)): Context rows that the cache lacks, and padding.
-        node_budget, max_depth, width, max_continued: See [`~policy.RoundPlan`].
+        node_budget, max_depth, width, max_continued: See [`~policy.TreeLimits`].
 
     Returns:
         Tokens, parents and depths (3, batch, nodes), their log-probabilities (batch, nodes), and the ancestor mask

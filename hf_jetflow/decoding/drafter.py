@@ -17,7 +17,7 @@ from ..trees.ngrams import MAX_CONTEXT
 from ..trees.tree import Candidates
 from .branch_scores import gather_rows
 from .captured_draft import CapturedDraft, as_draft, draft_tree, is_on_one_device, keep_static_cache, static_cache
-from .policy import MAX_CONTINUED, RoundPlan
+from .policy import MAX_CONTINUED, TreeLimits
 from .ranking import Draft, Ranker
 from .reuse import HeadContext
 
@@ -118,14 +118,14 @@ class JetFlowCandidateGenerator(CandidateGenerator):
 
     @torch.no_grad()
     def draft(
-        self, newest_ids: torch.Tensor, positions: torch.Tensor, plan: RoundPlan, limits: RoundPlan
+        self, newest_ids: torch.Tensor, positions: torch.Tensor, plan: TreeLimits, limits: TreeLimits
     ) -> Draft | CapturedDraft:
         """
         The draft of a round: one captured function if the target's forward is compiled, `propose` otherwise.
 
         Args:
-            plan ([`RoundPlan`]): The round's.
-            limits ([`RoundPlan`]): The generation's: a captured draft has one size, which fits all rounds.
+            plan ([`TreeLimits`]): Of this round's tree.
+            limits ([`TreeLimits`]): Of all rounds' trees: a captured draft has one size, which fits all rounds.
         """
         deepest = limits.max_depth + limits.max_continued
         if plan.max_depth == 0 or self._draft_tree is None or not self._fits(deepest):

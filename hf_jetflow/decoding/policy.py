@@ -33,8 +33,9 @@ SMALL_GAIN = 1.25  # threshold of a small gain: throughput over plain rounds
 
 
 @dataclass(frozen=True)
-class RoundPlan:
-    """Shape of one round. One node is plain decoding, width 1 is a chain."""
+class TreeLimits:
+    """Limits of a drafted tree: of one round's (its plan), or of all trees of a generation. One node is plain
+    decoding, width 1 is a chain."""
 
     node_budget: int  # rows to verify, root included
     max_depth: int  # levels to draft
@@ -43,7 +44,7 @@ class RoundPlan:
     max_continued: int = 0  # levels that n-grams may add below the head's deepest
 
 
-def read_limits(generation_config: GenerationConfig, block_size: int) -> RoundPlan:
+def read_limits(generation_config: GenerationConfig, block_size: int) -> TreeLimits:
     """
     The limits of the head's generation config, validated; for `node_budget="auto"` its largest budget.
 
@@ -70,17 +71,17 @@ def read_limits(generation_config: GenerationConfig, block_size: int) -> RoundPl
     if width is not None and (not _is_int(width) or width < 1):
         raise JetFlowError(f"`width` is {width!r}, but must be an integer of at least 1 (1 drafts a chain)")
     width = min(width or MAX_WIDTH, max(node_budget - 1, 1))
-    return RoundPlan(node_budget, max_depth, width, max_continued=MAX_CONTINUED if max_depth == block_size - 1 else 0)
+    return TreeLimits(node_budget, max_depth, width, max_continued=MAX_CONTINUED if max_depth == block_size - 1 else 0)
 
 
-def chain_limits(limits: RoundPlan) -> RoundPlan:
+def chain_limits(limits: TreeLimits) -> TreeLimits:
     """Limits for a target that verifies chains only: width 1, no n-gram continuation."""
-    return RoundPlan(min(limits.node_budget, limits.max_depth + 1), limits.max_depth, width=1)
+    return TreeLimits(min(limits.node_budget, limits.max_depth + 1), limits.max_depth, width=1)
 
 
-def plan_round(limits: RoundPlan, num_remaining: int | None, max_nodes: int | None = None) -> RoundPlan:
+def plan_round(limits: TreeLimits, num_remaining: int | None, max_nodes: int | None = None) -> TreeLimits:
     """
-    The next round within the limits.
+    The limits of the next round's tree, within those of the generation.
 
     Args:
         num_remaining (`int`, *optional*): Tokens that it may yield, the bonus token included.
@@ -92,16 +93,16 @@ def plan_round(limits: RoundPlan, num_remaining: int | None, max_nodes: int | No
         max_depth = min(max_depth, num_remaining - 1)
         max_continued = min(max_continued, num_remaining - 1 - max_depth)
     width = min(limits.width, max(node_budget - 1, 1))
-    return RoundPlan(node_budget, max_depth, width, limits.min_logprob, max_continued)
+    return TreeLimits(node_budget, max_depth, width, limits.min_logprob, max_continued)
 
 
 class Policy(Protocol):
     """Decides the size of each round. Called in this order, once per round."""
 
-    limits: RoundPlan  # of all rounds
+    limits: TreeLimits  # of the trees of all rounds
 
-    def plan(self, num_remaining: int | None, max_nodes: int | None = None) -> RoundPlan:
-        """The limits of the next round; see `plan_round`."""
+    def plan(self, num_remaining: int | None, max_nodes: int | None = None) -> TreeLimits:
+        """The limits of the next round's tree; see `plan_round`."""
 
     def trim(self, tree: DraftTree) -> DraftTree:
         """The part of the drafted tree that is to be verified."""
@@ -116,10 +117,10 @@ class Policy(Protocol):
 class FixedPolicy:
     """The same node budget in every round."""
 
-    def __init__(self, limits: RoundPlan):
+    def __init__(self, limits: TreeLimits):
         self.limits = limits
 
-    def plan(self, num_remaining: int | None, max_nodes: int | None = None) -> RoundPlan:
+    def plan(self, num_remaining: int | None, max_nodes: int | None = None) -> TreeLimits:
         return plan_round(self.limits, num_remaining, max_nodes)
 
     def trim(self, tree: DraftTree) -> DraftTree:
@@ -153,7 +154,7 @@ class AutoPolicy:
     and drafting is probed within a fixed share of run time.
     """
 
-    def __init__(self, limits: RoundPlan, costs: RoundCosts):
+    def __init__(self, limits: TreeLimits, costs: RoundCosts):
         self.limits, self._costs = limits, costs
         self._full_tree_size = sum(limits.width**depth for depth in range(limits.max_depth + 1))
         self._ceiling = max(64 // costs.num_sequences, 4)  # nodes to draft at most: about twice the last choice
@@ -163,7 +164,7 @@ class AutoPolicy:
         self._num_planned = 0
         self._round = _Round()
 
-    def plan(self, num_remaining: int | None, max_nodes: int | None = None) -> RoundPlan:
+    def plan(self, num_remaining: int | None, max_nodes: int | None = None) -> TreeLimits:
         start, costs = time.perf_counter(), self._costs
         untried = costs.untried(min(self._full_tree_size, max_nodes or self._full_tree_size))
         is_trial, is_refresh = untried is not None, costs.num_drafted % REFRESH_EVERY == 0

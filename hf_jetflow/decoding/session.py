@@ -33,7 +33,7 @@ from .captured_draft import CapturedDraft
 from .drafter import JetFlowCandidateGenerator
 from .emitter import Emitter
 from .noise import Noise, SequenceNoise
-from .policy import Policy, RoundPlan, choose_policy
+from .policy import Policy, TreeLimits, choose_policy
 from .ranking import Draft
 from .reuse import recall, remember
 from .tree_log import Round, TreeLog
@@ -184,7 +184,7 @@ class DecodingSession:
             self._context.strategy.retire(finished)
 
     @_step("draft")
-    def draft(self, plan: RoundPlan) -> Draft | CapturedDraft:
+    def draft(self, plan: TreeLimits) -> Draft | CapturedDraft:
         """The head's candidates behind the anchors, with what scores them along a branch."""
         device = self._target.device
         newest_ids = to_device(self._emitter.newest_ids, device)
@@ -192,7 +192,7 @@ class DecodingSession:
         return self._drafter.draft(newest_ids, positions, plan, self.policy.limits)
 
     @_step("tree")
-    def best_tree(self, draft: Draft | CapturedDraft, plan: RoundPlan) -> DraftTree:
+    def best_tree(self, draft: Draft | CapturedDraft, plan: TreeLimits) -> DraftTree:
         """The best tree over a draft within the plan."""
         return draft.best_tree(plan.node_budget, plan.width, plan.min_logprob, plan.max_continued)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from ..decoding.drafter import JetFlowCandidateGenerator
-from ..decoding.policy import RoundPlan, plan_round, read_limits
+from ..decoding.policy import TreeLimits, plan_round, read_limits
 from ..head.configuration_jetflow import READ_CORRECTIONS
 from ..head.modeling_jetflow import JetFlowHead
 from ..stats import GenerationStats
@@ -134,7 +134,7 @@ def _replay_text(
     blocks: torch.Tensor,
     ids: list[int],
     num_prompt: int,
-    limits: RoundPlan,
+    limits: TreeLimits,
     tree_builder: Callable[..., DraftTree] | None,
     stats: GenerationStats,
 ) -> None:
