@@ -60,8 +60,8 @@ def ranks_of(draft: Draft, token: int, following: Sequence[int], num_ranks: int)
     parents = torch.zeros(1, dtype=torch.long, device=device)
     for depth, next_token in enumerate(following):
         scores = candidates.logprobs[depth]
-        if draft.scorer is not None:
-            scores = draft.scorer(depth, parents, torch.tensor([token], device=device))[0]
+        if draft.score_branches is not None:
+            scores = draft.score_branches(depth, parents, torch.tensor([token], device=device))[0]
         choices = candidates.tokens[depth, scores.argsort(descending=True)[:num_ranks]].tolist()
         if next_token not in choices:
             yield None

@@ -50,7 +50,7 @@ def test_a_new_correction_changes_no_score(kind, tiny_target, random_head, rows)
     draft = drafter.ranker.rank(rows, torch.tensor([9]), 64)
     candidates = draft.candidates
     for depth in range(7):
-        scores = draft.scorer(depth, torch.zeros(1, dtype=torch.long), torch.tensor([5]))
+        scores = draft.score_branches(depth, torch.zeros(1, dtype=torch.long), torch.tensor([5]))
         torch.testing.assert_close(scores[0], candidates.logprobs[depth])
 
 
@@ -89,7 +89,7 @@ def test_a_branch_is_scored_as_in_training(kind, is_shared, tiny_target, random_
     rows = rows * 0.05  # so that no depth is certain of one token
     draft = drafter.ranker.rank(rows, torch.tensor([9]), 64)
     candidates = draft.candidates
-    tree = build_tree(torch.tensor([9]), candidates, 40, draft.scorer)
+    tree = build_tree(torch.tensor([9]), candidates, 40, draft.score_branches)
     assert tree.depths.max() > 2
     assert len(set(tree.parents.tolist())) > 5, "almost no branches, so this test shows little"
     for leaf in range(1, 40):

@@ -11,7 +11,7 @@ from hf_jetflow.decoding.drafter import JetFlowCandidateGenerator
 from hf_jetflow.head.configuration_jetflow import NGRAM_WEIGHTS
 from hf_jetflow.target.target import Target
 from hf_jetflow.trees.device_ngrams import MatchedNgrams, continue_with_matches
-from hf_jetflow.trees.ngrams import MAX_CONTEXT, ContextNgrams, TextNgrams, continue_tree
+from hf_jetflow.trees.ngrams import MAX_SEARCHED, ContextNgrams, TextNgrams, continue_tree
 from hf_jetflow.trees.tree import Candidates, build_tree
 
 
@@ -156,13 +156,13 @@ def test_the_newest_tokens_of_a_long_text_are_searched(tiny_target, random_head)
     target = tiny_target("llama")
     head = random_head(target, ngram_weights=[1.0], branch_candidates=8)
     drafter = JetFlowCandidateGenerator(head, Target(target, head.config))
-    text = torch.tensor([[-1, -1, 5, 7, *range(8, 6 + MAX_CONTEXT)]])  # padded in front
+    text = torch.tensor([[-1, -1, 5, 7, *range(8, 6 + MAX_SEARCHED)]])  # padded in front
     (of_text,) = drafter.ranker._read_texts(text, 1)
     assert of_text.root.nexts[5].nexts.keys() == {7}
     (of_text,) = drafter.ranker._read_texts(torch.cat([text, torch.tensor([[3]])], dim=1), 1)
     assert 5 not in of_text.root.nexts
     assert of_text.root.nexts[7].nexts.keys() == {8}
-    assert of_text.root.followed == MAX_CONTEXT
+    assert of_text.root.followed == MAX_SEARCHED
 
 
 def first_scores(drafter, rows, text):
@@ -170,8 +170,8 @@ def first_scores(drafter, rows, text):
         draft = drafter.ranker.rank(rows, torch.tensor(text), 8)
         candidates = draft.candidates
     scores = candidates.logprobs[0]
-    if draft.scorer is not None:
-        scores = draft.scorer(0, torch.zeros(1, dtype=torch.long), torch.tensor(text[-1:]))[0]
+    if draft.score_branches is not None:
+        scores = draft.score_branches(0, torch.zeros(1, dtype=torch.long), torch.tensor(text[-1:]))[0]
     return dict(zip(candidates.tokens[0].tolist(), scores.tolist(), strict=True)), candidates
 
 
@@ -212,7 +212,7 @@ def test_a_tree_follows_the_text(tiny_target, random_head):
     text = [*range(50, 58), 9, 50, 51]
     draft = drafter.ranker.rank(torch.zeros(5, 64), torch.tensor(text), 8)
     candidates = draft.candidates
-    tree = build_tree(torch.tensor([51]), candidates, 12, draft.scorer)
+    tree = build_tree(torch.tensor([51]), candidates, 12, draft.score_branches)
     node, path = 0, []
     for token in range(52, 57):
         found = ((tree.parents == node) & (tree.tokens == token)).nonzero().flatten().tolist()

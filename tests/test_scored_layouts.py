@@ -53,10 +53,10 @@ def by_draft_token(draft, scores: torch.Tensor, depth: int, head: JetFlowHead) -
 
 def scores_along(draft, path: list[int]) -> list[torch.Tensor]:
     """Scores (width,) of each depth's candidates behind a path, anchor first."""
-    if draft.scorer is None:
+    if draft.score_branches is None:
         return [draft.candidates.logprobs[0, depth] for depth in range(len(path))]
     zero = torch.zeros(1, 1, dtype=torch.long)
-    return [draft.scorer(depth, zero, torch.tensor([[token]]))[0, 0] for depth, token in enumerate(path)]
+    return [draft.score_branches(depth, zero, torch.tensor([[token]]))[0, 0] for depth, token in enumerate(path)]
 
 
 def test_every_layout_is_recognized_and_has_a_miniature(name):
@@ -102,13 +102,13 @@ def test_a_tree_of_width_one_is_the_original_s_greedy_chain(name, head, target):
 def test_a_state_tells_branches_with_the_same_last_token_apart(name, head, target):
     draft = draft_behind(head, target, torch.tensor([IDS]))
     tokens = draft.candidates.tokens[0, :, :2].tolist()
-    if draft.scorer is None:
+    if draft.score_branches is None:
         assert name in ("DFlare", "transformers' Muse Glimmer assistant")
         return
-    draft.scorer(0, torch.zeros(1, 1, dtype=torch.long), torch.tensor([[IDS[-1]]]))
-    siblings = draft.scorer(1, torch.tensor([[0, 0]]), torch.tensor([tokens[0]]))[0]
+    draft.score_branches(0, torch.zeros(1, 1, dtype=torch.long), torch.tensor([[IDS[-1]]]))
+    siblings = draft.score_branches(1, torch.tensor([[0, 0]]), torch.tensor([tokens[0]]))[0]
     assert not torch.allclose(*siblings), "siblings are scored alike"
-    cousins = draft.scorer(2, torch.tensor([[0, 1]]), torch.tensor([[tokens[1][0]] * 2]))[0]
+    cousins = draft.score_branches(2, torch.tensor([[0, 1]]), torch.tensor([[tokens[1][0]] * 2]))[0]
     assert torch.allclose(*cousins) != any(kind in name for kind in HAS_STATE)
 
 

@@ -19,41 +19,41 @@ NUM_PREFETCHED = 8  # top candidates per depth to project in advance
 
 # changes(depth, shifts): turns shifts (..., branches, shift) of a depth into logit changes of its candidates,
 # (..., branches, width).
-LogitChanges = Callable[[int, torch.Tensor], torch.Tensor]
-# corrected(depth, parents, tokens): logit changes (..., branches, width) of a depth's candidates after each branch of
-# the frontier (see `tree.BranchScorer`); `None` if it changes nothing at this depth.
-Correction = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None]
+ShiftProducts = Callable[[int, torch.Tensor], torch.Tensor]
+# changes(depth, parents, tokens): logit changes (..., branches, width) of a depth's candidates after each branch of
+# the frontier (see `tree.ScoreBranches`); `None` if nothing changes at this depth.
+BranchChanges = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None]
 
 
 class BranchScores:
     """
-    The branch scorer of one draft, called once per depth for all branches of the frontier (see `tree.BranchScorer`).
+    Scores of one draft's candidates after each branch of the frontier, by depth: a `tree.ScoreBranches`.
 
     Args:
         candidates ([`Candidates`]): Candidates with branch-independent scores.
         ngrams ([`ContextNgrams`] or [`MatchedNgrams`], *optional*): Context n-grams of the same candidates.
-        correction (`Correction`, *optional*): The head's scorer for the same candidates.
+        correction (`BranchChanges`, *optional*): Changes of the same candidates by the head's branch scorer.
     """
 
     def __init__(
         self,
         candidates: Candidates,
         ngrams: ContextNgrams | MatchedNgrams | None,
-        correction: Correction | None,
+        correction: BranchChanges | None,
     ):
         self._logprobs, self._ngrams, self._correction = with_rest(candidates.logprobs), ngrams, correction
 
     def __call__(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         logprobs = self._logprobs[..., depth, :].unsqueeze(-2)
         with torch.no_grad():
-            adjustments = None if self._correction is None else self._correction(depth, parents, tokens)
-        if adjustments is not None:
-            adjustments = adjustments.to(logprobs.device, torch.float32)
-            adjustments = adjustments.nan_to_num(0.0, posinf=0.0, neginf=0.0)  # a correction that overflows is ignored
+            changes = None if self._correction is None else self._correction(depth, parents, tokens)
+        if changes is not None:
+            changes = changes.to(logprobs.device, torch.float32)
+            changes = changes.nan_to_num(0.0, posinf=0.0, neginf=0.0)  # a correction that overflows is ignored
         if self._ngrams is not None:
-            votes = self._ngrams(depth, parents, tokens)
-            adjustments = votes if adjustments is None else adjustments + votes
-        scores = logprobs if adjustments is None else corrected_logprobs(logprobs, adjustments)
+            of_ngrams = self._ngrams(depth, parents, tokens)
+            changes = of_ngrams if changes is None else changes + of_ngrams
+        scores = logprobs if changes is None else corrected_logprobs(logprobs, changes)
         return scores[..., :-1]
 
 
@@ -71,11 +71,11 @@ class ProjectedTokenCache:
 
     def __init__(self, scorer: StepScorer, target: Target):
         self._scorer, self._target = scorer, target
-        self._parts: torch.Tensor | None = None  # (MAX_CACHED_TOKENS, parts)
+        self._projected: torch.Tensor | None = None  # (MAX_CACHED_TOKENS, features)
         self._indices: dict[int, int] = {}  # rows of it, by token
 
     def lookup(self, tokens: torch.Tensor, prefetch: torch.Tensor | None = None) -> torch.Tensor:
-        """Projections (tokens, parts) of tokens (tokens,). `prefetch` tokens are projected and cached with them."""
+        """Projections (tokens, features) of tokens (tokens,). `prefetch` tokens are projected and cached with them."""
         if must_not_wait(tokens.device):
             return self._project(tokens)
         token_ids = tokens.tolist()
@@ -86,14 +86,14 @@ class ProjectedTokenCache:
         if len(unknown) > MAX_CACHED_TOKENS:
             return self._project(tokens)
         if unknown:
-            parts, num_known = self._project(torch.tensor(unknown, device="cpu")), len(self._indices)
-            if self._parts is None:
-                self._parts = parts.new_empty(MAX_CACHED_TOKENS, parts.shape[-1])
-            self._parts[num_known : num_known + len(unknown)] = parts
+            projected, num_known = self._project(torch.tensor(unknown, device="cpu")), len(self._indices)
+            if self._projected is None:
+                self._projected = projected.new_empty(MAX_CACHED_TOKENS, projected.shape[-1])
+            self._projected[num_known : num_known + len(unknown)] = projected
             self._indices.update(zip(unknown, range(num_known, num_known + len(unknown)), strict=True))
-        assert self._parts is not None
-        indices = torch.tensor([self._indices[token] for token in token_ids], device=self._parts.device)
-        return self._parts.index_select(0, indices)
+        assert self._projected is not None
+        indices = torch.tensor([self._indices[token] for token in token_ids], device=self._projected.device)
+        return self._projected.index_select(0, indices)
 
     def _project(self, tokens: torch.Tensor) -> torch.Tensor:
         weight = next(self._scorer.parameters())
@@ -105,7 +105,7 @@ class ProjectedTokenCache:
 
 @dataclass
 class DraftedRows:
-    """Rows of one proposal, and the candidates that they drafted."""
+    """Rows of one draft, and the candidates that they drafted."""
 
     rows: torch.Tensor  # (..., depth, features), the head's
     newest_ids: torch.Tensor  # (..., seq) newest committed tokens, the anchor last
@@ -113,15 +113,15 @@ class DraftedRows:
     indices: torch.Tensor  # (..., depth, width), the candidates as indices into the draft vocabulary
 
 
-class TableCorrection:
+class TableChanges:
     """
-    The table scorer of one proposal: all pairs of candidates of neighboring depths are scored at once.
+    Logit changes of one draft by a table scorer: all pairs of candidates of neighboring depths are scored at once.
 
     Args:
         scorer ([`TableScorer`]): The head's.
         drafted ([`DraftedRows`]): What it scores.
         weights ([`DraftWeights`]): Draft weights of this head and target.
-        first_depth (`int`): The first depth to change.
+        first_depth (`int`): Depth of the first nodes whose children's scores change.
     """
 
     def __init__(self, scorer: TableScorer, drafted: DraftedRows, weights: DraftWeights, first_depth: int):
@@ -146,9 +146,9 @@ class TableCorrection:
         return gather_rows(self._table[..., depth, :, :], is_parent.int().argmax(-1))
 
 
-class StepCorrection:
+class StepChanges:
     """
-    The step scorer of one proposal.
+    Logit changes of one draft by a step scorer.
 
     Shared work is done once: tokens are projected per distinct token, memory is recalled per distinct parent, on
     demand.
@@ -156,25 +156,25 @@ class StepCorrection:
     Args:
         scorer ([`StepScorer`]): The head's.
         drafted ([`DraftedRows`]): What it scores.
-        token_parts ([`ProjectedTokenCache`]): Projected tokens of `scorer`.
-        logit_changes: Turns shifts of a depth into logit changes of its candidates.
+        projected_tokens ([`ProjectedTokenCache`]): Of `scorer`.
+        shift_products: Turns shifts of a depth into logit changes of its candidates.
         weights ([`DraftWeights`]): Draft weights of this head and target.
-        first_depth (`int`): The first depth to change.
+        first_depth (`int`): Depth of the first nodes whose children's scores change.
     """
 
     def __init__(
         self,
         scorer: StepScorer,
         drafted: DraftedRows,
-        token_parts: ProjectedTokenCache,
-        logit_changes: LogitChanges,
+        projected_tokens: ProjectedTokenCache,
+        shift_products: ShiftProducts,
         weights: DraftWeights,
         first_depth: int,
     ):
-        self._scorer, self._token_parts, self._weights = scorer, token_parts, weights
+        self._scorer, self._projected_tokens, self._weights = scorer, projected_tokens, weights
         with weights.in_use():
             self._projected_rows = scorer.project_rows(drafted.rows)
-        self._logit_changes, self._first_depth = logit_changes, first_depth
+        self._shift_products, self._first_depth = shift_products, first_depth
         self._start_ids = _start_ids(drafted.newest_ids, scorer)
         # Projected in advance, together with the first tokens that are looked up.
         self._likely_tokens: torch.Tensor | None = drafted.candidates.tokens[..., 1:-1, :NUM_PREFETCHED]
@@ -188,25 +188,24 @@ class StepCorrection:
             return None
         with self._weights.in_use():
             shifts = self._read(depth, parents, tokens)
-            return None if depth < self._first_depth else self._logit_changes(depth, shifts)
+            return None if depth < self._first_depth else self._shift_products(depth, shifts)
 
     def _read(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        scorer, slots, shape = self._scorer, self._projected_rows[..., depth, :].unsqueeze(-2), tokens.shape
+        scorer, row, shape = self._scorer, self._projected_rows[..., depth, :].unsqueeze(-2), tokens.shape
         projected = self._project(tokens, self._likely_tokens)
         self._likely_tokens = None
         recalled: Memory | None = None
         if depth == 0:
-            recalled = scorer.start(slots, self._project(self._start_ids))
+            recalled = scorer.start(row, self._project(self._start_ids))
         elif self._memory:
             recalled = self._recall(parents)
-        shifts, memory = scorer.read(depth, slots, projected, recalled)
+        shifts, memory = scorer.read(depth, row, projected, recalled)
         self._memory, self._num_before = tuple(part.flatten(0, len(shape) - 1) for part in memory), shape[-1]
         return shifts
 
     def _project(self, tokens: torch.Tensor, likely: torch.Tensor | None = None) -> torch.Tensor:
-        return (
-            self._token_parts.lookup(tokens.flatten(), likely).view(*tokens.shape, -1).to(self._projected_rows.device)
-        )
+        projected = self._projected_tokens.lookup(tokens.flatten(), likely)
+        return projected.view(*tokens.shape, -1).to(self._projected_rows.device)
 
     def _recall(self, parents: torch.Tensor) -> Memory:
         """What each branch recalls of its parent, (..., branches, ...)."""
@@ -219,13 +218,13 @@ class StepCorrection:
         return tuple(part.index_select(0, of_branch).unflatten(0, shape) for part in recalled)
 
 
-def logit_changes(
+def shift_products(
     scorer: StepScorer,
     target: Target,
     weights: DraftWeights,
     indices: torch.Tensor,
     token_ids: torch.Tensor | None,
-) -> LogitChanges:
+) -> ShiftProducts:
     """
     Return a function that maps shifts (..., branches, shift) of a depth to logit changes of its candidates.
 

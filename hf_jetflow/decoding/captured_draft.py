@@ -1,4 +1,4 @@
-"""The draft as one function of fixed shapes: head, ranking, branch scores, n-gram votes, best tree, ancestor mask.
+"""The draft as one function of fixed shapes: head, ranking, branch scores, context n-grams, best tree, ancestor mask.
 
 `torch.compile` captures it whole, since nothing in it depends on values that the host would have to wait for. It runs
 the functions that draft on any device; `transfer.must_not_wait` says which variant of them.

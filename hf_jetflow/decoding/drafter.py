@@ -13,7 +13,7 @@ from ..head.modeling_jetflow import JetFlowHead
 from ..target.context import Context, TargetStates
 from ..target.target import Target
 from ..transfer import to_device
-from ..trees.ngrams import MAX_CONTEXT
+from ..trees.ngrams import MAX_SEARCHED
 from ..trees.tree import Candidates
 from .branch_scores import gather_rows
 from .captured_draft import CapturedDraft, as_draft, draft_tree, is_on_one_device, keep_static_cache, static_cache
@@ -131,7 +131,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         if plan.max_depth == 0 or self._draft_tree is None or not self._fits(deepest):
             return self.propose(newest_ids, positions, plan.max_depth, plan.width)
         assert isinstance(self._cache, StaticHeadCache)
-        num_ids = MAX_CONTEXT if self.head.config.ngram_weights else 2
+        num_ids = MAX_SEARCHED if self.head.config.ngram_weights else 2
         newest_ids = pad(newest_ids[:, -num_ids:], (max(num_ids - newest_ids.shape[1], 0), 0), value=-1)
         features, context_position_ids = self._take_pending()
         if self._cache.is_empty or features.shape[1] > self._max_path_rows:  # a prompt: all but its newest row

@@ -13,7 +13,7 @@ from ..target.caches import cache_windows
 from ..target.context import TargetStates
 from ..target.slots import BatchSlots
 from ..transfer import to_device
-from ..trees.ngrams import MAX_CONTEXT
+from ..trees.ngrams import MAX_SEARCHED
 from ..trees.walk import Chooser
 from .batching import split_criteria, stops_each
 
@@ -96,14 +96,14 @@ class Emitter:
 
     @property
     def newest_ids(self) -> torch.Tensor:
-        """Newest tokens of the active sequences, for n-grams: (active, up to `MAX_CONTEXT`), -1 in front."""
+        """Newest tokens of the active sequences, for n-grams: (active, up to `MAX_SEARCHED`), -1 in front."""
         if len(self._lengths) == 1:
-            return self.committed_ids()[:, -MAX_CONTEXT:]
+            return self.committed_ids()[:, -MAX_SEARCHED:]
         sequences, lengths, starts = (
             torch.tensor([values[sequence] for sequence in self.active], device="cpu")[:, None]
             for values in (range(len(self._lengths)), self._lengths, self._num_padding)
         )
-        newest = torch.arange(-min(int((lengths - starts).max()), MAX_CONTEXT), 0, device="cpu")
+        newest = torch.arange(-min(int((lengths - starts).max()), MAX_SEARCHED), 0, device="cpu")
         ids = self._written_ids
         sequences, starts, columns = to_device(
             torch.cat([sequences, starts, lengths + newest], dim=1), ids.device

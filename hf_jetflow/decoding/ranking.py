@@ -14,16 +14,16 @@ from ..head.scorers import StepScorer, TableScorer
 from ..target.target import Target
 from ..transfer import must_not_wait
 from ..trees.device_ngrams import MatchedNgrams, continue_with_matches
-from ..trees.ngrams import MAX_CONTEXT, ContextNgrams, TextNgrams, continue_tree
-from ..trees.tree import BranchScorer, Candidates, DraftTree, build_tree
+from ..trees.ngrams import MAX_SEARCHED, ContextNgrams, TextNgrams, continue_tree
+from ..trees.tree import Candidates, DraftTree, ScoreBranches, build_tree
 from .branch_scores import (
+    BranchChanges,
     BranchScores,
-    Correction,
     DraftedRows,
     ProjectedTokenCache,
-    StepCorrection,
-    TableCorrection,
-    logit_changes,
+    StepChanges,
+    TableChanges,
+    shift_products,
 )
 from .draft_weights import DraftWeights, draft_weights
 
@@ -37,7 +37,7 @@ class Draft:
 
     newest_ids: torch.Tensor  # (..., seq) newest committed tokens, the anchor last
     candidates: Candidates  # (..., depth, width), scored as if all branches of a depth were alike
-    scorer: BranchScorer | None = None  # `None` without n-grams and branch scorer
+    score_branches: ScoreBranches | None = None  # `None` without n-grams and branch scorer
     has_ngrams: bool = False  # n-grams of the text may continue the tree below the head's deepest level
 
     def best_tree(
@@ -48,7 +48,9 @@ class Draft:
         max_continued: int = 0,
     ) -> DraftTree:
         """The best tree within the node budget; see `build_tree` and `continue_tree`."""
-        tree = build_tree(self.newest_ids[..., -1:], self.candidates, node_budget, self.scorer, width, min_logprob)
+        tree = build_tree(
+            self.newest_ids[..., -1:], self.candidates, node_budget, self.score_branches, width, min_logprob
+        )
         if not self.has_ngrams:
             return tree
         continued = continue_with_matches if must_not_wait(tree.tokens.device) else continue_tree
@@ -68,7 +70,7 @@ class Ranker:
         self._head, self._target = head, target
         self._texts: list[TextNgrams] = []  # by sequence; empty without n-grams
         scorer = head.branch_correction
-        self._token_parts = ProjectedTokenCache(scorer, target) if isinstance(scorer, StepScorer) else None
+        self._projected_tokens = ProjectedTokenCache(scorer, target) if isinstance(scorer, StepScorer) else None
         self._has_checked_scores = False
 
     @property
@@ -108,10 +110,13 @@ class Ranker:
         is_scored = bool(self._ngram_weights) or self._head.branch_correction is not None
         num_candidates = config.branch_candidates if is_scored else width
         candidates, indices = self._candidates(self.logprobs(rows), newest_ids, num_candidates)
-        if not (is_scored or torch.compiler.is_compiling()):  # compiled, no pairs are picked on the host
+        # Without scores by branch, the host picks pairs of branches and candidates; a compiled draft cannot.
+        if not (is_scored or torch.compiler.is_compiling()):
             return Draft(newest_ids, candidates)
         ngrams = self._ngrams(newest_ids, candidates) if self._ngram_weights else None
-        scorer = BranchScores(candidates, ngrams, self._correction(DraftedRows(rows, newest_ids, candidates, indices)))
+        scorer = BranchScores(
+            candidates, ngrams, self._branch_changes(DraftedRows(rows, newest_ids, candidates, indices))
+        )
         return Draft(newest_ids, candidates, scorer, has_ngrams=ngrams is not None)
 
     def _candidates(
@@ -136,19 +141,19 @@ class Ranker:
             return MatchedNgrams(newest_ids, candidates, weights)
         return ContextNgrams(self._read_texts(newest_ids, len(weights)), candidates, weights)
 
-    def _correction(self, drafted: DraftedRows) -> Correction | None:
+    def _branch_changes(self, drafted: DraftedRows) -> BranchChanges | None:
         scorer, first_depth = self._head.branch_correction, self._head.config.first_corrected_depth
         if scorer is None:
             return None
         if isinstance(scorer, TableScorer):
-            return TableCorrection(scorer, drafted, self.weights, first_depth)
-        assert self._token_parts is not None
-        changes = logit_changes(scorer, self._target, self.weights, drafted.indices, self._head.draft_token_ids)
-        return StepCorrection(scorer, drafted, self._token_parts, changes, self.weights, first_depth)
+            return TableChanges(scorer, drafted, self.weights, first_depth)
+        assert self._projected_tokens is not None
+        products = shift_products(scorer, self._target, self.weights, drafted.indices, self._head.draft_token_ids)
+        return StepChanges(scorer, drafted, self._projected_tokens, products, self.weights, first_depth)
 
     def _read_texts(self, newest_ids: torch.Tensor, longest: int) -> list[TextNgrams]:
         """The n-grams of the newest tokens of each text."""
-        texts = newest_ids.reshape(-1, newest_ids.shape[-1])[:, -MAX_CONTEXT:].tolist()
+        texts = newest_ids.reshape(-1, newest_ids.shape[-1])[:, -MAX_SEARCHED:].tolist()
         if len(self._texts) != len(texts):
             self._texts = [TextNgrams(longest) for _ in texts]
         for known, ids in zip(self._texts, texts, strict=True):
@@ -159,7 +164,7 @@ class Ranker:
     def _boost_context_tokens(self, logprobs: torch.Tensor, newest_ids: torch.Tensor, gain: float) -> torch.Tensor:
         """Log-probabilities (..., depth, draft_vocab) and `gain` for tokens among the newest of a text."""
         size = self._head.config.vocab_size
-        ids = newest_ids[..., -MAX_CONTEXT:]
+        ids = newest_ids[..., -MAX_SEARCHED:]
         ids = ids.where((ids >= 0) & (ids < size), size)  # padding; placeholders of images may lie outside too
         indices = self._draft_indices.to(ids.device)[ids].unsqueeze(-2).expand(*logprobs.shape[:-1], -1)
         order = pad(logprobs, (0, 1))  # the last column stands for ids outside the draft vocabulary

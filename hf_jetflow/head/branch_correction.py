@@ -49,9 +49,9 @@ class BranchCorrection(StepScorer):
             self.state_proj = DraftLinear(hidden, 2 * width, bias=False)
             self.carry_proj = DraftLinear(width, hidden, bias=False)
 
-    def project_rows(self, slots: torch.Tensor) -> torch.Tensor:
+    def project_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Project hidden rows, which all branches of a depth share: (..., hidden) to (..., 2 x width)."""
-        return self.slot_proj(self.slot_norm(slots))
+        return self.slot_proj(self.slot_norm(rows))
 
     def project_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """Project embeddings of the branches' last tokens: (..., hidden) to (..., 2 x width)."""
@@ -66,9 +66,9 @@ class BranchCorrection(StepScorer):
         return state, self.state_proj(self.state_norm(state))
 
     def read(
-        self, depth: int, slots: torch.Tensor, tokens: torch.Tensor, recalled: Memory | None
+        self, depth: int, row: torch.Tensor, tokens: torch.Tensor, recalled: Memory | None
     ) -> tuple[torch.Tensor, Memory]:
-        projected = tokens + slots
+        projected = tokens + row
         if recalled is not None:
             projected += recalled[1]
         inner = self.gate(projected)

@@ -111,8 +111,8 @@ class JetFlowConfig(PreTrainedConfig):
             or `"path"`, all its ancestors' tokens. Heads of other layouts have `"selector"` (DFlash 2), `"markov"`,
             `"gated"` or `"rnn"` (DSpark), `"treeflash"`, `"gru"` (Domino) or `"refiner"` (XPress). `None`: all
             branches share one distribution per depth.
-        first_corrected_depth (`int`): The first depth that the correction re-scores; depth 0 follows the anchor. The
-            corrections trained here start at 1, as the block has read the anchor.
+        first_corrected_depth (`int`): Depth of the first nodes whose children the correction re-scores, 0 for the
+            anchor. The corrections trained here start at 1, as the block has read the anchor.
         branch_rank (`int`, *optional*): Width of the vectors whose products are the logit changes.
         branch_state_size (`int`, *optional*): Width of the state of `"gru"`.
         branch_top_k (`int`, *optional*): Candidates per depth that a selector re-scores.

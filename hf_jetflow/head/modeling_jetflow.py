@@ -257,17 +257,18 @@ class JetFlowHead(PreTrainedModel):
         return self.hidden_norm(fused.float() * scale).to(features.dtype)
 
     def _shifts(self, rows: torch.Tensor, parent_embeds: torch.Tensor) -> torch.Tensor:
-        """Shifts of whole blocks along the true path. Depth 1 is not shifted: its only parent is the anchor."""
+        """Shifts of whole blocks along the true path. The first drafted row is not shifted: the block has read its
+        parent, the anchor."""
         assert self.branch_correction is not None
         batch, num_rows, hidden = rows.shape
         blocks = (batch, num_rows // self.config.block_size, self.config.block_size, hidden)
-        slots = self.branch_correction.project_rows(rows).view(*blocks[:3], -1)
+        projected = self.branch_correction.project_rows(rows).view(*blocks[:3], -1)
         parents = parent_embeds.view(blocks)
         shifts, memory = [torch.zeros_like(parents[:, :, 0])] * 2, None
         for slot in range(2, self.config.block_size):
             tokens = self.branch_correction.project_tokens(parents[:, :, slot])
             recalled = self.branch_correction.recall(memory) if memory else None
-            shift, memory = self.branch_correction.read(slot - 1, slots[:, :, slot], tokens, recalled)
+            shift, memory = self.branch_correction.read(slot - 1, projected[:, :, slot], tokens, recalled)
             shifts.append(shift)
         return torch.stack(shifts, dim=2).flatten(1, 2)
 

@@ -33,17 +33,17 @@ class TreeFlashCorrection(StepScorer):
     def row_features(self, rows: torch.Tensor, residual: torch.Tensor, num_rows: int) -> torch.Tensor:
         return torch.cat([rows, residual], dim=-1)
 
-    def project_rows(self, slots: torch.Tensor) -> torch.Tensor:
-        projected = nn.functional.linear(slots[..., : self.hidden], self.ug.weight[:, self.hidden :], self.ug.bias)
-        return torch.cat([slots, projected], dim=-1)
+    def project_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        projected = nn.functional.linear(rows[..., : self.hidden], self.ug.weight[:, self.hidden :], self.ug.bias)
+        return torch.cat([rows, projected], dim=-1)
 
     def project_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(self.norm(tokens), self.ug.weight[:, : self.hidden])
 
     def read(
-        self, depth: int, slots: torch.Tensor, tokens: torch.Tensor, recalled: Memory | None
+        self, depth: int, row: torch.Tensor, tokens: torch.Tensor, recalled: Memory | None
     ) -> tuple[torch.Tensor, Memory]:
-        row, residual, projected = slots.split([self.hidden, self.hidden, tokens.shape[-1]], dim=-1)
+        row, residual, projected = row.split([self.hidden, self.hidden, tokens.shape[-1]], dim=-1)
         up, gate = (projected + tokens).chunk(2, dim=-1)
         return self._final_norm[0](residual + self.d(nn.functional.silu(gate) * up)) - row, ()
 
@@ -65,8 +65,8 @@ class RecurrentCorrection(StepScorer):
     def output_weight(self) -> torch.Tensor:
         return self.readout.weight
 
-    def project_rows(self, slots: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(slots, self.joint_proj.weight[:, : self.hidden])
+    def project_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(rows, self.joint_proj.weight[:, : self.hidden])
 
     def project_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.input_proj(tokens)
@@ -75,7 +75,7 @@ class RecurrentCorrection(StepScorer):
         return memory[0], self.state_proj(memory[0])
 
     def read(
-        self, depth: int, slots: torch.Tensor, tokens: torch.Tensor, recalled: Memory | None
+        self, depth: int, row: torch.Tensor, tokens: torch.Tensor, recalled: Memory | None
     ) -> tuple[torch.Tensor, Memory]:
         reset, update, content = tokens.chunk(3, dim=-1)  # the order of torch's GRU
         if recalled is None:
@@ -85,7 +85,7 @@ class RecurrentCorrection(StepScorer):
             update = torch.sigmoid(update + of_update)
             content = torch.tanh(content + torch.sigmoid(reset + of_reset) * of_content)
             state = (1 - update) * content + update * recalled[0]
-        inner = slots + nn.functional.linear(state, self.joint_proj.weight[:, self.hidden :])
+        inner = row + nn.functional.linear(state, self.joint_proj.weight[:, self.hidden :])
         return nn.functional.silu(inner), (state,)
 
 
@@ -133,8 +133,8 @@ class Refiner(StepScorer):
         """The weights (rank, rank) on the row, on the mean and on the token."""
         return self.in_proj.weight.split(self.rank, dim=1)
 
-    def project_rows(self, slots: torch.Tensor) -> torch.Tensor:
-        row, mean, *first = slots.split(self.down_h.in_features, dim=-1)
+    def project_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        row, mean, *first = rows.split(self.down_h.in_features, dim=-1)
         of_row, of_mean, _ = self._weights()
         shared = nn.functional.linear(self.down_g(mean), of_mean)
         return torch.cat([nn.functional.linear(self.down_h(part), of_row) + shared for part in (row, *first)], dim=-1)
@@ -142,13 +142,13 @@ class Refiner(StepScorer):
     def project_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(self.token_embed(tokens), self._weights()[2])
 
-    def start(self, slots: torch.Tensor, tokens: torch.Tensor) -> Memory | None:
-        return ((slots[..., self.rank :] + tokens).unsqueeze(-2),) if self.starts_before_anchor else None
+    def start(self, row: torch.Tensor, tokens: torch.Tensor) -> Memory | None:
+        return ((row[..., self.rank :] + tokens).unsqueeze(-2),) if self.starts_before_anchor else None
 
     def read(
-        self, depth: int, slots: torch.Tensor, tokens: torch.Tensor, recalled: Memory | None
+        self, depth: int, row: torch.Tensor, tokens: torch.Tensor, recalled: Memory | None
     ) -> tuple[torch.Tensor, Memory]:
-        latent = slots[..., : self.rank] + tokens
+        latent = row[..., : self.rank] + tokens
         latents = latent.unsqueeze(-2)  # (..., branches, rows, rank)
         if recalled is not None:
             latents = torch.cat([recalled[0], latents], dim=-2)

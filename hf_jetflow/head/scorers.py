@@ -95,7 +95,7 @@ class StepScorer(BranchScorer):
         """What turns shifts into logit changes, (draft_vocab, shift); `None` for the output embedding."""
         return None
 
-    def project_rows(self, slots: torch.Tensor) -> torch.Tensor:
+    def project_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Project row features (..., features) of a depth."""
         raise NotImplementedError
 
@@ -103,8 +103,8 @@ class StepScorer(BranchScorer):
         """Project the embeddings (..., hidden) or ids (...) of the branches' last tokens."""
         raise NotImplementedError
 
-    def start(self, slots: torch.Tensor, tokens: torch.Tensor) -> Memory | None:
-        """What the only branch of depth 0 recalls, from the projections of its slot and of its first token."""
+    def start(self, row: torch.Tensor, tokens: torch.Tensor) -> Memory | None:
+        """What the only branch of depth 0 recalls, from the projections of its row and of its first token."""
         return None
 
     def recall(self, memory: Memory) -> Memory:
@@ -112,14 +112,14 @@ class StepScorer(BranchScorer):
         return memory
 
     def read(
-        self, depth: int, slots: torch.Tensor, tokens: torch.Tensor, recalled: Memory | None
+        self, depth: int, row: torch.Tensor, tokens: torch.Tensor, recalled: Memory | None
     ) -> tuple[torch.Tensor, Memory]:
         """
         Read one depth.
 
         Args:
-            slots (`torch.Tensor`, (..., 1, parts)), tokens (`torch.Tensor`, (..., branches, parts)): Projections of
-                the depth's row and of the branches' last tokens.
+            row (`torch.Tensor`, (..., 1, features)), tokens (`torch.Tensor`, (..., branches, features)): Projections
+                of the depth's row and of the branches' last tokens.
             recalled (*optional*): What each branch recalls; `None` if nothing.
 
         Returns:
@@ -223,27 +223,27 @@ class RecurrentMarkov(StepScorer):
         weight = self.joint_proj.weight
         return weight.split([self.rank, self.rank, weight.shape[1] - 2 * self.rank], dim=1)
 
-    def project_rows(self, slots: torch.Tensor) -> torch.Tensor:
+    def project_rows(self, rows: torch.Tensor) -> torch.Tensor:
         weight = self._weights()[2]
-        rows = slots.unflatten(-1, (-1, weight.shape[1]))
+        rows = rows.unflatten(-1, (-1, weight.shape[1]))
         return nn.functional.linear(rows, weight, self.joint_proj.bias).flatten(-2)
 
     def project_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(self.markov_w1(tokens), self._weights()[1])
 
-    def start(self, slots: torch.Tensor, tokens: torch.Tensor) -> Memory | None:
+    def start(self, row: torch.Tensor, tokens: torch.Tensor) -> Memory | None:
         if not self.has_anchor_row:
             return None
-        _, state = self._step(slots[..., 3 * self.rank :] + tokens, None)
+        _, state = self._step(row[..., 3 * self.rank :] + tokens, None)
         return self.recall((state,))
 
     def recall(self, memory: Memory) -> Memory:
         return memory[0], nn.functional.linear(memory[0], self._weights()[0])
 
     def read(
-        self, depth: int, slots: torch.Tensor, tokens: torch.Tensor, recalled: Memory | None
+        self, depth: int, row: torch.Tensor, tokens: torch.Tensor, recalled: Memory | None
     ) -> tuple[torch.Tensor, Memory]:
-        shifts, state = self._step(slots[..., : 3 * self.rank] + tokens, recalled)
+        shifts, state = self._step(row[..., : 3 * self.rank] + tokens, recalled)
         return shifts, (state,)
 
     def _step(self, projected: torch.Tensor, recalled: Memory | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -155,8 +155,8 @@ def correction_kl(
         Divergences (rows,) in nats, differentiable, and whether the corrected scores rank the target's first choice
         first (rows,).
     """
-    adjustments = _CandidateLogits.apply(shifts, kl.candidates, projection, chunk_size)
-    log_q, log_p = corrected_logprobs(with_rest(kl.logprobs), adjustments), with_rest(kl.teacher_logprobs)
+    changes = _CandidateLogits.apply(shifts, kl.candidates, projection, chunk_size)
+    log_q, log_p = corrected_logprobs(with_rest(kl.logprobs), changes), with_rest(kl.teacher_logprobs)
     divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
     best = kl.candidates.gather(1, log_q[..., :-1].argmax(-1, keepdim=True))[:, 0]
     return divergence, best == kl.teacher_tokens

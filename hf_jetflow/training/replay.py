@@ -95,11 +95,11 @@ def _corrected_logprobs(
     """Log-probabilities (anchors, depth) of tokens behind the tokens before them. `logprobs` stay for tokens that
     are no candidates and for all below these."""
     draft = drafter.ranker.rank(rows, newest_ids, tokens.shape[1])
-    assert draft.scorer is not None
+    assert draft.score_branches is not None
     parents, is_reached = torch.zeros_like(tokens[:, :1]), torch.ones_like(tokens[:, 0], dtype=torch.bool)
     token, corrected = newest_ids[:, -1:], logprobs.clone()
     for depth in range(tokens.shape[1]):
-        scores = draft.scorer(depth, parents, token)[:, 0].to(logprobs.device)
+        scores = draft.score_branches(depth, parents, token)[:, 0].to(logprobs.device)
         candidates = draft.candidates.tokens[:, depth]
         is_token = candidates == tokens[:, depth, None]
         is_reached = is_reached & is_token.any(-1)
@@ -144,7 +144,7 @@ def _replay_text(
         newest_ids = torch.tensor(ids[: position + 1], device=blocks.device)
         draft = drafter.ranker.rank(blocks[position - num_prompt, : plan.max_depth], newest_ids, plan.width)
         if tree_builder is not None:
-            tree = tree_builder(newest_ids[-1:], draft.candidates, plan.node_budget, draft.scorer, plan.width)
+            tree = tree_builder(newest_ids[-1:], draft.candidates, plan.node_budget, draft.score_branches, plan.width)
         else:
             tree = draft.best_tree(plan.node_budget, plan.width, max_continued=plan.max_continued)
         parents, tokens = tree.parents.tolist(), tree.tokens.tolist()

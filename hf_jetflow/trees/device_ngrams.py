@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import pad
 
 from ..transfer import repeated
-from .ngrams import MAX_CONTEXT, MAX_MATCH
+from .ngrams import MAX_MATCH, MAX_SEARCHED
 from .tree import Candidates, DraftTree, trim_tree
 
 
@@ -25,12 +25,12 @@ class MatchedNgrams:
     Args:
         newest_ids (`torch.Tensor`, (..., seq)): Newest committed tokens of each sequence, the anchor last; negative
             ids in front of shorter texts.
-        candidates ([`~tree.Candidates`]): Proposals per depth.
+        candidates ([`~tree.Candidates`]): Tokens to choose from at each depth.
         weights (`Sequence[float]`): One for each length of a match, from 1.
     """
 
     def __init__(self, newest_ids: torch.Tensor, candidates: Candidates, weights: Sequence[float]):
-        texts = newest_ids.reshape(-1, newest_ids.shape[-1])[:, -MAX_CONTEXT:]
+        texts = newest_ids.reshape(-1, newest_ids.shape[-1])[:, -MAX_SEARCHED:]
         device, longest = texts.device, len(weights)
         self._ids = texts[:, :-1].where(texts[:, :-1] >= 0, NO_TOKEN)
         tokens = candidates.tokens.reshape(len(texts), *candidates.tokens.shape[-2:])
@@ -55,8 +55,8 @@ class MatchedNgrams:
             index = parents[..., None].expand(-1, -1, self._ids.shape[1])
             self._lengths = self._longer(self._lengths[..., :-1].gather(1, index), of_branch)
         matches = (self._lengths[:, None, :, 1:] >= self._counts).float()  # (texts, match lengths, branches, seq)
-        votes = (matches.flatten(1, 2) @ self._follows[:, depth]).view(*matches.shape[:3], -1)
-        changes = self._weights * votes[..., :-1] / votes[..., -1:].clamp_min(1)
+        counts = (matches.flatten(1, 2) @ self._follows[:, depth]).view(*matches.shape[:3], -1)
+        changes = self._weights * counts[..., :-1] / counts[..., -1:].clamp_min(1)
         return changes.sum(1).view(*tokens.shape, -1)
 
     def _longer(self, before: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -85,7 +85,7 @@ def continue_with_matches(
     path = [leaf]
     for _ in range(tree.max_depth - 1):
         path.append(parents.index_select(0, path[-1]).clamp_min(0))
-    text = torch.cat([newest_ids.flatten()[-MAX_CONTEXT:], tokens.index_select(0, torch.cat(path[::-1]))])
+    text = torch.cat([newest_ids.flatten()[-MAX_SEARCHED:], tokens.index_select(0, torch.cat(path[::-1]))])
     length, index = _longest_match(text)
     steps = torch.arange(max_continued, device=text.device)
     known = length + steps

@@ -14,7 +14,7 @@ import torch
 from .tree import Candidates, DraftTree, trim_tree
 
 
-MAX_CONTEXT = 2048  # newest tokens to search
+MAX_SEARCHED = 2048  # newest tokens to search
 MAX_MATCH = 32  # longest match to count, in tokens
 
 
@@ -44,12 +44,7 @@ class TextNgrams:
     def _clear(self) -> None:
         self._ids: list[int] = []
         self.root = _Gram()
-        self._tail = [self.root]  # n-grams at the end of the text, of 0 to `longest` tokens
-
-    @property
-    def tail(self) -> list[_Gram]:
-        """N-grams at the end of the text, of one token, two tokens, ..."""
-        return self._tail[1:]
+        self.tail = [self.root]  # n-grams at the end of the text, of 0 to `longest` tokens
 
     def follow(self, ids: list[int]) -> None:
         """Count the n-grams of `ids`. Cheap where the previous text, or its end, is a prefix of `ids`."""
@@ -66,14 +61,14 @@ class TextNgrams:
     def _add(self, token: int) -> None:
         self._ids.append(token)
         grown = [self.root]
-        for gram in self._tail:
+        for gram in self.tail:
             longer = gram.nexts.get(token)
             if longer is None:
                 longer = gram.nexts[token] = _Gram()
             longer.count += 1
             gram.followed += 1
             grown.append(longer)
-        self._tail = grown[: self._longest + 1]
+        self.tail = grown[: self._longest + 1]
 
     def _forget_first(self) -> None:
         gram = self.root
@@ -97,7 +92,7 @@ class ContextNgrams:
 
     Args:
         texts (`Sequence[TextNgrams]`): N-grams of the committed tokens of each sequence, the anchor last.
-        candidates ([`~tree.Candidates`]): Proposals per depth.
+        candidates ([`~tree.Candidates`]): Tokens to choose from at each depth.
         weights (`Sequence[float]`): One for each length of a match, from 1.
     """
 
@@ -119,7 +114,7 @@ class ContextNgrams:
             flat = torch.stack([parents, tokens]).view(2, len(self._texts), -1).tolist()  # one transfer from a GPU
             self._grams = [self._extended(index, *branches) for index, branches in enumerate(zip(*flat, strict=True))]
         else:
-            self._grams = [[text.tail] for text in self._texts]
+            self._grams = [[text.tail[1:]] for text in self._texts]
         rows: dict[_Gram | None, int] = {}  # branches with the same longest match share a row
         changes, zeros, of_branch = array("f"), bytes(4 * self._width), []
         for of_depth, branches in zip(self._tokens, self._grams, strict=True):
@@ -183,7 +178,7 @@ def continue_tree(
     floor = max(min_logprob, min(scores) if tree.num_nodes == node_budget else -math.inf)
     if scores[leaf] <= floor:
         return tree
-    text = newest_ids.flatten()[-MAX_CONTEXT:].tolist() + [tokens[node] for node in _path_to(leaf, parents)]
+    text = newest_ids.flatten()[-MAX_SEARCHED:].tolist() + [tokens[node] for node in _path_to(leaf, parents)]
     length, index = _longest_match(text)
     parent, score = leaf, scores[leaf]
     for level in range(1, max_continued + 1):

@@ -25,10 +25,15 @@ MIN_REST = 1e-6  # minimum total probability of the tokens that are not candidat
 
 @dataclass
 class Candidates:
-    """Proposals of one draft, best first at every depth."""
+    """
+    Tokens of one draft that may become nodes. Along depth, index 0 holds the children of the root.
+
+    They are sorted by score, best first. With context n-grams, the score is the log-probability and the most that
+    n-grams can add to it.
+    """
 
     tokens: torch.Tensor  # (..., depth, width) target token ids
-    logprobs: torch.Tensor  # (..., depth, width) float32, descending along width
+    logprobs: torch.Tensor  # (..., depth, width) float32, of the head alone
 
 
 @dataclass
@@ -52,11 +57,11 @@ class DraftTree:
         return ancestor_mask(self.parents, self.max_depth)
 
 
-# scorer(depth, parents, tokens) -> (..., branches, width): log-probabilities of the depth's candidates after each
-# branch of the frontier. `tokens` (..., branches) are the branches' last tokens; `parents` (..., branches) are the
-# indices of their parents in the previous frontier, by which a scorer carries its state down. Called once per depth,
-# with depth 0 for the root.
-BranchScorer = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
+# score_branches(depth, parents, tokens) -> (..., branches, width): log-probabilities of the candidates at index
+# `depth` after each branch of the frontier, whose nodes are at that depth (0: the root alone). `tokens` (...,
+# branches) are the branches' last tokens; `parents` (..., branches) are the indices of their parents in the previous
+# frontier, by which a scorer carries its state down. Called once per depth.
+ScoreBranches = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def with_rest(logprobs: torch.Tensor) -> torch.Tensor:
@@ -65,25 +70,25 @@ def with_rest(logprobs: torch.Tensor) -> torch.Tensor:
     return torch.cat([logprobs, rest], dim=-1)
 
 
-def corrected_logprobs(logprobs: torch.Tensor, adjustments: torch.Tensor) -> torch.Tensor:
+def corrected_logprobs(logprobs: torch.Tensor, changes: torch.Tensor) -> torch.Tensor:
     """
-    Log-probabilities of candidates after their logits change by `adjustments`; all other logits stay.
+    Log-probabilities of candidates after their logits change by `changes`; all other logits stay.
 
     Args:
         logprobs (`torch.Tensor`, (..., width + 1)): Candidates, then all other tokens (see `with_rest`); float32.
-        adjustments (`torch.Tensor`, (..., width)): Changes of the candidates' logits.
+        changes (`torch.Tensor`, (..., width)): Changes of the candidates' logits.
 
     Returns:
         `torch.Tensor`, (..., width + 1): Candidates, then all other tokens.
     """
-    return torch.log_softmax(logprobs + pad(adjustments, (0, 1)), dim=-1)
+    return torch.log_softmax(logprobs + pad(changes, (0, 1)), dim=-1)
 
 
 def build_tree(
     anchor_id: torch.Tensor,
     candidates: Candidates,
     node_budget: int,
-    scorer: BranchScorer | None = None,
+    score_branches: ScoreBranches | None = None,
     width: int | None = None,
     min_logprob: float = -math.inf,
 ) -> DraftTree:
@@ -95,11 +100,12 @@ def build_tree(
 
     Args:
         anchor_id (`torch.Tensor`, (..., 1)): Token of the root.
-        candidates (`Candidates`): Proposals per depth; the width-1 case is a chain.
+        candidates (`Candidates`): Tokens to choose from at each depth; the width-1 case is a chain.
         node_budget (`int`): Maximum number of nodes, root included; at least 1.
-        scorer (*optional*): Re-scores the candidates after each branch; without one, all branches of a depth share
-            the depth's own scores.
-        width (`int`, *optional*): Maximum number of children of a node, with a scorer; all candidates by default.
+        score_branches (*optional*): Re-scores the candidates after each branch; without it, all branches of a depth
+            share the depth's own scores, which must descend.
+        width (`int`, *optional*): Maximum number of children of a node, where branches are scored; all candidates by
+            default.
         min_logprob (`float`): Minimum cumulative log-probability; the root's best child is exempt. In a batch, the
             tree with the most nodes above it sets the common size.
 
@@ -116,19 +122,19 @@ def build_tree(
     logprobs = [parent_branches.float()]
     sizes = [1]
     best_scores: list[list[float]] = [[] for _ in range(anchor_id.numel())]
-    floor = min_logprob if anchor_id.numel() == 1 else -math.inf  # in a batch, the size is known only at the end
+    floor = min_logprob if anchor_id.numel() == 1 else -math.inf  # trees of a batch get one size, at the end
     for depth in range(max_depth):
-        if scorer is None:
+        if score_branches is None:
             scores, parent_branches, columns = _best_pairs(
                 logprobs[-1], candidates.logprobs[..., depth, :], max_branches
             )
         else:
-            grid = logprobs[-1][..., None] + scorer(depth, parent_branches, tokens[-1])
+            grid = logprobs[-1][..., None] + score_branches(depth, parent_branches, tokens[-1])
             scores, parent_branches, columns = _best_children(grid, width, max_branches)
             # Early exit: drop branches that cannot enter the tree, which stays the same.
             if not must_not_wait(device):
                 num_in_reach = _count_reachable(scores, best_scores, max_branches, floor)
-                if not num_in_reach and depth:  # the best child of the root always is
+                if not num_in_reach and depth:  # the root's best child is exempt from the floor
                     break
                 scores, parent_branches, columns = (
                     part[..., : max(num_in_reach, 1)] for part in (scores, parent_branches, columns)
