@@ -1,13 +1,10 @@
 """What differs between releases of transformers, checked before anything else is imported."""
 
-import copyreg
 from dataclasses import fields
 from types import ModuleType
 from typing import Any
-from weakref import WeakSet
 
 import transformers
-from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
@@ -45,32 +42,3 @@ CACHE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutpu
 def class_of(module: ModuleType, name: str) -> Any:
     """A class of transformers; where this release has none of that name, one without instances."""
     return getattr(module, name, None) or type(name, (), {})
-
-
-# transformers captures hidden states by hooks that it installs at the first request and never removes. They are local
-# functions, which cannot be pickled.
-_CAPTURING_MODULE, _CAPTURING_FLAG = "transformers.utils.output_capturing", "_output_capturing_hooks_installed"
-_PICKLABLE: WeakSet[nn.Module] = WeakSet()
-
-
-def allow_pickling(model: nn.Module) -> None:
-    """Let pickled and copied models go without these hooks: transformers installs them again where they are needed."""
-    if model in _PICKLABLE:
-        return
-    for module in model.modules():
-        if _CAPTURING_FLAG in vars(module) or any(map(_captures, module._forward_hooks.values())):
-            copyreg.pickle(type(module), _reduce_without_capture)
-    _PICKLABLE.add(model)
-
-
-def _captures(hook: Any) -> bool:
-    return getattr(hook, "__module__", None) == _CAPTURING_MODULE
-
-
-def _reduce_without_capture(module: nn.Module) -> tuple[Any, ...]:
-    reduced: Any = module.__reduce_ex__(2)
-    rebuild, args, state, *rest = reduced
-    hooks = state["_forward_hooks"]
-    state = {name: value for name, value in state.items() if name != _CAPTURING_FLAG}
-    state["_forward_hooks"] = type(hooks)((key, hook) for key, hook in hooks.items() if not _captures(hook))
-    return rebuild, args, state, *rest

@@ -18,7 +18,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.pipelines import base as pipelines
 from transformers.utils import logging
 
-from ._compat import CACHE_NAME, allow_pickling
+from ._compat import CACHE_NAME
 from .decoding.batching import plain_batch_reason
 from .decoding.loop import decode
 from .errors import JetFlowError
@@ -26,6 +26,7 @@ from .head.configuration_jetflow import JetFlowConfig
 from .head.modeling_jetflow import JetFlowHead
 from .stats import GenerationStats
 from .target.attention import mask_dtype
+from .target.pickling import allow_pickling
 from .target.position_limits import border_reason
 
 
@@ -49,7 +50,7 @@ def enable() -> None:
         (GenerationMixin, "_validate_generation_mode", _validating, "`assistant_model` takes one prompt at a time"),
         (pipelines, "load_assistant_model", _loading, "pipelines take no draft head as `assistant_model`"),
     ):
-        if (owner, name) in _WRAPPERS:  # beneath a later patch, if it was ever taken out
+        if (owner, name) in _WRAPPERS:  # `disable` left it in place, under a third-party patch
             continue
         original = getattr(owner, name, None)
         if original is None:
@@ -168,7 +169,7 @@ def _checked_decode(
     try:
         return decode(model, head, input_ids, **kwargs)
     finally:
-        allow_pickling(model)
+        allow_pickling(model)  # the hooks with which transformers captured the taps stay with the model
 
 
 def check_unwrapped(assistant: Any) -> None:
@@ -213,7 +214,7 @@ def check_pairing(model: PreTrainedModel, head: JetFlowHead) -> None:
         f"; this head was made for {config.target_name or config.target_model_type or 'another target'}, load that one"
     )
     borrows, embedding_width = not (config.own_embedding and config.own_lm_head), _embedding_width(model)
-    if borrows and embedding_width != text.hidden_size == config.hidden_size:
+    if borrows and config.hidden_size == text.hidden_size and text.hidden_size != embedding_width:
         raise JetFlowError(
             f"the target's embeddings are {embedding_width} wide and its hidden states {text.hidden_size}, so this "
             "head cannot borrow them; load a head with embeddings of its own, or generate without `assistant_model`"
@@ -227,12 +228,12 @@ def check_pairing(model: PreTrainedModel, head: JetFlowHead) -> None:
         if of_head is not None and of_head != of_target:
             remedy = made_for
             if name == "vocabulary size":
-                undo = (
-                    f"head.config.vocab_size = {of_target}"
+                fix = (
+                    f"set `head.config.vocab_size = {of_target}`"
                     if borrows
-                    else f"target.resize_token_embeddings({of_head})"
+                    else f"call `target.resize_token_embeddings({of_head})`"
                 )
-                remedy += f" instead; or, if the embeddings of that target were resized, call `{undo}`"
+                remedy += f" instead; or, if the embeddings of that target were resized, {fix}"
             raise JetFlowError(
                 f"the head expects a target with {name} {of_head}, but this target has {of_target}{remedy}"
             )
@@ -269,18 +270,18 @@ def check_mode(generation_config: GenerationConfig) -> None:
     Raises:
         JetFlowError: Naming the setting and what to do.
     """
-    mode, given = generation_config.get_generation_mode(), []
+    mode, remedies = generation_config.get_generation_mode(), []
     if generation_config.num_beams is not None and generation_config.num_beams > 1:
-        given = ["set `num_beams=1`"]
+        remedies = ["set `num_beams=1`"]
     for name in OTHER_MODES:
         # Without `top_k`, or when sampling, `penalty_alpha` means nothing to plain decoding either.
         if getattr(generation_config, name, None) is not None and (name != "penalty_alpha" or "contrastive" in mode):
-            given.append(f"leave `{name}` unset")
-    if not given and mode not in ("greedy_search", "sample"):
-        given = [f"got {mode.value}"]
-    if given:
+            remedies.append(f"leave `{name}` unset")
+    if not remedies and mode not in ("greedy_search", "sample"):
+        remedies = [f"got {mode.value}"]
+    if remedies:
         raise JetFlowError(
-            f"draft heads work with greedy search and sampling only; {', '.join(given)}, or generate without "
+            f"draft heads work with greedy search and sampling only; {', '.join(remedies)}, or generate without "
             "`assistant_model`"
         )
 
@@ -298,7 +299,7 @@ def check_call(model: PreTrainedModel, generation_config: GenerationConfig, sync
         raise JetFlowError(f"draft heads need the target's cache; leave `use_cache` at True, or {without}")
     if synced_gpus:
         raise JetFlowError(f"draft heads do not decode in step with other processes (`synced_gpus`); {without}")
-    mask_dtype(model)
+    mask_dtype(model)  # refuses attention that takes no tree masks
 
 
 def check_processes(model: PreTrainedModel, head: JetFlowHead) -> None:

@@ -23,7 +23,8 @@ class GenerationStats:
     offered_by_depth: list[int] = field(default_factory=list)
     accepted_by_depth: list[int] = field(default_factory=list)
     rounds_by_nodes: dict[int, int] = field(default_factory=dict)  # rounds by nodes verified; 1 is a plain step
-    policy: dict[str, Any] = field(default_factory=dict)  # what `node_budget="auto"` chose by, see `AutoPolicy.report`
+    # See `AutoPolicy.report`; of a batch, at its last size. {"plain": reason} where the call was decoded plainly.
+    policy: dict[str, Any] = field(default_factory=dict)
     # Host seconds of "prefill" and of the rounds' "draft", "tree", "verify", "walk" and "commit". On an accelerator
     # the host runs ahead, and a step's time shows up where the host next waits.
     seconds_by_step: dict[str, float] = field(default_factory=dict)

@@ -78,7 +78,7 @@ def test_a_wrapped_head_is_refused_with_the_way_to_the_head(target, head):
 def test_a_target_with_resized_embeddings_is_told_how_to_go_on(target, random_head):
     target, head = copy.deepcopy(target), random_head(target)
     target.resize_token_embeddings(300)
-    with pytest.raises(ValueError, match=r"has 300.*resized, call `head.config.vocab_size = 300`"):
+    with pytest.raises(ValueError, match=r"has 300.*resized, set `head.config.vocab_size = 300`"):
         generate(target, head)
     head.config.vocab_size = 300
     assert generate(target, head).tolist() == generate(target).tolist()
@@ -236,8 +236,8 @@ def test_import_survives_a_release_in_which_a_wrapped_or_listed_name_is_gone():
         "LinearAttentionLayer", "LinearAttentionAndFullAttentionLayer", "DummyLayer", "DynamicSlidingWindowLayer",
         "StaticLayer")]
     import hf_jetflow
-    from hf_jetflow.decoding.batching import ROW_WISE
-    listed = {kind.__name__: sys.modules[kind.__module__] for kind in ROW_WISE}
+    from hf_jetflow.decoding.batching import PER_SEQUENCE
+    listed = {kind.__name__: sys.modules[kind.__module__] for kind in PER_SEQUENCE}
     gone += [(module, name) for name, module in listed.items()]
     for module, name in [pair for pair in gone if hasattr(*pair)]:  # early releases lack some of them
         hf_jetflow.disable()

@@ -7,7 +7,7 @@ from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.cache_utils import LinearAttentionAndSlidingWindowAttentionLayer
 
 from hf_jetflow import JetFlowConfig
-from hf_jetflow.head.cache import HeadCache
+from hf_jetflow.head.cache import GrowingHeadCache
 from hf_jetflow.target.adapters import AdapterNames
 from hf_jetflow.target.caches import check_target_cache, commit_path
 from hf_jetflow.target.context import Context
@@ -28,7 +28,7 @@ def rows(start: int, stop: int, layer: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("num_rounds", [1, 2, 40])
 def test_the_head_s_cache_returns_every_context_row_and_the_newest_block(num_rounds):
-    cache = HeadCache(1)
+    cache = GrowingHeadCache(1)
     length = 0
     for _ in range(num_rounds):  # 40 rounds of 9 rows outgrow the first buffer twice
         keys = torch.cat([rows(length, length + 9), rows(-4, 0)], dim=2)
@@ -40,26 +40,26 @@ def test_the_head_s_cache_returns_every_context_row_and_the_newest_block(num_rou
 
 
 def test_block_rows_are_overwritten_by_the_next_round():
-    cache = HeadCache(1)
+    cache = GrowingHeadCache(1)
     cache.extend(0, torch.cat([rows(0, 3), rows(50, 54)], dim=2), rows(0, 7), num_context=3)
     keys, _ = cache.extend(0, torch.cat([rows(3, 4), rows(60, 64)], dim=2), rows(0, 5), num_context=1)
     assert torch.equal(keys, torch.cat([rows(0, 4), rows(60, 64)], dim=2))
 
 
 def test_a_round_without_new_context_keeps_what_is_there():
-    cache = HeadCache(1)
+    cache = GrowingHeadCache(1)
     cache.extend(0, rows(0, 5), rows(0, 5), num_context=3)
     keys, _ = cache.extend(0, rows(60, 62), rows(60, 62), num_context=0)
     assert torch.equal(keys, torch.cat([rows(0, 3), rows(60, 62)], dim=2))
 
 
 def test_a_context_longer_than_the_first_buffer_fits_at_once():
-    keys, _ = HeadCache(1).extend(0, rows(0, 700), rows(0, 700), num_context=700)
+    keys, _ = GrowingHeadCache(1).extend(0, rows(0, 700), rows(0, 700), num_context=700)
     assert torch.equal(keys, rows(0, 700))
 
 
 def test_layers_are_extended_one_after_another_without_mixing():
-    cache = HeadCache(3)
+    cache = GrowingHeadCache(3)
     for length in (0, 300, 600):
         for layer in range(3):
             keys, _ = cache.extend(layer, rows(length, length + 300, layer), rows(0, 300), num_context=300)
@@ -67,7 +67,7 @@ def test_layers_are_extended_one_after_another_without_mixing():
 
 
 def test_positions_of_the_context_accumulate():
-    cache = HeadCache(1)
+    cache = GrowingHeadCache(1)
     assert cache.extend_positions(torch.tensor([[2, 3]])).tolist() == [[2, 3]]
     assert cache.extend_positions(torch.tensor([[7]])).tolist() == [[2, 3, 7]]
 

@@ -14,7 +14,7 @@ from transformers import DynamicCache, StoppingCriteria
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from hf_jetflow._compat import CACHE_NAME
-from hf_jetflow.target import mixer_adapters, mixer_plans
+from hf_jetflow.target import mixer_layers, mixer_plans
 from hf_jetflow.target.layer_kinds import takes_trees
 from hf_jetflow.target.recurrent import RecurrentStates
 
@@ -224,14 +224,14 @@ def test_a_round_writes_states_once_and_in_place(name, monkeypatch):
         states = [*mixer.states.conv_states.values(), *mixer.states.recurrent_states.values()]
         return [(id(state), state._version) for state in states if state is not None]
 
-    advance = mixer_adapters.TreeMixer.advance
+    advance = mixer_layers.TreeMixer.advance
 
     def watched(self, paths):
         before = states_of(self)
         advance(self, paths)
         written.append((self, before, states_of(self)))
 
-    monkeypatch.setattr(mixer_adapters.TreeMixer, "advance", watched)
+    monkeypatch.setattr(mixer_layers.TreeMixer, "advance", watched)
     monkeypatch.setattr(RecurrentStates, "copy", None)
     head = build_noisy(target, plain)
     head.record_trees = True

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel
 
 from hf_jetflow import JetFlowConfig, JetFlowHead
-from hf_jetflow.head.cache import HeadCache
+from hf_jetflow.head.cache import GrowingHeadCache
 from hf_jetflow.head.masks import visibility
 
 
@@ -154,7 +154,7 @@ def test_visibility_equals_its_definition(is_causal, window):
     ids=["causal", "bidirectional", "sliding", "eager"],
 )
 def test_cached_rounds_equal_uncached_ones(settings):
-    head, cache = tiny_head(**settings), HeadCache(2)
+    head, cache = tiny_head(**settings), GrowingHeadCache(2)
     whole = block_inputs(300)["features"]
     length = 0
     for num_new in (5, 3, 1, 4, 260, 1):  # outgrows the cache's first buffer

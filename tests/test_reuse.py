@@ -12,7 +12,7 @@ from reference import assert_same_text
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from hf_jetflow import JetFlowCandidateGenerator
-from hf_jetflow.decoding.reuse import CacheMarks, recall
+from hf_jetflow.decoding.reuse import CacheMarks, stored_context
 from hf_jetflow.target.growing_cache import GrowingLayer
 
 
@@ -38,7 +38,7 @@ def follow_up(text, seed=9, length=7):
 
 def known_positions(cache, head):
     """Positions of the tokens that a call which goes on from the cache need not show to the head again."""
-    context = recall(cache, head)
+    context = stored_context(cache, head)
     return [] if context is None else context.position_ids[0].tolist() + context.feature_position_ids[0].tolist()
 
 
@@ -291,14 +291,14 @@ def test_a_cache_repeated_for_a_batch_is_not_taken_for_one_sequence(tiny_target,
     head = random_head(target)
     _, cache = ask(target, prompt, head)
     cache.batch_repeat_interleave(2)
-    assert recall(cache, head) is None
+    assert stored_context(cache, head) is None
 
 
 def test_head_and_cache_do_not_keep_each_other_alive(tiny_target, random_head, prompt):
     target = tiny_target("llama")
     head = random_head(target)
     _, cache = ask(target, prompt, head)
-    context = weakref.ref(recall(cache, head).layers[0][0].untyped_storage())
+    context = weakref.ref(stored_context(cache, head).layers[0][0].untyped_storage())
     is_head_alive = weakref.ref(head)
     del head
     gc.collect()

@@ -184,7 +184,7 @@ def test_what_a_head_is_asked_to_remember_is_not_overwritten_by_its_next_call(sh
     head.generation_config.node_budget = 8
     settings = dict(compile_config=config, max_cache_len=128, return_dict_in_generate=True)
     first = generate(target, prompt, head, max_new_tokens=15, **settings)
-    stored = first.past_key_values._jetflow_memory.context
+    stored = first.past_key_values._jetflow_context.context
     before = [rows.clone() for layer in stored.layers for rows in layer]
     generate(target, other, head, **settings)
     for rows, known in zip((rows for layer in stored.layers for rows in layer), before, strict=True):

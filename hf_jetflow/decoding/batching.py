@@ -20,7 +20,7 @@ from ..target.layer_kinds import is_recurrent, scaling_step, takes_trees
 
 
 # Processors and criteria that look at one sequence at a time and remember nothing.
-ROW_WISE = {
+PER_SEQUENCE = {
     *(
         class_of(logits_process, name)
         for name in (
@@ -53,7 +53,7 @@ ROW_WISE = {
     ),
     *(class_of(stopping_criteria, name) for name in ("MaxTimeCriteria", "StopStringCriteria")),
 }
-# Row-wise processors that look at the scores alone, and whose code makes no host wait for a device.
+# Those of them that look at the scores alone, and whose code makes no host wait for a device.
 TEXT_BLIND = {
     class_of(logits_process, name)
     for name in (
@@ -71,8 +71,9 @@ RECORDED = ("output_scores", "output_logits", "output_hidden_states", "output_at
 
 
 def is_row_wise(part: object) -> bool:
-    """Whether a processor or criterion looks at one sequence at a time and remembers nothing."""
-    return type(part) in ROW_WISE or bool(getattr(part, "is_row_wise", False))
+    """Whether a processor or criterion looks at one sequence at a time and remembers nothing; callers say so of their
+    own by an attribute of this name."""
+    return type(part) in PER_SEQUENCE or bool(getattr(part, "is_row_wise", False))
 
 
 def plain_batch_reason(

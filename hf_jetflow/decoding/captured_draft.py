@@ -4,6 +4,7 @@
 the functions that draft on any device; `transfer.must_not_wait` says which variant of them.
 """
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -26,8 +27,19 @@ class CapturedDraft:
 
     tree: DraftTree
 
-    def best_tree(self, node_budget: int, *_: object) -> DraftTree:
-        """The tree, cut to the node budget; its depth, width and n-gram levels are the generation's limits."""
+    def best_tree(
+        self,
+        node_budget: int,
+        width: int | None = None,
+        min_logprob: float = -math.inf,
+        max_continued: int = 0,
+    ) -> DraftTree:
+        """
+        The tree, cut to the node budget.
+
+        One graph drafts within the limits of all rounds. This round's other limits would save no work by then, and a
+        node beyond them costs a row, never a token: the walk ends where the text does.
+        """
         return self.tree if self.tree.num_nodes <= node_budget else trim_tree(self.tree, node_budget)
 
 

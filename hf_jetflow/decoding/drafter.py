@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import pad
 from transformers.generation.candidate_generator import CandidateGenerator
 
-from ..head.cache import UNSEEN_POSITION, HeadCache, StaticHeadCache
+from ..head.cache import UNSEEN_POSITION, GrowingHeadCache, HeadCache, StaticHeadCache
 from ..head.modeling_jetflow import JetFlowHead
 from ..target.context import Context, TargetStates
 from ..target.target import Target
@@ -26,7 +26,8 @@ class JetFlowCandidateGenerator(CandidateGenerator):
     """
     Drafts with a head for one generation of one sequence or a batch of them.
 
-    Call `observe` with the target's states whenever tokens were committed, then `propose` to draft behind them.
+    Call `observe` with the target's states whenever tokens were committed, then draft behind them. The loop calls
+    `draft`; `get_candidates` serves code that knows transformers' candidate generators.
 
     Args:
         head ([`JetFlowHead`]): The draft head.
@@ -46,7 +47,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         self.target = target
         self._context = context
         self._max_path_rows = head.config.block_size + MAX_CONTINUED  # a captured draft reads as many states
-        self._cache: HeadCache | StaticHeadCache = HeadCache(head.config.num_hidden_layers)
+        self._cache: GrowingHeadCache | StaticHeadCache = GrowingHeadCache(head.config.num_hidden_layers)
         if context is not None and context.strategy.capacity is not None:
             self._cache = static_cache(head, context.strategy.capacity + self._max_path_rows, context.is_compiled)
         self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # features and positions the head has not read
@@ -74,7 +75,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             (features[index.to(features.device)], position_ids[index.to(position_ids.device)])
             for features, position_ids in self._pending
         ]
-        if isinstance(self._cache, HeadCache):
+        if isinstance(self._cache, GrowingHeadCache):
             self._cache.select_sequences(index)
 
     def close(self) -> None:
@@ -112,8 +113,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         features, context_position_ids = self._take_pending()
         with self.ranker.weights.in_use():
             rows = self.read_block(anchor_ids, positions, features, context_position_ids, self._cache, max_depth)
-            if isinstance(self._cache, StaticHeadCache):
-                self._cache.count_rows(features.shape[1])
+            self._cache.count_rows(features.shape[1])
             return self.ranker.rank(rows, newest_ids, width)
 
     @torch.no_grad()
@@ -163,7 +163,6 @@ class JetFlowCandidateGenerator(CandidateGenerator):
 
     def _read_ahead(self, anchors: tuple[torch.Tensor, ...], features: torch.Tensor, positions: torch.Tensor) -> None:
         """Cache context rows of any number, and check once per call that the head's numbers are finite."""
-        assert isinstance(self._cache, StaticHeadCache)
         with self.ranker.weights.in_use():
             rows = self.read_block(anchors[0], anchors[1], features, positions, self._cache, 1)
         self._cache.count_rows(features.shape[1])
@@ -172,7 +171,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
     def _take_pending(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Features (batch, seq, taps x target_hidden) and positions (batch, seq) that the head has not read."""
         features, position_ids = (torch.cat(parts, dim=1) for parts in zip(*self._pending, strict=True))
-        self._pending = [(features[:, :0], position_ids[:, :0])]
+        self._pending = [(features[:, :0], position_ids[:, :0])]  # shapes and devices for a round without new states
         return features, position_ids
 
     def read_block(
@@ -181,7 +180,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         positions: torch.Tensor,
         features: torch.Tensor,
         context_position_ids: torch.Tensor,
-        cache: HeadCache | StaticHeadCache,
+        cache: HeadCache,
         max_depth: int,
     ) -> torch.Tensor:
         """
@@ -194,7 +193,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         """
         head = self.head
         first = 0 if head.config.anchor_predicts else 1  # row that drafts depth 1
-        may_be_short = head.config.blocks_can_be_cut and isinstance(cache, HeadCache)
+        may_be_short = head.config.blocks_can_be_cut and isinstance(cache, GrowingHeadCache)
         offsets = self._row_offsets[None, : first + max_depth if may_be_short else head.config.num_rows]
         embeds = self.embed_block(anchor_ids.expand(-1, offsets.shape[1]), (offsets == 0).to(anchor_ids.device))
         return head(

@@ -20,7 +20,7 @@ from .batching import split_criteria, stops_each
 
 class Emitter:
     """
-    Commits tokens one by one, exactly as plain decoding would see them.
+    Commits tokens to the text one by one, and hands them on, exactly as plain decoding would.
 
     A stopping criterion may look at the whole batch, and may remember earlier calls. So it is called as in plain
     decoding: once for each step that every sequence has reached, with all sequences up to that step. Sequences that
@@ -54,7 +54,7 @@ class Emitter:
         # New tokens stay on the host until the ids are asked for: one copy takes all of a round along.
         self._new_ids: list[list[int]] = [[] for _ in range(batch)]
         self._num_written = [0] * batch
-        self._pad_token_id = pad_token_id or 0  # `generate` sees to one where sequences can end before others
+        self._pad_token_id = pad_token_id or 0  # `generate` sets one wherever a sequence can end before others
         # Padding lies behind each sequence; new tokens are int64.
         self._ids = grown(input_ids.long(), self._prompt_length, dim=1, fill=self._pad_token_id)
         self._streamer = streamer
@@ -74,11 +74,10 @@ class Emitter:
 
     def committed_ids(self, sequence: int = 0) -> torch.Tensor:
         """All ids of a sequence so far, (1, seq): a view that later tokens do not change."""
-        return self._written_ids[sequence : sequence + 1, : self._lengths[sequence]]
+        return self._write_new_ids()[sequence : sequence + 1, : self._lengths[sequence]]
 
-    @property
-    def _written_ids(self) -> torch.Tensor:
-        """Ids of all sequences, (batch, at least seq), the new tokens included."""
+    def _write_new_ids(self) -> torch.Tensor:
+        """Write the tokens that are on the host only; returns the ids of all sequences, (batch, at least seq)."""
         if (width := self._ids.shape[1]) < self.length:
             self._ids = grown(self._ids, self.length, dim=1, fill=self._pad_token_id)
             width = self._ids.shape[1]
@@ -104,7 +103,7 @@ class Emitter:
             for values in (range(len(self._lengths)), self._lengths, self._num_padding)
         )
         newest = torch.arange(-min(int((lengths - starts).max()), MAX_SEARCHED), 0, device="cpu")
-        ids = self._written_ids
+        ids = self._write_new_ids()
         sequences, starts, columns = to_device(
             torch.cat([sequences, starts, lengths + newest], dim=1), ids.device
         ).split([1, 1, len(newest)], dim=1)
@@ -141,7 +140,7 @@ class Emitter:
         """Ask the criteria of the batch about every step that all sequences have reached, in order."""
         while self._num_checked < self._num_reached:
             self._num_checked = end = self._num_checked + 1
-            self._stopped |= _stopped_by(self._batch_criteria, self._written_ids[:, :end].contiguous(), scores)
+            self._stopped |= _stopped_by(self._batch_criteria, self._write_new_ids()[:, :end].contiguous(), scores)
             if not self._stops_each and len(self._stopped) < len(self._lengths):
                 continue
             for sequence in self._stopped:
@@ -183,12 +182,12 @@ class Emitter:
 
     @property
     def lengths(self) -> list[int]:
-        """Of each sequence, prompt included."""
+        """Tokens of each sequence, prompt included."""
         return list(self._lengths)
 
     @property
     def length(self) -> int:
-        """Of the longest sequence, prompt included."""
+        """Tokens of the longest sequence, prompt included."""
         return max(self._lengths)
 
     def rest_ids(self) -> torch.Tensor:
@@ -230,7 +229,7 @@ class Emitter:
         """End the stream and assemble what `generate` returns."""
         if self._streamer is not None:
             self._streamer.end()
-        sequences = self._written_ids[:, : self.length].clone()
+        sequences = self._write_new_ids()[:, : self.length].clone()
         if not wants["return_dict_in_generate"]:
             return sequences
         return GenerateDecoderOnlyOutput(

@@ -79,19 +79,19 @@ def chain_limits(limits: TreeLimits) -> TreeLimits:
     return TreeLimits(min(limits.node_budget, limits.max_depth + 1), limits.max_depth, width=1)
 
 
-def plan_round(limits: TreeLimits, num_remaining: int | None, max_nodes: int | None = None) -> TreeLimits:
+def plan_round(limits: TreeLimits, max_yield: int | None, max_nodes: int | None = None) -> TreeLimits:
     """
     The limits of the next round's tree, within those of the generation.
 
     Args:
-        num_remaining (`int`, *optional*): Tokens that it may yield, the bonus token included.
-        max_nodes (`int`, *optional*): Nodes that the cache has room for.
+        max_yield (`int`, *optional*): Tokens that the round may yield, the bonus token included.
+        max_nodes (`int`, *optional*): Nodes that the target can verify.
     """
     node_budget = limits.node_budget if max_nodes is None else min(limits.node_budget, max_nodes)
     max_depth, max_continued = min(limits.max_depth, node_budget - 1), limits.max_continued
-    if num_remaining is not None:
-        max_depth = min(max_depth, num_remaining - 1)
-        max_continued = min(max_continued, num_remaining - 1 - max_depth)
+    if max_yield is not None:
+        max_depth = min(max_depth, max_yield - 1)
+        max_continued = min(max_continued, max_yield - 1 - max_depth)
     width = min(limits.width, max(node_budget - 1, 1))
     return TreeLimits(node_budget, max_depth, width, limits.min_logprob, max_continued)
 
@@ -101,7 +101,7 @@ class Policy(Protocol):
 
     limits: TreeLimits  # of the trees of all rounds
 
-    def plan(self, num_remaining: int | None, max_nodes: int | None = None) -> TreeLimits:
+    def plan(self, max_yield: int | None, max_nodes: int | None = None) -> TreeLimits:
         """The limits of the next round's tree; see `plan_round`."""
 
     def trim(self, tree: DraftTree) -> DraftTree:
@@ -120,8 +120,8 @@ class FixedPolicy:
     def __init__(self, limits: TreeLimits):
         self.limits = limits
 
-    def plan(self, num_remaining: int | None, max_nodes: int | None = None) -> TreeLimits:
-        return plan_round(self.limits, num_remaining, max_nodes)
+    def plan(self, max_yield: int | None, max_nodes: int | None = None) -> TreeLimits:
+        return plan_round(self.limits, max_yield, max_nodes)
 
     def trim(self, tree: DraftTree) -> DraftTree:
         return tree
@@ -134,7 +134,7 @@ class FixedPolicy:
 
 
 @dataclass
-class _Round:
+class _OpenRound:
     """The round between its plan and its record."""
 
     start: float = 0.0
@@ -162,17 +162,17 @@ class AutoPolicy:
         self._weight = EVIDENCE if costs.num_drafted else 0.0
         self._tokens, self._seconds = self._weight * costs.tokens, self._weight * costs.drafted_seconds
         self._num_planned = 0
-        self._round = _Round()
+        self._round = _OpenRound()
 
-    def plan(self, num_remaining: int | None, max_nodes: int | None = None) -> TreeLimits:
+    def plan(self, max_yield: int | None, max_nodes: int | None = None) -> TreeLimits:
         start, costs = time.perf_counter(), self._costs
         untried = costs.untried(min(self._full_tree_size, max_nodes or self._full_tree_size))
         is_trial, is_refresh = untried is not None, costs.num_drafted % REFRESH_EVERY == 0
-        self._round = _Round(start, start, is_trial, is_refresh)
+        self._round = _OpenRound(start, start, is_trial, is_refresh)
         self._num_planned += 1
         min_logprob = -math.inf if is_trial or is_refresh else self._min_logprob()
         limits = replace(self.limits, node_budget=untried or self._choose(), min_logprob=min_logprob)
-        return plan_round(limits, num_remaining, max_nodes)
+        return plan_round(limits, max_yield, max_nodes)
 
     def _min_logprob(self) -> float:
         """Minimum log-probability of a node that can repay its verification."""

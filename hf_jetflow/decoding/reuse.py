@@ -13,11 +13,11 @@ import torch
 from torch.nn.functional import pad
 from transformers import Cache
 
-from ..head.cache import HeadCache, StaticHeadCache
+from ..head.cache import HeadCache
 from ..head.modeling_jetflow import JetFlowHead
 
 
-ATTRIBUTE = "_jetflow_memory"  # of the target's cache
+ATTRIBUTE = "_jetflow_context"  # of the target's cache
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class HeadContext:
             feature_position_ids=self.feature_position_ids[:, :unread],
         )
 
-    def load(self, cache: HeadCache | StaticHeadCache, num_block_rows: int) -> None:
+    def load(self, cache: HeadCache, num_block_rows: int) -> None:
         """Copy the rows that were read into an empty cache for blocks of `num_block_rows` rows."""
         num_rows = self.position_ids.shape[1]
         if num_rows == 0:
@@ -54,8 +54,7 @@ class HeadContext:
         for index, states in enumerate(self.layers):
             keys, values = (pad(rows, (0, 0, 0, num_block_rows)) for rows in states)
             cache.extend(index, keys, values, num_rows)
-        if isinstance(cache, StaticHeadCache):
-            cache.count_rows(num_rows)
+        cache.count_rows(num_rows)
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class CacheMarks:
 
 
 @dataclass(frozen=True)
-class _Memory:
+class _Stored:
     """What is stored with a cache."""
 
     head: "weakref.ref[JetFlowHead]"
@@ -103,29 +102,29 @@ class _Memory:
     marks: CacheMarks
     context: HeadContext
 
-    def __deepcopy__(self, _memo: dict[int, Any]) -> "_Memory":
+    def __deepcopy__(self, _memo: dict[int, Any]) -> "_Stored":
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # is not pickled with its cache
 
 
-def remember(cache: Cache, head: JetFlowHead, head_context: Callable[[], HeadContext]) -> None:
+def store_context(cache: Cache, head: JetFlowHead, head_context: Callable[[], HeadContext]) -> None:
     """Store with the target's cache what the head was shown of its tokens; for one sequence, not for a batch."""
     marks = CacheMarks.of(cache)
     if marks is not None and len(marks.numbers) == 1:
-        memory = _Memory(weakref.ref(head), head.dtype, head.device, marks, head_context())
-        setattr(cache, ATTRIBUTE, memory)
+        stored = _Stored(weakref.ref(head), head.dtype, head.device, marks, head_context())
+        setattr(cache, ATTRIBUTE, stored)
 
 
-def recall(cache: Cache | None, head: JetFlowHead) -> HeadContext | None:
+def stored_context(cache: Cache | None, head: JetFlowHead) -> HeadContext | None:
     """What the head was shown of the tokens that the cache holds now; `None` if nothing of them."""
-    memory: _Memory | None = getattr(cache, ATTRIBUTE, None)
-    if memory is None or memory.head() is not head or (memory.dtype, memory.device) != (head.dtype, head.device):
+    stored: _Stored | None = getattr(cache, ATTRIBUTE, None)
+    if stored is None or stored.head() is not head or (stored.dtype, stored.device) != (head.dtype, head.device):
         return None
     assert cache is not None
     marks = CacheMarks.of(cache)
-    num_common = 0 if marks is None else memory.marks.num_common(marks)
+    num_common = 0 if marks is None else stored.marks.num_common(marks)
     if num_common == 0:
         return None
-    return memory.context.before(memory.context.end - (memory.marks.num_cached - num_common))
+    return stored.context.before(stored.context.end - (stored.marks.num_cached - num_common))

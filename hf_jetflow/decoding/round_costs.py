@@ -82,7 +82,7 @@ class RoundCosts:
         return self.slowdown * self.normalized_seconds(num_nodes)
 
     def normalized_seconds(self, num_nodes: int) -> float:
-        """The same at slowdown 1: from the size's own timings, or interpolated between its neighbors."""
+        """Predicted time at slowdown 1: from the size's own timings, or interpolated between its neighbors."""
         known = self.by_nodes()
         above = next((i for i, (nodes, _) in enumerate(known) if nodes >= num_nodes), len(known) - 1)
         (low, low_seconds), (high, high_seconds) = known[max(above - 1, 0)], known[max(above, 1)]

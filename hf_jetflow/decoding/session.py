@@ -28,25 +28,19 @@ from ..target.target import Target
 from ..transfer import to_device
 from ..trees.tree import DraftTree, chain_of
 from ..trees.walk import Chooser, walk_trees
-from .batching import TEXT_BLIND, sequence_processors
+from .batching import RECORDED, TEXT_BLIND, sequence_processors
 from .captured_draft import CapturedDraft
 from .drafter import JetFlowCandidateGenerator
 from .emitter import Emitter
 from .noise import Noise, SequenceNoise
 from .policy import Policy, TreeLimits, choose_policy
 from .ranking import Draft
-from .reuse import recall, remember
+from .reuse import store_context, stored_context
 from .tree_log import Round, TreeLog
 
 
 REST_CHUNK = 16  # tokens of finished sequences that are fed at a time, where the caller gets the cache of a batch
-OUTPUT_FLAGS = (
-    "return_dict_in_generate",
-    "output_scores",
-    "output_logits",
-    "output_hidden_states",
-    "output_attentions",
-)
+OUTPUT_FLAGS = ("return_dict_in_generate", *RECORDED)
 Step = TypeVar("Step", bound=Callable[..., Any])
 
 
@@ -63,7 +57,7 @@ class Call:
 
 
 def _step(name: str) -> Callable[[Step], Step]:
-    """Adds the host time of a method to the statistics of its session, as the time of the step `name`."""
+    """Add the host time of a method to the statistics of its session, as the time of the step `name`."""
 
     def wrap(method: Step) -> Step:
         @functools.wraps(method)
@@ -81,7 +75,8 @@ def _step(name: str) -> Callable[[Step], Step]:
 
 class DecodingSession:
     """
-    Owns what one `generate` call with a head needs from round to round. Creating it reads the prompt.
+    Owns what one `generate` call with a head needs from round to round. Creating it reads the prompt and emits the
+    first token.
 
     Args:
         model (`PreTrainedModel`): The target.
@@ -113,8 +108,9 @@ class DecodingSession:
 
     @_step("prefill")
     def _read_text(self, input_ids: torch.Tensor, model_kwargs: dict[str, Any], is_prompt: bool = True) -> None:
+        """Prefill the target with the text, show its states to a new drafter, and emit the next token."""
         cache = model_kwargs.get(CACHE_NAME)
-        past = recall(cache, self._head)
+        past = stored_context(cache, self._head)
         self._context, states = self._target.prefill(
             input_ids, self._call.generation_config, model_kwargs, self._slots, is_prompt
         )
@@ -125,11 +121,15 @@ class DecodingSession:
             past = None
         self._drafter = JetFlowCandidateGenerator(self._head, self._target, self._context, past)
         self._drafter.observe(states)
+        self._emit_next(states)
+        if not self.is_finished:
+            self._context.strategy.open()
+
+    def _emit_next(self, states: TargetStates) -> None:
+        """Choose and emit the token behind the text of every sequence."""
         for sequence, chooser in enumerate(self._choosers):
             token = chooser.choose(states.logits[sequence], self._emitter.committed_ids(sequence))
             self._emitter.push(sequence, token, chooser.scores)
-        if not self.is_finished:
-            self._context.strategy.open()
 
     @property
     def needs_fresh_cache(self) -> bool:
@@ -204,7 +204,9 @@ class DecodingSession:
     @_step("walk")
     def walk(self, tree: DraftTree, states: TargetStates) -> list[list[int]]:
         """
-        Follow the target's own choices and emit them; returns the paths.
+        Follow the target's own choices and emit them: the caller has them before `commit` compacts the cache.
+
+        Returns the paths.
 
         On an error, such as a closed streamer, the nodes are rolled back. A later call can reuse the cache.
         """
@@ -243,7 +245,7 @@ class DecodingSession:
         if self._wants["return_dict_in_generate"] or getattr(cache, "_is_user_defined", False):
             self._read_rest()
             self._context.strategy.settle(self._num_cached(self._emitter.length))
-            remember(cache, self._head, self._drafter.head_context)
+            store_context(cache, self._head, self._drafter.head_context)
         self._drafter.close()
         return self._emitter.finish(cache, self._wants, self._choosers[0])
 
@@ -259,7 +261,7 @@ class DecodingSession:
         """Feed the tokens that plain decoding would still feed for finished sequences."""
         slots, rest_ids = self._slots, self._emitter.rest_ids()
         slots.cut([self._num_cached(length) for length in self._emitter.lengths])
-        slots.recall()
+        slots.reactivate()
         num_missing = slots.lengths.max() - slots.lengths
         for start in range(0, rest_ids.shape[1], REST_CHUNK):
             chain = chain_of(rest_ids[slots.order, start : start + REST_CHUNK])
@@ -273,25 +275,17 @@ class DecodingSession:
 
 def make_choosers(call: Call, wants: dict[str, Any], noise: Noise) -> list[Chooser]:
     """One chooser for each sequence; those of a batch share the noise."""
-    do_sample, batch = call.generation_config.do_sample, len(call.input_ids)
+    batch, is_recorded = len(call.input_ids), wants["return_dict_in_generate"]
     is_text_blind = all(type(processor) in TEXT_BLIND for processor in call.logits_processor)
-    if batch == 1:
-        is_recorded = wants["return_dict_in_generate"]
-        chooser = Chooser(
-            call.logits_processor,
-            do_sample,
-            keep_scores=is_recorded and wants["output_scores"],
-            keep_logits=is_recorded and wants["output_logits"],
-            # Other processors may draw random numbers themselves.
-            noise=SequenceNoise(noise, 0) if is_text_blind else None,
-            is_text_blind=is_text_blind,
-        )
-        return [chooser]
+    # One sequence may come with any processor, and some draw random numbers themselves; those of batches do not.
+    is_noise_ours = batch > 1 or is_text_blind
     return [
         Chooser(
-            sequence_processors(call.logits_processor, i),
-            do_sample,
-            noise=SequenceNoise(noise, i),
+            sequence_processors(call.logits_processor, i) if batch > 1 else call.logits_processor,
+            call.generation_config.do_sample,
+            keep_scores=is_recorded and wants["output_scores"],
+            keep_logits=is_recorded and wants["output_logits"],
+            noise=SequenceNoise(noise, i) if is_noise_ours else None,
             is_text_blind=is_text_blind,
         )
         for i in range(batch)

@@ -1,5 +1,7 @@
 """Context caches of the head: keys and values of what it was shown, growing or of fixed size."""
 
+from typing import Protocol
+
 import torch
 
 from ..buffers import grown
@@ -8,7 +10,25 @@ from ..buffers import grown
 UNSEEN_POSITION = torch.iinfo(torch.int32).max  # of padding among context rows: no block row sees past its anchor
 
 
-class HeadCache:
+class HeadCache(Protocol):
+    """What the head's forward asks of its cache. It stores context rows; block rows follow them for one forward."""
+
+    def extend(
+        self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor, num_context: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append a layer's rows (batch, heads, rows, dim), of which the first `num_context` stay; returns all rows."""
+
+    def extend_positions(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """Append positions (batch, rows) of new context rows; returns those of all context rows."""
+
+    def count_rows(self, num_rows: int) -> None:
+        """Count the first `num_rows` new context rows of a forward, when it is over; others were padding."""
+
+    def context_rows(self) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor | None]:
+        """Keys and values (batch, heads, rows, dim) of the context in each layer, and positions (batch, rows)."""
+
+
+class GrowingHeadCache:
     """
     Keys and values of the context rows, per head layer, in buffers with spare capacity.
 
@@ -25,7 +45,6 @@ class HeadCache:
     def extend(
         self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor, num_context: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append rows (batch, heads, rows, dim), of which the first `num_context` stay; returns all rows."""
         start = self._lengths[layer_idx]
         end = start + keys.shape[2]
         for store, rows in ((self._keys, keys), (self._values, values)):
@@ -37,10 +56,12 @@ class HeadCache:
         return self._keys[layer_idx][:, :, :end], self._values[layer_idx][:, :, :end]  # type: ignore[index]
 
     def extend_positions(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """Append positions (batch, rows) of new context rows; returns the positions of all context rows."""
         known = self._position_ids
         self._position_ids = position_ids if known is None else torch.cat([known, position_ids], dim=1)
         return self._position_ids
+
+    def count_rows(self, num_rows: int) -> None:
+        """Nothing to do: without padding, the rows are counted as they come."""
 
     def select_sequences(self, index: torch.Tensor) -> None:
         """Keep only these sequences of the batch, in this order."""
@@ -50,7 +71,6 @@ class HeadCache:
             self._values = [None if values is None else values[index] for values in self._values]
 
     def context_rows(self) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor | None]:
-        """Keys and values (batch, heads, rows, dim) of the context in each layer, and positions (batch, rows)."""
         if self._position_ids is None:
             return [], None
         stores = zip(self._keys, self._values, self._lengths, strict=True)
@@ -60,7 +80,7 @@ class HeadCache:
 class StaticHeadCache:
     """
     Keys and values of the context rows in buffers of fixed size, for forwards of one shape: context rows first, the
-    block behind the last slot.
+    block behind the last of them.
 
     Padding among the context rows is written, too; `count_rows` leaves it out, and the next forward overwrites it.
 
@@ -74,7 +94,7 @@ class StaticHeadCache:
         self.is_empty = True  # nothing was written yet
         self._layers: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_layers
         self._length = torch.zeros((), dtype=torch.long, device="cpu")
-        self._position_ids: torch.Tensor | None = None  # (batch, capacity); beyond every anchor in empty slots
+        self._position_ids: torch.Tensor | None = None  # (batch, capacity); beyond all anchors where empty
 
     def reset(self) -> None:
         """Empty the buffers, which stay where they are: compiled graphs hold on to them."""
@@ -96,21 +116,21 @@ class StaticHeadCache:
             self._layers[layer_idx] = (_static(keys.new_zeros(shape)), _static(keys.new_zeros(shape)))
         buffers = self._layers[layer_idx]
         assert buffers is not None
-        slots = torch.arange(num_context, device=keys.device) + self._length
+        indices = torch.arange(num_context, device=keys.device) + self._length
         for buffer, rows_of in zip(buffers, (keys, values), strict=True):
-            buffer.index_copy_(2, slots, rows_of[:, :, :num_context])
+            buffer.index_copy_(2, indices, rows_of[:, :, :num_context])
             buffer[:, :, self.capacity :] = rows_of[:, :, num_context:]
         return buffers
 
     def extend_positions(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """Write positions (batch, rows) of new context rows; returns the positions of all slots."""
+        """Write positions (batch, rows) of new context rows; returns the positions of the full buffers."""
         if self._position_ids is None:
             shape, device = (len(position_ids), self.capacity), position_ids.device
             self._position_ids = _static(torch.full(shape, torch.iinfo(torch.long).max, device=device))
             self._length = _static(torch.zeros((), dtype=torch.long, device=device))
         self.is_empty = False
-        slots = torch.arange(position_ids.shape[1], device=position_ids.device) + self._length
-        return self._position_ids.index_copy_(1, slots, position_ids)
+        indices = torch.arange(position_ids.shape[1], device=position_ids.device) + self._length
+        return self._position_ids.index_copy_(1, indices, position_ids)
 
     def context_rows(self) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor | None]:
         """Copies of keys and values (batch, heads, rows, dim) of the context in each layer, and of positions (batch,

@@ -1,7 +1,6 @@
 """The layers of the head's body: attention over context and block, SwiGLU, and the convolutions of some layouts."""
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -10,18 +9,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, eager_attention_forward, rotate_half
 
+from .cache import HeadCache
 from .configuration_jetflow import JetFlowConfig
 from .linear import DraftLinear
-
-
-class HeadCacheLike(Protocol):
-    """The interface of the head's cache. It stores context rows; block rows follow them for one forward only."""
-
-    def extend(
-        self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor, num_context: int
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
-
-    def extend_positions(self, position_ids: torch.Tensor) -> torch.Tensor: ...
 
 
 class JetFlowAttention(nn.Module):
@@ -55,7 +45,7 @@ class JetFlowAttention(nn.Module):
         context: torch.Tensor,
         cos_sin: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor,
-        past_key_values: HeadCacheLike | None,
+        past_key_values: HeadCache | None,
     ) -> torch.Tensor:
         batch, rows, _ = block.shape
         cos, sin = (table.unsqueeze(1) for table in cos_sin)
@@ -143,7 +133,7 @@ class JetFlowDecoderLayer(GradientCheckpointingLayer):
         context: torch.Tensor,
         cos_sin: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor,
-        past_key_values: HeadCacheLike | None,
+        past_key_values: HeadCache | None,
         offsets: torch.Tensor,
     ) -> torch.Tensor:
         def attend(rows: torch.Tensor) -> torch.Tensor:

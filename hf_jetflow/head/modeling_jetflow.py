@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from .branch_correction import BranchCorrection, ZeroLinear
+from .cache import HeadCache
 from .checkpoint_files import (
     SETTINGS,
     WEIGHT_PATTERNS,
@@ -26,7 +27,7 @@ from .checkpoint_files import (
     readable_load_errors,
 )
 from .configuration_jetflow import JetFlowConfig
-from .decoder_layers import HeadCacheLike, JetFlowDecoderLayer
+from .decoder_layers import JetFlowDecoderLayer
 from .formats import read_head, recognize
 from .linear import DraftLinear
 from .masks import additive_mask, visibility
@@ -36,8 +37,7 @@ from .scorers import Markov, RecurrentMarkov, Selector, StepScorer, TableScorer
 
 
 FLOAT16_TAP_LIMIT = 64.0  # largest value in float16 taps before the fusion; its sums must stay below 65504
-
-
+# By `config.branch_correction`. "treeflash" is missing: it alone shares a module with the head, see `make_scorer`.
 SCORERS: dict[str, Callable[[JetFlowConfig], StepScorer | TableScorer]] = {
     "parent": BranchCorrection,
     "path": BranchCorrection,
@@ -182,7 +182,7 @@ class JetFlowHead(PreTrainedModel):
         position_ids: torch.Tensor,
         context_position_ids: torch.Tensor,
         anchor_position_ids: torch.Tensor | None = None,
-        past_key_values: HeadCacheLike | None = None,
+        past_key_values: HeadCache | None = None,
         parent_embeds: torch.Tensor | None = None,
         is_mask: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:

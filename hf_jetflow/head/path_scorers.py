@@ -152,7 +152,7 @@ class Refiner(StepScorer):
         latents = latent.unsqueeze(-2)  # (..., branches, rows, rank)
         if recalled is not None:
             latents = torch.cat([recalled[0], latents], dim=-2)
-        row = latents.shape[-2] - 1
-        mixed = latent + (latents * self.mix_l[:, row, : row + 1].T).sum(-2)
+        index = latents.shape[-2] - 1  # of the row in the block
+        mixed = latent + (latents * self.mix_l[:, index, : index + 1].T).sum(-2)
         gated = nn.functional.silu(self.mlp_gate(mixed)) * self.mlp_up(mixed)
         return mixed + self.mlp_down(gated), (latents,)

@@ -101,7 +101,7 @@ def static_rows(num_nodes: int) -> int:
 
 
 def max_static_nodes(num_free: int) -> int:
-    """Rows, padding included, that fit into a static cache with `num_free` free slots; at least the root."""
+    """Rows, padding included, that fit into a static cache with `num_free` free rows; at least the root."""
     return max(rows for rows in (*STATIC_ROWS, 1) if rows <= max(num_free, 1))
 
 
@@ -122,14 +122,15 @@ def commit_path(cache: DynamicCache, path: list[int], num_rows: int) -> None:
         num_rows (`int`): Rows of the verifying forward.
     """
     moves, is_moved = _moves(path)
-    moved: dict[int, tuple[torch.Tensor, ...]] = {}  # buffers that layers share
+    moved: set[int] = set()  # ids of the buffers that were moved: layers that share them hold the same tuple
     for layer in cache.layers:
+        # A sliding layer has retained rows beyond its window, which go even if the whole tree was accepted.
         if isinstance(layer, DynamicLayer) and (layer.is_sliding or len(path) < num_rows):
             if isinstance(layer, GrowingLayer) and (buffers := layer.shared_buffers):
                 start = layer.get_seq_length() - num_rows
                 if is_moved and id(buffers) not in moved:
                     _move(buffers, start, moves)
-                    moved[id(buffers)] = buffers
+                    moved.add(id(buffers))
                 layer.truncate(start + len(path))
                 continue
             start = layer.keys.shape[2] - num_rows
@@ -177,15 +178,15 @@ def compact_rows(
     `commit_path` of a static cache as a function of fixed shapes, which can be captured.
 
     Args:
-        buffers (`list[torch.Tensor]`, (1, heads, slots, dim)): Keys and values of all layers.
+        buffers (`list[torch.Tensor]`, (1, heads, capacity, dim)): Keys and values of all layers.
         lengths (`list[torch.Tensor]`, ()): Rows in each layer, updated in place.
         rows (`torch.Tensor`, (rows of the verifying forward,)): For each of them, the row to copy there.
         path_length (`torch.Tensor`, ()): Rows of the path, which stay.
     """
-    slots = lengths[0] - len(rows) + torch.arange(len(rows), device=rows.device)
+    indices = lengths[0] - len(rows) + torch.arange(len(rows), device=rows.device)
     sources = lengths[0] - len(rows) + rows
     for buffer in buffers:
-        buffer.index_copy_(-2, slots, buffer.index_select(-2, sources))
+        buffer.index_copy_(-2, indices, buffer.index_select(-2, sources))
     for length in lengths:
         length.add_(path_length - len(rows))
 

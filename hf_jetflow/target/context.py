@@ -20,7 +20,7 @@ from ..trees.tree import DraftTree
 from .attention import grouped_attention, mask_dtype
 from .layer_kinds import scaling_step
 from .masks import padding_mask, tree_masks
-from .mixer_adapters import tree_mixers
+from .mixer_layers import tree_mixers
 from .position_limits import position_limits
 from .slots import BatchSlots
 from .step_inputs import StepInputs
@@ -39,7 +39,9 @@ class TargetStates:
     """Results of a target forward."""
 
     logits: torch.Tensor  # (batch, rows, vocab)
-    taps: tuple[torch.Tensor, ...]  # (batch, rows, target_hidden) per tap after a verify, all in one after the prefill
+    # (batch, rows, target_hidden) per tap after a verify, whose paths are selected before the taps are joined; of the
+    # prefill, whose rows are all read, one tensor that holds all of them.
+    taps: tuple[torch.Tensor, ...]
     position_ids: torch.Tensor  # (batch, rows), positions of the features
     hidden_states: tuple[torch.Tensor, ...] = ()  # all layers, where the caller asked for them
     attentions: tuple[torch.Tensor, ...] = ()  # likewise

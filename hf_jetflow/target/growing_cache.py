@@ -64,9 +64,9 @@ class GrowingLayer(DynamicLayer):
 
     def __init__(self, shared: SharedBuffer | None = None, index: int = 0):
         self._shared, self._index = shared or SharedBuffer(), index
-        # The rows are either views of `_buffers`, of which `_parts` are this layer's, or `_owned`.
+        # The rows are either views of `_buffers`, of which `_views` are this layer's, or `_owned`.
         self._buffers: tuple[torch.Tensor, ...] = ()
-        self._parts: tuple[torch.Tensor, ...] = ()
+        self._views: tuple[torch.Tensor, ...] = ()
         self._lengths = [0, 0]  # rows of keys and of values in the buffer
         self._owned: list[torch.Tensor | None] = [None, None]
         super().__init__()
@@ -88,12 +88,12 @@ class GrowingLayer(DynamicLayer):
         self._set_rows(1, rows)
 
     def _rows(self, which: int) -> Any:
-        return self._parts[which].narrow(2, 0, self._lengths[which]) if self._buffers else self._owned[which]
+        return self._views[which].narrow(2, 0, self._lengths[which]) if self._buffers else self._owned[which]
 
     def _set_rows(self, which: int, rows: torch.Tensor | None) -> None:
         if self._buffers:
-            whole = self._parts[which]
-            if rows is not None and _address_of(rows) == _address_of(whole):  # cropped
+            view = self._views[which]
+            if rows is not None and _address_of(rows) == _address_of(view):  # cropped
                 self._lengths[which] = rows.shape[2]
                 return
             self._owned, self._buffers = [self.keys, self.values], ()
@@ -110,8 +110,8 @@ class GrowingLayer(DynamicLayer):
         start, num_new = self.get_seq_length(), key_states.shape[2]
         if not (self.shared_buffers and self._shared.holds(start + num_new)):
             self._move_to_buffer(start + num_new)
-        for whole, rows in zip(self._parts, (key_states, value_states), strict=True):
-            whole.narrow(2, start, num_new).copy_(rows)
+        for view, rows in zip(self._views, (key_states, value_states), strict=True):
+            view.narrow(2, start, num_new).copy_(rows)
         self.truncate(start + num_new)
         return self.keys, self.values
 
@@ -140,9 +140,9 @@ class GrowingLayer(DynamicLayer):
         if not self._shared.holds(num_rows):
             self._shared.allocate(*known, num_rows)
         self._buffers, self._owned = self._shared.buffers, [None, None]
-        self._parts = tuple(buffer[self._index] for buffer in self._buffers)
-        for whole, rows in zip(self._parts, known, strict=True):
-            whole.narrow(2, 0, rows.shape[2]).copy_(rows)
+        self._views = tuple(buffer[self._index] for buffer in self._buffers)
+        for view, rows in zip(self._views, known, strict=True):
+            view.narrow(2, 0, rows.shape[2]).copy_(rows)
 
 
 def grow_layers(cache: DynamicCache) -> None:

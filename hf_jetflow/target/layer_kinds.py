@@ -36,12 +36,12 @@ class Window:
         return rows - keys < self.size
 
 
-def layer_windows(model: PreTrainedModel) -> dict[str, Window | None]:
+def check_layers(model: PreTrainedModel) -> None:
     """
-    Attention kinds of the target's layers and their windows, `None` for full attention.
+    Refuse a target whose layers cannot verify a draft.
 
     Raises:
-        JetFlowError: If a kind of layer is not known, or cannot verify a draft.
+        JetFlowError: Naming the target and what its layers do.
     """
     text = model.config.get_text_config(decoder=True)
     if text.model_type in SCANS_FROM_NOTHING:
@@ -61,14 +61,23 @@ def layer_windows(model: PreTrainedModel) -> dict[str, Window | None]:
             f"`{text.model_type}` has layers that attend to images beside the text, whose cache draft heads do not "
             "know; generate without `assistant_model`"
         )
-    layers = _kinds(text)
-    if {kind for kind, _ in layers} <= {"linear_attention", "conv"} | KINDS_WITHOUT_ROWS:
+    if {kind for kind, _ in _kinds(text)} <= {"linear_attention", "conv"} | KINDS_WITHOUT_ROWS:
         raise JetFlowError(
             f"`{text.model_type}` has recurrent layers only; draft heads need a target with attention, generate "
             "without `assistant_model`"
         )
+
+
+def layer_windows(model: PreTrainedModel) -> dict[str, Window | None]:
+    """
+    Attention kinds of the target's layers and their windows, `None` for full attention.
+
+    Raises:
+        JetFlowError: If a kind of layer is not known, or takes no masks from outside.
+    """
+    text = model.config.get_text_config(decoder=True)
     windows: dict[str, Window | None] = {}
-    for kind, layer in layers:
+    for kind, layer in _kinds(text):
         if kind in ("full_attention", "hybrid"):
             windows["full_attention"] = None
         elif kind in ("sliding_attention", "hybrid_sliding"):

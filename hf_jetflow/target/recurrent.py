@@ -1,6 +1,6 @@
 """Recurrent layers in the target's cache; those of unknown classes verify chains, on top of a copy of their states.
 
-A recurrent state cannot forget its newest rows. Layers of known classes do without (see `mixer_adapters.py`). For the
+A recurrent state cannot forget its newest rows. Layers of known classes do without (see `mixer_layers.py`). For the
 others, the states are copied before a chain is verified. If not all of it is accepted, they are restored, the other
 layers drop the chain's rows, and the target reads the accepted rows again.
 """
@@ -54,7 +54,7 @@ class RecurrentStates:
 
 def check_states(cache: Cache) -> None:
     """
-    Refuse a target that, has read the prompt into anything but its cache.
+    Refuse a target that keeps recurrent states outside its cache.
 
     Raises:
         JetFlowError: Saying what to do instead.

@@ -38,6 +38,7 @@ class BatchSlots:
         self._set_lengths(self.lengths + torch.tensor([len(path) for path in paths], device="cpu"))
 
     def _set_lengths(self, lengths: torch.Tensor) -> None:
+        # Replaced, never changed in place: `Context` knows by the object whether its copy is of these lengths.
         self.lengths = lengths
         self._new_offsets = {}
 
@@ -64,7 +65,7 @@ class BatchSlots:
         self._finished = {sequence: min(known, lengths[sequence]) for sequence, known in self._finished.items()}
         self._set_lengths(self.lengths.minimum(torch.tensor(lengths, device="cpu")[self.active]))
 
-    def recall(self) -> None:
+    def reactivate(self) -> None:
         """Reactivate all sequences in their current slots."""
         known = dict(zip(self.order, self.lengths.tolist(), strict=False)) | self._finished
         self._set_lengths(torch.tensor([known[sequence] for sequence in self.order], device="cpu"))

@@ -50,7 +50,7 @@ class StepInputs:
     num_sequences: int = 1
 
     def keywords(self, sequences: list[int], num_rows: int) -> dict[str, Any]:
-        """Those of a verify with `num_rows` rows of these sequences of the batch, in this order."""
+        """Keywords of a verify with `num_rows` rows of these sequences of the batch, in this order."""
         keywords = {name: self._of_sequences(value, sequences) for name, value in self.constants.items()}
         for name, (value, dim) in self.rows.items():
             keywords[name] = self._of_sequences(value, sequences).repeat_interleave(num_rows, dim)

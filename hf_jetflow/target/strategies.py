@@ -23,14 +23,14 @@ from .caches import (
     static_rows,
 )
 from .growing_cache import grow_layers, settle_layers
-from .mixer_adapters import TreeMixer, TreeNodes, reading_trees
+from .mixer_layers import TreeMixer, TreeNodes, reading_trees
 from .recurrent import RecurrentStates, has_states
 from .slots import BatchSlots
 
 
 class CacheStrategy:
     """
-    A growing cache of one sequence; the base of the others.
+    What rounds do with a growing cache of one sequence. Other kinds of cache override what differs.
 
     Args:
         cache (`DynamicCache` or `StaticCache`): The target's, filled by the prefill.
@@ -55,7 +55,7 @@ class CacheStrategy:
         return num_nodes
 
     def capture(self, captured: Callable[..., Callable]) -> None:
-        """Capture what rounds do with the cache, where its shapes are fixed; `captured` makes a captured function."""
+        """Capture the moves of `commit`, where their shapes are fixed; `captured` makes a captured function."""
 
     def open(self) -> None:
         """Make the cache ready for rounds; `settle` ends them."""
@@ -75,7 +75,7 @@ class CacheStrategy:
         self.slots.advance(paths)
 
     def _commit_path(self, tree: DraftTree, path: list[int]) -> None:
-        """Of one sequence."""
+        """`commit` of one sequence, without counting."""
         commit_path(self.cache, path, tree.num_nodes)
 
     def roll_back(self, tree: DraftTree) -> None:
@@ -89,7 +89,8 @@ class CacheStrategy:
         self.slots.retire(slot)
 
     def settle(self, length: int) -> None:
-        """Leave the cache as plain decoding does, with `length` tokens of every sequence."""
+        """Leave the cache as plain decoding does. Sequences of a batch end at `length` tokens, padded to it where they
+        are shorter; one sequence holds that many."""
         settle_layers(self.cache)
 
 
@@ -154,7 +155,7 @@ class ReplayedStrategy(CacheStrategy):
             self._states_before.restore(self.cache)
             if not path:
                 return
-            tree = trim_tree(tree, len(path))
+            tree = trim_tree(tree, len(path))  # the path: each node of a chain is at most as likely as its parent
             super().prepare()
             self._read(tree)
         super()._commit_path(tree, path)
@@ -171,7 +172,7 @@ class BatchStrategy(CacheStrategy):
         self.slots.advance(paths)
 
     def roll_back(self, tree: DraftTree) -> None:
-        self.slots.recall()  # rows behind the lengths are not taken along
+        self.slots.reactivate()  # rows behind the lengths are not taken along
         self.settle(int(self.slots.lengths.min()))
 
     def retire(self, slot: int) -> None:
@@ -233,7 +234,7 @@ class HybridBatchStrategy(HybridStrategy, BatchStrategy):
         return False  # the layers hold states of all sequences, active or not
 
     def roll_back(self, tree: DraftTree) -> None:
-        self.slots.recall()
+        self.slots.reactivate()
         lengths = {*self.slots.lengths.tolist()}
         if len(lengths) == 1:
             return super().roll_back(tree)
@@ -260,6 +261,9 @@ def cache_strategy(
 ) -> CacheStrategy:
     """
     The strategy for a cache that holds the prompts.
+
+    There is none for batches in a static cache or with unknown recurrent layers, which are decoded plainly
+    (`plain_batch_reason`), nor for chains in a static cache, which `Target.prefill` refuses.
 
     Args:
         slots ([`BatchSlots`]): How many tokens of each sequence it holds.

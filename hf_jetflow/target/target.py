@@ -17,7 +17,7 @@ from ..head.configuration_jetflow import JetFlowConfig
 from .caches import check_even_rows, check_padded_rows, check_target_cache
 from .context import Context, TargetStates
 from .embeddings import TargetEmbeddings
-from .layer_kinds import layer_windows, takes_trees
+from .layer_kinds import check_layers, layer_windows, takes_trees
 from .positions import text_positions, without_padding
 from .recurrent import check_states, has_states
 from .slots import BatchSlots
@@ -42,8 +42,9 @@ class Target:
         self._tapped = head_config.hidden_state_indices
         # Given a list, early releases count from the first layer's output and keep no embedding output (see `taps`).
         wanted = {index + shift for index in self._tapped for shift in (-1, 0)}
-        self._wanted_states: bool | list[int] = -1 in wanted or sorted(wanted)
+        self._wanted_states: bool | list[int] = True if -1 in wanted else sorted(wanted)
         self._text_config = model.config.get_text_config(decoder=True)
+        check_layers(model)
         self.windows = layer_windows(model)
         self.takes_trees = takes_trees(model)
 
@@ -89,18 +90,18 @@ class Target:
         steps = read_step_inputs(self.model, input_ids, model_kwargs, outputs)
         features, num_cached = torch.cat([part for part, _ in parts], dim=1), int(cache.get_seq_length())
         batch, num_rows = features.shape[:2]
+        # From the position of the next step; a target whose steps take none may still use them in its prefill.
         last = parts[-1][1] if steps.position_ids is None else steps.position_ids[..., -1] - 1
         last_positions, kind_offsets = text_positions(last, num_cached, batch)
         position_ids = (last_positions[:, None] + torch.arange(1 - num_rows, 1, device="cpu")).to(features.device)
         padding = None
         if model_kwargs.get("attention_mask") is not None:
-            padding = model_kwargs["attention_mask"] == 0
-            check_padded_rows(cache, padding)
+            is_pad = model_kwargs["attention_mask"] == 0
+            check_padded_rows(cache, is_pad)
             # An adapter's virtual tokens lie before the prompt's; a compressed cache holds fewer than were read.
-            padding = pad(padding, (max(num_cached, num_rows) - padding.shape[1], 0))
-            is_pad = padding[:, -num_rows:].to(features.device)
-            features, position_ids = without_padding(features, position_ids, is_pad)
-            padding = padding[:, -num_cached:]
+            is_pad = pad(is_pad, (max(num_cached, num_rows) - is_pad.shape[1], 0))
+            features, position_ids = without_padding(features, position_ids, is_pad[:, -num_rows:].to(features.device))
+            padding = is_pad[:, -num_cached:]
         slots.fill(num_cached)
         context = Context(
             self,
@@ -150,7 +151,7 @@ class Target:
 
     @contextmanager
     def _collected_features(self) -> Iterator[list[tuple[torch.Tensor, torch.Tensor | None]]]:
-        """Collects (features, last positions) of every target forward inside; prefill may run several, by chunks."""
+        """Collect (features, last positions) of every target forward inside; prefill may run several, by chunks."""
         parts: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         thread_id = threading.get_ident()
 

@@ -44,7 +44,7 @@ class DraftTree:
     parents: torch.Tensor  # (..., nodes) index of the parent; -1 for the root
     depths: torch.Tensor  # (..., nodes) 0 for the root
     logprobs: torch.Tensor  # (..., nodes) float32, cumulative; 0 for the root
-    max_depth: int  # deepest level that was drafted; the tree need not reach it
+    max_depth: int  # deepest level that may hold nodes; the tree need not reach it
 
     @property
     def num_nodes(self) -> int:
@@ -167,11 +167,13 @@ def _best_children(
 def _best_pairs(
     of_branches: torch.Tensor, of_candidates: torch.Tensor, max_branches: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same where every branch (..., branches) adds the same scores (..., candidates); both are sorted."""
-    rows, columns = _promising_pairs(of_branches.shape[-1], of_candidates.shape[-1], max_branches, of_branches.device)
-    scores = of_branches[..., rows] + of_candidates[..., columns]
+    """`_best_children` where every branch (..., branches) adds the same scores (..., candidates); both are sorted."""
+    branches, columns = _promising_pairs(
+        of_branches.shape[-1], of_candidates.shape[-1], max_branches, of_branches.device
+    )
+    scores = of_branches[..., branches] + of_candidates[..., columns]
     scores, chosen = scores.topk(min(max_branches, scores.shape[-1]))
-    return scores, rows[chosen], columns[chosen]
+    return scores, branches[chosen], columns[chosen]
 
 
 def _root_alone(anchor_id: torch.Tensor) -> DraftTree:

@@ -82,20 +82,20 @@ def run_on_device() -> Counter[str]:
             is_inside = False
 
     GenerationMixin.generate = generate
-    reuse.recall = _beside_the_cache(reuse.recall)
+    reuse.stored_context = _beside_the_cache(reuse.stored_context)
     GenerationMixin._valid_auto_compile_criteria = _only_on_request(GenerationMixin._valid_auto_compile_criteria)
     return num_calls
 
 
-def _beside_the_cache(recall: Callable) -> Callable:
+def _beside_the_cache(stored_context: Callable) -> Callable:
     """A test that asks what is stored with a cache sees the head on the host, where the cache is not."""
 
     def recall_on_device(cache: Any, head: JetFlowHead) -> Any:
         memory = getattr(cache, reuse.ATTRIBUTE, None)
         if memory is None or memory.device == head.device:
-            return recall(cache, head)
+            return stored_context(cache, head)
         with Moved("cuda", head):
-            return recall(cache, head)
+            return stored_context(cache, head)
 
     return recall_on_device
 
