@@ -110,8 +110,7 @@ class Ranker:
         is_scored = bool(self._ngram_weights) or self._head.branch_correction is not None
         num_candidates = config.branch_candidates if is_scored else width
         candidates, indices = self._candidates(self.logprobs(rows), newest_ids, num_candidates)
-        # Without scores by branch, the host picks pairs of branches and candidates; a compiled draft cannot.
-        if not (is_scored or torch.compiler.is_compiling()):
+        if not is_scored:
             return Draft(newest_ids, candidates)
         ngrams = self._ngrams(newest_ids, candidates) if self._ngram_weights else None
         scorer = BranchScores(

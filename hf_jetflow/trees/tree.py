@@ -11,13 +11,13 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from operator import neg
 
 import torch
 from torch.nn.functional import pad
 
-from ..transfer import must_not_wait, repeated, to_device
+from ..transfer import must_not_wait, repeated
 
 
 MIN_REST = 1e-6  # minimum total probability of the tokens that are not candidates
@@ -103,9 +103,8 @@ def build_tree(
         candidates (`Candidates`): Tokens to choose from at each depth; the width-1 case is a chain.
         node_budget (`int`): Maximum number of nodes, root included; at least 1.
         score_branches (*optional*): Re-scores the candidates after each branch; without it, all branches of a depth
-            share the depth's own scores, which must descend.
-        width (`int`, *optional*): Maximum number of children of a node, where branches are scored; all candidates by
-            default.
+            share the depth's own scores.
+        width (`int`, *optional*): Maximum number of children of a node; all candidates by default.
         min_logprob (`float`): Minimum cumulative log-probability; the root's best child is exempt. In a batch, the
             tree with the most nodes above it sets the common size.
 
@@ -125,20 +124,19 @@ def build_tree(
     floor = min_logprob if anchor_id.numel() == 1 else -math.inf  # trees of a batch get one size, at the end
     for depth in range(max_depth):
         if score_branches is None:
-            scores, parent_branches, columns = _best_pairs(
-                logprobs[-1], candidates.logprobs[..., depth, :], max_branches
-            )
+            of_depth = candidates.logprobs[..., depth, :].unsqueeze(-2)
         else:
-            grid = logprobs[-1][..., None] + score_branches(depth, parent_branches, tokens[-1])
-            scores, parent_branches, columns = _best_children(grid, width, max_branches)
-            # Early exit: drop branches that cannot enter the tree, which stays the same.
-            if not must_not_wait(device):
-                num_in_reach = _count_reachable(scores, best_scores, max_branches, floor)
-                if not num_in_reach and depth:  # the root's best child is exempt from the floor
-                    break
-                scores, parent_branches, columns = (
-                    part[..., : max(num_in_reach, 1)] for part in (scores, parent_branches, columns)
-                )
+            of_depth = score_branches(depth, parent_branches, tokens[-1])
+        grid = logprobs[-1][..., None] + of_depth
+        scores, parent_branches, columns = _best_children(grid, width, max_branches)
+        # Early exit: drop branches that cannot enter the tree, which stays the same.
+        if not must_not_wait(device):
+            num_in_reach = _count_reachable(scores, best_scores, max_branches, floor)
+            if not num_in_reach and depth:  # the root's best child is exempt from the floor
+                break
+            scores, parent_branches, columns = (
+                part[..., : max(num_in_reach, 1)] for part in (scores, parent_branches, columns)
+            )
         tokens.append(candidates.tokens[..., depth, :].gather(-1, columns))
         parents.append(parent_branches + (sum(sizes) - sizes[-1]))
         logprobs.append(scores)
@@ -162,18 +160,6 @@ def _best_children(
     scores, chosen = scores.topk(min(max_branches, scores.shape[-1]))
     columns = chosen % grid.shape[-1] if best is None else best.flatten(-2).gather(-1, chosen)
     return scores, chosen // grid.shape[-1], columns
-
-
-def _best_pairs(
-    of_branches: torch.Tensor, of_candidates: torch.Tensor, max_branches: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`_best_children` where every branch (..., branches) adds the same scores (..., candidates); both are sorted."""
-    branches, columns = _promising_pairs(
-        of_branches.shape[-1], of_candidates.shape[-1], max_branches, of_branches.device
-    )
-    scores = of_branches[..., branches] + of_candidates[..., columns]
-    scores, chosen = scores.topk(min(max_branches, scores.shape[-1]))
-    return scores, branches[chosen], columns[chosen]
 
 
 def _root_alone(anchor_id: torch.Tensor) -> DraftTree:
@@ -250,19 +236,3 @@ def ancestor_mask(parents: torch.Tensor, max_depth: int) -> torch.Tensor:
         columns.append(lineage)
     mask = torch.zeros(*parents.shape, num_nodes, dtype=torch.bool, device=parents.device)
     return mask.scatter_(-1, torch.stack(columns, dim=-1), True)
-
-
-@lru_cache(maxsize=256)
-def _promising_pairs(
-    branches: int, width: int, max_branches: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Pairs (branch, candidate) that can be among the best `max_branches`, when branches and candidates are both sorted.
-
-    A pair scores at least as well as every pair with no smaller index, so (r, c) has (r + 1)(c + 1) - 1 pairs ahead
-    of it and is dropped once that reaches `max_branches`.
-    """
-    rows = torch.arange(branches, device="cpu")[:, None]
-    columns = torch.arange(width, device="cpu")[None, :]
-    pairs = to_device(((rows + 1) * (columns + 1) <= max_branches).nonzero().T.contiguous(), device)
-    return pairs[0], pairs[1]
