@@ -230,21 +230,26 @@ def test_import_survives_a_release_in_which_a_wrapped_or_listed_name_is_gone():
     ids = torch.randint(3, 64, (2, 6))
     settings = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, attention_mask=torch.ones_like(ids))
     plain = target.generate(ids, **settings)
-    gone = [(transformers.GenerationMixin, name) for name in ("_assisted_decoding", "_validate_generation_mode")]
-    gone += [(base, "load_assistant_model")]
-    gone += [(cache_utils, name) for name in (
+    wrapped = [(transformers.GenerationMixin, name) for name in ("_assisted_decoding", "_validate_generation_mode")]
+    wrapped += [(base, "load_assistant_model")]
+    gone = [[pair] for pair in wrapped]
+    gone += [[(cache_utils, name)] for name in (
         "LinearAttentionLayer", "LinearAttentionAndFullAttentionLayer", "DummyLayer", "DynamicSlidingWindowLayer",
         "StaticLayer")]
     import hf_jetflow
     from hf_jetflow.decoding.batching import PER_SEQUENCE
-    listed = {kind.__name__: sys.modules[kind.__module__] for kind in PER_SEQUENCE}
-    gone += [(module, name) for name, module in listed.items()]
-    for module, name in [pair for pair in gone if hasattr(*pair)]:  # early releases lack some of them
+    # What is listed by name is looked up in one way, so all of it goes at once.
+    gone += [[(sys.modules[kind.__module__], kind.__name__) for kind in PER_SEQUENCE]]
+    num_gone = 0
+    for group in gone:
+        pairs = [pair for pair in group if hasattr(*pair)]  # early releases lack some of them
+        num_gone += len(pairs)
         hf_jetflow.disable()
         for known in [known for known in sys.modules if known.partition(".")[0] == "hf_jetflow"]:
             del sys.modules[known]
-        original = getattr(module, name)
-        delattr(module, name)
+        originals = [getattr(*pair) for pair in pairs]
+        for pair in pairs:
+            delattr(*pair)
         warned = []
         logging.get_logger("transformers").warning = lambda text: warned.append(text)
         transformers.utils.logging.get_logger = lambda _=None: type("Log", (), {
@@ -252,18 +257,18 @@ def test_import_survives_a_release_in_which_a_wrapped_or_listed_name_is_gone():
             "info": staticmethod(print)})
         transformers.AutoConfig.register = transformers.AutoModel.register = lambda *a, **k: None
         import hf_jetflow
-        setattr_back = name.startswith("_validate") or module in (logits_process, stopping_criteria, cache_utils)
-        if setattr_back:  # transformers itself reads it
-            setattr(module, name, original)
+        for (module, name), original in zip(pairs, originals):
+            if name.startswith("_validate") or module in (logits_process, stopping_criteria, cache_utils):
+                setattr(module, name, original)  # transformers itself reads it
         head = hf_jetflow.JetFlowHead(
             hf_jetflow.JetFlowConfig.for_target(target.config, num_hidden_layers=1, block_size=4, mask_token_id=0))
         text = target.generate(ids, custom_generate=head.eval().custom_generate, **settings)
-        assert torch.equal(text, plain), name
-        assert head.last_stats.num_drafted > 0, (name, head.last_stats)
-        is_wrapped = (module, name) in gone[:3]
-        assert any(f"no `{name}`" in text for text in warned) == is_wrapped, (name, warned)
-        setattr(module, name, original)
-    print("survived", len(gone))
+        assert torch.equal(text, plain), pairs
+        assert head.last_stats.num_drafted > 0, (pairs, head.last_stats)
+        for pair, original in zip(pairs, originals):
+            assert any(f"no `{pair[1]}`" in text for text in warned) == (pair in wrapped), (pair, warned)
+            setattr(*pair, original)
+    print("survived", num_gone)
     """
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300, check=False
