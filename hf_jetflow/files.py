@@ -32,6 +32,17 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
+def check_new_folder(path: Path) -> None:
+    """
+    Check that a folder can be written: the path is free or an empty folder.
+
+    Raises:
+        JetFlowError: If it is not.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise JetFlowError(f"`{path}` exists already; give a new folder")
+
+
 def write_json(content: dict[str, Any], path: str | os.PathLike) -> None:
     """Write a JSON object; the write is atomic."""
     with atomic_write(path) as partial:

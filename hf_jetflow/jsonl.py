@@ -23,7 +23,8 @@ def numbered_records(path: str | os.PathLike) -> Iterator[tuple[int, int, dict[s
     Raises:
         JetFlowError: If the file does not exist, or a line holds no JSON object.
     """
-    check_file(path)
+    if not Path(path).exists() or Path(path).is_dir():
+        raise JetFlowError(f"{path} does not exist or is a folder; give the path of a JSON lines file")
     end = 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -47,17 +48,6 @@ def numbered_records(path: str | os.PathLike) -> Iterator[tuple[int, int, dict[s
                     'braces on each line, such as {"prompt": "..."}'
                 )
             yield number, start, record
-
-
-def check_file(path: str | os.PathLike) -> None:
-    """
-    Check that a JSON lines file exists.
-
-    Raises:
-        JetFlowError: If it does not, or is a folder.
-    """
-    if not Path(path).exists() or Path(path).is_dir():
-        raise JetFlowError(f"{path} does not exist or is a folder; give the path of a JSON lines file")
 
 
 def append_jsonl(path: Path, records: Sequence[dict[str, Any]]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from helpers import run_command
+from helpers import run_command, write_lines
 
 from hf_jetflow.cli.console import progress
 from hf_jetflow.cli.main import COMMANDS, command_parser, load, parse
@@ -18,8 +18,8 @@ from hf_jetflow.cli.parser import Parser, add_options, make_settings, options
 
 ROOT = Path(__file__).resolve().parents[1]
 GIVEN = {
-    "train": ["--target", "t", "--output", "o", "--prompts", __file__],
-    "bench": ["--target", "t", "--head", "h", "--prompts", __file__],
+    "train": ["--target", "t", "--output", "o", "--prompts", "PROMPTS"],
+    "bench": ["--target", "t", "--head", "h", "--prompts", "PROMPTS"],
     "doctor": ["--target", "t", "--head", "h"],
     "convert": ["h", "--to", "dflash", "--output", "o"],
     "show": ["--target", "t", "--head", "h", "--prompt", "Why?", "--output", "x.html"],
@@ -90,8 +90,10 @@ def test_every_option_of_a_command_has_a_help_and_no_name_twice(name):
 
 
 @pytest.mark.parametrize("name", GIVEN)
-def test_a_command_has_the_defaults_of_its_settings(name):
-    for settings in parse([name, *GIVEN[name]]).settings:
+def test_a_command_has_the_defaults_of_its_settings(name, tmp_path):
+    prompts = write_lines(tmp_path / "prompts.jsonl", {"prompt": "Why?"})
+    given = [str(prompts) if argument == "PROMPTS" else argument for argument in GIVEN[name]]
+    for settings in parse([name, *given]).settings:
         for each in fields(settings):
             default = each.default if each.default_factory is MISSING else each.default_factory()
             if f"--{each.name.replace('_', '-')}" not in GIVEN[name] and default is not MISSING:
@@ -171,6 +173,49 @@ def start(*arguments):
 def test_help_and_refusals_import_neither_torch_nor_transformers(arguments, status, text):
     last, printed = start(*arguments)
     assert last == status, "the last line has the exit status, then what was imported"
+    assert text in printed
+
+
+PAIR = ["--target", "t", "--head", "h"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--target", "t", "--output", "o", "--prompts", "BAD"],
+        ["train", "--target", "t", "--output", "o", "--prompts", "GOOD", "--eval-prompts", "BAD"],
+        ["train", "--target", "t", "--output", "o", "--answers", "BAD"],
+        ["bench", *PAIR, "--prompts", "GOOD", "BAD"],
+        ["doctor", *PAIR, "--prompts", "BAD"],
+        ["show", *PAIR, "--prompts", "BAD", "--output", "x.html"],
+    ],
+    ids=["train", "train --eval-prompts", "train --answers", "bench", "doctor", "show"],
+)
+def test_a_malformed_file_is_refused_before_torch_is_imported(arguments, tmp_path):
+    files = {"GOOD": tmp_path / "good.jsonl", "BAD": tmp_path / "bad.jsonl"}
+    write_lines(files["GOOD"], {"prompt": "Why?"})
+    write_lines(files["BAD"], "{not json}")
+    last, printed = start(*(str(files.get(argument, argument)) for argument in arguments))
+    assert last in ("1", "2"), "the last line has the exit status, then what was imported"
+    assert f"error: {files['BAD']}, line 1: not valid JSON" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["bench", *PAIR, "--prompts", "GOOD", "--plot", "x.gif"], "error: x.gif: expected .png or .svg"),
+        (["plot", "RESULT", "x.gif"], "error: x.gif: expected .png or .svg"),
+        (["simulate", *PAIR, "--acceptance", "RESULT", "--plot", "x.gif"], "error: x.gif: expected a plot in"),
+        (["convert", "h", "--to", "dflash", "--output", "FOLDER"], "exists already; give a new folder"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_an_output_that_cannot_be_written_is_refused_before_torch_is_imported(arguments, text, tmp_path):
+    files = {"GOOD": tmp_path / "good.jsonl", "RESULT": tmp_path / "result.json", "FOLDER": tmp_path}
+    write_lines(files["GOOD"], {"prompt": "Why?"})
+    files["RESULT"].write_text("{}")
+    last, printed = start(*(str(files.get(argument, argument)) for argument in arguments))
+    assert last == "1"
     assert text in printed
 
 

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import JetFlowError
 from ..files import read_json, write_json
 from ..head.modeling_jetflow import JetFlowHead
-from ..prompts import read_prompts
 from ..target.loading import load_pair
 from ..target.settings import PairSettings
 from ..target.target import Target
@@ -23,7 +22,7 @@ from ..training.blocks import measure_agreement
 from .environment import environment
 from .forward_times import time_forwards, usual_node_counts
 from .log import BenchLog
-from .plots import draw_bench, plot_path
+from .plots import draw_bench
 from .prompts import PromptSet, make_prompt_sets
 from .rivals import rival_kwargs
 from .rows import CONTROL_BATCH, make_row
@@ -39,21 +38,16 @@ def bench_pair(pair: PairSettings, settings: BenchSettings, progress: Progress |
     """
     Load a target and a head, run the bench, and write the files that the settings ask for.
 
-    Unreadable prompts and figures that cannot be drawn are reported before the models are loaded.
-
     Returns:
         As `run_bench`.
     """
-    for path in settings.prompts:
-        read_prompts([path])
-    figure = None if settings.plot is None else plot_path(settings.plot)
     log_path = partial_path(settings)
     result = run_bench(*load_pair(pair), settings, log_path=log_path, progress=progress)
     if settings.json is not None and log_path is not None:
         write_json(result, settings.json)
         log_path.unlink()
-    if figure is not None:
-        draw_bench(result, figure)
+    if settings.plot is not None:
+        draw_bench(result, settings.plot)
     return result
 
 

@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import JetFlowError
-from ..extras import require_package
 from ..files import atomic_write
 from .rows import Row, machine, row_name, temperature_label
+from .settings import plot_path
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SUFFIXES = (".png", ".svg")
 STEP_COLORS = {  # from the bottom of a bar
     "draft": "#4c72b0",
     "tree": "#8172b3",
@@ -30,22 +29,6 @@ STEP_COLORS = {  # from the bottom of a bar
     "whole round": "#9a9a9a",
 }
 LINE_COLORS = ("#c44e52", "#8c613c", "#e377c2", "#17becf", "#7f7f7f")  # chain and rivals
-
-
-def plot_path(path: Path) -> Path:
-    """
-    The file to draw into: `path`, or `path/bench.png` if it is a folder.
-
-    Raises:
-        JetFlowError: If the suffix is unknown or matplotlib is missing.
-    """
-    path = Path(path)
-    if path.is_dir() or not path.suffix:
-        path = path / "bench.png"
-    if path.suffix not in SUFFIXES:
-        raise JetFlowError(f"{path}: expected {' or '.join(SUFFIXES)} or a folder for a plot, got {path.suffix!r}")
-    require_package("matplotlib", "plots")
-    return path
 
 
 def draw_bench(result: dict[str, Any], path: Path) -> Path:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import JetFlowError
+from ..extras import require_package
 from ..target.settings import read_node_budget
 
 
@@ -12,6 +13,7 @@ LOOP_METHODS = ("jetflow", "chain")  # run by our loop, which records `Generatio
 ASSISTANT = "assistant:"
 RIVALS = ("native-dflash", "prompt-lookup", f"{ASSISTANT}ID")
 METHODS = ("plain", *LOOP_METHODS, *RIVALS)
+PLOT_SUFFIXES = (".png", ".svg")
 CACHES = ("dynamic", "static", "compiled")  # compiled is static with compiled forwards
 
 
@@ -21,7 +23,7 @@ class BenchSettings:
     What a bench measures, and the files that it writes.
 
     Raises:
-        JetFlowError: If a setting is unknown or out of range.
+        JetFlowError: If a setting is unknown or out of range, or the figure cannot be drawn.
     """
 
     prompts: list[Path] = field(
@@ -85,8 +87,28 @@ class BenchSettings:
             raise JetFlowError(f"{rivals} cannot answer batches; leave out either")
         for budget in self.node_budgets:
             read_node_budget(budget)
+        if self.plot is not None:
+            self.plot = plot_path(self.plot)
 
 
 def is_rival(method: str) -> bool:
     """Whether a method is one of `RIVALS`."""
     return method in RIVALS[:2] or method.removeprefix(ASSISTANT) not in ("", method)
+
+
+def plot_path(path: Path) -> Path:
+    """
+    The file to draw into: `path`, or `path/bench.png` if it is a folder.
+
+    Raises:
+        JetFlowError: If the suffix is unknown or matplotlib is missing.
+    """
+    path = Path(path)
+    if path.is_dir() or not path.suffix:
+        path = path / "bench.png"
+    if path.suffix not in PLOT_SUFFIXES:
+        raise JetFlowError(
+            f"{path}: expected {' or '.join(PLOT_SUFFIXES)} or a folder for a plot, got {path.suffix!r}"
+        )
+    require_package("matplotlib", "plots")
+    return path

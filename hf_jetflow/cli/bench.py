@@ -10,7 +10,7 @@ Example:
 from dataclasses import dataclass, field
 
 from ..bench.settings import BenchSettings
-from ..jsonl import check_file
+from ..prompts import read_prompts
 from ..target.settings import PairSettings
 
 
@@ -31,7 +31,7 @@ INTERRUPTED = "; with --json, the same command continues after the last finished
 
 def check(_: PairSettings, settings: BenchSettings, __: Output) -> None:
     for path in settings.prompts:
-        check_file(path)
+        read_prompts([path])
 
 
 def run(pair: PairSettings, settings: BenchSettings, output: Output) -> None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ..files import check_new_folder
+
 
 @dataclass
 class ConvertSettings:
@@ -29,6 +31,10 @@ class ConvertSettings:
 
 
 SETTINGS = (ConvertSettings,)
+
+
+def check(settings: ConvertSettings) -> None:
+    check_new_folder(settings.output)
 
 
 def run(settings: ConvertSettings) -> None:

@@ -10,6 +10,7 @@ Needs the extra `bench`: pip install 'hf-jetflow[bench]'.
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..bench.settings import plot_path
 from ..files import read_json
 
 
@@ -26,6 +27,7 @@ SETTINGS = (PlotSettings,)
 
 def check(settings: PlotSettings) -> None:
     read_json(settings.result)
+    plot_path(settings.figure)
 
 
 def run(settings: PlotSettings) -> None:

@@ -11,6 +11,7 @@ docs/cost-model.md compares predictions with measurements. `--plot` needs the ex
 from dataclasses import dataclass, field
 
 from ..files import read_json
+from ..simulate.plots import check_plot_path
 from ..simulate.settings import SimulateSettings
 
 
@@ -26,6 +27,8 @@ SETTINGS = (SimulateSettings, Output)
 
 def check(settings: SimulateSettings, _: Output) -> None:
     read_json(settings.acceptance)
+    if settings.plot is not None:
+        check_plot_path(settings.plot)
 
 
 def run(settings: SimulateSettings, output: Output) -> None:

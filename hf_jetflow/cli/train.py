@@ -9,7 +9,6 @@ A .gguf target needs the extra `train`: pip install 'hf-jetflow[train]'.
 
 from dataclasses import dataclass, field
 
-from ..jsonl import check_file
 from ..training.settings import TrainRecipe
 
 
@@ -28,8 +27,7 @@ SETTINGS = (TrainRecipe, Output)
 
 def check(recipe: TrainRecipe, _: Output) -> None:
     recipe.check()
-    for path in [*recipe.prompts, *recipe.answers, *recipe.eval_prompts]:
-        check_file(path)
+    recipe.check_files()
 
 
 def run(recipe: TrainRecipe, output: Output) -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
 from ..errors import JetFlowError
-from ..files import atomic_write
+from ..files import atomic_write, check_new_folder
 from ..head.checkpoint_files import CONFIG, WEIGHTS
 from ..head.modeling_jetflow import JetFlowHead
 from ..target.loading import load_head, load_model, load_target_config
@@ -40,8 +40,7 @@ def convert_head(source: str, to: str, output: Path, target: str | None = None) 
     """
     if to not in LAYOUT_NAMES:
         raise JetFlowError(f"the layout is {to!r}, expected one of {', '.join(LAYOUT_NAMES)}")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise JetFlowError(f"`{output}` exists already; give a new folder")
+    check_new_folder(output)
     head = load_head(source, "auto")
     facts = _target_facts(head, to, target)
     with atomic_write(output) as folder:

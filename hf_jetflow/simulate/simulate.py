@@ -19,7 +19,7 @@ from ..target.loading import head_errors, load_target_config
 from ..trees.tree import Candidates, build_tree
 from .fitting import fit_hardware, fitting_rows
 from .hardware import PRESETS, Hardware
-from .plots import check_plot_path, plot_speedup
+from .plots import plot_speedup
 from .roofline import HeadShape, ModelShape, head_shape, round_seconds, target_shape
 from .settings import SimulateSettings
 
@@ -145,8 +145,6 @@ def run_simulation(settings: SimulateSettings) -> dict[str, Any]:
         JetFlowError: If head and target do not fit together, or figures are missing or out of range.
         OSError: If the configuration of target or head does not exist.
     """
-    if settings.plot is not None:
-        check_plot_path(settings.plot)
     head_config, config = _read_head_config(settings.head), load_target_config(settings.target)
     text = config.get_text_config(decoder=True)
     expected = (head_config.target_hidden_size, head_config.num_target_layers)

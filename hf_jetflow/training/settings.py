@@ -6,6 +6,8 @@ from typing import Any, Literal, Protocol, get_args
 
 from ..errors import JetFlowError
 from ..extras import require_package
+from ..jsonl import read_jsonl
+from ..prompts import read_prompts
 
 
 Correction = Literal["path", "parent", "none"]
@@ -226,6 +228,18 @@ class TrainRecipe:
             if package not in ("none", "all"):
                 require_package(package, f"reports to {package}")
         _ = self.source_weights  # raises where one is no number
+
+    def check_files(self) -> None:
+        """
+        Refuse unreadable prompts, and files of answers whose first record is unreadable.
+
+        Raises:
+            JetFlowError: Naming file and line.
+        """
+        for paths in (self.prompts, *([path] for path in self.eval_prompts)):
+            read_prompts(paths)
+        for path in self.answers:
+            next(read_jsonl(path), None)
 
 
 def _has_token() -> bool:
