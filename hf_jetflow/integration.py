@@ -7,12 +7,13 @@ which pipelines load their assistant is wrapped to load heads. Every other assis
 """
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModel, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.pipelines import base as pipelines
@@ -104,7 +105,7 @@ def _validating(original: Callable) -> Callable:
             kwargs = {name: value for name, value in kwargs.items() if name != "assistant_model"}
             generation_mode = generation_config.get_generation_mode()
         elif _is_enabled:
-            check_unwrapped(assistant)
+            check_assistant(assistant)
         return original(self, generation_mode, generation_config, kwargs)
 
     return _validate_generation_mode
@@ -172,13 +173,23 @@ def _checked_decode(
         allow_pickling(model)  # the hooks with which transformers captured the taps stay with the model
 
 
-def check_unwrapped(assistant: Any) -> None:
+def check_assistant(assistant: Any) -> None:
     """
-    Refuse a wrapper around a head, such as peft's or `torch.compile`'s.
+    Refuse what only names or describes a head, and a wrapper around one, such as peft's or `torch.compile`'s.
 
     Raises:
         JetFlowError: Naming what to pass instead.
     """
+    if isinstance(assistant, str | os.PathLike | PreTrainedConfig | type):
+        if isinstance(assistant, str | os.PathLike):
+            got = source = repr(os.fspath(assistant))
+        else:
+            kind = assistant if isinstance(assistant, type) else type(assistant)
+            got, source = f"`{kind.__name__}`", "SOURCE"
+        raise JetFlowError(
+            f"`assistant_model` is {got}, but must be a loaded draft head or model; load a head by "
+            f"`JetFlowHead.from_pretrained({source}, dtype=target.dtype, device_map=target.device)`"
+        )
     if not isinstance(assistant, torch.nn.Module) or not {"base_model", "module", "_orig_mod"} & set(
         assistant._modules
     ):

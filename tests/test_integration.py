@@ -3,6 +3,7 @@
 import copy
 import inspect
 import threading
+from pathlib import Path
 
 import pytest
 import support_matrix
@@ -13,6 +14,7 @@ from transformers import T5ForConditionalGeneration as T5
 
 import hf_jetflow
 from hf_jetflow import GenerationStats, JetFlowCandidateGenerator, JetFlowConfig, JetFlowHead
+from hf_jetflow.errors import JetFlowError
 from hf_jetflow.target.context import TargetStates
 from hf_jetflow.target.target import Target
 
@@ -237,6 +239,21 @@ def refuse(target, head, way, message, input_ids, **kwargs):
     door = dict(assistant_model=head) if way == "assistant_model" else dict(custom_generate=head.custom_generate)
     with pytest.raises(ValueError, match=message):
         generate(target, input_ids, **door, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("assistant", "message"),
+    [
+        ("org/head", r"is 'org/head', but must be a loaded .*JetFlowHead.from_pretrained\('org/head', dtype=target"),
+        (Path("folder"), r"is 'folder', but must be a loaded .*JetFlowHead.from_pretrained\('folder', dtype=target"),
+        (JetFlowConfig(), r"is `JetFlowConfig`, but .*JetFlowHead.from_pretrained\(SOURCE, "),
+        (JetFlowHead, r"is `JetFlowHead`, but .*JetFlowHead.from_pretrained\(SOURCE, "),
+    ],
+    ids=["name", "path", "config", "class"],
+)
+def test_what_only_names_or_describes_a_head_is_refused(assistant, message, target, prompt):
+    with pytest.raises(JetFlowError, match=message):
+        generate(target, prompt, assistant_model=assistant)
 
 
 @BOTH_WAYS
