@@ -7,6 +7,7 @@ import pytest
 from helpers import run_command
 from test_docs import ROOT, load
 
+from hf_jetflow import JetFlowHead
 from hf_jetflow.head import catalog
 from hf_jetflow.head.catalog import PublishedHead, published_heads
 from hf_jetflow.head.formats import LAYOUTS, REFUSED
@@ -16,13 +17,13 @@ def head_of(layout, **fields):
     return PublishedHead("target", "org/head", layout, **fields)
 
 
-def test_every_line_has_an_id_of_the_hub_and_a_layout_by_its_name_here():
+def test_every_line_has_an_id_of_the_hub_or_a_folder_here_and_a_layout_by_its_name_here():
     heads = published_heads()
     assert len({head.target for head in heads}) > 40
     assert len({head.head for head in heads}) == len(heads)
     known = {each.name for each in (*LAYOUTS, *REFUSED)}
     for head in heads:
-        assert re.fullmatch(r"[\w.-]+/[\w.-]+", head.head), head
+        assert re.fullmatch(r"[\w.-]+/[\w.-]+", head.head) or (ROOT / head.head / "config.json").exists(), head
         assert head.layout in known, head
 
 
@@ -54,6 +55,17 @@ def test_the_command_prints_one_target_or_all_of_them():
     assert "license CC BY-NC-ND 4.0" in of_all.output
     assert re.search(r"Ids and layouts were read in 20\d\d-\d\d, not on the Hub: READMEs", of_one.output)
     assert "does not load: its weights are a .bin file" in of_all.output
+
+
+def test_the_shipped_head_is_listed_first_and_loads_from_where_the_list_says():
+    head, *others = published_heads("HuggingFaceTB/SmolLM2-135M-Instruct")
+    assert not others
+    assert published_heads()[0] == head
+    assert head.refusal is None
+    assert JetFlowHead.from_pretrained(ROOT / head.head).config.target_name.endswith(head.target)
+    project = (ROOT / "examples" / "heads" / "pyproject.toml").read_text(encoding="utf-8")
+    assert "`hf_jetflow_smollm2`" in head.note
+    assert 'packages = ["hf_jetflow_smollm2"]' in project
 
 
 def test_an_unlisted_target_is_an_error_that_names_close_ones():

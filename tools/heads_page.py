@@ -4,6 +4,7 @@ make docs
 """
 
 from pathlib import Path
+from textwrap import fill
 
 from hf_jetflow.head.catalog import catalog_sources, catalog_table, published_heads
 
@@ -17,13 +18,14 @@ Published draft heads by target, and whether this release loads them. This print
 hf-jetflow heads Qwen/Qwen3-8B
 ```
 
-Give a head's id to `JetFlowHead.from_pretrained` ([usage](usage.md)).
+Give a head's id to `JetFlowHead.from_pretrained` ([usage](usage.md)). The first one comes with the
+repository: give the path of its folder.
 
 - Prefer a head that loads, has a large block (15 or 16), and was trained for the exact target: base and instruct
   models differ.
-- "Loads" follows from the layout. The weights of these heads have not been tried: run `hf-jetflow doctor`.
-- {sources} Read the license on the
-  head's own page.
+- "Loads" follows from the layout. Weights on the Hub have not been tried: run `hf-jetflow doctor`.
+- {sources}
+  Read the license on the head's own page.
 - No head for your model? [Train one](training.md). [Layouts](heads.md) says how each layout was checked.
 
 The table is written by `make docs` from [`catalog.json`](../hf_jetflow/head/catalog.json): add a line there.
@@ -32,7 +34,8 @@ The table is written by `make docs` from [`catalog.json`](../hf_jetflow/head/cat
 
 def page() -> str:
     """The page as Markdown."""
-    introduction = INTRODUCTION.replace("{sources}", catalog_sources())
+    sources = fill(catalog_sources(), 150, subsequent_indent="  ", break_on_hyphens=False)
+    introduction = INTRODUCTION.replace("{sources}", sources)
     return f"{introduction}\n{catalog_table(published_heads())}\n"
 
 

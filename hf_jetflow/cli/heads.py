@@ -36,4 +36,4 @@ def run(settings: HeadsSettings) -> None:
         parts = [f"layout {head.layout}", f"license {head.license or 'not stated'}", head.note]
         print(f"    {'; '.join(part for part in parts if part)}")
     print(catalog_sources())
-    print("Their weights have not been tried: run `hf-jetflow doctor` with your target.")
+    print("Weights on the Hub have not been tried: run `hf-jetflow doctor` with your target.")

@@ -21,7 +21,7 @@ class PublishedHead:
     """One line of the file. Nothing was loaded or looked up on the Hub."""
 
     target: str  # name of the target without its organization
-    head: str  # Hub id
+    head: str  # Hub id, or a folder of the repository
     layout: str  # a name of `formats.py`
     license: str | None = None  # of the weights; `None` if it was not stated where the head was seen
     note: str | None = None
