@@ -377,6 +377,7 @@ def test_the_command_prints_facts_figures_and_a_verdict_and_exits_with_zero(file
         "[2, 4]",
         "taps +1: [3, 5]",
         "No fault found",
+        f"This rests on {len(CONVERSATIONS)} answers. More prompts, from your own task, tell more: --prompts FILE",
         "tokens equal plain decoding",
     ):
         assert expected in result.output

@@ -24,13 +24,19 @@ def print_findings(findings: Findings, console: Console) -> None:
 
 
 def verdict_lines(findings: Findings) -> list[str]:
-    """The verdict: faults with their fixes, or that there is none, and advice."""
+    """The verdict: faults with their fixes, or that there is none; what it rests on, and advice."""
     lines = []
     for fault in findings["faults"]:
         lines += [f"FAULT ({fault['mistake']}): {fault['message']}", *(f"    {line}" for line in fault["fix"])]
     if not lines:
         now = findings["as_loaded"]["tokens_per_round"]
         lines = [f"No fault found: {now:.2f} tokens per round, and reverting no common mistake improves it."]
+    if "as_loaded" in findings:
+        num_answers = len(findings["as_loaded"]["by_prompt"])
+        lines.append(
+            f"This rests on {num_answers} answers. More prompts, from your own task, tell more: --prompts FILE "
+            f"--num-prompts {max(32, 4 * num_answers)}"
+        )
     return lines + [f"advice: {advice}" for advice in findings["advice"]]
 
 
