@@ -2,8 +2,8 @@ r"""Write a head's card from its config, a bench result and a description of its
 
     python examples/write_card.py --head runs/my-head --results bench.json --training training.md --license apache-2.0
 
-Without options it writes the card of the shipped head. `--template MODEL_CARD.md` writes a template, with a note for
-each part to fill in.
+Without options it writes the card of the shipped head. `--template MODEL_CARD.md` writes a template for heads that
+were trained elsewhere, with a note for each part to fill in.
 """
 
 import argparse

@@ -69,10 +69,16 @@ def test_the_hub_s_own_classes_read_the_metadata_and_write_it_unchanged(text):
 
 @pytest.mark.parametrize("text", CARDS.values(), ids=CARDS)
 def test_the_first_line_says_what_the_head_is_for(text):
-    lines = [line for line in ModelCard(text()).text.splitlines() if line]
+    lines = [line for line in ModelCard(text()).text.splitlines() if line and not line.startswith("> ")]
     target = ModelCard(text()).data.base_model
     assert lines[0] == f"# Draft head for {target}"
     assert lines[1].startswith(f"This is a draft head for {target}, not a model on its own")
+
+
+def test_the_template_says_that_it_is_one_and_for_whom_and_a_card_does_not():
+    text = ModelCard(template_text()).text.strip()
+    assert text.startswith("> This is a template, for those who publish a head")
+    assert "a template" not in card()
 
 
 def test_a_card_has_its_parts():

@@ -64,6 +64,11 @@ choices. On text unlike the training prompts, acceptance drops and the output st
 hardware named above; measure your own with `hf-jetflow bench`. The head was tested with the target named above only.
 """
 
+TEMPLATE_NOTE = """\
+> This is a template, for those who publish a head that `hf-jetflow train` did not make. Copy it to the README.md of
+> the head's repository, replace what stands in brackets and `org/...`, and delete this note. `hf-jetflow train` writes
+> the card of its head, `examples/write_card.py` one with the figures of a bench."""
+
 # Placeholders in MODEL_CARD.md for the facts of a head.
 PLACES = {
     "target": "org/target",
@@ -151,8 +156,9 @@ def card_text(
 
 
 def template_text() -> str:
-    """The card with placeholders: MODEL_CARD.md."""
-    return CARD.format(metadata=metadata(PLACES["target"], None, None, None), **PLACES)
+    """The card with placeholders, and a note for whom it is: MODEL_CARD.md."""
+    card = CARD.format(metadata=metadata(PLACES["target"], None, None, None), **PLACES)
+    return card.replace("\n# Draft head", f"\n{TEMPLATE_NOTE}\n\n# Draft head", 1)
 
 
 def metadata(
