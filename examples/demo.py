@@ -33,6 +33,17 @@ PROMPTS = {
     "chat": "What should I pack for a three-day hike in the mountains in autumn?",
 }
 
+PAGE = "docs/benchmarks.md#where-drafting-does-not-pay"
+DECODED_PLAINLY = (
+    'About 1 token per round: node budget "auto" measured that a tree takes longer here than its tokens save, and '
+    f"decoded plainly ({PAGE})."
+)
+SLOWER = (
+    "Speedup below 1: on a CPU without bf16 instructions each further row of a forward costs almost a whole one. "
+    f"Heads are for GPUs and for CPUs with AMX or AVX-512 bf16 ({PAGE})."
+)
+SLOWER_THOUGH_FAST = f"Speedup below 1: other work slowed a run down, or the text is hard to draft ({PAGE})."
+
 console = Console(highlight=False)
 
 
@@ -48,6 +59,7 @@ class Demo:
 
     def __init__(self, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace):
         self.target, self.tokenizer, self.args = target, tokenizer, args
+        self.notes: set[str] = set()  # why drafting did not pay, for the summary
         self.head = JetFlowHead.from_pretrained(HEAD, dtype=target.dtype).to(target.device)
         if args.node_budget is not None:
             self.head.generation_config.node_budget = args.node_budget
@@ -116,8 +128,13 @@ class Demo:
             f"{'identical' if plain == drafted else 'texts differ'}"
         )
         console.print("\n" + line, style="green")
-        sizes = ", ".join(f"{n} of {nodes}" for nodes, n in sorted(self.head.last_stats.rounds_by_nodes.items()))
+        by_nodes = self.head.last_stats.rounds_by_nodes
+        sizes = ", ".join(f"{n} plain" if nodes == 1 else f"{n} of {nodes}" for nodes, n in sorted(by_nodes.items()))
         console.print(f"rounds by number of nodes: {sizes}", style="dim")
+        if 2 * by_nodes.get(1, 0) > self.head.last_stats.num_rounds:
+            self.notes.add(DECODED_PLAINLY)
+        if speedup < 1:
+            self.notes.add(SLOWER if fast_dtype() == "float32" else SLOWER_THOUGH_FAST)
         if plain != drafted:
             prompt_ids = torch.tensor([self.encode(prompt)], device=self.target.device)
             console.print(explain_difference(self.target, prompt_ids, plain, drafted), style="yellow")
@@ -174,6 +191,8 @@ def main() -> None:
     demo.warm_up()
     lines, answers, are_same = zip(*(demo.compare(name, prompt) for name, prompt in PROMPTS.items()), strict=True)
     console.print("\n".join(["[bold]summary[/]", *lines]))
+    for note in sorted(demo.notes):
+        console.print(note, style="yellow", markup=False, soft_wrap=True)
     if not args.temperature:  # a batch draws other random numbers
         num_same = sum(plain == alone for plain, alone in zip(demo.batched(), answers, strict=False))
         console.print(

@@ -16,6 +16,7 @@ from helpers import save_pair, tiny_tokenizer, word, write_lines
 from huggingface_hub import ModelCard
 from transformers import Qwen3Config
 
+from hf_jetflow import GenerationStats
 from hf_jetflow.head.card import card_text
 
 
@@ -82,6 +83,28 @@ def test_the_demo_states_no_speedup_above_the_tokens_per_round(demo, capsys, mon
     text = capsys.readouterr().out
     assert "no speedup stated" in text
     assert "speedup 9" not in text
+    assert "About 1 token per round" not in text
+
+
+@pytest.mark.parametrize(
+    ("dtype", "reason"), [("float32", "a CPU without bf16 instructions"), ("bfloat16", "other work slowed a run down")]
+)
+def test_the_demo_says_once_why_drafting_did_not_pay(dtype, reason, demo, capsys, monkeypatch):
+    module = sys.modules["demo"]
+    real = module.Demo.answer
+    monkeypatch.setattr(module, "fast_dtype", lambda: dtype)
+
+    def slow_and_plain(self, prompt, head, is_shown):
+        ids, _ = real(self, prompt, head, is_shown)
+        self.head.last_stats = GenerationStats(num_rounds=5, num_accepted=0, rounds_by_nodes={1: 5})
+        return ids, 1.0 if head is None else 2.0
+
+    monkeypatch.setattr(module.Demo, "answer", slow_and_plain)
+    demo("--runs", 1)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "rounds by number of nodes: 5 plain" in text
+    summary = text[text.index("summary") :]
+    assert summary.count("Speedup below 1: ") == summary.count("About 1 token per round") == text.count(reason) == 1
 
 
 @pytest.fixture
