@@ -9,6 +9,9 @@ were trained elsewhere, with a note for each part to fill in.
 import argparse
 import json
 from pathlib import Path
+from typing import Any
+
+from rounding import share_table
 
 from hf_jetflow import JetFlowHead
 from hf_jetflow.head.card import card_text, template_text
@@ -20,6 +23,7 @@ SHIPPED = {
     "name": "examples/heads/smollm2-135m-instruct",
     "results": HERE / "results" / "bench_smollm2_bf16.json",
     "training": HERE / "results" / "training_smollm2.md",
+    "rounding": HERE / "results" / "rounding.json",
     "license": "apache-2.0",
     "datasets": ["openai/gsm8k"],
     "language": ["en"],
@@ -41,12 +45,12 @@ def card_of(
     datasets: list[str],
     language: list[str],
     sets: dict[str, str],
+    rounding: Path | None = None,
 ) -> str:
     """The card of a head; `sets` maps prompt sets of the results to their descriptions."""
     head = JetFlowHead.from_pretrained(folder)
     result = json.loads(results.read_text(encoding="utf-8"))
     facts = result["environment"]
-    device = facts.get("cuda_device") or f"{facts['processor']} with {facts['num_threads']} threads"
     return card_text(
         head.config,
         name=name,
@@ -54,10 +58,32 @@ def card_of(
         training=training.read_text(encoding="utf-8").strip(),
         rows=[{**row, "prompts": sets.get(row["prompts"], row["prompts"])} for row in result["rows"]],
         control={sets.get(name, name): share for name, share in result.get("control", {}).items()},
-        hardware=f"{device}, torch {facts['torch']}, transformers {facts['transformers']}",
+        rounding=None if rounding is None else rounding_text(rounding, sets),
+        hardware=hardware(facts),
         license=license,
         datasets=datasets or None,
         language=language or None,
+    )
+
+
+def hardware(facts: dict[str, Any]) -> str:
+    """Device and versions of an `environment`."""
+    device = facts.get("cuda_device") or f"{facts['processor']} with {facts['num_threads']} threads"
+    return f"{device}, torch {facts['torch']}, transformers {facts['transformers']}"
+
+
+def rounding_text(path: Path, sets: dict[str, str]) -> str:
+    """The table of examples/rounding.py and what it was measured on."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    facts = result["environment"]
+    heading, *lines = share_table(result, sets)
+    table = ["| " + " | ".join(cells) + " |" for cells in [heading, ["---"] * len(heading), *lines]]
+    said = (
+        f"Greedy texts of up to {result['max_new_tokens']} tokens, compared with those of plain decoding alone in the "
+        "same dtype. The last column\nsays how far apart the target's two best tokens are where texts part."
+    )
+    return "\n".join(
+        [said, "", *table, "", f"Measured {facts['date']}, {facts['cpu_capability']}: {hardware(facts)}."]
     )
 
 

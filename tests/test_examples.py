@@ -155,6 +155,29 @@ def test_scorers_are_fitted_behind_a_head_and_replayed_as_chains_and_trees(examp
     assert all(after < before for before, after in newest.values()), newest
 
 
+def test_texts_that_rounding_changes_are_counted_and_answers_are_stored(example_module, example, options, tmp_path):
+    rounding = example_module("rounding")
+    pair, prompts, limit = options[:4], options[4:6], options[8:]
+    stored, result = tmp_path / "answers.jsonl", tmp_path / "rounding.json"
+    arguments = [*pair, *prompts, *limit, "--dtypes", "float32", "--answers", stored, "--json", result]
+    example("rounding", *arguments)
+    rows = json.loads(result.read_text())["rows"]
+    assert [row["method"] for row in rows] == ["plain, batch of 4", "tree of 16 nodes"]
+    assert all((row["num_same"], row["num_prompts"], row["gaps"]) == (2, 2, []) for row in rows), "float32 is exact"
+    records = [json.loads(line) for line in stored.read_text().splitlines()]
+    changed = next(record for record in records if record["method"] == "tree of 16 nodes")
+    changed["answer"][3] += 1  # as rounding might
+    write_lines(stored, *records)
+    example("rounding", *arguments)
+    assert len(stored.read_text().splitlines()) == len(records), "stored answers are not generated again"
+    result = json.loads(result.read_text())
+    assert [(row["num_same"], len(row["gaps"])) for row in result["rows"]] == [(2, 0), (1, 1)]
+    (_, batch, tree) = rounding.share_table(result, {"dev": "math"})
+    assert batch == ["float32, plain, batch of 4", "2 of 2", ""]
+    assert tree[:2] == ["float32, tree of 16 nodes", "1 of 2"]
+    assert tree[2].endswith(f"{result['rows'][1]['gaps'][0]:.3f}")
+
+
 def test_budgets_are_timed_on_the_same_texts(example_module, example, options, tmp_path, monkeypatch):
     same = example_module("same_text")
     turns = []

@@ -102,6 +102,12 @@ def test_the_table_quotes_the_measured_rows_and_their_setting():
     assert table.endswith("bfloat16, 20 prompts each, batch 1, medians of interleaved runs, 2 cores.")
 
 
+def test_what_rounding_changes_stands_behind_the_measured_tables():
+    facts = dict(name="org/head", num_parameters=1, training="Some answers.", rows=[ROW], rounding="3 of 8 texts.")
+    text = card_text(JetFlowConfig(), **facts)
+    assert depth_table([ROW]) + "\n\n3 of 8 texts.\n\n## Training" in text
+
+
 def test_plain_rows_are_left_out_of_the_tables():
     assert "| plain |" not in measured_table([PLAIN]) + depth_table([PLAIN, ROW])
 

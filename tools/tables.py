@@ -9,8 +9,11 @@ line that says when and with what it was measured.
 import json
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from hf_jetflow import JetFlowHead
@@ -180,6 +183,30 @@ def other_runs() -> str:
         ],
         "bench_smollm2_bf16_sampled",
         "bench_smollm2_bf16",
+    )
+
+
+def rounding() -> str:
+    """How many texts rounding alone changes, and how many a head."""
+    heading, *lines = example("rounding").share_table(read("rounding"), SETS)
+    return table(heading, lines, "rounding")
+
+
+def rounding_sentence() -> str:
+    """The same in one sentence, for the README."""
+    result = read("rounding")
+    same: dict[str, int] = defaultdict(int)
+    total: dict[str, int] = defaultdict(int)
+    for row in result["rows"]:
+        if row["dtype"] == "bfloat16":
+            same[row["method"]] += row["num_same"]
+            total[row["method"]] += row["num_prompts"]
+    tree, four = (f"{same[name]} of {total[name]}" for name in ("tree of 16 nodes", "plain, batch of 4"))
+    facts, limit = result["environment"], result["max_new_tokens"]
+    return (
+        f"Greedy bfloat16 texts of up to {limit} tokens that equal plain decoding alone: {tree} with the head, "
+        f"{four} in a plain batch of 4\n([how close the others are](../docs/benchmarks.md#exactness), "
+        f"{facts['processor']} with {facts['cpu_capability']}).\n\n{sources(['rounding'])}"
     )
 
 
@@ -355,16 +382,21 @@ def ablation() -> str:
     return table(["head", "tokens per round"], lines)
 
 
+def example(name: str) -> ModuleType:
+    """A script of examples/ as a module."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        return import_module(name)
+    finally:
+        sys.path.pop(0)
+
+
 def cost_check(check: str, heading: str) -> Callable[[], str]:
     """A table of docs/cost-model.md, computed by examples/check_simulation.py."""
 
     def made() -> str:
-        sys.path.insert(0, str(ROOT / "examples"))
-        try:
-            from check_simulation import tables
-        finally:
-            sys.path.pop(0)
-        return "\n".join([heading, "---".join("|" * heading.count("|")), *tables(read("simulation"))[check]])
+        lines = example("check_simulation").tables(read("simulation"))[check]
+        return "\n".join([heading, "---".join("|" * heading.count("|")), *lines])
 
     return made
 
@@ -417,6 +449,8 @@ TABLES: dict[str, Callable[[], str]] = {
         headline,
         batch_1,
         other_runs,
+        rounding,
+        rounding_sentence,
         auto_speeds,
         auto_margins,
         never_slower,

@@ -100,6 +100,7 @@ def card_text(
     control: dict[str, float | None] | None = None,
     hardware: str | None = None,
     tokens_per_round: dict[str, dict[int, float]] | None = None,
+    rounding: str | None = None,
     license: str | None = None,
     datasets: list[str] | None = None,
     language: list[str] | None = None,
@@ -118,6 +119,8 @@ def card_text(
         hardware (`str`, *optional*): Hardware they were measured on.
         tokens_per_round (`dict[str, dict[int, float]]`, *optional*): Figures of greedy decoding by prompt set and node
             budget, if there is no bench result.
+        rounding (`str`, *optional*): How many texts rounding alone changes, in Markdown, where it was measured apart
+            from the rows.
         license (`str`, *optional*): License of the head, as the Hub spells it (`"apache-2.0"`).
         datasets (`list[str]`, *optional*): Hub ids of the training data.
         language (`list[str]`, *optional*): Codes of its languages.
@@ -149,7 +152,7 @@ def card_text(
             "path": "A branch correction re-scores candidates given all tokens of their branch.",
         }[config.branch_correction]
         + _ngrams(config),
-        measured=_measured(rows, control or {}, hardware, tokens_per_round),
+        measured="\n\n".join(filter(None, [_measured(rows, control or {}, hardware, tokens_per_round), rounding])),
         training=training,
         license=f"`{license}` for this head." if license else "None was stated for this head.",
     )
