@@ -227,10 +227,10 @@ def test_a_package_that_loading_needs_is_named_without_a_traceback(monkeypatch, 
         raise JetFlowError("GGUF files need gguf, which is not installed; run `pip install gguf`")
 
     monkeypatch.setattr("hf_jetflow.target.loading.load_target", refuse)
-    result = run_command("bench", "--target", "x.gguf", "--head", "head", "--prompts", str(prompts))
+    result = run_command("bench", "--target", "x", "--head", "head", "--prompts", str(prompts))
     assert result.exit_code == 1
     assert result.output.splitlines() == [
-        "loading x.gguf and head ...",
+        "loading x and head ...",
         "error: GGUF files need gguf, which is not installed; run `pip install gguf`",
     ]
 

@@ -201,6 +201,26 @@ def test_a_malformed_file_is_refused_before_torch_is_imported(arguments, tmp_pat
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--output", "o", "--prompts", "GOOD"],
+        ["bench", "--head", "h", "--prompts", "GOOD"],
+        ["doctor", "--head", "h"],
+        ["show", "--head", "h", "--prompt", "Why?", "--output", "x.html"],
+        ["simulate", "--head", "h", "--acceptance", "GOOD"],
+        ["convert", "h", "--to", "dflash", "--output", "o"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_target_file_that_does_not_exist_is_refused_before_torch_is_imported(arguments, tmp_path):
+    good = write_lines(tmp_path / "good.jsonl", {"prompt": "Why?"})
+    given = [str(good) if argument == "GOOD" else argument for argument in arguments]
+    last, printed = start(*given, "--target", "no.gguf")
+    assert last in ("1", "2"), "the last line has the exit status, then what was imported"
+    assert "error: `no.gguf` does not exist; give the path of a .gguf file" in printed
+
+
+@pytest.mark.parametrize(
     ("arguments", "text"),
     [
         (["bench", *PAIR, "--prompts", "GOOD", "--plot", "x.gif"], "error: x.gif: expected .png or .svg"),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from ..bench.settings import BenchSettings
 from ..prompts import read_prompts
-from ..target.settings import PairSettings
+from ..target.settings import PairSettings, model_source
 
 
 @dataclass
@@ -29,9 +29,10 @@ SETTINGS = (PairSettings, BenchSettings, Output)
 INTERRUPTED = "; with --json, the same command continues after the last finished answer"
 
 
-def check(_: PairSettings, settings: BenchSettings, __: Output) -> None:
+def check(pair: PairSettings, settings: BenchSettings, __: Output) -> None:
     for path in settings.prompts:
         read_prompts([path])
+    model_source(pair.target)
 
 
 def run(pair: PairSettings, settings: BenchSettings, output: Output) -> None:

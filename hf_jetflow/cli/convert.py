@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..files import check_new_folder
+from ..target.settings import model_source
 
 
 @dataclass
@@ -35,6 +36,8 @@ SETTINGS = (ConvertSettings,)
 
 def check(settings: ConvertSettings) -> None:
     check_new_folder(settings.output)
+    if settings.target is not None:
+        model_source(settings.target)
 
 
 def run(settings: ConvertSettings) -> None:

@@ -12,7 +12,7 @@ A .gguf target needs the extra `train`: pip install 'hf-jetflow[train]'.
 from dataclasses import dataclass, field
 
 from ..doctor.settings import DoctorSettings
-from ..target.settings import PairSettings
+from ..target.settings import PairSettings, model_source
 
 
 @dataclass
@@ -26,8 +26,9 @@ SETTINGS = (PairSettings, DoctorSettings, Output)
 FAILURE = 2  # exit status
 
 
-def check(_: PairSettings, settings: DoctorSettings, __: Output) -> None:
+def check(pair: PairSettings, settings: DoctorSettings, __: Output) -> None:
     settings.conversations()
+    model_source(pair.target)
 
 
 def run(pair: PairSettings, settings: DoctorSettings, output: Output) -> int:

@@ -9,14 +9,15 @@ pip install 'hf-jetflow[bench,train]'.
 """
 
 from ..show.settings import ShowSettings
-from ..target.settings import PairSettings
+from ..target.settings import PairSettings, model_source
 
 
 SETTINGS = (PairSettings, ShowSettings)
 
 
-def check(_: PairSettings, settings: ShowSettings) -> None:
+def check(pair: PairSettings, settings: ShowSettings) -> None:
     settings.messages()
+    model_source(pair.target)
 
 
 def run(pair: PairSettings, settings: ShowSettings) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from ..files import read_json
 from ..simulate.plots import check_plot_path
 from ..simulate.settings import SimulateSettings
+from ..target.settings import model_source
 
 
 @dataclass
@@ -29,6 +30,7 @@ def check(settings: SimulateSettings, _: Output) -> None:
     read_json(settings.acceptance)
     if settings.plot is not None:
         check_plot_path(settings.plot)
+    model_source(settings.target)
 
 
 def run(settings: SimulateSettings, output: Output) -> None:

@@ -9,6 +9,7 @@ A .gguf target needs the extra `train`: pip install 'hf-jetflow[train]'.
 
 from dataclasses import dataclass, field
 
+from ..target.settings import model_source
 from ..training.settings import TrainRecipe
 
 
@@ -28,6 +29,7 @@ SETTINGS = (TrainRecipe, Output)
 def check(recipe: TrainRecipe, _: Output) -> None:
     recipe.check()
     recipe.check_files()
+    model_source(recipe.target)
 
 
 def run(recipe: TrainRecipe, output: Output) -> None:

@@ -3,8 +3,6 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import (
@@ -17,9 +15,8 @@ from transformers import (
 )
 
 from ..errors import JetFlowError
-from ..extras import require_package
 from ..head.modeling_jetflow import JetFlowHead
-from .settings import PairSettings
+from .settings import PairSettings, model_source
 
 
 try:
@@ -134,16 +131,3 @@ def _readable_errors(source: str) -> Iterator[None]:
         if isinstance(error, OSError) or reason.startswith("Unrecognized model in"):
             raise JetFlowError(f"cannot load `{source}`: {reason}; give a Hub id, a folder or a .gguf file") from error
         raise
-
-
-def model_source(source: str) -> tuple[str, dict[str, Any]]:
-    """Name and keywords of a Hub id, a folder or a `.gguf` file for `from_pretrained` of the Auto classes."""
-    path = Path(source)
-    if source.endswith(".gguf"):
-        if not path.is_file():
-            raise JetFlowError(f"`{source}` does not exist; give the path of a .gguf file, a folder or a Hub id")
-        require_package("gguf", "GGUF files")
-        return str(path.parent), {"gguf_file": path.name}
-    if (os.sep in source and source.count("/") != 1) and not path.exists():
-        raise JetFlowError(f"`{source}` does not exist; give the path of a folder, a .gguf file or a Hub id")
-    return source, {}

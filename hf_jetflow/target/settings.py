@@ -1,9 +1,12 @@
 """Settings that several commands share. Like every `settings.py`, importable in milliseconds, without torch."""
 
+import os
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from ..errors import JetFlowError
+from ..extras import require_package
 
 
 @dataclass
@@ -30,3 +33,24 @@ def read_node_budget(text: str) -> int | str:
     if not text.isdecimal() or int(text) < 1:
         raise JetFlowError(f"expected a node budget of at least 1, or 'auto', got {text!r}; use a number such as 32")
     return int(text)
+
+
+def model_source(source: str) -> tuple[str, dict[str, Any]]:
+    """
+    Name and keywords of a target for `from_pretrained` of the Auto classes.
+
+    Args:
+        source: Hub id, folder or path of a `.gguf` file.
+
+    Raises:
+        JetFlowError: If a path does not exist, or a package is missing.
+    """
+    path = Path(source)
+    if source.endswith(".gguf"):
+        if not path.is_file():
+            raise JetFlowError(f"`{source}` does not exist; give the path of a .gguf file, a folder or a Hub id")
+        require_package("gguf", "GGUF files")
+        return str(path.parent), {"gguf_file": path.name}
+    if (os.sep in source and source.count("/") != 1) and not path.exists():
+        raise JetFlowError(f"`{source}` does not exist; give the path of a folder, a .gguf file or a Hub id")
+    return source, {}
