@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.pipelines import base as pipelines
@@ -175,12 +175,12 @@ def _checked_decode(
 
 def check_assistant(assistant: Any) -> None:
     """
-    Refuse what only names or describes a head, and a wrapper around one, such as peft's or `torch.compile`'s.
+    Refuse what is no model, such as the name of a head, and a wrapper around one, such as peft's or `torch.compile`'s.
 
     Raises:
         JetFlowError: Naming what to pass instead.
     """
-    if isinstance(assistant, str | os.PathLike | PreTrainedConfig | type):
+    if assistant is not None and (isinstance(assistant, type) or not hasattr(assistant, "config")):
         if isinstance(assistant, str | os.PathLike):
             got = source = repr(os.fspath(assistant))
         else:

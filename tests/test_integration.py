@@ -248,10 +248,11 @@ def refuse(target, head, way, message, input_ids, **kwargs):
         (Path("folder"), r"is 'folder', but must be a loaded .*JetFlowHead.from_pretrained\('folder', dtype=target"),
         (JetFlowConfig(), r"is `JetFlowConfig`, but .*JetFlowHead.from_pretrained\(SOURCE, "),
         (JetFlowHead, r"is `JetFlowHead`, but .*JetFlowHead.from_pretrained\(SOURCE, "),
+        ({"weight": torch.ones(1)}, r"is `dict`, but .*JetFlowHead.from_pretrained\(SOURCE, "),
     ],
-    ids=["name", "path", "config", "class"],
+    ids=["name", "path", "config", "class", "weights"],
 )
-def test_what_only_names_or_describes_a_head_is_refused(assistant, message, target, prompt):
+def test_what_is_no_model_is_refused(assistant, message, target, prompt):
     with pytest.raises(JetFlowError, match=message):
         generate(target, prompt, assistant_model=assistant)
 
