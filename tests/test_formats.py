@@ -159,7 +159,8 @@ def test_an_empty_folder_is_called_so(tmp_path):
 
 
 def test_a_folder_that_does_not_exist_is_called_so(tmp_path):
-    assert "is not a folder; give the folder or Hub id" in refusal(tmp_path / "nowhere", OSError)
+    for path in (tmp_path / "nowhere", Path("examples/heads/nowhere")):  # a Hub id has one slash
+        assert "is not a folder; give the folder or Hub id" in refusal(path, OSError)
 
 
 def test_a_file_in_place_of_its_folder_is_called_so(folder):

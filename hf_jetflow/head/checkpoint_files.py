@@ -79,7 +79,8 @@ def locate(name: str, kwargs: dict[str, Any]) -> Source:
         if subfolder and subfolder != spelled:
             raise ValueError(f"two subfolders are given, `{spelled}` and `subfolder={subfolder!r}`; give one")
         subfolder = spelled
-    if not os.path.isdir(name) and (os.path.exists(name) or os.path.isabs(name) or name.startswith(".")):
+    is_path = os.path.exists(name) or os.path.isabs(name) or name.startswith(".") or name.count("/") > 1
+    if is_path and not os.path.isdir(name):
         raise OSError(f"`{name}` is not a folder; give the folder or Hub id of a saved head")
     hub = {key: kwargs.pop(key) for key in HUB_KEYWORDS if key in kwargs}
     return Source(name, subfolder.strip("/"), hub)
