@@ -9,6 +9,9 @@ from typing import Any
 from .errors import JetFlowError
 
 
+_AS_OBJECTS = 'write one object in braces on each line, such as {"prompt": "..."}'
+
+
 def read_jsonl(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
     """Records of a JSON lines file; for the errors see `numbered_records`."""
     return (record for _, _, record in numbered_records(path))
@@ -38,14 +41,13 @@ def numbered_records(path: str | os.PathLike) -> Iterator[tuple[int, int, dict[s
                     return
                 if isinstance(error, UnicodeDecodeError):
                     raise JetFlowError(f"{path}, line {number}: not UTF-8 text; save the file as UTF-8") from error
+                remedy = "repair or remove the line" if line.lstrip().startswith(b"{") else _AS_OBJECTS
                 raise JetFlowError(
-                    f"{path}, line {number}: not valid JSON ({error.msg}, column {error.colno}); repair or remove the "
-                    "line"
+                    f"{path}, line {number}: not valid JSON ({error.msg}, column {error.colno}); {remedy}"
                 ) from error
             if not isinstance(record, dict):
                 raise JetFlowError(
-                    f"{path}, line {number}: expected a JSON object, got a {type(record).__name__}; write one in "
-                    'braces on each line, such as {"prompt": "..."}'
+                    f"{path}, line {number}: expected a JSON object, got a {type(record).__name__}; {_AS_OBJECTS}"
                 )
             yield number, start, record
 

@@ -46,6 +46,14 @@ def test_a_bad_line_is_named_with_file_and_number(tmp_path):
         list(read_jsonl(path))
 
 
+def test_plain_text_in_place_of_objects_is_refused_with_an_example_of_a_line(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", "Why is the sky blue?")
+    with pytest.raises(
+        JetFlowError, match=r'line 1: not valid JSON .*; write one object .* such as \{"prompt": "..."\}'
+    ):
+        read_prompts([path])
+
+
 def test_a_line_that_holds_no_object_is_named(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", {"x": 1}, [1, 2])
     with pytest.raises(ValueError, match=r"line 2: expected a JSON object, got a list"):
