@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .._compat import CACHE_NAME
 from ..errors import JetFlowError
 from ..head.masks import additive_mask
+from .split_attention import can_split, split_sdpa
 
 
 NAME = "jetflow_sdpa"
@@ -48,16 +49,24 @@ def grouped_sdpa(
     batch, heads, rows, dim = query.shape
     groups = heads // key.shape[1]
     is_plain = all(kwargs.get(name) is None for name in ("position_bias", "softcap", "s_aux", "cache"))
-    if attention_mask is None or groups == 1 or rows == 1 or attention_mask.shape[1] != 1 or not is_plain:
+    if attention_mask is None or rows == 1 or attention_mask.shape[1] != 1 or not is_plain:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    output = scaled_dot_product_attention(
-        query.reshape(batch, -1, groups * rows, dim),
-        key,
-        value,
-        attn_mask=_repeated_mask(attention_mask, groups, query.dtype),
-        dropout_p=dropout,
-        scale=scaling,
-    )
+    node_mask = getattr(attention_mask, "_jetflow_nodes", None)
+    grouped = query.reshape(batch, -1, groups * rows, dim)
+    if node_mask is not None and dropout == 0 and can_split(grouped, key, value, rows):
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        output = split_sdpa(grouped, key, value, _repeated_mask(node_mask, groups, dtype), scaling)
+    elif groups == 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    else:
+        output = scaled_dot_product_attention(
+            grouped,
+            key,
+            value,
+            attn_mask=_repeated_mask(attention_mask, groups, query.dtype),
+            dropout_p=dropout,
+            scale=scaling,
+        )
     return output.reshape(batch, heads, rows, -1).transpose(1, 2).contiguous(), None
 
 

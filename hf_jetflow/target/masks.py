@@ -73,7 +73,10 @@ def _tree_mask(context: "Context", tree: DraftTree, window: Window | None) -> to
     if (capacity := context.strategy.capacity) is not None:
         mask = torch.cat([mask, mask[:, :1].expand(-1, context.strategy.num_rows(nodes) - nodes, -1)], dim=1)
         mask = pad(mask, (0, capacity - mask.shape[2]))
-    return mask[:, None]
+    mask = mask[:, None]
+    if window is None and context.padding is None and capacity is None and len(mask) == 1:
+        mask._jetflow_nodes = sees_node[:, None]  # type: ignore[attr-defined]
+    return mask
 
 
 def _max_cached_rows(context: "Context", window: Window | None) -> int | None:
