@@ -8,7 +8,8 @@
 #   rounds     a random Qwen3-8B with a head of 5 layers: round times, waits and a profile at 1 to 256 nodes
 #   scored     the same with path correction and n-grams
 #   compiled   `rounds` with compiled forwards
-#   context    round times behind 8,000 and 32,000 tokens
+#   context    round times behind 1,000, 8,000 and 32,000 tokens, attention by one masked kernel
+#   split      the same, attention to the prefix without a mask (`MIN_PREFIX` in target/split_attention.py)
 #   pair       a bench of TARGET with HEAD on PROMPTS
 #   sampled    the same at temperatures 0.7 and 1
 #   static     the same with compiled static caches
@@ -27,7 +28,7 @@ python=${PYTHON:-python3}
 out=${OUT:-gpu-results}
 limit=${LIMIT:-580}
 shape=${SHAPE:-qwen3-8b}
-all=(tests rounds scored compiled context pair sampled static memory)
+all=(tests rounds scored compiled context split pair sampled static memory)
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} PYTHONUNBUFFERED=1 PYTHONPATH="$here/..:$out/site${PYTHONPATH:+:$PYTHONPATH}"
 
 stages=("$@")
@@ -52,6 +53,7 @@ fi
 round_times() {  # later options win
     "$python" "$here/round_times.py" --shape "$shape" --seconds $((limit * 3 / 4)) "$@" ${ROUND_ARGS:-}
 }
+long_contexts() { round_times --nodes 64 256 --contexts 1000 8000 32000 "$@"; }
 bench() {
     local options=()
     for file in $PROMPTS; do options+=(--prompts "$file"); done
@@ -64,7 +66,8 @@ run() {
     rounds) round_times --profile 64 --json "$out/rounds.json" ;;
     scored) round_times --correction path --ngrams --profile 64 --json "$out/rounds_scored.json" ;;
     compiled) round_times --caches compiled --json "$out/rounds_compiled.json" ;;
-    context) round_times --nodes 64 256 --contexts 8000 32000 --json "$out/rounds_context.json" ;;
+    context) long_contexts --min-prefix 1000000000 --json "$out/rounds_context.json" ;;
+    split) long_contexts --min-prefix 1 --json "$out/rounds_split.json" ;;
     pair) bench --methods plain,chain,jetflow,native-dflash,prompt-lookup --json "$out/bench.json" ;;
     sampled) bench --methods plain,jetflow --temperature 0.7,1 --json "$out/bench_sampled.json" ;;
     static) bench --methods plain,jetflow --cache compiled --json "$out/bench_compiled.json" ;;
@@ -76,7 +79,7 @@ run() {
         ;;
     esac
 }
-export -f run round_times bench
+export -f run round_times long_contexts bench
 export here python out limit shape
 
 status=0

@@ -26,6 +26,7 @@ from hf_jetflow.bench.runs import cache_kwargs, synchronize
 from hf_jetflow.decoding import session
 from hf_jetflow.decoding.session import DecodingSession
 from hf_jetflow.files import read_json, write_json
+from hf_jetflow.target import split_attention
 
 
 WIDE = dict(vocab_size=151936, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128)
@@ -194,6 +195,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--correction", choices=["parent", "path"])
     parser.add_argument("--ngrams", action="store_true")
     parser.add_argument("--profile", nargs="+", type=int, default=[], help="node budgets to profile")
+    parser.add_argument("--min-prefix", type=int, help="cached tokens from which attention splits off the prefix")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no row after that time")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
@@ -202,7 +204,7 @@ def parse_args() -> argparse.Namespace:
 @torch.no_grad()
 def main() -> None:
     args, start = parse_args(), time.perf_counter()
-    names = ("shape", "accept", "new", "head_layers", "block", "correction", "ngrams")
+    names = ("shape", "accept", "new", "head_layers", "block", "correction", "ngrams", "min_prefix")
     settings = {name: getattr(args, name) for name in names}
     result: dict[str, Any] = {"environment": environment(), "settings": settings, "rows": []}
     if args.json and args.json.exists():
@@ -217,6 +219,8 @@ def main() -> None:
     if not wanted:
         return
     target, head = build_pair(args)
+    if args.min_prefix is not None:
+        split_attention.MIN_PREFIX = args.min_prefix
     for cache, nodes, context in wanted:
         if time.perf_counter() - start > args.seconds:
             raise SystemExit(f"{len(wanted) - len(result['rows']) + len(known)} rows are left: run this again")

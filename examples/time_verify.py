@@ -45,7 +45,7 @@ def prefilled(target: Target, num_cached: int) -> Context:
     ids = torch.randint(3, vocab_size(target), (1, num_cached), generator=torch.Generator().manual_seed(0))
     ids = ids.to(target.device)
     cache = DynamicCache(config=target.model.config)
-    kwargs = {CACHE_NAME: cache, "attention_mask": torch.ones_like(ids), "use_cache": True}
+    kwargs = {CACHE_NAME: cache, "use_cache": True}
     kwargs["position_ids"] = torch.arange(num_cached, device=target.device)[None]
     slots = BatchSlots(1, AdapterNames(target.model))
     return target.prefill(ids, GenerationConfig(prefill_chunk_size=1024), kwargs, slots)[0]
