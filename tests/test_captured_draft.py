@@ -89,7 +89,9 @@ def test_a_draft_is_one_graph_for_all_rounds(kind, target, random_head, tmp_path
         host = (
             drafter_of(head, target, ids).propose(ids, anchors, depth, 24).best_tree(64, 24, max_continued=CONTINUED)
         )
-        outputs = compiled(drafter, ids, anchors, *drafter._take_pending(), cache, 64, depth, 24, CONTINUED)
+        features, position_ids = drafter._take_pending()
+        context = features, position_ids[0, :1], cache
+        outputs = compiled(drafter, ids, anchors, *context, 64, depth, 24, CONTINUED)
         draft = as_draft(outputs, depth + CONTINUED)
         assert_same_tree(host, draft.tree)
         assert torch.equal(host.ancestor_mask, draft.tree.ancestor_mask)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import BLOCK_SIZE, make_prompt
 from reference import assert_same_text
+from torch.utils import _pytree as pytree
 from transformers import CompileConfig, StaticCache
 
 from hf_jetflow.decoding.captured_draft import IDLE_CACHES, draft_tree
@@ -13,6 +14,8 @@ from hf_jetflow.decoding.drafter import JetFlowCandidateGenerator
 from hf_jetflow.head.cache import StaticHeadCache
 from hf_jetflow.target.caches import STATIC_ROWS, commit_static_path, max_static_nodes, static_rows
 from hf_jetflow.target.context import Context, TargetStates
+from hf_jetflow.target.masks import static_inputs
+from hf_jetflow.trees.tree import ancestor_mask
 
 
 FAMILIES = ["llama", "qwen3", "gemma"]
@@ -220,6 +223,60 @@ def test_a_path_of_any_length_runs_the_one_captured_draft(num_rows, tiny_target,
     generate(target, plain, head, max_new_tokens=5, max_cache_len=200, compile_config=config)
     assert len(shapes) > 1
     assert set(shapes) == {BLOCK_SIZE + 16}
+
+
+@pytest.mark.any_release
+def test_what_a_captured_function_returned_is_copied_before_the_next_one_runs(shallow, random_head, monkeypatch):
+    """A CUDA graph overwrites its outputs when another one runs."""
+    returned: list[torch.Tensor] = []
+    is_overwriting = False
+
+    def captured(function):
+        def run(*args, **kwargs):
+            for output in returned if is_overwriting else ():
+                output.fill_(torch.nan if output.is_floating_point() else 0)
+            outputs = function(*args, **kwargs)
+            parts = outputs.values() if isinstance(outputs, dict) else outputs or ()
+            returned[:] = [each for each in pytree.tree_leaves(list(parts)) if isinstance(each, torch.Tensor)]
+            return outputs
+
+        return run
+
+    monkeypatch.setattr(Context, "forward_of", lambda _context, model: captured(model))
+    monkeypatch.setattr(Context, "captured", lambda _context, function, **_: captured(function))
+    config = CompileConfig()
+    config._compile_all_devices = True
+    target, prompt = shallow, make_prompt(20)
+    head = random_head(target, branch_correction="path")
+    head.record_trees, trees = True, []
+    for _ in range(2):
+        generate(target, prompt, head, max_cache_len=200, compile_config=config)
+        trees.append([(tree.tokens, tree.parents, tree.path) for tree in head.last_trees])
+        is_overwriting = True
+    assert trees[0] == trees[1]
+
+
+@pytest.mark.any_release
+def test_inputs_of_forwards_of_all_sizes_are_one_graph():
+    graphs = []
+    captured = torch.compile(
+        static_inputs, fullgraph=True, dynamic=True, backend=lambda graph, _: graphs.append(1) or graph.forward
+    )
+    for num_nodes, num_rows, num_slots in [(8, 8, 64), (5, 8, 64), (3, 4, 70), (64, 64, 512), (63, 64, 128)]:
+        parents = (torch.arange(num_nodes) - 1)[None] // 2
+        parents[:, 0] = -1
+        sees_node = ancestor_mask(parents, 9)
+        depths = sees_node.sum(-1) - 1
+        nodes, places = (torch.arange(num_nodes) + 7, parents[0], depths[0]), torch.tensor([[20], [25]])
+        (ids, positions), mask = captured(nodes, places, None, (num_rows, num_slots, 9), (None,), torch.bool)
+        assert ids.shape == positions.shape == (1, num_rows)
+        assert ids[0, :num_nodes].tolist() == [*range(7, 7 + num_nodes)]
+        assert torch.equal(positions[:, :num_nodes], 25 + depths)
+        assert mask[..., :20].all()
+        assert torch.equal(mask[:, 0, :num_nodes, 20 : 20 + num_nodes], sees_node)
+        assert not mask[..., :num_nodes, 20 + num_nodes :].any()
+        assert mask.shape == (1, 1, num_rows, num_slots)
+    assert len(graphs) == 1
 
 
 def test_rows_are_padded_to_few_numbers():

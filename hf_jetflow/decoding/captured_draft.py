@@ -1,4 +1,4 @@
-"""The draft as one function of fixed shapes: head, ranking, branch scores, context n-grams, best tree, ancestor mask.
+"""The draft as one function of fixed shapes: head, ranking, branch scores, context n-grams, best tree.
 
 `torch.compile` captures it whole, since nothing in it depends on values that the host would have to wait for. It runs
 the functions that draft on any device; `transfer.must_not_wait` says which variant of them.
@@ -14,7 +14,7 @@ import torch
 from ..head.cache import StaticHeadCache
 from ..head.modeling_jetflow import JetFlowHead
 from ..target.target import Target
-from ..trees.tree import DraftTree, ancestor_mask, trim_tree
+from ..trees.tree import DraftTree, trim_tree
 
 
 if TYPE_CHECKING:
@@ -54,41 +54,41 @@ def draft_tree(
     newest_ids: torch.Tensor,
     positions: torch.Tensor,
     features: torch.Tensor,
-    context_position_ids: torch.Tensor,
+    first_positions: torch.Tensor,
     cache: StaticHeadCache,
     node_budget: int,
     max_depth: int,
     width: int,
     max_continued: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The best tree of one head forward.
 
     Args:
         newest_ids (`torch.Tensor`, (batch, seq)): The newest committed tokens, the anchor last; -1 in front.
         positions (`torch.Tensor`, (batch,)): The anchors' absolute positions.
-        features (`torch.Tensor`, (batch, rows, taps x target_hidden)), context_position_ids (`torch.Tensor`, (batch,
-            rows)): Context rows that the cache lacks, and padding.
+        features (`torch.Tensor`, (batch, rows, taps x target_hidden)): Of the tokens in front of the anchor that the
+            cache lacks, then padding; the cache counts them.
+        first_positions (`torch.Tensor`, (batch,)): Positions of the first rows; one by one, the others follow.
         node_budget, max_depth, width, max_continued: See [`~policy.TreeLimits`].
 
     Returns:
-        Tokens, parents and depths (3, batch, nodes), their log-probabilities (batch, nodes), and the ancestor mask
-        (batch, nodes, nodes).
+        Tokens, parents and depths (3, batch, nodes), and their log-probabilities (batch, nodes).
     """
+    # No row sees a context row that is not before its anchor, such as padding.
+    offsets = torch.arange(features.shape[1], device=first_positions.device)
+    context_position_ids = first_positions[:, None] + offsets
     rows = drafter.read_block(newest_ids[:, -1:], positions, features, context_position_ids, cache, max_depth)
+    cache.count_rows(positions[0] - first_positions[0])
     draft = drafter.ranker.rank(rows, newest_ids, width)
     tree = draft.best_tree(node_budget, width, max_continued=max_continued)
-    mask = ancestor_mask(tree.parents, tree.max_depth)
-    return torch.stack([tree.tokens, tree.parents, tree.depths]), tree.logprobs, mask
+    return torch.stack([tree.tokens, tree.parents, tree.depths]), tree.logprobs
 
 
 def as_draft(outputs: tuple[torch.Tensor, ...], max_depth: int) -> CapturedDraft:
     """The draft that `draft_tree` returned. Copied: a CUDA graph overwrites its outputs when another one runs."""
-    nodes, logprobs, mask = (output.clone() for output in outputs)
-    tokens, parents, depths = nodes.unbind()
-    tree = DraftTree(tokens, parents, depths, logprobs, max_depth)
-    tree.ancestor_mask = mask
-    return CapturedDraft(tree)
+    nodes, logprobs = (output.clone() for output in outputs)
+    return CapturedDraft(DraftTree(*nodes.unbind(), logprobs, max_depth))
 
 
 # Of each head that is in use and was compiled: the static cache of its latest call, unless a call is using it.

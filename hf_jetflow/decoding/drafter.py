@@ -5,14 +5,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from ..head.cache import UNSEEN_POSITION, GrowingHeadCache, HeadCache, StaticHeadCache
 from ..head.modeling_jetflow import JetFlowHead
 from ..target.context import Context, TargetStates
 from ..target.target import Target
-from ..transfer import to_device
+from ..transfer import must_not_wait, to_device
 from ..trees.ngrams import MAX_SEARCHED
 from ..trees.tree import Candidates
 from .branch_scores import gather_rows
@@ -55,6 +54,8 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             past.load(self._cache, head.config.num_rows)
             self._pending.append((past.features, past.feature_position_ids))
         self._newest_positions: torch.Tensor | None = None  # (batch,) of the newest observed tokens
+        # Ids in front of short texts, and features behind short paths, that give a captured draft its one shape.
+        self._fillers: tuple[torch.Tensor, torch.Tensor] | None = None
         self._row_offsets = torch.arange(head.config.num_rows, device=head.device)
         self.ranker = Ranker(head, target)
 
@@ -131,20 +132,17 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         if plan.max_depth == 0 or self._draft_tree is None or not self._fits(deepest):
             return self.propose(newest_ids, positions, plan.max_depth, plan.width)
         assert isinstance(self._cache, StaticHeadCache)
-        num_ids = MAX_SEARCHED if self.head.config.ngram_weights else 2
-        newest_ids = pad(newest_ids[:, -num_ids:], (max(num_ids - newest_ids.shape[1], 0), 0), value=-1)
         features, context_position_ids = self._take_pending()
-        if self._cache.is_empty or features.shape[1] > self._max_path_rows:  # a prompt: all but its newest row
+        if self._fillers is None or features.shape[1] > self._max_path_rows:  # a prompt: all but its newest row
             self._read_ahead((newest_ids[:, -1:], positions), features[:, :-1], context_position_ids[:, :-1])
             features, context_position_ids = features[:, -1:], context_position_ids[:, -1:]
-        num_rows = features.shape[1]
-        num_pad = self._max_path_rows - num_rows
-        padded = pad(features, (0, 0, 0, num_pad))
-        # No row sees a context row that is not before its anchor.
-        padded_ids = torch.cat([context_position_ids, positions[:, None].expand(-1, num_pad)], dim=1)
+        assert self._fillers is not None
+        front, behind = self._fillers
+        newest_ids = torch.cat([front[:, newest_ids.shape[1] :], newest_ids[:, -front.shape[1] :]], dim=1)
+        features = torch.cat([features, behind[:, features.shape[1] :]], dim=1)
         shape = limits.node_budget, limits.max_depth, limits.width, limits.max_continued
-        outputs = self._draft_tree(self, newest_ids, positions, padded, padded_ids, self._cache, *shape)
-        self._cache.count_rows(num_rows)
+        context = features, context_position_ids[0, :1]  # of one sequence, as always with a static cache
+        outputs = self._draft_tree(self, newest_ids, positions, *context, self._cache, *shape)
         return as_draft(outputs, deepest)
 
     @cached_property
@@ -163,6 +161,10 @@ class JetFlowCandidateGenerator(CandidateGenerator):
 
     def _read_ahead(self, anchors: tuple[torch.Tensor, ...], features: torch.Tensor, positions: torch.Tensor) -> None:
         """Cache context rows of any number, and check once per call that the head's numbers are finite."""
+        if self._fillers is None:
+            num_ids = MAX_SEARCHED if self.head.config.ngram_weights else 2
+            shape = len(features), self._max_path_rows, features.shape[-1]
+            self._fillers = anchors[0].new_full((len(features), num_ids), -1), features.new_zeros(shape)
         with self.ranker.weights.in_use():
             rows = self.read_block(anchors[0], anchors[1], features, positions, self._cache, 1)
         self._cache.count_rows(features.shape[1])
@@ -170,7 +172,10 @@ class JetFlowCandidateGenerator(CandidateGenerator):
 
     def _take_pending(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Features (batch, seq, taps x target_hidden) and positions (batch, seq) that the head has not read."""
-        features, position_ids = (torch.cat(parts, dim=1) for parts in zip(*self._pending, strict=True))
+        parts = [part for part in self._pending if part[0].shape[1]] or self._pending[:1]
+        features, position_ids = (
+            parts[0] if len(parts) == 1 else (torch.cat(each, dim=1) for each in zip(*parts, strict=True))
+        )
         self._pending = [(features[:, :0], position_ids[:, :0])]  # shapes and devices for a round without new states
         return features, position_ids
 
@@ -236,6 +241,8 @@ def _path_features(states: TargetStates, paths: list[list[int]]) -> tuple[torch.
     device = position_ids.device
     if len(paths) == 1:
         rows = to_device(paths[0], device)
+        if must_not_wait(device):  # fewer launches, but more to copy
+            return torch.cat(taps, dim=-1).index_select(1, rows), position_ids.index_select(1, rows)
         of_path = [tap.index_select(1, rows.to(tap.device)) for tap in taps]
         return torch.cat(of_path, dim=-1), position_ids[:, rows]
     length = max(len(path) for path in paths)

@@ -223,8 +223,8 @@ class DecodingSession:
         """Compact the accepted paths in the cache and queue their states for the head."""
         # Batches that return states are decoded plainly.
         self._emitter.record_path(states, paths[0], self._context.cache)
+        self._drafter.observe(states, paths)  # before the next captured function, which may overwrite the states
         self._context.strategy.commit(tree, paths)
-        self._drafter.observe(states, paths)
 
     def end_round(self, tree: DraftTree, paths: list[list[int]]) -> None:
         """Count the round, and tell the observers."""

@@ -141,7 +141,7 @@ class StaticHeadCache:
         rows = [tuple(buffer[:, :, :end].clone() for buffer in buffers) for buffers in self._layers if buffers]
         return rows, self._position_ids[:, :end].clone()  # type: ignore[return-value]
 
-    def count_rows(self, num_rows: int) -> None:
+    def count_rows(self, num_rows: int | torch.Tensor) -> None:
         """Count the first `num_rows` of the newest context rows; the others were padding."""
         self._length.add_(num_rows)
 

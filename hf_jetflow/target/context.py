@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import pad
 from transformers import CompileConfig, DynamicCache, PreTrainedModel, StaticCache
 from transformers.utils import ModelOutput
 
@@ -19,7 +18,7 @@ from ..transfer import to_device
 from ..trees.tree import DraftTree
 from .attention import grouped_attention, mask_dtype
 from .layer_kinds import scaling_step
-from .masks import padding_mask, tree_masks
+from .masks import by_kind, padding_mask, static_inputs, tree_masks
 from .mixer_layers import tree_mixers
 from .position_limits import position_limits
 from .slots import BatchSlots
@@ -72,8 +71,10 @@ class Context:
         model = self.target.model
         mixers = tree_mixers(model, self.cache) if self.target.takes_trees else []
         self.strategy = cache_strategy(self.cache, self.slots, mixers, self._forward)
+        self._static_inputs: Callable = static_inputs
         if self.is_compiled:
             self.strategy.capture(self.captured)
+            self._static_inputs = self.captured(static_inputs, dynamic=True)
         self.mask_dtype = mask_dtype(model)
         self._scaling_step, self._position_limits = scaling_step(model), position_limits(model)
         self._copied: tuple[torch.Tensor, torch.Tensor] | None = None  # lengths, and their `lengths_and_positions`
@@ -89,6 +90,13 @@ class Context:
         if known is None or known[0] is not lengths or known[1].device != device:
             known = self._copied = (lengths, to_device(torch.stack([lengths, self.positions]), device))
         return known[1]
+
+    @property
+    def padding_of_active(self) -> torch.Tensor | None:
+        """Padding of the prompts of the active sequences, (active, cached at prefill), on the target's device."""
+        if self.padding is None:
+            return None
+        return self.padding[to_device(self.slots.active, self.padding.device)].to(self.target.device)
 
     def forward_of(self, model: PreTrainedModel) -> Callable:
         """The model's call, compiled by transformers' own means where `generate` would."""
@@ -151,20 +159,34 @@ class Context:
     def _forward(self, tree: DraftTree) -> ModelOutput:
         """The model's forward over all nodes, and padding with a static cache."""
         model, device = self.target.model, self.target.device
-        num_pad = self.strategy.num_rows(tree.num_nodes) - tree.num_nodes
-        position_ids = self._node_positions(tree)
-        position_ids = torch.cat([position_ids, position_ids[:, :1].expand(-1, num_pad)], dim=1)
+        input_ids, position_ids, mask = self._inputs(tree)
         if self.kind_offsets is not None:
             position_ids = to_device(self.kind_offsets[:, self.slots.active, None], device) + position_ids
         is_grouped = position_ids.shape[-1] > 1
         with grouped_attention(model) if is_grouped else nullcontext(), self.strategy.reading(tree):
             return self.forward_of(model)(
-                input_ids=pad(tree.tokens.to(device), (0, num_pad)),
-                attention_mask=(tree_masks if self.target.takes_trees else padding_mask)(self, tree),
+                input_ids=input_ids,
+                attention_mask=mask,
                 position_ids=None if self.step_inputs.position_ids is None else position_ids,
                 use_cache=True,
                 return_dict=True,
                 **{CACHE_NAME: self.cache},
                 **self.forward_kwargs,
-                **self.step_inputs.keywords(self.slots.active, tree.num_nodes + num_pad),
+                **self.step_inputs.keywords(self.slots.active, input_ids.shape[1]),
             )
+
+    def _inputs(self, tree: DraftTree) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """Ids and positions (active, rows), and what the model takes as masks."""
+        device, capacity = self.target.device, self.strategy.capacity
+        if capacity is None:
+            mask = (tree_masks if self.target.takes_trees else padding_mask)(self, tree)
+            return tree.tokens.to(device), self._node_positions(tree), mask
+        nodes = tree.tokens[0].to(device), tree.parents[0].to(device), tree.depths[0].to(device)
+        places, windows = self.lengths_and_positions(device), self.target.windows
+        sizes = self.strategy.num_rows(tree.num_nodes), capacity, tree.max_depth
+        inputs = self._static_inputs(
+            nodes, places, self.padding_of_active, sizes, tuple(windows.values()), self.mask_dtype
+        )
+        # Copied: a CUDA graph overwrites its outputs when another one runs.
+        ids_and_positions, *masks = (each.clone() for each in inputs) if self.is_compiled else inputs
+        return *ids_and_positions.unbind(), by_kind(dict(zip(windows, masks, strict=True)))

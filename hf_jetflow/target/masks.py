@@ -6,8 +6,7 @@ import torch
 from torch.nn.functional import pad
 
 from ..head.masks import additive_mask
-from ..transfer import to_device
-from ..trees.tree import DraftTree
+from ..trees.tree import DraftTree, ancestor_mask
 from .caches import cache_windows
 from .layer_kinds import Window
 
@@ -26,12 +25,57 @@ def tree_masks(context: "Context", tree: DraftTree) -> torch.Tensor | dict[str, 
 
     A lone root needs none, as in plain decoding, unless there is padding.
     """
-    is_even = context.padding is None and len(set(context.slots.lengths.tolist())) == 1
-    if tree.num_nodes == 1 and is_even and context.strategy.capacity is None:
+    lengths, device = context.slots.lengths, context.target.device
+    if tree.num_nodes == 1 and context.padding is None and len(set(lengths.tolist())) == 1:
         return None
-    masks = {kind: _tree_mask(context, tree, window) for kind, window in context.target.windows.items()}
-    if context.mask_dtype != torch.bool:
-        masks = {kind: additive_mask(mask, context.mask_dtype) for kind, mask in masks.items()}
+    depths, sees_node = tree.depths.to(device), tree.ancestor_mask.to(device)
+    is_pad, longest = context.padding_of_active, int(lengths.max())
+
+    def mask_of(window: Window | None) -> torch.Tensor:
+        max_cached = _max_cached_rows(context, window)
+        num_keys = tree.num_nodes + (longest if max_cached is None else min(longest, max_cached))
+        places = context.lengths_and_positions(device)
+        mask = _tree_mask(depths, sees_node, places, is_pad, num_keys, window, max_cached)
+        mask = _in_dtype(mask, context.mask_dtype)
+        if window is None and is_pad is None and len(mask) == 1:
+            mask._jetflow_nodes = sees_node[:, None]  # type: ignore[attr-defined]  # read by `grouped_sdpa`
+        return mask
+
+    return by_kind({kind: mask_of(window) for kind, window in context.target.windows.items()})
+
+
+def static_inputs(
+    nodes: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    places: torch.Tensor,
+    is_pad: torch.Tensor | None,
+    sizes: tuple[int, int, int],
+    windows: tuple[Window | None, ...],
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, ...]:
+    """
+    Inputs of a forward with a static cache, as a function of fixed shapes, which can be captured.
+
+    Args:
+        nodes: Tokens, parents and depths of a tree, (nodes,) each.
+        places (`torch.Tensor`, (2, 1)): Cached tokens, and the anchor's position.
+        is_pad (`torch.Tensor`, (1, prompt), *optional*): Where the prompt was padded.
+        sizes: Rows of the forward, slots of the cache, and the deepest level of the tree.
+        windows: Of each kind of layer.
+        dtype (`torch.dtype`): Of the masks.
+
+    Returns:
+        Ids and positions (2, 1, rows), and the mask (1, 1, rows, slots) of each kind. Rows behind the nodes are
+        padding, as children of the root.
+    """
+    num_rows, num_slots, max_depth = sizes
+    tokens, parents, depths = pad(torch.stack(nodes), (0, num_rows - len(nodes[0])))[:, None].unbind()
+    sees_node = ancestor_mask(parents, max_depth)
+    masks = [_tree_mask(depths, sees_node, places, is_pad, num_slots, window) for window in windows]
+    return torch.stack([tokens, places[1, :, None] + depths]), *(_in_dtype(mask, dtype) for mask in masks)
+
+
+def by_kind(masks: dict[str, torch.Tensor]) -> torch.Tensor | dict[str, torch.Tensor | None]:
+    """Masks of the kinds of layers, as the model's forward takes them."""
     return {**NO_MASKS, **masks} if len(masks) > 1 else next(iter(masks.values()))
 
 
@@ -44,39 +88,41 @@ def padding_mask(context: "Context", tree: DraftTree) -> torch.Tensor | None:
     return pad((~context.padding).long(), (0, num_new), value=1).to(context.target.device)
 
 
-def _tree_mask(context: "Context", tree: DraftTree, window: Window | None) -> torch.Tensor:
-    """(batch, 1, rows, keys) bool: a node sees the prefix within the window in positions, its ancestors and itself.
+def _tree_mask(
+    depths: torch.Tensor,
+    sees_node: torch.Tensor,
+    places: torch.Tensor,
+    is_pad: torch.Tensor | None,
+    num_keys: int,
+    window: Window | None,
+    max_cached: int | None = None,
+) -> torch.Tensor:
+    """(batch, 1, nodes, keys) bool: a node sees the prefix within the window in positions, its ancestors and itself.
 
-    No row sees the slots behind a sequence's nodes. With a static cache, rows that pad see what the root sees.
+    No node sees the slots behind a sequence's nodes.
     """
-    nodes, device, max_cached = tree.num_nodes, context.target.device, _max_cached_rows(context, window)
-    longest = int(context.slots.lengths.max())
-    slots = torch.arange(longest if max_cached is None else min(longest, max_cached), device=device)
-    lengths, positions = context.lengths_and_positions(device)[..., None].unbind()
+    nodes, device = depths.shape[1], depths.device
+    slots = torch.arange(num_keys, device=device)
+    lengths, positions = places[..., None].unbind()
     cached = lengths if max_cached is None else lengths.clamp_max(max_cached)
     is_seen = slots < cached
-    if context.padding is not None:
-        is_pad = context.padding[to_device(context.slots.active, context.padding.device)].to(device)
+    if is_pad is not None:
         indices = slots + lengths - cached
         is_prompt = indices < is_pad.shape[1]
         is_seen = is_seen & ~(is_prompt & is_pad.gather(1, indices.clamp_max(is_pad.shape[1] - 1)))
     sees_prefix = is_seen[:, None].expand(-1, nodes, -1)
-    sees_node = tree.ancestor_mask.to(device)
     if window is not None:
         # A cached row's distance is counted in positions: the last one lies directly before the anchor.
         slot_positions = positions - cached + slots
-        node_positions = positions + tree.depths.to(device)
+        node_positions = positions + depths
         sees_prefix = sees_prefix & window.sees(node_positions[:, :, None], slot_positions[:, None])
         sees_node = sees_node & window.sees(node_positions[:, :, None], node_positions[:, None])
     node_slots = cached + torch.arange(nodes, device=device)
-    mask = pad(sees_prefix, (0, nodes)).scatter_(2, node_slots[:, None].expand_as(sees_node), sees_node)
-    if (capacity := context.strategy.capacity) is not None:
-        mask = torch.cat([mask, mask[:, :1].expand(-1, context.strategy.num_rows(nodes) - nodes, -1)], dim=1)
-        mask = pad(mask, (0, capacity - mask.shape[2]))
-    mask = mask[:, None]
-    if window is None and context.padding is None and capacity is None and len(mask) == 1:
-        mask._jetflow_nodes = sees_node[:, None]  # type: ignore[attr-defined]
-    return mask
+    return sees_prefix.scatter(2, node_slots[:, None].expand_as(sees_node), sees_node)[:, None]
+
+
+def _in_dtype(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return mask if dtype == torch.bool else additive_mask(mask, dtype)
 
 
 def _max_cached_rows(context: "Context", window: Window | None) -> int | None:
