@@ -79,10 +79,10 @@ class SequenceNoise:
         self.skip()
         return int((probs[0] / noise).argmax())
 
-    def ahead(self, num_steps: int, probs: torch.Tensor) -> torch.Tensor:
-        """The noise of the next steps, (steps, vocab), like probabilities (..., vocab); `skip` counts it as used."""
+    def ahead(self, num_steps: int, probs: torch.Tensor) -> list[torch.Tensor]:
+        """The noise (vocab,) of each of the next steps, like probabilities (..., vocab); `skip` counts it as used."""
         steps = range(self._step, self._step + num_steps)
-        return torch.stack([self._noise.of_step(step, probs)[self._index] for step in steps])
+        return [self._noise.of_step(step, probs)[self._index] for step in steps]
 
     def skip(self) -> None:
         """Count a draw, such as one that was made with noise of `ahead`."""

@@ -22,8 +22,8 @@ class Draws(Protocol):
     def draw(self, probs: torch.Tensor) -> int:
         """The next token, whose probabilities are (1, vocab)."""
 
-    def ahead(self, num_steps: int, probs: torch.Tensor) -> torch.Tensor:
-        """Exponential noise of the next steps, (steps, vocab): the token drawn is the argmax of probs / noise."""
+    def ahead(self, num_steps: int, probs: torch.Tensor) -> list[torch.Tensor]:
+        """Exponential noise of each of the next steps, (vocab,): the token drawn is the argmax of probs / noise."""
 
     def skip(self) -> None:
         """Count a draw that was made with what `ahead` gave."""
@@ -141,9 +141,11 @@ def _choices_ahead(tree: DraftTree, logits: torch.Tensor, choosers: list[Chooser
         return scores.argmax(dim=-1)
     probs = scores.softmax(dim=-1)
     # The noise of a draw belongs to its step, whichever node is on the path at its depth.
-    noise = torch.stack([chooser.noise.ahead(tree.max_depth + 1, probs) for chooser in choosers if chooser.noise])
+    num_steps = tree.max_depth + 1
+    steps = [noise for chooser in choosers if chooser.noise for noise in chooser.noise.ahead(num_steps, probs)]
+    noise = torch.stack(steps).view(len(choosers), num_steps, -1)
     choices = (probs / noise.gather(1, tree.depths[..., None].expand_as(probs))).argmax(dim=-1)
-    return choices.masked_fill(probs[..., 0].isnan(), -1)  # softmax spreads what is not finite over the row
+    return choices.masked_fill_(probs[..., 0].isnan(), -1)  # softmax spreads what is not finite over the row
 
 
 def _walk(
