@@ -76,7 +76,7 @@ def test_a_plain_round_that_was_timed_too_slow_is_timed_anew(monkeypatch):
     assert tokens / spent > 0.95
 
 
-def rate(monkeypatch, seconds, top, node_budget, claimed=None):
+def rate(monkeypatch, seconds, top, node_budget, claimed=None, reads_late=False):
     """Tokens per second with a fixed budget, or with "auto" once it has had its trials."""
     machine = Machine(monkeypatch, seconds, top, claimed)
     if node_budget != "auto":
@@ -85,7 +85,7 @@ def rate(monkeypatch, seconds, top, node_budget, claimed=None):
         return tokens / spent
     costs = RoundCosts()
     machine.run(AutoPolicy(LIMITS, costs), 100)
-    totals = [machine.run(AutoPolicy(LIMITS, costs), 400) for _ in range(4)]
+    totals = [machine.run(AutoPolicy(LIMITS, costs, reads_late), 400) for _ in range(4)]
     return sum(tokens for tokens, _ in totals) / sum(spent for _, spent in totals)
 
 
@@ -105,9 +105,31 @@ def test_auto_is_close_to_the_best_fixed_budget(machine, top, monkeypatch):
 
 
 @pytest.mark.parametrize("machine", MACHINES)
-def test_a_head_that_is_never_right_costs_next_to_nothing(machine, monkeypatch):
+def test_the_tree_before_tells_as_much_as_the_tree_itself(machine, monkeypatch):
+    early, late = (rate(monkeypatch, MACHINES[machine], 0.8, "auto", reads_late=late) for late in (False, True))
+    assert late > 0.95 * early
+
+
+@pytest.mark.parametrize("reads_late", [False, True])
+@pytest.mark.parametrize("machine", MACHINES)
+def test_a_head_that_is_never_right_costs_next_to_nothing(machine, reads_late, monkeypatch):
     plain = rate(monkeypatch, MACHINES[machine], 0.0, 1)
-    assert rate(monkeypatch, MACHINES[machine], 0.0, "auto", claimed=0.7) > 0.96 * plain
+    assert rate(monkeypatch, MACHINES[machine], 0.0, "auto", claimed=0.7, reads_late=reads_late) > 0.96 * plain
+
+
+def test_where_reading_would_wait_the_tree_before_decides():
+    """What the policy reads of a tree is there after the walk only."""
+    samples = {nodes: (1 + 0.1 * nodes,) for nodes in (1, 8, 16, 32, 64)}
+    costs = RoundCosts(samples=samples, tokens=1.0, drafted_seconds=1.0, num_drafted=1)
+    policy = AutoPolicy(LIMITS, costs, reads_late=True)
+    trees, sizes = [chain_of(torch.zeros(1, 64, dtype=torch.long)) for _ in range(3)], []
+    for tree, share in zip(trees, (0.99, 0.5, 0.99), strict=True):
+        tree.logprobs = torch.arange(64)[None] * math.log(share)
+        assert policy.plan(100).min_logprob == -math.inf
+        sizes.append(policy.trim(tree).num_nodes)
+        policy.record(policy.trim(tree), [[*range(sizes[-1])]])
+    assert sizes[0] == 64, "nothing was read yet"
+    assert sizes[1] > sizes[2]
 
 
 def share_drafted(machine, policy, costs, num_tokens):

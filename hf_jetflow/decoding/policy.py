@@ -11,11 +11,13 @@ from itertools import accumulate
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
+import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..errors import JetFlowError
 from ..head.modeling_jetflow import JetFlowHead
 from ..target.layer_kinds import takes_trees
+from ..transfer import must_not_wait
 from ..trees.tree import DraftTree, trim_tree
 from .round_costs import RoundCosts
 
@@ -141,7 +143,7 @@ class _OpenRound:
     start_of_rest: float = 0.0  # of what follows its drafting
     is_trial: bool = False  # times a size that has no timing yet
     is_refresh: bool = False  # times a neighbor of the best size
-    promised: float = 0.0  # drafted tokens, by the tree's probabilities
+    logprobs: torch.Tensor | None = None  # of the drafted nodes, on their way to the host
 
 
 class AutoPolicy:
@@ -152,10 +154,17 @@ class AutoPolicy:
     the throughput of all rounds together. Expected tokens follow from the tree's path probabilities and from how far
     earlier ones were right; seconds from `RoundCosts`. If drafting loses against plain decoding, plain rounds follow,
     and drafting is probed within a fixed share of run time.
+
+    Args:
+        limits ([`TreeLimits`]): Of the trees of all rounds.
+        costs ([`RoundCosts`]): Of this pair, and of as many sequences.
+        reads_late (`bool`): The host would have to wait for a tree's probabilities. A round's size then follows from
+            the tree of the round before, whose probabilities reach the host with what the walk reads.
     """
 
-    def __init__(self, limits: TreeLimits, costs: RoundCosts):
-        self.limits, self._costs = limits, costs
+    def __init__(self, limits: TreeLimits, costs: RoundCosts, reads_late: bool = False):
+        self.limits, self._costs, self._reads_late = limits, costs, reads_late
+        self._gains: list[float] = []  # by nodes: tokens that the best of them promise, of the latest tree read
         self._full_tree_size = sum(limits.width**depth for depth in range(limits.max_depth + 1))
         self._ceiling = max(64 // costs.num_sequences, 4)  # nodes to draft at most: about twice the last choice
         # Yield and normalized time of drafted rounds: of earlier generations at first, more and more of this one's.
@@ -170,7 +179,7 @@ class AutoPolicy:
         is_trial, is_refresh = untried is not None, costs.num_drafted % REFRESH_EVERY == 0
         self._round = _OpenRound(start, start, is_trial, is_refresh)
         self._num_planned += 1
-        min_logprob = -math.inf if is_trial or is_refresh else self._min_logprob()
+        min_logprob = -math.inf if is_trial or is_refresh or self._reads_late else self._min_logprob()
         limits = replace(self.limits, node_budget=untried or self._choose(), min_logprob=min_logprob)
         return plan_round(limits, max_yield, max_nodes)
 
@@ -196,16 +205,16 @@ class AutoPolicy:
         if num_nodes == 1:
             return tree
         self._round.start_of_rest = time.perf_counter()
-        # The root's 1 comes first; of a batch, what its trees promise on average.
-        trees = [sorted(map(math.exp, row), reverse=True) for row in tree.logprobs.view(-1, num_nodes).tolist()]
-        gains = list(accumulate(sum(shares) / len(trees) for shares in zip(*trees, strict=True)))
-        best = num_nodes if self._round.is_trial else self._best_budget(gains)
-        self._round.promised = gains[best - 1] - 1
+        if self._reads_late:
+            self._round.logprobs = tree.logprobs.to("cpu", non_blocking=True)
+        else:
+            self._gains = _gains(tree.logprobs)
+        gains = self._gains[:num_nodes]
+        best = num_nodes if self._round.is_trial or not gains else self._best_budget(gains)
         return tree if best == num_nodes else trim_tree(tree, best)
 
     def _best_budget(self, gains: list[float]) -> int:
-        """The node budget of the highest surplus; `gains[n - 1]` is the sum of the `n` best path probabilities, the
-        root's 1 included."""
+        """The node budget of the highest surplus; see `_gains`."""
         costs, num_nodes = self._costs, len(gains)
         budgets = [budget for budget in AUTO_BUDGETS[1:] if budget <= num_nodes]
         if num_nodes == self._full_tree_size or not budgets:
@@ -231,6 +240,8 @@ class AutoPolicy:
         rest = max(now - self._round.start_of_rest, MIN_SECONDS)
         seconds = max(now - self._round.start, rest)
         costs.add(num_nodes, rest)
+        if self._round.logprobs is not None:  # which are there: the walk has waited for the device
+            self._gains = _gains(self._round.logprobs)
         if self._round.is_trial:
             return
         # Normalize by this round's own slowdown, so that a slow moment does not bias later choices.
@@ -240,7 +251,7 @@ class AutoPolicy:
             return
         num_accepted = sum(len(path) - 1 for path in paths) / len(paths)  # per sequence
         costs.earn((num_accepted + 1) * costs.normalized_seconds(1) - seconds)
-        costs.count(self._round.promised, num_accepted, seconds)
+        costs.count(self._gains[num_nodes - 1] - 1, num_accepted, seconds)
         costs.refresh_credit += REFRESH_SHARE * seconds
         self._weight = 0.9 * self._weight + 1
         self._tokens = 0.9 * self._tokens + num_accepted + 1
@@ -263,6 +274,12 @@ class AutoPolicy:
         }
 
 
+def _gains(logprobs: torch.Tensor) -> list[float]:
+    """Sums of the highest path probabilities, by number of nodes, the root included; of a batch, averages."""
+    trees = [sorted(map(math.exp, row), reverse=True) for row in logprobs.view(-1, logprobs.shape[-1]).tolist()]
+    return list(accumulate(sum(shares) / len(trees) for shares in zip(*trees, strict=True)))
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -280,4 +297,5 @@ def choose_policy(head: JetFlowHead, model: PreTrainedModel, num_sequences: int)
         return FixedPolicy(limits)
     of_pair = ROUND_COSTS.setdefault(head, WeakKeyDictionary()).setdefault(model, {})
     key = (model.device, model.dtype, head.dtype, limits, num_sequences)
-    return AutoPolicy(limits, of_pair.setdefault(key, RoundCosts(num_sequences)))
+    costs = of_pair.setdefault(key, RoundCosts(num_sequences))
+    return AutoPolicy(limits, costs, reads_late=must_not_wait(model.device))

@@ -5,6 +5,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/native/Resize.h>
 #include <ATen/ops/_reshape_alias_native.h>
+#include <ATen/ops/_to_copy_native.h>
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/unfold_native.h>
 #include <ATen/ops/view_native.h>
@@ -36,6 +37,16 @@ void report(const char* kind, const std::string& operation) {
   pybind11::gil_scoped_acquire gil;
   pybind11::handle called(listener);
   called(kind, operation);
+}
+
+// Copies to the host that nothing has waited for yet: where they go, and what they hold.
+std::vector<std::pair<Tensor, Tensor>> copies_on_their_way;
+
+void wait(const std::string& operation) {
+  report("wait", operation);
+  at::AutoDispatchBelowADInplaceOrView below;
+  for (auto& [host, numbers] : copies_on_their_way) host.copy_(numbers);
+  copies_on_their_way.clear();
 }
 
 struct Allocator final : at::Allocator {
@@ -219,7 +230,7 @@ void run_on_host(const c10::OperatorHandle& op, DispatchKeySet, torch::jit::Stac
   }
   operands.check();
   report("launch", name);
-  if (operands.waits() || SIZED_BY_VALUES.count(name)) report("wait", name);
+  if (operands.waits() || SIZED_BY_VALUES.count(name)) wait(name);
   {
     at::AutoDispatchBelowADInplaceOrView below;
     op.callBoxed(stack);
@@ -253,21 +264,33 @@ Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef stride, Dtype dtype, 
                                            dtype.value_or(at::get_default_dtype_as_scalartype()));
 }
 
-// A copy from the host waits unless it is asked not to; pageable memory is staged before the call returns. Copies to the
-// host always wait.
+// A copy from the host waits unless it is asked not to; pageable memory is staged before the call returns. A copy into
+// the host's pageable memory always waits.
 Tensor& copy_(Tensor& self, const Tensor& source, bool non_blocking) {
   if (self.numel() == 0) return self;
   const bool from_host = source.is_cpu(), to_host = self.is_cpu();
   report("launch", "aten::copy_");
-  if (to_host || (from_host && !non_blocking)) report("wait", to_host ? "copy to host" : "copy from host");
+  if (to_host || (from_host && !non_blocking)) wait(to_host ? "copy to host" : "copy from host");
   auto to = self.is_cuda() ? host_alias(self) : self, from = source.is_cuda() ? host_alias(source) : source;
   at::AutoDispatchBelowADInplaceOrView below;
   to.copy_(from);
   return self;
 }
 
+// A copy into new memory of the host, which torch pins if the copy is not to wait: it holds nothing until a wait.
+Tensor to_copy(const Tensor& self, Dtype dtype, std::optional<c10::Layout> layout, std::optional<Device> device,
+               std::optional<bool> pin_memory, bool non_blocking, std::optional<c10::MemoryFormat> format) {
+  if (!(non_blocking && device && device->is_cpu()))
+    return at::native::_to_copy(self, dtype, layout, device, pin_memory, non_blocking, format);
+  report("launch", "aten::copy_");
+  at::AutoDispatchBelowADInplaceOrView below;
+  auto numbers = host_alias(self).to(dtype.value_or(self.scalar_type()), false, true);
+  copies_on_their_way.emplace_back(at::full_like(numbers, 7), numbers);
+  return copies_on_their_way.back().first;
+}
+
 c10::Scalar read_number(const Tensor& self) {
-  report("wait", "item");
+  wait("item");
   at::AutoDispatchBelowADInplaceOrView below;
   return at::_local_scalar_dense(host_alias(self));
 }
@@ -300,6 +323,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   library.impl("empty.memory_format", &empty);
   library.impl("empty_strided", &empty_strided);
   library.impl("copy_", &copy_);
+  library.impl("_to_copy", &to_copy);
   library.impl("_local_scalar_dense", &read_number);
   library.impl("set_.source_Storage_storage_offset", &set_storage);
   library.impl("set_.source_Storage", &set_whole_storage);
