@@ -14,7 +14,7 @@ from transformers import CompileConfig
 
 from hf_jetflow import JetFlowHead
 
-from .counting import STEPS, Counts, count
+from .counting import FORWARD, STEPS, Counts, count
 from .device import install
 from .prediction import ASSUMPTIONS, predict
 
@@ -29,7 +29,21 @@ CACHES: dict[str, dict[str, Any]] = {
     "static": dict(cache_implementation="static", disable_compile=True, max_cache_len=512),
     "compiled": dict(cache_implementation="static", compile_config=CompileConfig(), max_cache_len=512),
 }
-MODES: dict[str, dict[str, Any]] = {"greedy": dict(do_sample=False), "sampled": dict(do_sample=True, top_k=0)}
+USUAL = dict(temperature=0.7, top_k=50, top_p=0.95, min_p=0.02)
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": dict(do_sample=False),
+    "sampled": dict(do_sample=True, top_k=0),
+    **{name: dict(do_sample=True, **({"top_k": 0} | {name: value})) for name, value in USUAL.items()},
+    "usual": dict(do_sample=True, **USUAL),
+    "all": dict(
+        do_sample=True,
+        **USUAL,
+        typical_p=0.95,
+        epsilon_cutoff=1e-3,
+        remove_invalid_values=True,
+        renormalize_logits=True,
+    ),
+}
 
 
 class WorkingOracle(OracleHead):
@@ -39,7 +53,7 @@ class WorkingOracle(OracleHead):
         return super().forward(**inputs) + 0 * JetFlowHead.forward(self, **inputs)
 
 
-def counts_of(head_settings: dict[str, Any], nodes: int, batch: int, num_layers: int, **kwargs: Any) -> Counts:
+def counts_of(head_settings: dict[str, Any], nodes: int | str, batch: int, num_layers: int, **kwargs: Any) -> Counts:
     """Counts of one `generate` call, whose prompt has no repetitions."""
     target = build_target("qwen3", num_hidden_layers=num_layers)
     prompt = torch.cat([make_prompt(24, seed) for seed in range(batch)])
@@ -60,22 +74,25 @@ def counts_of(head_settings: dict[str, Any], nodes: int, batch: int, num_layers:
 
 def table(counts: Counts) -> dict[str, dict[str, float]]:
     """Launches and waits per round, by step."""
-    steps = {step: step for step in STEPS[:-1]} | {"round": None}
+    steps: dict[str, tuple[str, ...]] = {step: (step,) for step in STEPS[:-1]} | {"round": STEPS}
     return {
         name: {
-            "launches": round(counts.per_round(counts.launches, step), 1),
-            "captured": round(
-                sum(n for where, n in counts.captured.items() if step in (None, where)) / counts.num_rounds, 1
+            "launches": round(counts.per_round(counts.launches, where), 1),
+            "captured": round(counts.per_round(counts.captured, where), 1),
+            "forward": round(
+                sum(n for (step, of), n in counts.captured.items() if step in where and of == FORWARD)
+                / counts.num_rounds,
+                1,
             ),
-            "waits": round(counts.per_round(counts.waits, step), 2),
+            "waits": round(counts.per_round(counts.waits, where), 2),
         }
-        for name, step in steps.items()
+        for name, where in steps.items()
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nodes", type=int, default=64)
+    parser.add_argument("--nodes", default="64", help="a number, or auto, whose time is computed as of 64")
     parser.add_argument("--layers", type=int, default=36, help="layers of the target")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument(
@@ -94,10 +111,11 @@ def main() -> None:
     install()
     rows = []
     for head, cache, mode in [(h, c, m) for h in args.heads for c in args.caches for m in args.modes]:
-        counts = counts_of(HEADS[head], args.nodes, args.batch, args.layers, **CACHES[cache], **MODES[mode])
+        nodes = args.nodes if args.nodes == "auto" else int(args.nodes)
+        counts = counts_of(HEADS[head], nodes, args.batch, args.layers, **CACHES[cache], **MODES[mode])
         steps = table(counts)
-        times = predict(steps, args.nodes, **HEADS[head])
-        facts = {"head": head, "cache": cache, "mode": mode, "nodes": args.nodes}
+        times = predict(steps, 64 if nodes == "auto" else nodes, **HEADS[head])
+        facts = {"head": head, "cache": cache, "mode": mode, "nodes": nodes}
         rows.append(facts | {"steps": steps, "computed_ms": times})
         print(f"{head}; {cache} cache; {mode}; {args.nodes} nodes; {counts.num_rounds} rounds")
         for step, numbers in steps.items():

@@ -19,20 +19,22 @@ from hf_jetflow.target.context import Context
 from .device import install
 
 
+FORWARD = "forward"  # of the target, as a captured function
+
+
 @dataclass
 class Counts:
     """Counts of the rounds of one or several `generate` calls; "other" is what runs outside of their steps."""
 
     launches: Counter[tuple[str, str]] = field(default_factory=Counter)  # by step and place
     waits: Counter[tuple[str, str]] = field(default_factory=Counter)
-    captured: Counter[str] = field(default_factory=Counter)  # operations inside captured functions, by step
+    captured: Counter[tuple[str, str]] = field(default_factory=Counter)  # their operations, by step and function
     step: str = "other"
-    is_captured: bool = False
+    function: str | None = None  # the captured one that runs
     num_rounds: int = 0
 
-    def per_round(self, events: Counter[tuple[str, str]], step: str | None = None) -> float:
-        """Events of a step, or of all steps of a round, divided by the rounds."""
-        steps = STEPS if step is None else (step,)
+    def per_round(self, events: Counter[tuple[str, str]], steps: tuple[str, ...] = STEPS) -> float:
+        """Events of some steps of a round, divided by the rounds."""
         return sum(number for (where, _), number in events.items() if where in steps) / max(self.num_rounds, 1)
 
     def places(self, events: Counter[tuple[str, str]]) -> list[tuple[str, str, float]]:
@@ -48,9 +50,9 @@ def count() -> Iterator[Counts]:
     counts, device = Counts(), install()
 
     def listen(kind: str, operation: str) -> None:
-        if counts.is_captured:
+        if counts.function is not None:
             assert kind == "launch", f"a captured function waits for {operation}"
-            counts.captured[counts.step] += 1
+            counts.captured[counts.step, counts.function] += 1
             return
         events = counts.launches if kind == "launch" else counts.waits
         events[counts.step, _place(sys._getframe(1), operation)] += 1
@@ -77,12 +79,12 @@ def count() -> Iterator[Counts]:
 def _as_captured(counts: Counts, function: Any) -> Any:
     @functools.wraps(function, updated=())
     def captured(*args: Any, **kwargs: Any) -> Any:
-        counts.launches[counts.step, f"captured {getattr(function, '__name__', 'forward')}"] += 1
-        counts.is_captured = True
+        counts.function = getattr(function, "__name__", FORWARD)
+        counts.launches[counts.step, f"captured {counts.function}"] += 1
         try:
             return function(*args, **kwargs)
         finally:
-            counts.is_captured = False
+            counts.function = None
 
     return captured
 
