@@ -6,6 +6,7 @@
 # make parity   logits of heads in other projects' layouts, against their own packages, in an environment of its own
 # make targets-test   the tests of adapted and quantized targets, with peft, torchao, bitsandbytes and quanto, in an environment of its own
 # make launches   launches and host waits of a round, counted on a CUDA device that the CPU pretends (needs a C++ compiler)
+# make pretended-cuda   the tests of exactness, batches, caches and records with every `generate` on that device
 # make generation-tests SOURCES=DIR   transformers' own generation tests with a draft head; DIR is a checkout of transformers
 # make vllm-check   the exported head in vLLM on the CPU: same text, tokens per pass; in an environment of its own (3.5 GB)
 # make serve-load SERVE_ARGS='--prompts FILE... --json FILE'   vLLM's server under load with and without the head, there too
@@ -51,13 +52,16 @@ VLLM_TORCH = $(if $(findstring torch==2.13.0,$(TORCH)),$(TORCH),torch==2.13.0)
 # Tests run in a process for each core; a single one is started by pytest itself (see CONTRIBUTING.md).
 SIDE_BY_SIDE = -n auto --maxprocesses 8 --dist worksteal
 
+# What `make pretended-cuda` runs on a CUDA device that the CPU pretends.
+PRETENDED = $(patsubst %,tests/test_%.py,exact_greedy exact_sampling batch static_cache chains reuse show)
+
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install -q --disable-pip-version-check
 DEMO_INSTALLED = $(VENV)/.installed-demo
 INSTALLED = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo notebooks test test-only lint format docs wheel train-demo-head support-matrix launches generation-tests parity targets-test vllm-check serve-load clean
+.PHONY: help venv demo notebooks test test-only lint format docs wheel train-demo-head support-matrix launches pretended-cuda generation-tests parity targets-test vllm-check serve-load clean
 
 help:
 	@sed -n '/^# make/,/^$$/s/^# \{0,1\}//p' Makefile
@@ -143,6 +147,9 @@ support-matrix: venv
 
 launches: venv
 	cd tests && PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH=.. python -m pretended_cuda $(LAUNCHES_ARGS)
+
+pretended-cuda: venv
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest $(SIDE_BY_SIDE) --pretend-cuda $(PRETENDED) $(PYTEST_ARGS)
 
 generation-tests: venv
 	@test -d '$(SOURCES)/tests/generation' \

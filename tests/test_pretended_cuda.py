@@ -72,3 +72,19 @@ def test_a_round_waits_once_whatever_scores_the_branches(tmp_path):
         assert waits["walk"] == 1, row
         # The first draft checks the head's numbers once; a tree below its budget is continued on the host.
         assert waits["round"] <= 1.2, row
+
+
+def test_no_suite_mixes_devices():
+    """A few tests of each; `make pretended-cuda` runs all of them."""
+    tests = [
+        "exact_greedy.py::test_a_prompt_given_as_ids_and_embeddings_gives_the_plain_text",
+        "exact_sampling.py::test_every_node_budget_draws_the_same_text_from_the_same_seed",
+        "batch.py::test_the_auto_policy_takes_batches",
+        "static_cache.py::test_the_text_is_the_plain_one[noisy-auto-True]",
+        "static_cache.py::test_the_text_is_the_plain_one[path-64-False]",
+        "chains.py::test_a_branch_correction_ranks_chains",
+        "reuse.py::test_a_padded_chat_goes_on",
+        "show.py::test_recording_does_not_change_the_text",
+    ]
+    output = run_python("-m", "pytest", "-q", "--pretend-cuda", *(str(TESTS / f"test_{test}") for test in tests))
+    assert "'with a head'" in output, "nothing ran on the pretended device"
