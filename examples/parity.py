@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen
 
 from hf_jetflow import JetFlowCandidateGenerator, JetFlowConfig, JetFlowHead
 from hf_jetflow.convert.convert import convert_head
-from hf_jetflow.target.context import TargetStates
+from hf_jetflow.target.prefilled import TargetStates
 from hf_jetflow.target.target import Target
 
 

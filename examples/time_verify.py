@@ -25,8 +25,8 @@ from hf_jetflow.bench.environment import environment
 from hf_jetflow.bench.runs import synchronize
 from hf_jetflow.files import write_json
 from hf_jetflow.target.adapters import AdapterNames
-from hf_jetflow.target.context import Context
 from hf_jetflow.target.loading import load_target
+from hf_jetflow.target.prefilled import PrefilledTarget
 from hf_jetflow.target.slots import BatchSlots
 from hf_jetflow.target.target import Target
 from hf_jetflow.trees.tree import Candidates, DraftTree, build_tree
@@ -41,7 +41,7 @@ AttentionInterface.register("see_everything", see_everything)
 AttentionInterface.register("repeating", sdpa_attention_forward)
 
 
-def prefilled(target: Target, num_cached: int) -> Context:
+def prefilled(target: Target, num_cached: int) -> PrefilledTarget:
     ids = torch.randint(3, vocab_size(target), (1, num_cached), generator=torch.Generator().manual_seed(0))
     ids = ids.to(target.device)
     cache = DynamicCache(config=target.model.config)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_jetflow import JetFlowCandidateGenerator, JetFlowConfig, JetFlowHead
 from hf_jetflow.cli.main import parse, run
-from hf_jetflow.target.context import TargetStates
+from hf_jetflow.target.prefilled import TargetStates
 from hf_jetflow.target.target import Target
 from hf_jetflow.trees.tree import DraftTree
 

@@ -369,7 +369,7 @@ def test_one_sequence_stores_nothing_of_the_steps_that_it_has_drawn():
     draws = SequenceNoise(noise, 0)
     draws.draw(probs)
     draws.ahead(4, probs)
-    draws.skip()
+    draws.advance()
     assert list(noise._noise) == list(noise._states) == [2, 3, 4]
 
 

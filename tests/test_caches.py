@@ -10,7 +10,7 @@ from hf_jetflow import JetFlowConfig
 from hf_jetflow.head.cache import GrowingHeadCache
 from hf_jetflow.target.adapters import AdapterNames
 from hf_jetflow.target.caches import check_target_cache, commit_path
-from hf_jetflow.target.context import Context
+from hf_jetflow.target.prefilled import PrefilledTarget
 from hf_jetflow.target.slots import BatchSlots
 from hf_jetflow.target.step_inputs import StepInputs
 from hf_jetflow.target.target import Target
@@ -84,7 +84,7 @@ def path_to(tree: DraftTree, node: int) -> list[int]:
     return tree.ancestor_mask[0, node].nonzero()[:, 0].tolist()
 
 
-def prefilled(model, ids: torch.Tensor) -> Context:
+def prefilled(model, ids: torch.Tensor) -> PrefilledTarget:
     """A target whose cache holds all of `ids` but the last, as after a prefill."""
     target = Target(model, JetFlowConfig.for_target(model.config, num_hidden_layers=NUM_TAPS, mask_token_id=0))
     cache = DynamicCache(config=model.config)
@@ -94,7 +94,7 @@ def prefilled(model, ids: torch.Tensor) -> Context:
     slots = BatchSlots(1, AdapterNames(model))
     slots.fill(ids.shape[1] - 1)
     steps = StepInputs(position_ids=torch.zeros(1, 1))
-    return Context(target, cache, slots, torch.tensor([0]), step_inputs=steps, forward_kwargs=forward_kwargs)
+    return PrefilledTarget(target, cache, slots, torch.tensor([0]), step_inputs=steps, forward_kwargs=forward_kwargs)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gemma3_text"])

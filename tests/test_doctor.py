@@ -18,7 +18,7 @@ from hf_jetflow.doctor.doctor import examine
 from hf_jetflow.doctor.mistakes import encode, with_fields
 from hf_jetflow.doctor.verdict import find_advice
 from hf_jetflow.prompts import encode_chat
-from hf_jetflow.target.context import TargetStates
+from hf_jetflow.target.prefilled import TargetStates
 from hf_jetflow.target.target import Target
 from hf_jetflow.training import replay as replay_module
 from hf_jetflow.training.blocks import draft_blocks

@@ -15,7 +15,7 @@ from transformers import T5ForConditionalGeneration as T5
 import hf_jetflow
 from hf_jetflow import GenerationStats, JetFlowCandidateGenerator, JetFlowConfig, JetFlowHead
 from hf_jetflow.errors import JetFlowError
-from hf_jetflow.target.context import TargetStates
+from hf_jetflow.target.prefilled import TargetStates
 from hf_jetflow.target.target import Target
 
 

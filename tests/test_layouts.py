@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from hf_jetflow import JetFlowCandidateGenerator, JetFlowHead
 from hf_jetflow.head import checkpoint_files as fetching
 from hf_jetflow.head.formats import LAYOUTS, REFUSED, layout_table, recognize
-from hf_jetflow.target.context import TargetStates
+from hf_jetflow.target.prefilled import TargetStates
 from hf_jetflow.target.target import Target
 
 

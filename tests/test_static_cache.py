@@ -13,8 +13,8 @@ from hf_jetflow.decoding.captured_draft import IDLE_CACHES, draft_tree
 from hf_jetflow.decoding.drafter import JetFlowCandidateGenerator
 from hf_jetflow.head.cache import StaticHeadCache
 from hf_jetflow.target.caches import STATIC_ROWS, commit_static_path, max_static_nodes, static_rows
-from hf_jetflow.target.context import Context, TargetStates
 from hf_jetflow.target.masks import static_inputs
+from hf_jetflow.target.prefilled import PrefilledTarget, TargetStates
 from hf_jetflow.trees.tree import ancestor_mask
 
 
@@ -210,8 +210,8 @@ def test_a_path_of_any_length_runs_the_one_captured_draft(num_rows, tiny_target,
         original(self, states, paths)
 
     monkeypatch.setattr(JetFlowCandidateGenerator, "observe", observe)
-    monkeypatch.setattr(Context, "forward_of", lambda _context, model: model)
-    monkeypatch.setattr(Context, "captured", lambda _context, function, **_: functools.partial(run, function))
+    monkeypatch.setattr(PrefilledTarget, "forward_of", lambda _self, model: model)
+    monkeypatch.setattr(PrefilledTarget, "captured", lambda _self, function, **_: functools.partial(run, function))
 
     def run(function, *inputs):
         if function is draft_tree:
@@ -242,8 +242,8 @@ def test_what_a_captured_function_returned_is_copied_before_the_next_one_runs(sh
 
         return run
 
-    monkeypatch.setattr(Context, "forward_of", lambda _context, model: captured(model))
-    monkeypatch.setattr(Context, "captured", lambda _context, function, **_: captured(function))
+    monkeypatch.setattr(PrefilledTarget, "forward_of", lambda _self, model: captured(model))
+    monkeypatch.setattr(PrefilledTarget, "captured", lambda _self, function, **_: captured(function))
     config = CompileConfig()
     config._compile_all_devices = True
     target, prompt = shallow, make_prompt(20)

@@ -88,7 +88,8 @@ def draft_tree(
 def as_draft(outputs: tuple[torch.Tensor, ...], max_depth: int) -> CapturedDraft:
     """The draft that `draft_tree` returned. Copied: a CUDA graph overwrites its outputs when another one runs."""
     nodes, logprobs = (output.clone() for output in outputs)
-    return CapturedDraft(DraftTree(*nodes.unbind(), logprobs, max_depth))
+    tokens, parents, depths = nodes.unbind()
+    return CapturedDraft(DraftTree(tokens, parents, depths, logprobs, max_depth))
 
 
 # Of each head that is in use and was compiled: the static cache of its latest call, unless a call is using it.

@@ -9,7 +9,7 @@ from transformers.generation.candidate_generator import CandidateGenerator
 
 from ..head.cache import UNSEEN_POSITION, GrowingHeadCache, HeadCache, StaticHeadCache
 from ..head.modeling_jetflow import JetFlowHead
-from ..target.context import Context, TargetStates
+from ..target.prefilled import PrefilledTarget, TargetStates
 from ..target.target import Target
 from ..transfer import must_not_wait, to_device
 from ..trees.ngrams import MAX_SEARCHED
@@ -31,7 +31,8 @@ class JetFlowCandidateGenerator(CandidateGenerator):
     Args:
         head ([`JetFlowHead`]): The draft head.
         target ([`Target`]): The target it borrows its embeddings from.
-        context ([`Context`], *optional*): With a static cache and a compiled target, drafts are captured, too.
+        prefilled ([`PrefilledTarget`], *optional*): With a static cache and a compiled target, drafts are captured,
+            too.
         past ([`HeadContext`], *optional*): What an earlier call, which left the target's cache, has shown to the head.
     """
 
@@ -39,16 +40,16 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         self,
         head: JetFlowHead,
         target: Target,
-        context: Context | None = None,
+        prefilled: PrefilledTarget | None = None,
         past: HeadContext | None = None,
     ):
         self.head = head
         self.target = target
-        self._context = context
+        self._prefilled = prefilled
         self._max_path_rows = head.config.block_size + MAX_CONTINUED  # a captured draft reads as many states
         self._cache: GrowingHeadCache | StaticHeadCache = GrowingHeadCache(head.config.num_hidden_layers)
-        if context is not None and context.strategy.capacity is not None:
-            self._cache = static_cache(head, context.strategy.capacity + self._max_path_rows, context.is_compiled)
+        if prefilled is not None and prefilled.strategy.capacity is not None:
+            self._cache = static_cache(head, prefilled.strategy.capacity + self._max_path_rows, prefilled.is_compiled)
         self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # features and positions the head has not read
         if past is not None:
             past.load(self._cache, head.config.num_rows)
@@ -81,7 +82,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
 
     def close(self) -> None:
         """Leave a captured draft's cache for the head's next call."""
-        if isinstance(self._cache, StaticHeadCache) and self._context is not None and self._context.is_compiled:
+        if isinstance(self._cache, StaticHeadCache) and self._prefilled is not None and self._prefilled.is_compiled:
             keep_static_cache(self.head, self._cache)
 
     def head_context(self) -> HeadContext:
@@ -141,22 +142,22 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         newest_ids = torch.cat([front[:, newest_ids.shape[1] :], newest_ids[:, -front.shape[1] :]], dim=1)
         features = torch.cat([features, behind[:, features.shape[1] :]], dim=1)
         shape = limits.node_budget, limits.max_depth, limits.width, limits.max_continued
-        context = features, context_position_ids[0, :1]  # of one sequence, as always with a static cache
-        outputs = self._draft_tree(self, newest_ids, positions, *context, self._cache, *shape)
+        unread = features, context_position_ids[0, :1]  # of one sequence, as always with a static cache
+        outputs = self._draft_tree(self, newest_ids, positions, *unread, self._cache, *shape)
         return as_draft(outputs, deepest)
 
     @cached_property
     def _draft_tree(self) -> Callable | None:
         """`draft_tree` as one captured function; `None` if the target's forward is not compiled."""
-        context, is_static = self._context, isinstance(self._cache, StaticHeadCache)
-        if context is None or not (context.is_compiled and is_static and is_on_one_device(self.head, self.target)):
+        prefilled, is_static = self._prefilled, isinstance(self._cache, StaticHeadCache)
+        if prefilled is None or not (prefilled.is_compiled and is_static and is_on_one_device(self.head, self.target)):
             return None
         self.ranker.prepare()
-        return context.captured(draft_tree)
+        return prefilled.captured(draft_tree)
 
     def _fits(self, depth: int) -> bool:
         """Whether the target has positions for nodes of this depth."""
-        max_depth = None if self._context is None else self._context.max_depth
+        max_depth = None if self._prefilled is None else self._prefilled.max_depth
         return max_depth is None or depth <= max_depth
 
     def _read_ahead(self, anchors: tuple[torch.Tensor, ...], features: torch.Tensor, positions: torch.Tensor) -> None:

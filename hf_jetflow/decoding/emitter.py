@@ -10,7 +10,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from .._compat import CACHE_NAME
 from ..buffers import grown
 from ..target.caches import cache_windows
-from ..target.context import TargetStates
+from ..target.prefilled import TargetStates
 from ..target.slots import BatchSlots
 from ..transfer import to_device
 from ..trees.ngrams import MAX_SEARCHED

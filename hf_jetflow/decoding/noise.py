@@ -27,7 +27,7 @@ class Noise:
         self._noise: OrderedDict[int, torch.Tensor] = OrderedDict()
         self._device = torch.device("cpu")  # of the probabilities
 
-    def of_step(self, step: int, probs: torch.Tensor) -> torch.Tensor:
+    def at_step(self, step: int, probs: torch.Tensor) -> torch.Tensor:
         """The step's noise (batch, vocab), like probabilities (..., vocab)."""
         if step in self._noise:
             return self._noise[step]
@@ -75,16 +75,16 @@ class SequenceNoise:
         """The next token, whose probabilities are (1, vocab)."""
         if not torch.isfinite(probs).all():
             return int(torch.multinomial(probs, num_samples=1))  # raises what plain decoding raises
-        noise = self._noise.of_step(self._step, probs)[self._index]
-        self.skip()
+        noise = self._noise.at_step(self._step, probs)[self._index]
+        self.advance()
         return int((probs[0] / noise).argmax())
 
     def ahead(self, num_steps: int, probs: torch.Tensor) -> list[torch.Tensor]:
-        """The noise (vocab,) of each of the next steps, like probabilities (..., vocab); `skip` counts it as used."""
+        """The noise (vocab,) of each of the next steps, for probabilities (..., vocab); `advance` counts a use."""
         steps = range(self._step, self._step + num_steps)
-        return [self._noise.of_step(step, probs)[self._index] for step in steps]
+        return [self._noise.at_step(step, probs)[self._index] for step in steps]
 
-    def skip(self) -> None:
+    def advance(self) -> None:
         """Count a draw, such as one that was made with noise of `ahead`."""
         self._noise.forget(self._step)
         self._step += 1

@@ -22,7 +22,7 @@ from .._compat import CACHE_NAME
 from ..head.modeling_jetflow import JetFlowHead
 from ..stats import GenerationStats
 from ..target.adapters import AdapterNames
-from ..target.context import TargetStates
+from ..target.prefilled import TargetStates
 from ..target.slots import BatchSlots
 from ..target.target import Target
 from ..transfer import to_device
@@ -111,19 +111,19 @@ class DecodingSession:
         """Prefill the target with the text, show its states to a new drafter, and emit the next token."""
         cache = model_kwargs.get(CACHE_NAME)
         past = stored_context(cache, self._head)
-        self._context, states = self._target.prefill(
+        self._prefilled, states = self._target.prefill(
             input_ids, self._call.generation_config, model_kwargs, self._slots, is_prompt
         )
         # Prompts given as embeddings, and an adapter's virtual tokens, are cached without an id.
         self._num_without_id = int(self._slots.lengths[0]) - input_ids.shape[1]
         self._emitter.record_prompt(states)
-        if self._context.cache is not cache:  # a target may start a new one, and read all of the text
+        if self._prefilled.cache is not cache:  # a target may start a new one, and read all of the text
             past = None
-        self._drafter = JetFlowCandidateGenerator(self._head, self._target, self._context, past)
+        self._drafter = JetFlowCandidateGenerator(self._head, self._target, self._prefilled, past)
         self._drafter.observe(states)
         self._emit_next(states)
         if not self.is_finished:
-            self._context.strategy.open()
+            self._prefilled.strategy.open()
 
     def _emit_next(self, states: TargetStates) -> None:
         """Choose and emit the token behind the text of every sequence."""
@@ -134,11 +134,11 @@ class DecodingSession:
     @property
     def needs_fresh_cache(self) -> bool:
         """Whether plain decoding's next step starts a new cache."""
-        return self._context.needs_fresh_cache(self._emitter.length)
+        return self._prefilled.needs_fresh_cache(self._emitter.length)
 
     def read_again(self) -> None:
         """Read all text so far into a new cache, as plain decoding does (Phi-3, at the length of its first RoPE)."""
-        strategy, emitter = self._context.strategy, self._emitter
+        strategy, emitter = self._prefilled.strategy, self._emitter
         strategy.settle(self._num_cached(emitter.length))
         model_kwargs = self._model._update_model_kwargs_for_generation(
             ModelOutput({CACHE_NAME: strategy.cache}),
@@ -156,14 +156,14 @@ class DecodingSession:
     @property
     def max_yield(self) -> int | None:
         """Tokens that the next round may yield for some sequence, the bonus token included; `None` if any number."""
-        max_depth, num_remaining = self._context.max_depth, self._emitter.num_remaining
+        max_depth, num_remaining = self._prefilled.max_depth, self._emitter.num_remaining
         limits = [num_remaining, None if max_depth is None else max_depth + 1]
         return min((limit for limit in limits if limit is not None), default=None)
 
     @property
     def max_nodes(self) -> int | None:
         """Nodes that the next round can verify; `None` if any number."""
-        return self._context.max_nodes
+        return self._prefilled.max_nodes
 
     @property
     def policy(self) -> Policy:
@@ -181,14 +181,14 @@ class DecodingSession:
         for finished in self._emitter.finished_slots:
             last = len(self._slots.active) - 1
             self._drafter.select_sequences([last if slot == finished else slot for slot in range(last)])
-            self._context.strategy.retire(finished)
+            self._prefilled.strategy.retire(finished)
 
     @_step("draft")
     def draft(self, plan: TreeLimits) -> Draft | CapturedDraft:
         """The head's candidates behind the anchors, with what scores them along a branch."""
         device = self._target.device
         newest_ids = to_device(self._emitter.newest_ids, device)
-        _lengths, positions = self._context.lengths_and_positions(device)
+        _lengths, positions = self._prefilled.lengths_and_positions(device)
         return self._drafter.draft(newest_ids, positions, plan, self.policy.limits)
 
     @_step("tree")
@@ -199,7 +199,7 @@ class DecodingSession:
     @_step("verify")
     def verify(self, tree: DraftTree) -> TargetStates:
         """One target forward over all nodes."""
-        return self._context.verify(tree)
+        return self._prefilled.verify(tree)
 
     @_step("walk")
     def walk(self, tree: DraftTree, states: TargetStates) -> list[list[int]]:
@@ -211,7 +211,7 @@ class DecodingSession:
         On an error, such as a closed streamer, the nodes are rolled back. A later call can reuse the cache.
         """
         with ExitStack() as on_error:
-            on_error.callback(self._context.strategy.roll_back, tree)
+            on_error.callback(self._prefilled.strategy.roll_back, tree)
             on_error.callback(self._rewind_noise)
             choosers = [self._choosers[sequence] for sequence in self._slots.active]
             paths = walk_trees(tree, states.logits, choosers, self._emitter)
@@ -222,9 +222,9 @@ class DecodingSession:
     def commit(self, tree: DraftTree, states: TargetStates, paths: list[list[int]]) -> None:
         """Compact the accepted paths in the cache and queue their states for the head."""
         # Batches that return states are decoded plainly.
-        self._emitter.record_path(states, paths[0], self._context.cache)
+        self._emitter.record_path(states, paths[0], self._prefilled.cache)
         self._drafter.observe(states, paths)  # before the next captured function, which may overwrite the states
-        self._context.strategy.commit(tree, paths)
+        self._prefilled.strategy.commit(tree, paths)
 
     def end_round(self, tree: DraftTree, paths: list[list[int]]) -> None:
         """Count the round, and tell the observers."""
@@ -240,11 +240,11 @@ class DecodingSession:
         """What `generate` returns."""
         self._rewind_noise()
         self.stats.num_new_tokens, self.stats.policy = self._emitter.num_new_tokens, self.policy.report()
-        cache = self._context.cache
+        cache = self._prefilled.cache
         # A cache that the caller retains must end as plain decoding leaves it.
         if self._wants["return_dict_in_generate"] or getattr(cache, "_is_user_defined", False):
             self._read_rest()
-            self._context.strategy.settle(self._num_cached(self._emitter.length))
+            self._prefilled.strategy.settle(self._num_cached(self._emitter.length))
             store_context(cache, self._head, self._drafter.head_context)
         self._drafter.close()
         return self._emitter.finish(cache, self._wants, self._choosers[0])
@@ -269,8 +269,8 @@ class DecodingSession:
             # Sequences that lack fewer tokens repeat their last position: there may be none behind it.
             depths = chain.depths.minimum((num_read - 1).clamp_min(0)[:, None].to(chain.depths.device))
             chain = replace(chain, depths=depths)
-            self._context.verify(chain)
-            self._context.strategy.commit(chain, [list(range(length)) for length in num_read.tolist()])
+            self._prefilled.verify(chain)
+            self._prefilled.strategy.commit(chain, [list(range(length)) for length in num_read.tolist()])
 
 
 def make_choosers(call: Call, wants: dict[str, Any], noise: Noise) -> list[Chooser]:

@@ -12,36 +12,36 @@ from .layer_kinds import Window
 
 
 if TYPE_CHECKING:
-    from .context import Context
+    from .prefilled import PrefilledTarget
 
 
 # Models look up their recurrent layers' kinds, too, which mask padding only.
 NO_MASKS = dict.fromkeys(("linear_attention", "conv"))
 
 
-def tree_masks(context: "Context", tree: DraftTree) -> torch.Tensor | dict[str, torch.Tensor | None] | None:
+def tree_masks(prefilled: "PrefilledTarget", tree: DraftTree) -> torch.Tensor | dict[str, torch.Tensor | None] | None:
     """
     The mask for the model's forward: one tensor, or one per kind of layer where the model has several.
 
     A lone root needs none, as in plain decoding, unless there is padding.
     """
-    lengths, device = context.slots.lengths, context.target.device
-    if tree.num_nodes == 1 and context.padding is None and len(set(lengths.tolist())) == 1:
+    lengths, device = prefilled.slots.lengths, prefilled.target.device
+    if tree.num_nodes == 1 and prefilled.padding is None and len(set(lengths.tolist())) == 1:
         return None
     depths, sees_node = tree.depths.to(device), tree.ancestor_mask.to(device)
-    is_pad, longest = context.padding_of_active, int(lengths.max())
+    is_pad, longest = prefilled.padding_of_active, int(lengths.max())
 
     def mask_of(window: Window | None) -> torch.Tensor:
-        max_cached = _max_cached_rows(context, window)
+        max_cached = _max_cached_rows(prefilled, window)
         num_keys = tree.num_nodes + (longest if max_cached is None else min(longest, max_cached))
-        places = context.lengths_and_positions(device)
+        places = prefilled.lengths_and_positions(device)
         mask = _tree_mask(depths, sees_node, places, is_pad, num_keys, window, max_cached)
-        mask = _in_dtype(mask, context.mask_dtype)
+        mask = _in_dtype(mask, prefilled.mask_dtype)
         if window is None and is_pad is None and len(mask) == 1:
             mask._jetflow_nodes = sees_node[:, None]  # type: ignore[attr-defined]  # read by `grouped_sdpa`
         return mask
 
-    return by_kind({kind: mask_of(window) for kind, window in context.target.windows.items()})
+    return by_kind({kind: mask_of(window) for kind, window in prefilled.target.windows.items()})
 
 
 def static_inputs(
@@ -79,13 +79,13 @@ def by_kind(masks: dict[str, torch.Tensor]) -> torch.Tensor | dict[str, torch.Te
     return {**NO_MASKS, **masks} if len(masks) > 1 else next(iter(masks.values()))
 
 
-def padding_mask(context: "Context", tree: DraftTree) -> torch.Tensor | None:
+def padding_mask(prefilled: "PrefilledTarget", tree: DraftTree) -> torch.Tensor | None:
     """(1, keys): 0 for the prompt's padding, as in plain decoding; `None` without padding. All that a target which
     verifies chains needs to know."""
-    if context.padding is None:
+    if prefilled.padding is None:
         return None
-    num_new = int(context.slots.lengths) + tree.num_nodes - context.padding.shape[1]
-    return pad((~context.padding).long(), (0, num_new), value=1).to(context.target.device)
+    num_new = int(prefilled.slots.lengths) + tree.num_nodes - prefilled.padding.shape[1]
+    return pad((~prefilled.padding).long(), (0, num_new), value=1).to(prefilled.target.device)
 
 
 def _tree_mask(
@@ -125,9 +125,9 @@ def _in_dtype(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return mask if dtype == torch.bool else additive_mask(mask, dtype)
 
 
-def _max_cached_rows(context: "Context", window: Window | None) -> int | None:
+def _max_cached_rows(prefilled: "PrefilledTarget", window: Window | None) -> int | None:
     """Maximum number of rows that a layer with this window returns from the cache in front of the nodes; `None` if
     all."""
-    if window is not None and window.size in cache_windows(context.cache):
+    if window is not None and window.size in cache_windows(prefilled.cache):
         return window.size - 1
     return None

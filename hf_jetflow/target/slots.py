@@ -38,7 +38,7 @@ class BatchSlots:
         self._set_lengths(self.lengths + torch.tensor([len(path) for path in paths], device="cpu"))
 
     def _set_lengths(self, lengths: torch.Tensor) -> None:
-        # Replaced, never changed in place: `Context` knows by the object whether its copy is of these lengths.
+        # Replaced, never changed in place: `PrefilledTarget` knows by the object whether its copy is of these lengths.
         self.lengths = lengths
         self._new_offsets = {}
 

@@ -1,4 +1,4 @@
-"""`Target`: reads the prompt. Rounds are verified by [`Context`]; the head borrows [`TargetEmbeddings`]."""
+"""`Target`: reads the prompt. Rounds are verified by [`PrefilledTarget`]; the head borrows [`TargetEmbeddings`]."""
 
 import threading
 from collections.abc import Iterator
@@ -15,10 +15,10 @@ from .._compat import CACHE_NAME
 from ..errors import JetFlowError
 from ..head.configuration_jetflow import JetFlowConfig
 from .caches import check_even_rows, check_padded_rows, check_target_cache
-from .context import Context, TargetStates
 from .embeddings import TargetEmbeddings
 from .layer_kinds import check_layers, layer_windows, takes_trees
 from .positions import text_positions, without_padding
+from .prefilled import PrefilledTarget, TargetStates
 from .recurrent import check_states, has_states
 from .slots import BatchSlots
 from .step_inputs import check_step_inputs, read_step_inputs
@@ -55,7 +55,7 @@ class Target:
         model_kwargs: dict[str, Any],
         slots: BatchSlots,
         is_prompt: bool = True,
-    ) -> tuple[Context, TargetStates]:
+    ) -> tuple[PrefilledTarget, TargetStates]:
         """
         Run the prompt as plain decoding does (chunks, embeddings and an earlier cache included).
 
@@ -65,7 +65,7 @@ class Target:
                 `PositionLimits.fresh_at`).
 
         Returns:
-            `Context` and the `TargetStates` of the prompt's rows, padding left out; logits of the last row only.
+            `PrefilledTarget`, and `TargetStates` of the prompt's rows without padding; logits of the last row only.
         """
         if self.device.type == "meta":  # accelerate brings the weights in for each module's forward
             self.device = input_ids.device
@@ -103,7 +103,7 @@ class Target:
             features, position_ids = without_padding(features, position_ids, is_pad[:, -num_rows:].to(features.device))
             padding = is_pad[:, -num_cached:]
         slots.fill(num_cached)
-        context = Context(
+        prefilled = PrefilledTarget(
             self,
             cache,
             slots,
@@ -123,7 +123,7 @@ class Target:
             hidden_states=(outputs.hidden_states or ()) if wants_states else (),
             attentions=(outputs.attentions or ()) if generation_config.output_attentions else (),
         )
-        return context, states
+        return prefilled, states
 
     def _check_static(self, generation_config: GenerationConfig) -> None:
         if not self.takes_trees:

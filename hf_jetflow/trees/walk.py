@@ -12,7 +12,7 @@ from transformers import LogitsProcessorList
 from .tree import DraftTree
 
 
-# Values of processed scores of all nodes, 4 bytes each, up to which they are chosen from at once.
+# Maximum number of scores (sequences x nodes x vocab, float32) that are processed at once.
 MAX_SCORES = 2**26
 
 
@@ -25,7 +25,7 @@ class Draws(Protocol):
     def ahead(self, num_steps: int, probs: torch.Tensor) -> list[torch.Tensor]:
         """Exponential noise of each of the next steps, (vocab,): the token drawn is the argmax of probs / noise."""
 
-    def skip(self) -> None:
+    def advance(self) -> None:
         """Count a draw that was made with what `ahead` gave."""
 
 
@@ -163,9 +163,10 @@ def _walk(
         if choices is not None and choices[node] >= 0:
             token = choices[node]
             if chooser.noise is not None:
-                chooser.noise.skip()
+                chooser.noise.advance()
         elif chooser.is_plain_argmax:
-            # NumPy's argmax is about 2x faster on the CPU and breaks ties the same way.
+            # Only on the CPU: elsewhere these choices were made ahead. NumPy's argmax is about 2x faster than torch's
+            # and breaks ties the same way.
             token = int(logits[node].float().numpy().argmax())
         else:
             token = chooser.choose(logits[node : node + 1], committer.committed_ids(sequence))

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 from hf_jetflow.bench.counts import STEPS, watched_steps
-from hf_jetflow.target.context import Context
+from hf_jetflow.target.prefilled import PrefilledTarget
 
 from .device import install
 
@@ -64,16 +64,16 @@ def count() -> Iterator[Counts]:
         counts.step = outer
         counts.num_rounds += step == "end_round"
 
-    forward_of, captured = Context.forward_of, Context.captured
-    Context.forward_of = lambda context, model: _as_captured(counts, model) if context.is_compiled else model
-    Context.captured = lambda _context, function, **_: _as_captured(counts, function)
+    forward_of, captured = PrefilledTarget.forward_of, PrefilledTarget.captured
+    PrefilledTarget.forward_of = lambda self, model: _as_captured(counts, model) if self.is_compiled else model
+    PrefilledTarget.captured = lambda _self, function, **_: _as_captured(counts, function)
     device.listen(listen)
     try:
         with watched_steps(watch):
             yield counts
     finally:
         device.listen(None)
-        Context.forward_of, Context.captured = forward_of, captured
+        PrefilledTarget.forward_of, PrefilledTarget.captured = forward_of, captured
 
 
 def _as_captured(counts: Counts, function: Any) -> Any:

@@ -1,4 +1,4 @@
-"""`Context`: a target whose cache holds the prompts. `verify` runs it over the draft trees of a round.
+"""`PrefilledTarget`: a target whose cache holds the prompts. `verify` runs it over the draft trees of a round.
 
 Masks are in `masks.py`, what rounds do with the cache in `strategies.py`, other inputs of a forward in
 `step_inputs.py`.
@@ -52,7 +52,7 @@ class TargetStates:
 
 
 @dataclass
-class Context:
+class PrefilledTarget:
     """A target behind the prompts of one generation. `Target.prefill` makes it."""
 
     target: "Target"
