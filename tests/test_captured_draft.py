@@ -14,6 +14,7 @@ from hf_jetflow.head.cache import StaticHeadCache
 CORRECTIONS = {kind: dict(branch_correction=kind) for kind in ("parent", "path")}
 KINDS = ["plain", *CORRECTIONS, *scored.CHECKPOINTS]
 CONTINUED = 16
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def test_trees_of_fixed_shapes_are_those_of_the_host(kind, target, random_head, 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", [*KINDS[:3], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[3:])])
+@pytest.mark.parametrize("kind", ["path", *(pytest.param(kind, marks=SLOW) for kind in KINDS if kind != "path")])
 def test_a_draft_is_one_graph_for_all_rounds(kind, target, random_head, tmp_path):
     head, num_graphs, depth = head_of(kind, target, random_head, tmp_path), 0, 0
 

@@ -38,7 +38,7 @@ def alone(tmp_path_factory):
     return train(folder, batch_size=4), folder
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_processes_with_half_the_batch_train_the_same_head(alone, tmp_path, kind):
     alone, alone_folder = alone
     together = launch(kind, tmp_path / "together")

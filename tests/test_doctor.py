@@ -31,6 +31,7 @@ WORDS = [[10 + 7 * number, 20 + 11 * number, 30 + 5 * number] for number in rang
 CONVERSATIONS = [[{"role": "user", "content": " ".join(map(word, words))}] for words in WORDS]
 TOKENIZER = tiny_tokenizer(257)
 PLAIN_TEXTS: dict[tuple[int, ...], list[int]] = {}
+SLOW = pytest.mark.slow
 FULL, SLIDING = ["full_attention"] * 2, ["sliding_attention"] * 2
 
 
@@ -207,7 +208,9 @@ def test_a_good_selector_has_no_fault(tmp_path):
     assert {each["name"] for each in findings["mistakes"]} >= {"first depth", "selector", "layout", "context norm"}
 
 
-@pytest.mark.parametrize("fault", ["first depth", "selector", "layout"])
+@pytest.mark.parametrize(
+    "fault", ["first depth", *(pytest.param(name, marks=SLOW) for name in ("selector", "layout"))]
+)
 def test_a_mistake_in_reading_a_selector_is_named_and_its_fix_works(fault, tmp_path, monkeypatch):
     head = copy.deepcopy(selecting_head())
     changed = {

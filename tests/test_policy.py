@@ -98,7 +98,7 @@ MACHINES = {
 
 
 @pytest.mark.parametrize("machine", MACHINES)
-@pytest.mark.parametrize("top", [0.5, 0.8])
+@pytest.mark.parametrize("top", [0.8, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_auto_is_close_to_the_best_fixed_budget(machine, top, monkeypatch):
     fixed = {budget: rate(monkeypatch, MACHINES[machine], top, budget) for budget in (1, 4, 8, 16, 32, 64, 128)}
     assert rate(monkeypatch, MACHINES[machine], top, "auto") > 0.92 * max(fixed.values())
