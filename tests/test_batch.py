@@ -308,7 +308,8 @@ def test_a_processor_that_is_said_to_be_row_wise_is_believed():
         is_row_wise = True
 
         def __call__(self, input_ids, scores):
-            return scores.index_add(1, input_ids[0, -2:] % VOCAB, torch.full((len(scores), 2), 0.5))
+            half = torch.full((len(scores), 2), 0.5, device=scores.device)
+            return scores.index_add(1, input_ids[0, -2:] % VOCAB, half)
 
     head = small_head()
     inputs = prompts((6, 6))
