@@ -167,6 +167,7 @@ def start(*arguments):
             "error: no.json does not exist",
         ),
         (["plot", "no.json", "x.png"], "1", "error: no.json does not exist"),
+        (["heads", "Qwen3-9B"], "1", "no head is listed for 'Qwen3-9B'; did you mean"),
     ],
     ids=lambda value: " ".join(value[:1]) if isinstance(value, list) else "",
 )

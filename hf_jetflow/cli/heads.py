@@ -9,6 +9,8 @@ Reads a list that comes with this release and asks no server. Without a target i
 
 from dataclasses import dataclass, field
 
+from ..head.catalog import catalog_sources, listed_heads, published_heads
+
 
 @dataclass
 class HeadsSettings:
@@ -22,9 +24,11 @@ class HeadsSettings:
 SETTINGS = (HeadsSettings,)
 
 
-def run(settings: HeadsSettings) -> None:
-    from ..head.catalog import catalog_sources, published_heads
+def check(settings: HeadsSettings) -> None:
+    listed_heads(settings.target)
 
+
+def run(settings: HeadsSettings) -> None:
     target = None
     for head in published_heads(settings.target):
         if head.target != target:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import JetFlowError
-from .formats import LAYOUTS, REFUSED
 
 
 FILE = Path(__file__).with_name("catalog.json")
@@ -30,6 +29,8 @@ class PublishedHead:
     @property
     def refusal(self) -> str | None:
         """Why the head does not load; `None` if it does."""
+        from .formats import LAYOUTS, REFUSED  # imports torch, which the list does without
+
         if self.obstacle is not None:
             return self.obstacle
         if any(layout.name == self.layout for layout in LAYOUTS):
@@ -38,9 +39,9 @@ class PublishedHead:
         return refused.get(self.layout, "this release does not know the layout")
 
 
-def published_heads(target: str | None = None) -> list[PublishedHead]:
+def listed_heads(target: str | None = None) -> list[PublishedHead]:
     """
-    All heads of the file, or those of a target: heads that load first.
+    All heads of the file, or those of a target, in its order.
 
     Args:
         target (`str`, *optional*): Name or Hub id of the target, in any case.
@@ -60,6 +61,12 @@ def published_heads(target: str | None = None) -> list[PublishedHead]:
                 f"no head is listed for {target!r}; {hint}run `hf-jetflow heads` for all targets, or train a head "
                 "with `hf-jetflow train`"
             )
+    return heads
+
+
+def published_heads(target: str | None = None) -> list[PublishedHead]:
+    """The same, of each target those that load first."""
+    heads = listed_heads(target)
     targets = {head.target: index for index, head in reversed(list(enumerate(heads)))}
     return sorted(heads, key=lambda head: (targets[head.target], head.refusal is not None))
 
