@@ -102,7 +102,7 @@ def static_cache(head: JetFlowHead, capacity: int, is_compiled: bool) -> StaticH
         capacity = max(1 << (capacity - 1).bit_length(), 512)
     device, dtype, cache = IDLE_CACHES.pop(head, (None, None, None))
     if cache is None or (device, dtype, cache.capacity) != (head.device, head.dtype, capacity):
-        return StaticHeadCache(head.config.num_hidden_layers, capacity)
+        return StaticHeadCache(head.config.num_hidden_layers, capacity, head.device)
     cache.reset()
     return cache
 

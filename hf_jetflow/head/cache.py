@@ -87,21 +87,22 @@ class StaticHeadCache:
     Args:
         num_layers (`int`): Layers of the head.
         capacity (`int`): Maximum number of context rows, padding included.
+        device (`torch.device`): The head's.
     """
 
-    def __init__(self, num_layers: int, capacity: int):
+    def __init__(self, num_layers: int, capacity: int, device: torch.device | str = "cpu"):
         self.capacity = capacity
         self.is_empty = True  # nothing was written yet
         self._layers: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_layers
-        self._length = torch.zeros((), dtype=torch.long, device="cpu")
+        self._length = _static(torch.zeros((), dtype=torch.long, device=device))
         self._position_ids: torch.Tensor | None = None  # (batch, capacity); beyond all anchors where empty
 
     def reset(self) -> None:
         """Empty the buffers, which stay where they are: compiled graphs hold on to them."""
         self.is_empty = True
+        self._length.zero_()
         if self._position_ids is not None:
             self._position_ids.fill_(torch.iinfo(torch.long).max)
-            self._length.zero_()
         for buffers in self._layers:
             for buffer in buffers or ():
                 buffer.zero_()  # a masked NaN would still spoil a sum
@@ -127,7 +128,6 @@ class StaticHeadCache:
         if self._position_ids is None:
             shape, device = (len(position_ids), self.capacity), position_ids.device
             self._position_ids = _static(torch.full(shape, torch.iinfo(torch.long).max, device=device))
-            self._length = _static(torch.zeros((), dtype=torch.long, device=device))
         self.is_empty = False
         indices = torch.arange(position_ids.shape[1], device=position_ids.device) + self._length
         return self._position_ids.index_copy_(1, indices, position_ids)
