@@ -127,7 +127,7 @@ class StopAfter(StoppingCriteria):
         self.length = length
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_) -> torch.Tensor:
-        return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.length, device=input_ids.device)
 
 
 @pytest.fixture
