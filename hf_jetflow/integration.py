@@ -100,8 +100,7 @@ def _validating(original: Callable) -> Callable:
         if _is_ours(assistant):
             check_pairing(self, assistant)
             check_mode(generation_config)  # before `generate` makes caches; by `custom_generate`, `check_call` does it
-            # As the plain call whose text it gives: stateful targets and several sequences are refused in assisted
-            # generation only.
+            # Validate it as a plain call: in assisted generation, transformers refuses stateful targets and batches.
             kwargs = {name: value for name, value in kwargs.items() if name != "assistant_model"}
             generation_mode = generation_config.get_generation_mode()
         elif _is_enabled:

@@ -17,7 +17,7 @@ from .draft_weights import DraftWeights
 MAX_CACHED_TOKENS = 2048  # capacity of the projected-token cache
 NUM_PREFETCHED = 8  # top candidates per depth to project in advance
 
-# changes(depth, shifts): turns shifts (..., branches, shift) of a depth into logit changes of its candidates,
+# products(depth, shifts): turns shifts (..., branches, shift) of a depth into logit changes of its candidates,
 # (..., branches, width).
 ShiftProducts = Callable[[int, torch.Tensor], torch.Tensor]
 # changes(depth, parents, tokens): logit changes (..., branches, width) of a depth's candidates after each branch of
@@ -32,21 +32,22 @@ class BranchScores:
     Args:
         candidates ([`Candidates`]): Candidates with branch-independent scores.
         ngrams ([`ContextNgrams`] or [`MatchedNgrams`], *optional*): Context n-grams of the same candidates.
-        correction (`BranchChanges`, *optional*): Changes of the same candidates by the head's branch scorer.
+        branch_changes (`BranchChanges`, *optional*): Changes of the same candidates by the head's branch scorer.
     """
 
     def __init__(
         self,
         candidates: Candidates,
         ngrams: ContextNgrams | MatchedNgrams | None,
-        correction: BranchChanges | None,
+        branch_changes: BranchChanges | None,
     ):
-        self._logprobs, self._ngrams, self._correction = with_rest(candidates.logprobs), ngrams, correction
+        self._logprobs, self._ngrams = with_rest(candidates.logprobs), ngrams
+        self._branch_changes = branch_changes
 
     def __call__(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         logprobs = self._logprobs[..., depth, :].unsqueeze(-2)
         with torch.no_grad():
-            changes = None if self._correction is None else self._correction(depth, parents, tokens)
+            changes = None if self._branch_changes is None else self._branch_changes(depth, parents, tokens)
         if changes is not None:
             changes = changes.to(logprobs.device, torch.float32)
             changes = changes.nan_to_num(0.0, posinf=0.0, neginf=0.0)  # a correction that overflows is ignored
@@ -243,7 +244,7 @@ def shift_products(
 
         return products
 
-    def changes(depth: int, shifts: torch.Tensor) -> torch.Tensor:
+    def products_by_module(depth: int, shifts: torch.Tensor) -> torch.Tensor:
         shifts = shifts.to(target.device, target.model.dtype)
         zero = torch.zeros_like(shifts[..., :1, :])  # yields what is no shift: the bias
         logits = target.embeddings.output_logits(torch.cat([shifts, zero], dim=-2), token_ids)
@@ -251,7 +252,7 @@ def shift_products(
         logits = logits.gather(-1, columns.expand(*logits.shape[:-1], columns.shape[-1]))
         return logits[..., :-1, :] - logits[..., -1:, :]
 
-    return changes
+    return products_by_module
 
 
 def _start_ids(newest_ids: torch.Tensor, scorer: StepScorer) -> torch.Tensor:

@@ -90,6 +90,7 @@ def plan_round(limits: TreeLimits, max_yield: int | None, max_nodes: int | None 
         max_nodes (`int`, *optional*): Nodes that the target can verify.
     """
     node_budget = limits.node_budget if max_nodes is None else min(limits.node_budget, max_nodes)
+    # A tree that reaches depth `node_budget - 1` is a full chain, so it is not continued.
     max_depth, max_continued = min(limits.max_depth, node_budget - 1), limits.max_continued
     if max_yield is not None:
         max_depth = min(max_depth, max_yield - 1)

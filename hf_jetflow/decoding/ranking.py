@@ -113,10 +113,9 @@ class Ranker:
         if not is_scored:
             return Draft(newest_ids, candidates)
         ngrams = self._ngrams(newest_ids, candidates) if self._ngram_weights else None
-        scorer = BranchScores(
-            candidates, ngrams, self._branch_changes(DraftedRows(rows, newest_ids, candidates, indices))
-        )
-        return Draft(newest_ids, candidates, scorer, has_ngrams=ngrams is not None)
+        branch_changes = self._branch_changes(DraftedRows(rows, newest_ids, candidates, indices))
+        score_branches = BranchScores(candidates, ngrams, branch_changes)
+        return Draft(newest_ids, candidates, score_branches, has_ngrams=ngrams is not None)
 
     def _candidates(
         self, logprobs: torch.Tensor, newest_ids: torch.Tensor, num_candidates: int

@@ -1,8 +1,8 @@
 """`DecodingSession`: a generation in progress, and its steps.
 
-Invariants: the target's cache holds every committed token but the anchors; the head was shown the states of exactly
-the cached tokens. The sequences of a batch share all forwards and advance by different lengths; a finished sequence is
-swapped out: the last active sequence takes over its batch slot.
+Invariants: the target's cache holds every committed token but the anchors; the drafter has observed the states of
+exactly the cached tokens, and the head reads them in its next forward. The sequences of a batch share all forwards and
+advance by different lengths; a finished sequence is swapped out: the last active sequence takes over its batch slot.
 """
 
 import functools

@@ -72,5 +72,6 @@ class BranchCorrection(StepScorer):
         if recalled is not None:
             projected += recalled[1]
         inner = self.gate(projected)
+        # The inner row, then the state before it, unless the branch starts here.
         memory = () if not self.has_state else (inner,) if recalled is None else (inner, recalled[0])
         return self.down_proj(inner), memory

@@ -1,4 +1,4 @@
-"""Context caches of the head: keys and values of what it was shown, growing or of fixed size."""
+"""Context caches of the head: keys and values of the context rows it has read, growing or of fixed size."""
 
 from typing import Protocol
 

@@ -129,7 +129,8 @@ class GrowingLayer(DynamicLayer):
 
     @property
     def shared_buffers(self) -> tuple[torch.Tensor, ...]:
-        """Buffers of keys and values, (layers, batch, heads, capacity, dim); empty while the layer owns its rows."""
+        """Buffers of keys and values, (layers, batch, heads, capacity, dim); empty while the layer owns its rows, or
+        still views a buffer that another layer has replaced."""
         return self._buffers if self._buffers is self._shared.buffers else ()
 
     def _move_to_buffer(self, num_rows: int) -> None:

@@ -34,8 +34,9 @@ def tree_masks(prefilled: "PrefilledTarget", tree: DraftTree) -> torch.Tensor | 
     def mask_of(window: Window | None) -> torch.Tensor:
         max_cached = _max_cached_rows(prefilled, window)
         num_keys = tree.num_nodes + (longest if max_cached is None else min(longest, max_cached))
-        places = prefilled.lengths_and_positions(device)
-        mask = _tree_mask(depths, sees_node, places, is_pad, num_keys, window, max_cached)
+        mask = _tree_mask(
+            depths, sees_node, prefilled.lengths_and_positions(device), is_pad, num_keys, window, max_cached
+        )
         mask = _in_dtype(mask, prefilled.mask_dtype)
         if window is None and is_pad is None and len(mask) == 1:
             mask._jetflow_nodes = sees_node[:, None]  # type: ignore[attr-defined]  # read by `grouped_sdpa`
@@ -46,7 +47,7 @@ def tree_masks(prefilled: "PrefilledTarget", tree: DraftTree) -> torch.Tensor | 
 
 def static_inputs(
     nodes: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    places: torch.Tensor,
+    lengths_and_positions: torch.Tensor,
     is_pad: torch.Tensor | None,
     sizes: tuple[int, int, int],
     windows: tuple[Window | None, ...],
@@ -57,21 +58,22 @@ def static_inputs(
 
     Args:
         nodes: Tokens, parents and depths of a tree, (nodes,) each.
-        places (`torch.Tensor`, (2, 1)): Cached tokens, and the anchor's position.
+        lengths_and_positions (`torch.Tensor`, (2, 1)): Cached tokens, and the anchor's position.
         is_pad (`torch.Tensor`, (1, prompt), *optional*): Where the prompt was padded.
-        sizes: Rows of the forward, slots of the cache, and the deepest level of the tree.
+        sizes: Rows of the forward, keys of the cache, and the deepest level of the tree.
         windows: Of each kind of layer.
         dtype (`torch.dtype`): Of the masks.
 
     Returns:
-        Ids and positions (2, 1, rows), and the mask (1, 1, rows, slots) of each kind. Rows behind the nodes are
+        Ids and positions (2, 1, rows), and the mask (1, 1, rows, keys) of each kind. Rows behind the nodes are
         padding, as children of the root.
     """
-    num_rows, num_slots, max_depth = sizes
+    num_rows, num_keys, max_depth = sizes
     tokens, parents, depths = pad(torch.stack(nodes), (0, num_rows - len(nodes[0])))[:, None].unbind()
     sees_node = ancestor_mask(parents, max_depth)
-    masks = [_tree_mask(depths, sees_node, places, is_pad, num_slots, window) for window in windows]
-    return torch.stack([tokens, places[1, :, None] + depths]), *(_in_dtype(mask, dtype) for mask in masks)
+    masks = [_tree_mask(depths, sees_node, lengths_and_positions, is_pad, num_keys, window) for window in windows]
+    position_ids = lengths_and_positions[1, :, None] + depths
+    return torch.stack([tokens, position_ids]), *(_in_dtype(mask, dtype) for mask in masks)
 
 
 def by_kind(masks: dict[str, torch.Tensor]) -> torch.Tensor | dict[str, torch.Tensor | None]:
@@ -91,7 +93,7 @@ def padding_mask(prefilled: "PrefilledTarget", tree: DraftTree) -> torch.Tensor 
 def _tree_mask(
     depths: torch.Tensor,
     sees_node: torch.Tensor,
-    places: torch.Tensor,
+    lengths_and_positions: torch.Tensor,
     is_pad: torch.Tensor | None,
     num_keys: int,
     window: Window | None,
@@ -99,26 +101,26 @@ def _tree_mask(
 ) -> torch.Tensor:
     """(batch, 1, nodes, keys) bool: a node sees the prefix within the window in positions, its ancestors and itself.
 
-    No node sees the slots behind a sequence's nodes.
+    No node sees the keys behind a sequence's nodes.
     """
     nodes, device = depths.shape[1], depths.device
-    slots = torch.arange(num_keys, device=device)
-    lengths, positions = places[..., None].unbind()
+    key_indices = torch.arange(num_keys, device=device)
+    lengths, positions = lengths_and_positions[..., None].unbind()
     cached = lengths if max_cached is None else lengths.clamp_max(max_cached)
-    is_seen = slots < cached
+    is_seen = key_indices < cached
     if is_pad is not None:
-        indices = slots + lengths - cached
+        indices = key_indices + lengths - cached
         is_prompt = indices < is_pad.shape[1]
         is_seen = is_seen & ~(is_prompt & is_pad.gather(1, indices.clamp_max(is_pad.shape[1] - 1)))
     sees_prefix = is_seen[:, None].expand(-1, nodes, -1)
     if window is not None:
         # A cached row's distance is counted in positions: the last one lies directly before the anchor.
-        slot_positions = positions - cached + slots
+        key_positions = positions - cached + key_indices
         node_positions = positions + depths
-        sees_prefix = sees_prefix & window.sees(node_positions[:, :, None], slot_positions[:, None])
+        sees_prefix = sees_prefix & window.sees(node_positions[:, :, None], key_positions[:, None])
         sees_node = sees_node & window.sees(node_positions[:, :, None], node_positions[:, None])
-    node_slots = cached + torch.arange(nodes, device=device)
-    return sees_prefix.scatter(2, node_slots[:, None].expand_as(sees_node), sees_node)[:, None]
+    node_indices = cached + torch.arange(nodes, device=device)
+    return sees_prefix.scatter(2, node_indices[:, None].expand_as(sees_node), sees_node)[:, None]
 
 
 def _in_dtype(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -38,8 +38,8 @@ class TargetStates:
     """Results of a target forward."""
 
     logits: torch.Tensor  # (batch, rows, vocab)
-    # (batch, rows, target_hidden) per tap after a verify, whose paths are selected before the taps are joined; of the
-    # prefill, whose rows are all read, one tensor that holds all of them.
+    # After a verify one tensor per tap, (batch, rows, target_hidden): they are joined once the path is selected. After
+    # the prefill one tensor, with all taps joined.
     taps: tuple[torch.Tensor, ...]
     position_ids: torch.Tensor  # (batch, rows), positions of the features
     hidden_states: tuple[torch.Tensor, ...] = ()  # all layers, where the caller asked for them
@@ -182,10 +182,10 @@ class PrefilledTarget:
             mask = (tree_masks if self.target.takes_trees else padding_mask)(self, tree)
             return tree.tokens.to(device), self._node_positions(tree), mask
         nodes = tree.tokens[0].to(device), tree.parents[0].to(device), tree.depths[0].to(device)
-        places, windows = self.lengths_and_positions(device), self.target.windows
+        lengths_and_positions, windows = self.lengths_and_positions(device), self.target.windows
         sizes = self.strategy.num_rows(tree.num_nodes), capacity, tree.max_depth
         inputs = self._static_inputs(
-            nodes, places, self.padding_of_active, sizes, tuple(windows.values()), self.mask_dtype
+            nodes, lengths_and_positions, self.padding_of_active, sizes, tuple(windows.values()), self.mask_dtype
         )
         # Copied: a CUDA graph overwrites its outputs when another one runs.
         ids_and_positions, *masks = (each.clone() for each in inputs) if self.is_compiled else inputs

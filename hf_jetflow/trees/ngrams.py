@@ -107,8 +107,9 @@ class ContextNgrams:
         Logit changes (..., branches, width) of a depth's candidates.
 
         Args:
-            parents (`torch.Tensor`, (..., branches)): Indices of their parents among the previous depth's.
-            tokens (`torch.Tensor`, (..., branches)): Their last tokens.
+            parents (`torch.Tensor`, (..., branches)): Index of each branch's parent among the branches of the previous
+                depth.
+            tokens (`torch.Tensor`, (..., branches)): Last token of each branch.
         """
         if depth:
             flat = torch.stack([parents, tokens]).view(2, len(self._texts), -1).tolist()  # one transfer from a GPU
@@ -116,9 +117,9 @@ class ContextNgrams:
         else:
             self._grams = [[text.tail[1:]] for text in self._texts]
         rows: dict[_Gram | None, int] = {}  # branches with the same longest match share a row
-        changes, zeros, of_branch = array("f"), bytes(4 * self._width), []
-        for of_depth, branches in zip(self._tokens, self._grams, strict=True):
-            columns = {token: column for column, token in enumerate(of_depth[depth])}
+        changes, zeros, row_by_branch = array("f"), bytes(4 * self._width), []
+        for tokens_by_depth, branches in zip(self._tokens, self._grams, strict=True):
+            columns = {token: column for column, token in enumerate(tokens_by_depth[depth])}
             for grams in branches:
                 longest = grams[-1] if grams else None
                 row = rows.get(longest)
@@ -129,9 +130,10 @@ class ContextNgrams:
                         for token, longer in gram.nexts.items():
                             if token in columns:
                                 changes[row * self._width + columns[token]] += weight * longer.count / gram.followed
-                of_branch.append(row)
-        of_row = torch.frombuffer(changes, dtype=torch.float32).view(-1, self._width)
-        return of_row.index_select(0, torch.tensor(of_branch, device="cpu")).view(*tokens.shape, -1).to(tokens.device)
+                row_by_branch.append(row)
+        changes_by_row = torch.frombuffer(changes, dtype=torch.float32).view(-1, self._width)
+        by_branch = changes_by_row.index_select(0, torch.tensor(row_by_branch, device="cpu"))
+        return by_branch.view(*tokens.shape, -1).to(tokens.device)
 
     def _extended(self, index: int, parents: list[int], tokens: list[int]) -> list[list[_Gram]]:
         """N-grams at the end of each branch of a sequence, given those of their parents."""

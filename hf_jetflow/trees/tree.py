@@ -28,8 +28,8 @@ class Candidates:
     """
     Tokens of one draft that may become nodes. Along depth, index 0 holds the children of the root.
 
-    They are sorted by score, best first. With context n-grams, the score is the log-probability and the most that
-    n-grams can add to it.
+    Sorted by `logprobs`, best first. With context n-grams, sorted by `logprobs` plus the largest change that n-grams
+    can make.
     """
 
     tokens: torch.Tensor  # (..., depth, width) target token ids
@@ -117,17 +117,17 @@ def build_tree(
         return _root_alone(anchor_id)
     tokens = [anchor_id]
     parent_branches = torch.zeros_like(anchor_id)  # of the newest depth's nodes: their parents in the depth above
-    parents = [parent_branches - 1]
+    parents = [parent_branches - 1]  # -1: the root has none
     logprobs = [parent_branches.float()]
     sizes = [1]
     best_scores: list[list[float]] = [[] for _ in range(anchor_id.numel())]
     floor = min_logprob if anchor_id.numel() == 1 else -math.inf  # trees of a batch get one size, at the end
     for depth in range(max_depth):
         if score_branches is None:
-            of_depth = candidates.logprobs[..., depth, :].unsqueeze(-2)
+            child_logprobs = candidates.logprobs[..., depth, :].unsqueeze(-2)
         else:
-            of_depth = score_branches(depth, parent_branches, tokens[-1])
-        grid = logprobs[-1][..., None] + of_depth
+            child_logprobs = score_branches(depth, parent_branches, tokens[-1])
+        grid = logprobs[-1][..., None] + child_logprobs
         scores, parent_branches, columns = _best_children(grid, width, max_branches)
         # Early exit: drop branches that cannot enter the tree, which stays the same.
         if not must_not_wait(device):
@@ -138,7 +138,8 @@ def build_tree(
                 part[..., : max(num_in_reach, 1)] for part in (scores, parent_branches, columns)
             )
         tokens.append(candidates.tokens[..., depth, :].gather(-1, columns))
-        parents.append(parent_branches + (sum(sizes) - sizes[-1]))
+        first_parent = sum(sizes[:-1])  # index of the first node of the depth above
+        parents.append(parent_branches + first_parent)
         logprobs.append(scores)
         sizes.append(scores.shape[-1])
     tree = _best_nodes(tokens, parents, logprobs, sizes, node_budget, max_depth)
