@@ -1,4 +1,4 @@
-"""`grown`: buffers with spare capacity, in which appending copies the new rows only."""
+"""Rows of tensors: buffers with spare capacity, in which appending copies the new rows only, and selections."""
 
 import torch
 
@@ -17,3 +17,8 @@ def grown(known: torch.Tensor, length: int, dim: int = -2, fill: float | None = 
     buffer = known.new_empty(shape) if fill is None else known.new_full(shape, fill)
     buffer.narrow(dim, 0, known.shape[dim]).copy_(known)
     return buffer
+
+
+def gather_rows(states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Rows (..., indices, hidden) of states (..., rows, hidden)."""
+    return states.gather(-2, indices[..., None].expand(*indices.shape, states.shape[-1]))

@@ -4,9 +4,9 @@ import contextlib
 
 import pytest
 
+from hf_jetflow.decoding.settings import read_node_budget
 from hf_jetflow.errors import JetFlowError
 from hf_jetflow.head.settings import head_settings
-from hf_jetflow.target.settings import read_node_budget
 
 
 def test_a_head_gets_its_settings_back_after_an_error(tiny_target, random_head):

@@ -14,10 +14,10 @@ import torch
 from transformers import CompileConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from ..decoding.settings import read_node_budget
 from ..head.modeling_jetflow import JetFlowHead
 from ..head.settings import head_settings
 from ..target.caches import STATIC_ROWS
-from ..target.settings import read_node_budget
 from .settings import LOOP_METHODS, BenchSettings, is_rival
 
 

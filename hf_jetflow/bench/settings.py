@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ..decoding.settings import read_node_budget
 from ..errors import JetFlowError
 from ..extras import require_package
-from ..target.settings import read_node_budget
 
 
 LOOP_METHODS = ("jetflow", "chain")  # run by our loop, which records `GenerationStats`

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..buffers import gather_rows
 from ..head.scorers import Memory, StepScorer, TableScorer
 from ..target.target import Target
 from ..transfer import must_not_wait
@@ -263,11 +264,6 @@ def _start_ids(newest_ids: torch.Tensor, scorer: StepScorer) -> torch.Tensor:
     before = newest_ids[..., -2:-1]
     is_token = (before >= 0) & (before < scorer.config.vocab_size)  # no padding, no placeholder of an image
     return torch.where(is_token, before, anchors)
-
-
-def gather_rows(states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """Rows (..., indices, hidden) of states (..., rows, hidden)."""
-    return states.gather(-2, indices[..., None].expand(*indices.shape, states.shape[-1]))
 
 
 def _distinct(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

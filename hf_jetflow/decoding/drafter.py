@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers.generation.candidate_generator import CandidateGenerator
 
+from ..buffers import gather_rows
 from ..head.cache import UNSEEN_POSITION, GrowingHeadCache, HeadCache, StaticHeadCache
 from ..head.modeling_jetflow import JetFlowHead
 from ..target.prefilled import PrefilledTarget, TargetStates
@@ -14,7 +15,6 @@ from ..target.target import Target
 from ..transfer import must_not_wait, to_device
 from ..trees.ngrams import MAX_SEARCHED
 from ..trees.tree import Candidates
-from .branch_scores import gather_rows
 from .captured_draft import CapturedDraft, as_draft, draft_tree, is_on_one_device, keep_static_cache, static_cache
 from .policy import MAX_CONTINUED, TreeLimits
 from .ranking import Draft, Ranker

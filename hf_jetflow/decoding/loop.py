@@ -42,7 +42,7 @@ def decode(
         draft = session.draft(plan)
         tree = policy.trim(session.best_tree(draft, plan))
         states = session.verify(tree)
-        paths = session.walk(tree, states)
+        paths = session.walk(tree, states)  # emits the accepted tokens and the bonus token
         session.commit(tree, states, paths)
         policy.record(tree, paths)
         session.end_round(tree, paths)

@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..decoding.settings import read_node_budget
 from ..errors import JetFlowError
 from ..extras import require_package
 from ..prompts import read_prompts
-from ..target.settings import read_node_budget
 
 
 SUFFIXES = (".html", ".svg", ".png")

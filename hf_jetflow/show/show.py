@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..decoding.settings import read_node_budget
 from ..decoding.tree_log import TreeRound
 from ..errors import JetFlowError
 from ..files import atomic_write
@@ -13,7 +14,7 @@ from ..head.settings import head_settings
 from ..prompts import encode_chat
 from ..stats import GenerationStats
 from ..target.loading import load_pair
-from ..target.settings import PairSettings, read_node_budget
+from ..target.settings import PairSettings
 from ..training.evaluation import greedy_ids
 from .settings import ShowSettings, check_output
 from .tree_page import tree_page

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .prefilled import PrefilledTarget
 
 
-# Models look up their recurrent layers' kinds, too, which mask padding only.
+# Models look up a mask for their recurrent layers, too. It would hide padding only, so there is none.
 NO_MASKS = dict.fromkeys(("linear_attention", "conv"))
 
 

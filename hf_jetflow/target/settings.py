@@ -21,20 +21,6 @@ class PairSettings:
     )
 
 
-def read_node_budget(text: str) -> int | str:
-    """
-    A node budget from text: `"auto"`, or the rows verified per round, root included.
-
-    Raises:
-        JetFlowError: If it is neither.
-    """
-    if text == "auto":
-        return text
-    if not text.isdecimal() or int(text) < 1:
-        raise JetFlowError(f"expected a node budget of at least 1, or 'auto', got {text!r}; use a number such as 32")
-    return int(text)
-
-
 def model_source(source: str) -> tuple[str, dict[str, Any]]:
     """
     Name and keywords of a target for `from_pretrained` of the Auto classes.

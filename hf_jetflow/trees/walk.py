@@ -38,7 +38,8 @@ class Chooser:
         do_sample (`bool`): Draw instead of taking the argmax.
         keep_scores (`bool`), keep_logits (`bool`): Record processed scores, raw logits of every choice.
         noise ([`Draws`], *optional*): Draws a token; `torch.multinomial` by default.
-        is_text_blind (`bool`): The processors look at the scores alone, so that nodes off the path have scores, too.
+        is_text_blind (`bool`): The processors look at the scores alone, so that any node can be chosen at before it is
+            known whether the path leads there.
     """
 
     def __init__(
