@@ -76,6 +76,8 @@ class PrefilledTarget:
             self.strategy.capture(self.captured)
             self._static_inputs = self.captured(static_inputs, dynamic=True)
         self.mask_dtype = mask_dtype(model)
+        # Early releases of transformers hand on a mask of ones, which hides nothing.
+        self._is_padded = self.padding is not None and bool(self.padding.any())
         self._scaling_step, self._position_limits = scaling_step(model), position_limits(model)
         self._copied: tuple[torch.Tensor, torch.Tensor] | None = None  # lengths, and their `lengths_and_positions`
 
@@ -93,8 +95,9 @@ class PrefilledTarget:
 
     @property
     def padding_of_active(self) -> torch.Tensor | None:
-        """Padding of the prompts of the active sequences, (active, cached at prefill), on the target's device."""
-        if self.padding is None:
+        """Padding of the prompts of the active sequences, (active, cached at prefill), on the target's device; `None`
+        where no prompt was padded."""
+        if self.padding is None or not self._is_padded:
             return None
         return self.padding[to_device(self.slots.active, self.padding.device)].to(self.target.device)
 
