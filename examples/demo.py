@@ -36,7 +36,7 @@ PROMPTS = {
 PAGE = "docs/benchmarks.md#where-drafting-does-not-pay"
 DECODED_PLAINLY = (
     'About 1 token per round: node budget "auto" measured that a tree takes longer here than its tokens save, and '
-    f"decoded plainly ({PAGE})."
+    f"decoded plainly. A speedup below 1 is then what the tries cost, or other work on this machine ({PAGE})."
 )
 SLOWER = (
     "Speedup below 1: on a CPU without bf16 instructions each further row of a forward costs almost a whole one. "
@@ -133,7 +133,7 @@ class Demo:
         console.print(f"rounds by number of nodes: {sizes}", style="dim")
         if 2 * by_nodes.get(1, 0) > self.head.last_stats.num_rounds:
             self.notes.add(DECODED_PLAINLY)
-        if speedup < 1:
+        elif speedup < 1:
             self.notes.add(SLOWER if fast_dtype() == "float32" else SLOWER_THOUGH_FAST)
         if plain != drafted:
             prompt_ids = torch.tensor([self.encode(prompt)], device=self.target.device)

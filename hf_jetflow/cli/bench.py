@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from ..bench.settings import BenchSettings
 from ..prompts import read_prompts
-from ..target.settings import PairSettings, model_source
+from ..target.settings import PairSettings
 
 
 @dataclass
@@ -32,7 +32,7 @@ INTERRUPTED = "; with --json, the same command continues after the last finished
 def check(pair: PairSettings, settings: BenchSettings, __: Output) -> None:
     for path in settings.prompts:
         read_prompts([path])
-    model_source(pair.target)
+    pair.check()
 
 
 def run(pair: PairSettings, settings: BenchSettings, output: Output) -> None:

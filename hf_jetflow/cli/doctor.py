@@ -12,7 +12,7 @@ A .gguf target needs the extra `train`: pip install 'hf-jetflow[train]'.
 from dataclasses import dataclass, field
 
 from ..doctor.settings import DoctorSettings
-from ..target.settings import PairSettings, model_source
+from ..target.settings import PairSettings
 
 
 @dataclass
@@ -28,7 +28,7 @@ FAILURE = 2  # exit status
 
 def check(pair: PairSettings, settings: DoctorSettings, __: Output) -> None:
     settings.conversations()
-    model_source(pair.target)
+    pair.check()
 
 
 def run(pair: PairSettings, settings: DoctorSettings, output: Output) -> int:

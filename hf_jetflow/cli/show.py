@@ -9,7 +9,7 @@ pip install 'hf-jetflow[bench,train]'.
 """
 
 from ..show.settings import ShowSettings
-from ..target.settings import PairSettings, model_source
+from ..target.settings import PairSettings
 
 
 SETTINGS = (PairSettings, ShowSettings)
@@ -17,7 +17,7 @@ SETTINGS = (PairSettings, ShowSettings)
 
 def check(pair: PairSettings, settings: ShowSettings) -> None:
     settings.messages()
-    model_source(pair.target)
+    pair.check()
 
 
 def run(pair: PairSettings, settings: ShowSettings) -> None:

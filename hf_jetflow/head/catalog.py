@@ -55,8 +55,8 @@ def listed_heads(target: str | None = None) -> list[PublishedHead]:
         known = {head.target.lower(): head.target for head in heads}
         heads = [head for head in heads if head.target.lower() == name]
         if not heads:
-            close = [known[each] for each in difflib.get_close_matches(name, known, n=3)]
-            hint = f"did you mean {', '.join(close)}? Otherwise " if close else ""
+            close = [each for each in known if name in each][:3] or difflib.get_close_matches(name, known, n=3)
+            hint = f"did you mean {', '.join(known[each] for each in close)}? Otherwise " if close else ""
             raise JetFlowError(
                 f"no head is listed for {target!r}; {hint}run `hf-jetflow heads` for all targets, or train a head "
                 "with `hf-jetflow train`"

@@ -188,4 +188,6 @@ def readable_load_errors(source: str) -> Iterator[None]:
     except (OSError, ValueError) as error:
         kind = OSError if isinstance(error, OSError) else ValueError
         cause = " ".join(str(error).split())
+        if not Path(source).exists():
+            cause += f" There is no folder `{source}` in {Path.cwd()}, either."
         raise kind(cause if source in cause else f"`{source}`: {cause}") from error

@@ -20,6 +20,22 @@ class PairSettings:
         metadata={"help": "float32, bfloat16, float16, or auto: bfloat16 where the device computes in it."},
     )
 
+    def check(self) -> None:
+        """
+        Refuse what cannot be loaded.
+
+        Raises:
+            JetFlowError: If a path does not exist, a folder holds no head, or a package is missing.
+        """
+        model_source(self.target)
+        path, is_path = Path(self.head), self.head.startswith((".", "/", "~")) or self.head.count("/") > 1
+        if "::" in self.head:  # with a subfolder, which loading looks up
+            return
+        if is_path and not path.exists():
+            raise JetFlowError(f"`{self.head}` does not exist; give the folder of a draft head, or a Hub id")
+        if path.is_dir() and not (path / "config.json").is_file():
+            raise JetFlowError(f"`{self.head}` has no config.json; give the folder of a draft head, or a Hub id")
+
 
 def model_source(source: str) -> tuple[str, dict[str, Any]]:
     """
