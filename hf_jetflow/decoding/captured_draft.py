@@ -4,7 +4,6 @@
 the functions that draft on any device; `transfer.must_not_wait` says which variant of them.
 """
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -27,13 +26,7 @@ class CapturedDraft:
 
     tree: DraftTree
 
-    def best_tree(
-        self,
-        node_budget: int,
-        width: int | None = None,
-        min_logprob: float = -math.inf,
-        max_continued: int = 0,
-    ) -> DraftTree:
+    def best_tree(self, node_budget: int, *_other_limits: object) -> DraftTree:
         """
         The tree, cut to the node budget.
 
