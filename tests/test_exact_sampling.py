@@ -246,7 +246,7 @@ def joint_probabilities(target, input_ids, num_tokens, temperature):
 def test_sampled_texts_are_distributed_as_in_plain_sampling(node_budget, tiny_target, random_head):
     target = tiny_target("llama", vocab_size=3, num_hidden_layers=2)
     input_ids = torch.tensor([[1, 0, 2, 2, 1]])
-    num_tokens, num_samples, temperature = 4, 200, 1.5
+    num_tokens, num_samples, temperature = 4, 400, 1.5
     expected = joint_probabilities(target, input_ids, num_tokens, temperature)
     head = random_head(target, block_size=4)
     head.generation_config.node_budget = node_budget
