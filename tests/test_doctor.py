@@ -414,7 +414,7 @@ def test_a_pair_that_does_not_fit_has_its_facts_in_the_json_and_status_one(files
 
 
 @pytest.mark.parametrize(
-    ("options", "cause"), [([], "holds no config.json"), (["--dtype", "int3"], "'int3'"), (["--warp"], "--warp")]
+    ("options", "cause"), [([], "has no config.json"), (["--dtype", "int3"], "'int3'"), (["--warp"], "--warp")]
 )
 def test_an_impossible_examination_exits_with_two(files, options, cause):
     (files / "head").mkdir()
