@@ -1,7 +1,8 @@
 """The entry point of `hf-jetflow`: parses the arguments before `hf_jetflow` is imported, and torch with it.
 
 Importing a module of a package runs the package's `__init__`, and ours imports torch and transformers to install the
-dispatch. Help, version and refusals need neither, so the `__init__` runs once the arguments are parsed.
+dispatch. Help, version, refusals and light commands need neither, so the `__init__` runs after they are parsed, if at
+all.
 """
 
 import importlib.util
@@ -17,5 +18,8 @@ def main() -> None:
     from hf_jetflow.cli.main import parse, run
 
     command = parse()
-    spec.loader.exec_module(package)
+    if not getattr(command.module, "IS_LIGHT", False):
+        if sys.stderr.isatty() and not any(getattr(settings, "quiet", False) for settings in command.settings):
+            sys.stderr.write("importing torch and transformers ...\n")
+        spec.loader.exec_module(package)
     run(command)

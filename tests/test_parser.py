@@ -141,6 +141,7 @@ def start(*arguments):
     """The entry point in a process of its own, which prints the heavy packages that it has imported at the end."""
     code = (
         "import sys; from hf_jetflow_cli import main\n"
+        "status = 0\n"
         "try: main()\n"
         "except SystemExit as exit: status = exit.code or 0\n"
         "print(status, *sorted({'torch', 'transformers', 'rich'} & set(sys.modules)))"
@@ -167,14 +168,16 @@ def start(*arguments):
             "error: no.json does not exist",
         ),
         (["plot", "no.json", "x.png"], "1", "error: no.json does not exist"),
+        (["plot", "examples/published_speeds.json", "x.png"], "1", "is not the result of a bench"),
         (["doctor", "--target", "t", "--head", "./no"], "2", "error: `./no` does not exist"),
         (["show", "--target", "t", "--head", "docs", "--prompt", "Why?", "--output", "x.html"], "1", "no config.json"),
         (["heads", "SmolLM2"], "1", "did you mean SmolLM2-135M-Instruct"),
+        (["heads", "Qwen3-8B"], "0", "JetSpec/jetspec-qwen3-8b"),
         (["heads", "Qwen3-9B"], "1", "no head is listed for 'Qwen3-9B'; did you mean"),
     ],
     ids=lambda value: " ".join(value[:1]) if isinstance(value, list) else "",
 )
-def test_help_and_refusals_import_neither_torch_nor_transformers(arguments, status, text):
+def test_help_refusals_and_light_commands_import_neither_torch_nor_transformers(arguments, status, text):
     last, printed = start(*arguments)
     assert last == status, "the last line has the exit status, then what was imported"
     assert text in printed
@@ -241,6 +244,14 @@ def test_an_output_that_cannot_be_written_is_refused_before_torch_is_imported(ar
     last, printed = start(*(str(files.get(argument, argument)) for argument in arguments))
     assert last == "1"
     assert text in printed
+
+
+def test_a_terminal_is_told_what_takes_the_first_seconds(tmp_path):
+    read, write = os.openpty()
+    code = "from hf_jetflow_cli import main; main()"
+    command = [sys.executable, "-c", code, "convert", "no/head", "--to", "dflash", "--output", tmp_path / "out"]
+    subprocess.run(command, cwd=ROOT, stderr=write, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert os.read(read, 1000).startswith(b"importing torch and transformers ...")
 
 
 def test_a_command_runs_with_the_whole_package(tmp_path):

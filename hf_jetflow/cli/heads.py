@@ -22,6 +22,7 @@ class HeadsSettings:
 
 
 SETTINGS = (HeadsSettings,)
+IS_LIGHT = True  # runs without torch
 
 
 def check(settings: HeadsSettings) -> None:

@@ -11,7 +11,8 @@ import torch
 from ..errors import JetFlowError
 from ..head.checkpoint_files import Tensors
 from ..head.configuration_jetflow import JetFlowConfig
-from ..head.layouts import BODY_KEYS, Config
+from ..head.layouts import BODY_KEYS
+from ..head.refused_layouts import Config
 from ..head.scored_layouts import MARKOV_KINDS, SELECTOR_KEYS
 
 

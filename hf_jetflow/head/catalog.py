@@ -1,6 +1,6 @@
 """Published heads by target, from `catalog.json`: which head for my model, and does it load.
 
-Whether a head loads follows from the layouts that `formats.py` reads. The file says the rest: one line per head.
+Whether a head loads follows from its layout. The file says the rest: one line per head. Imports no torch.
 """
 
 import difflib
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import JetFlowError
+from .refused_layouts import REFUSED
 
 
 FILE = Path(__file__).with_name("catalog.json")
@@ -21,7 +22,7 @@ class PublishedHead:
 
     target: str  # name of the target without its organization
     head: str  # Hub id, or a folder of the repository
-    layout: str  # a name of `formats.py`
+    layout: str  # a name of `formats.py` or `refused_layouts.py`
     license: str | None = None  # of the weights; `None` if it was not stated where the head was seen
     note: str | None = None
     obstacle: str | None = None  # why it does not load although its layout does
@@ -29,14 +30,8 @@ class PublishedHead:
     @property
     def refusal(self) -> str | None:
         """Why the head does not load; `None` if it does."""
-        from .formats import LAYOUTS, REFUSED  # imports torch, which the list does without
-
-        if self.obstacle is not None:
-            return self.obstacle
-        if any(layout.name == self.layout for layout in LAYOUTS):
-            return None
         refused = {each.name: each.reason for each in REFUSED}
-        return refused.get(self.layout, "this release does not know the layout")
+        return self.obstacle or refused.get(self.layout)
 
 
 def listed_heads(target: str | None = None) -> list[PublishedHead]:

@@ -1,7 +1,7 @@
-"""The table of checkpoint layouts: how each is recognized and which function reads it, or why it is refused.
+"""The table of checkpoint layouts that load: how each is recognized and which function reads it.
 
 Layouts are recognized from `config.json` before transformers chooses a class from it, so a third-party layout is
-refused by its name. To add a layout, add one entry to `LAYOUTS`.
+refused by its name (`refused_layouts.py`). To add a layout, add one entry to `LAYOUTS`.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,7 +14,6 @@ from transformers.utils import logging
 from .checkpoint_files import Source, Tensors
 from .configuration_jetflow import JetFlowConfig
 from .layouts import (
-    Config,
     Reading,
     read_deepspec,
     read_dflash,
@@ -23,6 +22,7 @@ from .layouts import (
     read_speculators,
     read_tensorrt,
 )
+from .refused_layouts import REFUSED, Config, Refusal, architecture, is_architecture, is_speculators, setting
 from .scored_layouts import (
     read_deepspec_dspark,
     read_dflare,
@@ -51,53 +51,26 @@ class Layout:
     checked: str  # what its reader was tested with, for docs/heads.md
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """A layout that is refused, recognized by its config or by its tensor names."""
-
-    name: str
-    matches: Callable[[Config], bool]
-    tensors: tuple[str, ...]  # substrings of tensor names that are unique to this layout
-    reason: str
-
-
-def _architecture(config: Config) -> str:
-    return (config.get("architectures") or [""])[0] or ""
-
-
-def _is_speculators(*kinds: str) -> Callable[[Config], bool]:
-    return lambda config: config.get("speculators_model_type") in kinds
-
-
 def _has(key: str, nested: str | None = None) -> Callable[[Config], bool]:
     """Match configs that have a key, or that key within a section."""
     return lambda config: key in config and (nested is None or nested in (config[key] or {}))
 
 
-def _setting(config: Config, key: str) -> Any:
-    """Value of a key in `dflash_config` or at the top of the config."""
-    return (config.get("dflash_config") or {}).get(key) or config.get(key)
-
-
-def _is_architecture(*names: str) -> Callable[[Config], bool]:
-    return lambda config: _architecture(config) in names
-
-
 def _is_dflash2(config: Config) -> bool:
-    return "DFlash2" in _architecture(config) or bool(_setting(config, "selector_rank"))
+    return "DFlash2" in architecture(config) or bool(setting(config, "selector_rank"))
 
 
 def _is_domino(config: Config) -> bool:
-    return "Domino" in _architecture(config) or _setting(config, "projector_type") in ("domino", "causal_v5")
+    return "Domino" in architecture(config) or setting(config, "projector_type") in ("domino", "causal_v5")
 
 
 def _is_dspark(config: Config) -> bool:
-    is_named = "DSpark" in _architecture(config) or _setting(config, "projector_type") == "dspark"
-    return bool(_setting(config, "markov_rank")) or (is_named and _architecture(config) != "Qwen3DSparkModel")
+    is_named = "DSpark" in architecture(config) or setting(config, "projector_type") == "dspark"
+    return bool(setting(config, "markov_rank")) or (is_named and architecture(config) != "Qwen3DSparkModel")
 
 
 def _is_deepspec_dspark(config: Config) -> bool:
-    return _architecture(config) == "Qwen3DSparkModel" and _is_dspark(config)
+    return architecture(config) == "Qwen3DSparkModel" and _is_dspark(config)
 
 
 MINIATURE = "a miniature of its keys and tensor names"
@@ -108,25 +81,25 @@ LAYOUTS = (
     Layout("JetFlow", lambda config: config.get("model_type") == "jetflow", read_jetflow, "the heads trained here"),
     Layout(
         "speculators dflash",
-        _is_speculators("dflash"),
+        is_speculators("dflash"),
         read_speculators,
         f"{MINIATURE}; logits of the speculators package, both ways",
     ),
     Layout(
         "speculators dflash2",
-        _is_speculators("dflash2"),
+        is_speculators("dflash2"),
         read_speculators_dflash2,
         f"{MINIATURE}; logits and selector of the speculators package",
     ),
     Layout(
         "speculators dspark",
-        _is_speculators("dspark"),
+        is_speculators("dspark"),
         read_speculators_dspark,
         f"{MINIATURE}; logits and Markov heads of the speculators package",
     ),
     Layout(
         "speculators xpress",
-        _is_speculators("xpress"),
+        is_speculators("xpress"),
         read_xpress,
         f"{MINIATURE}; logits and refiner of the speculators package",
     ),
@@ -145,92 +118,26 @@ LAYOUTS = (
     ),
     Layout("Domino", _is_domino, read_domino, REFERENCE),
     Layout("DeepSpec DSpark", _is_deepspec_dspark, read_deepspec_dspark, REFERENCE),
-    Layout("DFly", _is_architecture("Qwen3DFlyModel"), read_dfly, REFERENCE),
+    Layout("DFly", is_architecture("Qwen3DFlyModel"), read_dfly, REFERENCE),
     Layout("DSpark", _is_dspark, read_dspark, REFERENCE),
-    Layout("DFlare", _is_architecture("QwenDFlareDraftModel"), read_dflare, REFERENCE),
+    Layout("DFlare", is_architecture("QwenDFlareDraftModel"), read_dflare, REFERENCE),
     Layout(
         "TreeFlash",
-        lambda config: "treeflash_config" in config or _architecture(config) == "TreeFlashDraftModel",
+        lambda config: "treeflash_config" in config or architecture(config) == "TreeFlashDraftModel",
         read_treeflash,
         REFERENCE,
     ),
     Layout("JetSpec", _has("dflash_config", "causal_head"), read_jetspec, MINIATURE),
-    Layout("NeMo Automodel", _is_architecture("Qwen3DFlashDraftModel"), read_jetspec, MINIATURE),
-    Layout("DeepSpec dflash", _is_architecture("Qwen3DSparkModel"), read_deepspec, MINIATURE),
+    Layout("NeMo Automodel", is_architecture("Qwen3DFlashDraftModel"), read_jetspec, MINIATURE),
+    Layout("DeepSpec dflash", is_architecture("Qwen3DSparkModel"), read_deepspec, MINIATURE),
     Layout(
         "DFlash",
-        lambda config: "dflash_config" in config or _architecture(config) == "DFlashDraftModel",
+        lambda config: "dflash_config" in config or architecture(config) == "DFlashDraftModel",
         read_dflash,
         f"{MINIATURE}; logits and chains of the dflash package, both ways",
     ),
 )
 
-REFUSED = (
-    Refusal(
-        "quantized (compressed-tensors and others)",
-        lambda config: bool(config.get("quantization_config") or config.get("compression_config")),
-        ("weight_packed", "weight_scale"),
-        "its weights are packed; load the unquantized head",
-    ),
-    Refusal(
-        "LiLiCorr",
-        lambda config: (
-            "LiLiCorr" in _architecture(config)
-            or any(key.startswith("lilicorr_") for key in (config.get("dflash_config") or {}))
-        ),
-        ("lilicorr.",),
-        "its candidate lattice is not built here; use a DFlash 2 or DSpark head of that target",
-    ),
-    Refusal(
-        "DeepSpec for Gemma 4",
-        _is_architecture("Gemma4DSparkModel"),
-        (),
-        "its layers are Gemma's, not the common body; use the target's speculators or DFlash head",
-    ),
-    Refusal(
-        "DeepSeek V4 DSpark",
-        lambda config: _is_speculators("dsv4_dspark")(config) or "dspark_block_size" in config,
-        ("mtp.",),
-        "its draft is a part of the target; use the target's speculators dflash head",
-    ),
-    Refusal(
-        "MLA or MoE draft",
-        lambda config: "k3_dspark" in (config.get("model_type"), _setting(config, "projector_type")),
-        ("q_a_proj", "kv_a_proj", "experts."),
-        "its layers have latent attention or experts; use the target's speculators head",
-    ),
-    Refusal(
-        "Laguna DFlash",
-        lambda config: "Laguna" in _architecture(config),
-        ("qkv_proj", "g_proj", "aux_hidden_norms"),
-        "its layers have gates and further norms; use the target's speculators dflash head",
-    ),
-    Refusal(
-        "MiMo DFlash",
-        lambda config: (
-            "MiMo" in _architecture(config)
-            or bool(_setting(config, "attention_sink_bias") or _setting(config, "add_swa_attention_sink_bias"))
-        ),
-        ("sink_bias", "mask_embed"),
-        "its attention sinks and mask embedding are not built here; use another head of that target",
-    ),
-    Refusal(
-        "EAGLE",
-        lambda config: (
-            "eagle" in _architecture(config).lower()
-            or _is_speculators("eagle", "eagle3", "peagle")(config)
-            or "eagle_config" in config
-        ),
-        ("midlayer.",),
-        "it drafts one token after another; use a head that drafts a block",
-    ),
-    Refusal(
-        "Medusa",
-        lambda config: "medusa" in _architecture(config).lower() or "medusa_num_heads" in config,
-        ("medusa_head",),
-        "it has one head per depth and no attention to the context; use a head that drafts a block",
-    ),
-)
 ADAPTER = "adapter/head.safetensors"  # marks the root of a JetSpec++ repository
 
 
@@ -256,7 +163,7 @@ def recognize(config: Config) -> Layout:
     found = (
         f"a speculators `{kind}`"
         if kind
-        else f"`{_architecture(config) or 'no architecture'}` (`model_type: {config.get('model_type')}`)"
+        else f"`{architecture(config) or 'no architecture'}` (`model_type: {config.get('model_type')}`)"
     )
     known = ", ".join(layout.name for layout in LAYOUTS)
     raise ValueError(

@@ -14,9 +14,8 @@ from transformers import CONFIG_MAPPING
 
 from .checkpoint_files import Tensors
 from .configuration_jetflow import spaced_layer_ids
+from .refused_layouts import Config
 
-
-Config = dict[str, Any]
 
 BODIES = ("qwen3", "llama")  # a file may omit their defaults; all layouts share Qwen3's layer
 BODY_KEYS = (

@@ -9,7 +9,8 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from .checkpoint_files import Tensors
-from .layouts import LAYER_KEYS, Config, Reading, one_value, read_deepspec, read_dflash, read_speculators
+from .layouts import LAYER_KEYS, Reading, one_value, read_deepspec, read_dflash, read_speculators
+from .refused_layouts import Config
 
 
 SECTION = "dflash_config"
