@@ -30,6 +30,7 @@ from hf_jetflow.simulate.simulate import expected_tokens, simulate
 EXAMPLES = Path(__file__).resolve().parent
 BENCH_CONTEXT = 200  # about the tokens of a prompt and half of its answer
 H100_CONTEXT = 512  # assumed: the paper gives none
+LATENCY_NODES = 64  # of published latencies: assumed, the model's times hardly depend on it
 MATRIX_EFFICIENCIES = (0.3, 0.5, 0.7)  # unknown, so the graphed prediction is made for each
 BUDGETS, BATCH_SIZES = (16, 64, 256), (1, 4, 16)
 
@@ -56,6 +57,8 @@ def run_checks() -> dict[str, Any]:
         "this_cpu": _check_cpu(shapes["SmolLM2-135M-Instruct"]),
         "eager_plain_h20": _check_eager_plain(published["eager_plain"], shapes),
         "published_h100_eager": _check_published(published["speedups"], shapes, heads),
+        "mean_h100_eager": _check_means(published["mean_speedups"], shapes, heads),
+        "latencies_h100": _check_latencies(published["latencies"], shapes, heads),
         "trees_from_ranks": _check_ranks(),
         "predicted_h100_graphed": _predict_graphed(published["speedups"], shapes, heads),
     }
@@ -175,6 +178,54 @@ def _check_published(
     }
 
 
+def _check_means(
+    published: dict[str, Any], shapes: dict[str, ModelShape], heads: dict[str, HeadShape]
+) -> dict[str, Any]:
+    """Predict a speedup over several prompt sets from the mean of their tokens per round."""
+    rows = []
+    for row in published["rows"]:
+        target, budget, tokens = row["target"], row["node_budget"], statistics.mean(row["tokens_per_round"])
+        (line,) = simulate(shapes[target], heads[target], PRESETS["h100"], {budget: tokens}, context=H100_CONTEXT)
+        rows.append(
+            {
+                **{name: row[name] for name in ("target", "method", "node_budget", "temperature")},
+                "prompts": f"mean of {len(row['tokens_per_round'])} sets",
+                "tokens_per_round": round(tokens, 2),
+                "predicted_speedup": round(line["speedup"], 2),
+                "published_speedup": row["speedup"],
+                "error_percent": _error(line["speedup"], row["speedup"]),
+            }
+        )
+    return {"source": published["source"], "rows": rows, "errors_percent": _errors({"CAST": rows})}
+
+
+def _check_latencies(
+    published: dict[str, Any], shapes: dict[str, ModelShape], heads: dict[str, HeadShape]
+) -> dict[str, Any]:
+    """Predict published times of single steps, eager and compiled apart."""
+    target, rows = published["target"], []
+    for point in published["points"]:
+        hardware = PRESETS["h100" if point["mode"] == "eager" else "h100-graphed"]
+        context = point.get("context", H100_CONTEXT)
+        seconds = round_seconds(shapes[target], heads[target], hardware, LATENCY_NODES, context=context)
+        predicted, (least, most) = 1e3 * getattr(seconds, point["step"]), point["milliseconds"]
+        rows.append(
+            {
+                **{name: point[name] for name in ("mode", "step")},
+                "context": point.get("context"),
+                "predicted_milliseconds": round(predicted, 1),
+                "published_milliseconds": [least, most],
+                "error_percent": _error(predicted, min(max(predicted, least), most)),
+            }
+        )
+    groups = {
+        f"H100, {mode}": [row for row in rows if row["mode"] == mode and row["context"] is None]
+        for mode in ("eager", "compiled")
+    }
+    groups["H100, eager, long contexts"] = [row for row in rows if row["context"] is not None]
+    return {"source": published["source"], "nodes": LATENCY_NODES, "rows": rows, "errors_percent": _errors(groups)}
+
+
 def _check_ranks() -> dict[str, Any]:
     """Compare `expected_tokens` with the tokens per round of decoding the same prompts."""
     tables = _read("results/ranks_smollm2.json")["acceptance_by_rank"]
@@ -238,7 +289,12 @@ def tables(result: dict[str, Any]) -> dict[str, list[str]]:
     return {
         "this_cpu": [_cpu_line(row) for row in result["this_cpu"]["rows"]],
         "eager_plain_h20": [_plain_line(row) for row in result["eager_plain_h20"]["rows"]],
-        "published_h100_eager": [_published_line(row) for row in result["published_h100_eager"]["rows"]],
+        "published_h100_eager": [
+            _published_line(row)
+            for name in ("published_h100_eager", "mean_h100_eager")
+            for row in result[name]["rows"]
+        ],
+        "latencies_h100": [_latency_line(row) for row in result["latencies_h100"]["rows"]],
         "trees_from_ranks": [_ranks_line(row) for row in result["trees_from_ranks"]["rows"]],
         "predicted_h100_graphed": _graphed_lines(result["predicted_h100_graphed"]["rows"]),
     }
@@ -262,6 +318,12 @@ def _published_line(row: dict[str, Any]) -> str:
     method = f"{row['method']} ({row['node_budget']}), T = {row['temperature']}"
     speedups = f"{row['predicted_speedup']:.2f} | {row['published_speedup']:.2f} | {row['error_percent']:+.1f} %"
     return f"| {row['target']} | {method} | {row['prompts']} | {row['tokens_per_round']:.2f} | {speedups} |"
+
+
+def _latency_line(row: dict[str, Any]) -> str:
+    published = " to ".join(f"{each:g}" for each in dict.fromkeys(row["published_milliseconds"]))
+    times = f"{row['predicted_milliseconds']:.1f} | {published} | {row['error_percent']:+.1f} %"
+    return f"| {row['mode']} | {row['step']} | {row['context'] or 'not stated'} | {times} |"
 
 
 def _ranks_line(row: dict[str, Any]) -> str:

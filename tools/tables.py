@@ -478,6 +478,9 @@ TABLES |= {
         "published_h100_eager",
         "| target | method (nodes) | prompts | tokens per round | predicted | published | error |",
     ),
+    "latencies": cost_check(
+        "latencies_h100", "| mode | step | context | predicted, ms | published, ms | error to the nearest |"
+    ),
     "ranks": cost_check("trees_from_ranks", "| prompts | nodes | predicted | measured | error |"),
     "graphed": cost_check(
         "predicted_h100_graphed",
