@@ -120,9 +120,13 @@ class Demo:
                 seconds[method].append(duration)
                 ids.setdefault(method, new_ids)
         plain, drafted = ids.values()
-        rates = [len(ids[method]) / statistics.median(seconds[method]) for method in seconds]
-        speedup, limit = rates[1] / rates[0], self.head.last_stats.tokens_per_round
+        rates = [[len(ids[method]) / each for each in seconds[method]] for method in seconds]
+        speedups = [drafting / alone for alone, drafting in zip(*rates, strict=True)]
+        rates, limit = [statistics.median(each) for each in rates], self.head.last_stats.tokens_per_round
+        speedup = statistics.median(speedups)
         shown = f"speedup {speedup:.2f}" if speedup <= limit else "no speedup stated: other work slowed a run down"
+        if max(speedups) <= limit and len(speedups) > 1:
+            shown += f" ({min(speedups):.2f} - {max(speedups):.2f})"
         line = (
             f"{name:5} {rates[0]:5.1f} -> {rates[1]:5.1f} tokens/s  {shown}  {self.rounds()}  "
             f"{'identical' if plain == drafted else 'texts differ'}"

@@ -1,6 +1,7 @@
 """The examples that readers start with, on tiny models: generate, chat, the Hub folder, the recipes and the server."""
 
 import importlib
+import itertools
 import json
 import os
 import re
@@ -84,6 +85,23 @@ def test_the_demo_states_no_speedup_above_the_tokens_per_round(demo, capsys, mon
     assert "no speedup stated" in text
     assert "speedup 9" not in text
     assert "About 1 token per round" not in text
+
+
+@pytest.mark.parametrize(("slowest", "shown"), [(1.5, " (0.67 - 1.00) "), (0.1, " ")])
+def test_the_demo_gives_the_range_of_its_runs_unless_one_was_disturbed(slowest, shown, demo, capsys, monkeypatch):
+    module = sys.modules["demo"]
+    real = module.Demo.answer
+    durations = itertools.cycle([1.0, 1.0, 1.0, slowest, 1.0, 1.0])  # plain and with the head in turn, 3 runs
+
+    def timed(self, prompt, head, is_shown):
+        ids, _ = real(self, prompt, head, is_shown)
+        return ids, next(durations) if prompt in module.PROMPTS.values() else 1.0
+
+    monkeypatch.setattr(module.Demo, "answer", timed)
+    demo("--runs", 3)
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"speedup 1.00{shown}" in text
+    assert (" - 1.00)" in text) == (slowest == 1.5)
 
 
 @pytest.mark.parametrize(
