@@ -17,8 +17,10 @@ def print_findings(findings: Findings, console: Console) -> None:
     for number, compared in enumerate(findings["compared"], 1):
         console.print(f"prompt {number} with the head: {_comparison(compared)}", highlight=False, soft_wrap=True)
     console.print(_tried_table(findings))
-    shares = " ".join(f"{share:.2f}" for share in findings["as_loaded"]["acceptance_by_depth"])
-    console.print(f"as loaded, accepted by depth: {shares}", highlight=False, soft_wrap=True)
+    shares = [f"{share:.2f}" for share in findings["as_loaded"]["acceptance_by_depth"]]
+    while len(shares) > 1 and shares[-1] == "0.00":  # depths that only n-grams reach
+        shares.pop()
+    console.print(f"as loaded, accepted by depth: {' '.join(shares)}", highlight=False, soft_wrap=True)
     for untested in findings["untested"]:
         console.print(f"not tested: {untested}", highlight=False, soft_wrap=True)
 
