@@ -59,10 +59,11 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise JetFlowError(f"{path} does not exist; give the path of a JSON file")
+    remedy = "give a file that a command wrote with `--json`"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise JetFlowError(f"{path} is not valid JSON ({error}); write it again") from error
+        raise JetFlowError(f"{path} is not valid JSON ({error}); {remedy}") from error
     if not isinstance(content, dict):
-        raise JetFlowError(f"{path}: expected a JSON object, got a {type(content).__name__}; write it again")
+        raise JetFlowError(f"{path}: expected a JSON object, got a {type(content).__name__}; {remedy}")
     return content

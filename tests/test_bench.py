@@ -10,9 +10,9 @@ from conftest import SIZES
 from helpers import tiny_tokenizer, write_lines
 
 import hf_jetflow.bench.bench
-from hf_jetflow.bench.bench import read_result, run_bench
+from hf_jetflow.bench.bench import run_bench
 from hf_jetflow.bench.environment import weights_hash
-from hf_jetflow.bench.log import BenchLog
+from hf_jetflow.bench.log import BenchLog, read_result
 from hf_jetflow.bench.prompts import padded_prompt
 from hf_jetflow.bench.rows import make_row
 from hf_jetflow.bench.runs import Run, Variant, cache_kwargs
@@ -319,12 +319,14 @@ def test_an_unknown_method_is_refused_by_name(method):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"node_budgets": [0]}, "node budget of at least 1, or 'auto', got '0'"),
-        ({"node_budgets": ["many"]}, "node budget of at least 1, or 'auto', got 'many'"),
-        ({"temperatures": [-1.0]}, r"temperatures must be 0 \(greedy\) or more, got \[-1.0\]"),
-        ({"num_prompts": 0}, "`num_prompts` must be at least 1, got 0"),
-        ({"context_lengths": [0]}, r"`context_lengths` must be at least 1, got \[0\]"),
-        ({"batch_sizes": [1, 0]}, r"`batch_sizes` must be at least 1, got \[1, 0\]"),
+        ({"node_budgets": [0]}, "`--node-budgets` is '0', expected 'auto' or a number of at least 1"),
+        ({"node_budgets": ["many"]}, "`--node-budgets` is 'many', expected 'auto' or a number"),
+        ({"temperatures": [-1.0]}, "`--temperatures` is -1.0, expected at least 0"),
+        ({"temperatures": [float("nan")]}, "`--temperatures` is nan, expected at least 0"),
+        ({"temperatures": []}, "`--temperatures` is empty"),
+        ({"num_prompts": 0}, "`--num-prompts` is 0, expected at least 1"),
+        ({"context_lengths": [0]}, "`--context-lengths` is 0, expected at least 1"),
+        ({"batch_sizes": [1, 0]}, "`--batch-sizes` is 0, expected at least 1"),
     ],
 )
 def test_a_setting_out_of_range_is_refused(settings, message):

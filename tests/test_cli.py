@@ -139,7 +139,7 @@ def test_a_bench_continues_a_killed_one_and_refuses_other_settings(target_folder
     [
         (["--methods", "plain,warp"], "unknown methods ['warp']"),
         (["--methods", "assistant:nowhere/at/all"], "`assistant:nowhere/at/all` cannot be loaded"),
-        (["--node-budgets", "4,many"], "node budget of at least 1, or 'auto', got 'many'"),
+        (["--node-budgets", "4,many"], "`--node-budgets` is 'many', expected 'auto' or a number"),
         (["--plot", "figure.gif"], "got '.gif'"),
         (["--context-lengths", "100000"], "do not fit the target"),
     ],

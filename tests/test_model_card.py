@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from hf_jetflow import JetFlowConfig
-from hf_jetflow.bench.bench import read_result
+from hf_jetflow.bench.log import read_result
 from hf_jetflow.head.card import card_text, depth_table, measured_table, template_text
 
 

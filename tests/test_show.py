@@ -336,7 +336,7 @@ def test_the_command_draws_the_answer_to_a_prompt(folders, tmp_path):
     ("options", "cause"),
     [
         ([], "expected exactly one of --prompt TEXT and --prompts FILE"),
-        (["--prompt", "t010", "--node-budget", "many"], "expected a node budget of at least 1, or 'auto', got 'many'"),
+        (["--prompt", "t010", "--node-budget", "many"], "`--node-budget` is 'many', expected 'auto' or a number"),
         (["--prompt", "t010", "--round", "40"], "got 40"),
         (["--prompt", "t010", "--output", "trees.gif"], "got '.gif'"),
     ],

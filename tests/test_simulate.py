@@ -436,8 +436,8 @@ def test_the_command_draws_a_figure_or_names_the_missing_package(folders, monkey
         ({"--target": "missing.gguf"}, "`missing.gguf` does not exist"),
         ({"--head": "TARGET"}, "no draft head of a known layout"),
         ({"--target": "OTHER"}, "is for a target of width"),
-        ({"--node-budgets": "1"}, "`node_budget` must be at least 2, got 1"),
-        ({"--batch-sizes": "0"}, "`batch_size` must be at least 1, got 0"),
+        ({"--node-budgets": "1"}, "`--node-budgets` is 1, expected at least 2"),
+        ({"--batch-sizes": "0"}, "`--batch-sizes` is 0, expected at least 1"),
     ],
 )
 def test_a_user_error_of_the_command_is_one_line_with_its_cause(folders, changes, cause):

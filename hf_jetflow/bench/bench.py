@@ -12,8 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import JetFlowError
-from ..files import read_json, write_json
+from ..files import write_json
 from ..head.modeling_jetflow import JetFlowHead
 from ..target.loading import load_pair
 from ..target.settings import PairSettings
@@ -279,16 +278,3 @@ def _public_name(name: str) -> str:
 
 def _dtype_name(model: PreTrainedModel) -> str:
     return str(model.dtype).removeprefix("torch.")
-
-
-def read_result(path: str | os.PathLike) -> dict[str, Any]:
-    """
-    Read the JSON of a bench.
-
-    Raises:
-        JetFlowError: If the file does not exist or holds something else.
-    """
-    result = read_json(path)
-    if not {"environment", "rows"} <= result.keys():
-        raise JetFlowError(f"{path} is not the result of a bench; give the file that `hf-jetflow bench --json` wrote")
-    return result

@@ -1,8 +1,11 @@
-"""Log of finished measurements: a killed bench continues from it."""
+"""Files of a bench: the log of finished measurements, from which a killed bench continues, and the result."""
 
+import os
 from pathlib import Path
 from typing import Any
 
+from ..errors import JetFlowError
+from ..files import read_json
 from ..jsonl import append_jsonl, check_same_settings, drop_partial_line, read_jsonl
 
 
@@ -46,3 +49,16 @@ class BenchLog:
         self._records[key] = record
         if self._path is not None:
             append_jsonl(self._path, [{"key": key, "record": record}])
+
+
+def read_result(path: str | os.PathLike) -> dict[str, Any]:
+    """
+    Read the JSON of a bench.
+
+    Raises:
+        JetFlowError: If the file does not exist or holds something else.
+    """
+    result = read_json(path)
+    if not {"environment", "rows"} <= result.keys():
+        raise JetFlowError(f"{path} is not the result of a bench; give the file that `hf-jetflow bench --json` wrote")
+    return result

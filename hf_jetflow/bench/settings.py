@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..decoding.settings import read_node_budget
-from ..errors import JetFlowError
+from ..errors import JetFlowError, check_at_least
 from ..extras import require_package
 
 
@@ -74,19 +74,17 @@ class BenchSettings:
             raise JetFlowError(f"unknown methods {unknown}; choose from {', '.join(METHODS)}")
         if self.cache not in CACHES:
             raise JetFlowError(f"unknown cache {self.cache!r}; choose from {', '.join(CACHES)}")
-        if not self.temperatures or min(self.temperatures) < 0:
-            raise JetFlowError(f"temperatures must be 0 (greedy) or more, got {self.temperatures}")
-        for name in ("max_new_tokens", "num_prompts", "repeats", "context_lengths", "batch_sizes"):
-            value = getattr(self, name)
-            if min(value if isinstance(value, list | tuple) else [value], default=1) < 1:
-                raise JetFlowError(f"`{name}` must be at least 1, got {value}")
+        if not self.temperatures:
+            raise JetFlowError("`--temperatures` is empty, expected numbers of at least 0; 0 is greedy")
+        check_at_least(self, temperatures=0, max_new_tokens=1, num_prompts=1, repeats=1)
+        check_at_least(self, context_lengths=1, batch_sizes=1)
         rivals = ", ".join(filter(is_rival, self.methods))
         if rivals and self.cache != "dynamic":
             raise JetFlowError(f"{rivals} cannot use a {self.cache} cache; leave out either")
         if rivals and set(self.batch_sizes) != {1}:
             raise JetFlowError(f"{rivals} cannot answer batches; leave out either")
         for budget in self.node_budgets:
-            read_node_budget(budget)
+            read_node_budget(budget, "node_budgets")
         if self.plot is not None:
             self.plot = plot_path(self.plot)
 

@@ -10,8 +10,8 @@ Needs the extra `bench`: pip install 'hf-jetflow[bench]'.
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..bench.log import read_result
 from ..bench.settings import plot_path
-from ..files import read_json
 
 
 @dataclass
@@ -26,12 +26,11 @@ SETTINGS = (PlotSettings,)
 
 
 def check(settings: PlotSettings) -> None:
-    read_json(settings.result)
     plot_path(settings.figure)
+    read_result(settings.result)
 
 
 def run(settings: PlotSettings) -> None:
-    from ..bench.bench import read_result
     from ..bench.plots import draw_bench
     from .console import note_files
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import JetFlowError
+from ..errors import check_at_least
 from ..prompts import read_prompts
 
 
@@ -32,9 +32,7 @@ class DoctorSettings:
     json: Path | None = field(default=None, metadata={"help": "File for all findings as JSON."})
 
     def __post_init__(self) -> None:
-        for name in ("num_prompts", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise JetFlowError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        check_at_least(self, num_prompts=1, max_new_tokens=1)
 
     def conversations(self) -> list[list[dict[str, str]]]:
         """The prompts as chat messages."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..decoding.settings import read_node_budget
-from ..errors import JetFlowError
+from ..errors import JetFlowError, check_at_least
 from ..extras import require_package
 from ..prompts import read_prompts
 
@@ -38,6 +38,7 @@ class ShowSettings:
     def __post_init__(self) -> None:
         check_output(self.output)
         read_node_budget(self.node_budget)
+        check_at_least(self, max_new_tokens=1)
         if (self.prompt is None) == (self.prompts is None):
             raise JetFlowError("expected exactly one of --prompt TEXT and --prompts FILE; give one of them")
 

@@ -3,10 +3,17 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..errors import check_at_least
+
 
 @dataclass
 class SimulateSettings:
-    """What to predict, from which files. Weights are never loaded."""
+    """
+    What to predict, from which files. Weights are never loaded.
+
+    Raises:
+        JetFlowError: If a number is too small.
+    """
 
     target: str = field(metadata={"help": "Target: a Hub id, a folder, its config.json, or a .gguf file."})
     head: str = field(metadata={"help": "Draft head: a Hub id or a folder."})
@@ -29,3 +36,6 @@ class SimulateSettings:
     context: int = field(default=512, metadata={"help": "Cached tokens per sequence."})
     json: Path | None = field(default=None, metadata={"help": "File for the result as JSON."})
     plot: Path | None = field(default=None, metadata={"help": "File for a figure: .png, .svg or .pdf."})
+
+    def __post_init__(self) -> None:
+        check_at_least(self, node_budgets=2, batch_sizes=1, context=0)

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
-from ..errors import JetFlowError
+from ..errors import JetFlowError, check_at_least
 from ..extras import require_package
 from ..jsonl import read_jsonl
 from ..prompts import read_prompts
@@ -187,9 +187,7 @@ class TrainRecipe:
         """
         if not self.prompts and not self.answers:
             raise JetFlowError("nothing to train on: give `--prompts`, or the target's answers with `--answers`")
-        for name, least in MINIMUMS.items():
-            if not getattr(self, name) >= least:
-                raise JetFlowError(f"`{flag(name)}` is {getattr(self, name)}, expected at least {least}")
+        check_at_least(self, **MINIMUMS)
         kinds = list(get_args(Correction))
         for is_refused, message in (
             (
@@ -246,8 +244,3 @@ def _has_token() -> bool:
     from huggingface_hub import get_token  # imported late: it takes longer than to print the help
 
     return get_token() is not None
-
-
-def flag(name: str) -> str:
-    """The command-line option of a field."""
-    return "--" + name.replace("_", "-")

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import JetFlowError
+from ..errors import JetFlowError, flag
 from ..head.configuration_jetflow import JetFlowConfig, spaced_layer_ids
 from ..head.modeling_jetflow import JetFlowHead
 from ..integration import check_pairing
 from ..target.loading import load_head
 from .data import Answers, frequent_tokens
-from .settings import LAYOUT_OPTIONS, TrainRecipe, flag
+from .settings import LAYOUT_OPTIONS, TrainRecipe
 
 
 # Initial weight of the query and key norms, where the target has none to copy: the root mean square of the queries and
