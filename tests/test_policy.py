@@ -10,7 +10,7 @@ from helpers import make_tree
 from reference import assert_same_text
 
 from hf_jetflow.decoding import policy as policy_module
-from hf_jetflow.decoding.policy import AUTO_BUDGETS, REFRESH_EVERY, AutoPolicy, TreeLimits
+from hf_jetflow.decoding.policy import AUTO_BUDGETS, REFRESH_EVERY, AutoPolicy, FixedPolicy, TreeLimits
 from hf_jetflow.decoding.round_costs import FIRST_TRIALS, RoundCosts, roofline
 from hf_jetflow.trees.tree import Candidates, build_tree, chain_of, trim_tree
 
@@ -48,7 +48,7 @@ class Machine:
                 self.now += 0.2  # the draft
             else:
                 tree = make_tree([0], [-1])
-            tree = policy.trim(tree)
+            tree = policy.trim(tree, plan)
             self.now += self.seconds(len(tree.tokens))
             node = accepted = 0
             children = {
@@ -126,8 +126,8 @@ def test_where_reading_would_wait_the_tree_before_decides():
     for tree, share in zip(trees, (0.99, 0.5, 0.99), strict=True):
         tree.logprobs = torch.arange(64)[None] * math.log(share)
         assert policy.plan(100).min_logprob == -math.inf
-        sizes.append(policy.trim(tree).num_nodes)
-        policy.record(policy.trim(tree), [[*range(sizes[-1])]])
+        sizes.append(policy.trim(tree, LIMITS).num_nodes)
+        policy.record(policy.trim(tree, LIMITS), [[*range(sizes[-1])]])
     assert sizes[0] == 64, "nothing was read yet"
     assert sizes[1] > sizes[2]
 
@@ -354,7 +354,23 @@ def test_the_last_node_repays_its_time_as_well_as_the_text_does(text_rate):
     tree.logprobs = promises.log()[None]
     budgets = [budget for budget in AUTO_BUDGETS if 2 <= budget <= 64]
     best = max(budgets, key=lambda nodes: gains[nodes - 1] - max(text_rate, 1 / 1.1) * sized(nodes))
-    assert AutoPolicy(LIMITS, costs).trim(tree).num_nodes == best
+    assert AutoPolicy(LIMITS, costs).trim(tree, LIMITS).num_nodes == best
+
+
+@pytest.mark.parametrize("reads_late", [False, True])
+def test_a_tree_larger_than_planned_is_cut_to_the_plan(reads_late):
+    """Captured drafts have one size."""
+    samples = {nodes: (1 + 0.001 * nodes,) for nodes in (1, 8, 16, 32, 64)}
+    costs = RoundCosts(samples=samples, tokens=1.0, drafted_seconds=1.0, num_drafted=1)
+    for policy in (FixedPolicy(LIMITS), AutoPolicy(LIMITS, costs, reads_late)):
+        tree = chain_of(torch.zeros(1, 64, dtype=torch.long))
+        tree.logprobs = torch.arange(64)[None] * math.log(0.99)
+        for max_nodes in (20, 8):
+            plan = policy.plan(100, max_nodes)
+            trimmed = policy.trim(tree, plan)
+            policy.record(trimmed, [[0]])
+            assert 1 < trimmed.num_nodes <= max_nodes
+            assert torch.equal(trimmed.parents, tree.parents[:, : trimmed.num_nodes])
 
 
 @pytest.mark.parametrize(("per_node", "least"), [(0.1, 0.1), (0.02, 0.02), (0.0, 0.0)])

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import PreTrainedModel
 
 from ..decoding.drafter import JetFlowCandidateGenerator
-from ..decoding.policy import AutoPolicy
+from ..decoding.policy import AutoPolicy, FixedPolicy
 from ..decoding.session import DecodingSession
 from ..errors import JetFlowError
 from ..head.modeling_jetflow import JetFlowHead
@@ -47,7 +47,7 @@ class StepCounts:
 def watched_steps(watch: Callable[[str], AbstractContextManager[Any]]) -> Iterator[None]:
     """Run every step of a round inside `watch(its name)`, and what is read of the prompt inside `watch("other")`."""
     methods: list[tuple[type, str, str]] = [(DecodingSession, name, name) for name in STEPS]
-    methods += [(AutoPolicy, name, "best_tree") for name in ("trim", "record")]
+    methods += [(policy, name, "best_tree") for policy in (AutoPolicy, FixedPolicy) for name in ("trim", "record")]
     methods.append((JetFlowCandidateGenerator, ONCE, "other"))
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in methods]
     for (owner, name, original), (_, _, step) in zip(originals, methods, strict=True):

@@ -13,7 +13,7 @@ import torch
 from ..head.cache import StaticHeadCache
 from ..head.modeling_jetflow import JetFlowHead
 from ..target.target import Target
-from ..trees.tree import DraftTree, trim_tree
+from ..trees.tree import DraftTree
 
 
 if TYPE_CHECKING:
@@ -26,14 +26,14 @@ class CapturedDraft:
 
     tree: DraftTree
 
-    def best_tree(self, node_budget: int, *_other_limits: object) -> DraftTree:
+    def best_tree(self, *_limits: object) -> DraftTree:
         """
-        The tree, cut to the node budget.
+        The tree, within the limits of all rounds: one graph drafts for all of them.
 
-        One graph drafts within the limits of all rounds. This round's other limits would save no work by then, and a
+        The policy trims it to this round's node budget. This round's other limits would save no work by then, and a
         node beyond them costs a row, never a token: the walk ends where the text does.
         """
-        return self.tree if self.tree.num_nodes <= node_budget else trim_tree(self.tree, node_budget)
+        return self.tree
 
 
 def is_on_one_device(head: JetFlowHead, target: Target) -> bool:

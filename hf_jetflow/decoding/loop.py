@@ -40,7 +40,7 @@ def decode(
         policy = session.policy
         plan = policy.plan(session.max_yield, session.max_nodes)
         draft = session.draft(plan)
-        tree = policy.trim(session.best_tree(draft, plan))
+        tree = policy.trim(session.best_tree(draft, plan), plan)
         states = session.verify(tree)
         paths = session.walk(tree, states)  # emits the accepted tokens and the bonus token
         session.commit(tree, states, paths)

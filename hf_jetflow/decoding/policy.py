@@ -107,8 +107,8 @@ class Policy(Protocol):
     def plan(self, max_yield: int | None, max_nodes: int | None = None) -> TreeLimits:
         """The limits of the next round's tree; see `plan_round`."""
 
-    def trim(self, tree: DraftTree) -> DraftTree:
-        """The part of the drafted tree that is to be verified."""
+    def trim(self, tree: DraftTree, plan: TreeLimits) -> DraftTree:
+        """The part of the drafted tree that is to be verified, within the plan: a captured draft exceeds it."""
 
     def record(self, tree: DraftTree, paths: list[list[int]]) -> None:
         """Learn from a finished round: the verified tree, and the accepted path of each sequence."""
@@ -126,8 +126,8 @@ class FixedPolicy:
     def plan(self, max_yield: int | None, max_nodes: int | None = None) -> TreeLimits:
         return plan_round(self.limits, max_yield, max_nodes)
 
-    def trim(self, tree: DraftTree) -> DraftTree:
-        return tree
+    def trim(self, tree: DraftTree, plan: TreeLimits) -> DraftTree:
+        return tree if tree.num_nodes <= plan.node_budget else trim_tree(tree, plan.node_budget)
 
     def record(self, tree: DraftTree, paths: list[list[int]]) -> None:
         pass
@@ -200,10 +200,10 @@ class AutoPolicy:
                 return 1
         return self._ceiling
 
-    def trim(self, tree: DraftTree) -> DraftTree:
+    def trim(self, tree: DraftTree, plan: TreeLimits) -> DraftTree:
         """The part of the tree that repays its verification."""
-        num_nodes = tree.num_nodes
-        if num_nodes == 1:
+        num_nodes = min(tree.num_nodes, plan.node_budget)
+        if tree.num_nodes == 1:
             return tree
         self._round.start_of_rest = time.perf_counter()
         if self._reads_late:
@@ -212,7 +212,7 @@ class AutoPolicy:
             self._gains = _gains(tree.logprobs)
         gains = self._gains[:num_nodes]
         best = num_nodes if self._round.is_trial or not gains else self._best_budget(gains)
-        return tree if best == num_nodes else trim_tree(tree, best)
+        return tree if best == tree.num_nodes else trim_tree(tree, best)
 
     def _best_budget(self, gains: list[float]) -> int:
         """The node budget of the highest surplus; see `_gains`."""
