@@ -195,17 +195,21 @@ def rounding() -> str:
 def rounding_sentence() -> str:
     """The same in one sentence, for the README."""
     result = read("rounding")
-    same: dict[str, int] = defaultdict(int)
-    total: dict[str, int] = defaultdict(int)
+    same: dict[tuple[str, str], int] = defaultdict(int)
+    total: dict[tuple[str, str], int] = defaultdict(int)
     for row in result["rows"]:
-        if row["dtype"] == "bfloat16":
-            same[row["method"]] += row["num_same"]
-            total[row["method"]] += row["num_prompts"]
-    tree, four = (f"{same[name]} of {total[name]}" for name in ("tree of 16 nodes", "plain, batch of 4"))
+        same[row["dtype"], row["method"]] += row["num_same"]
+        total[row["dtype"], row["method"]] += row["num_prompts"]
+    tree, four, tree32, four32 = (
+        f"{same[dtype, method]} of {total[dtype, method]}"
+        for dtype in ("bfloat16", "float32")
+        for method in ("tree of 16 nodes", "plain, batch of 4")
+    )
     facts, limit = result["environment"], result["max_new_tokens"]
     return (
-        f"Greedy bfloat16 texts of up to {limit} tokens that equal plain decoding alone: {tree} with the head, "
-        f"{four} in a plain batch of 4\n([how close the others are](../docs/benchmarks.md#exactness), "
+        f"Greedy texts of up to {limit} tokens that equal plain decoding alone: in float32 {tree32} with the head and "
+        f"{four32} in a plain batch of 4,\nin bfloat16 {tree} and {four} "
+        f"([how close the others are](../docs/benchmarks.md#exactness), "
         f"{facts['processor']} with {facts['cpu_capability']}).\n\n{sources(['rounding'])}"
     )
 
