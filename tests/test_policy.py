@@ -1,5 +1,6 @@
 """`node_budget="auto"`: on made-up machines, the budget that yields most tokens per second, and no less than plain."""
 
+import functools
 import math
 import sys
 import threading
@@ -18,11 +19,28 @@ from hf_jetflow.trees.tree import Candidates, build_tree, chain_of, trim_tree
 LIMITS = TreeLimits(node_budget=128, max_depth=7, width=64)
 
 
+@functools.cache
+def shares(top):
+    """Probabilities by rank: the best token's, and a rest that falls off by halves."""
+    rest = 0.5 ** torch.arange(1, 64)
+    return torch.cat([torch.tensor([top]), (1 - top) * rest / rest.sum()])
+
+
+@functools.cache
+def full_tree(claimed, node_budget, max_depth, width):
+    """The tree of every round with these limits: the head's drafts do not depend on the text."""
+    if not max_depth:
+        return make_tree([0], [-1])
+    row = shares(claimed).log()[:width]
+    candidates = Candidates(torch.arange(len(row)).repeat(max_depth, 1), row.repeat(max_depth, 1))
+    return build_tree(torch.tensor([0]), candidates, node_budget, width=width)
+
+
 class Machine:
     """
     A clock, a target whose forward costs what `seconds(nodes)` says, and a head right with the given probability.
 
-    Its drafts are shared rows: `top` is the probability of each depth's best token, the rest falls off by halves.
+    Its drafts are shared rows, whose probabilities are `shares(top)`.
     """
 
     def __init__(self, monkeypatch, seconds, top, claimed=None, seed=0):
@@ -31,23 +49,13 @@ class Machine:
         self.generator = torch.Generator().manual_seed(seed)
         monkeypatch.setattr(policy_module.time, "perf_counter", lambda: self.now)
 
-    def shares(self, top):
-        rest = 0.5 ** torch.arange(1, 64)
-        return torch.cat([torch.tensor([top]), (1 - top) * rest / rest.sum()])
-
     def run(self, policy, num_tokens):
         """Tokens and seconds of a generation."""
         done, start = 0, self.now
         while done < num_tokens:
             plan = policy.plan(num_tokens - done)
-            if plan.max_depth:
-                row = self.shares(self.claimed).log()[: plan.width]
-                tokens = torch.arange(len(row)).repeat(plan.max_depth, 1)
-                candidates = Candidates(tokens, row.repeat(plan.max_depth, 1))
-                tree = build_tree(torch.tensor([0]), candidates, plan.node_budget, width=plan.width)
-                self.now += 0.2  # the draft
-            else:
-                tree = make_tree([0], [-1])
+            tree = full_tree(self.claimed, plan.node_budget, plan.max_depth, plan.width)
+            self.now += 0.2 if plan.max_depth else 0.0  # the draft
             tree = policy.trim(tree, plan)
             self.now += self.seconds(len(tree.tokens))
             node = accepted = 0
@@ -57,7 +65,7 @@ class Machine:
             while True:
                 choice = -1  # no token that was drafted
                 if self.top:
-                    choice = int(torch.multinomial(self.shares(self.top), 1, generator=self.generator))
+                    choice = int(torch.multinomial(shares(self.top), 1, generator=self.generator))
                 if (node := children.get((node, choice), -1)) < 0:
                     break
                 accepted += 1
