@@ -25,5 +25,7 @@ def test_a_head_gets_its_settings_back_after_an_error(tiny_target, random_head):
 def test_node_budgets_are_read_from_text():
     assert [read_node_budget(text) for text in ("auto", "1", "64")] == ["auto", 1, 64]
     for text in ("0", "-3", "1.5", "many", ""):
-        with pytest.raises(JetFlowError, match=f"`--node-budget` is '{text}', expected 'auto' or a number of at least 1"):
+        with pytest.raises(
+            JetFlowError, match=f"`--node-budget` is '{text}', expected 'auto' or a number of at least 1"
+        ):
             read_node_budget(text)
