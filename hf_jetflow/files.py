@@ -43,6 +43,17 @@ def check_new_folder(path: Path) -> None:
         raise JetFlowError(f"`{path}` exists already; give a new folder")
 
 
+def check_json_path(path: Path | None) -> None:
+    """
+    Check the value of `--json`.
+
+    Raises:
+        JetFlowError: If it is a folder.
+    """
+    if path is not None and path.is_dir():
+        raise JetFlowError(f"`--json` is the folder {path}, expected a file such as {path / 'result.json'}")
+
+
 def write_json(content: dict[str, Any], path: str | os.PathLike) -> None:
     """Write a JSON object; the write is atomic."""
     with atomic_write(path) as partial:

@@ -324,6 +324,8 @@ def test_an_unknown_method_is_refused_by_name(method):
         ({"temperatures": [-1.0]}, "`--temperatures` is -1.0, expected at least 0"),
         ({"temperatures": [float("nan")]}, "`--temperatures` is nan, expected at least 0"),
         ({"temperatures": []}, "`--temperatures` is empty"),
+        ({"node_budgets": []}, "`--node-budgets` is empty"),
+        ({"json": Path(".")}, "`--json` is the folder ., expected a file such as result.json"),
         ({"num_prompts": 0}, "`--num-prompts` is 0, expected at least 1"),
         ({"context_lengths": [0]}, "`--context-lengths` is 0, expected at least 1"),
         ({"batch_sizes": [1, 0]}, "`--batch-sizes` is 0, expected at least 1"),

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Literal
 
 from ..decoding.settings import read_node_budget
-from ..errors import JetFlowError, check_at_least
+from ..errors import JetFlowError, check_at_least, flag
 from ..extras import require_package
+from ..files import check_json_path
 
 
 LOOP_METHODS = ("jetflow", "chain")  # run by our loop, which records `GenerationStats`
@@ -74,8 +75,10 @@ class BenchSettings:
             raise JetFlowError(f"unknown methods {unknown}; choose from {', '.join(METHODS)}")
         if self.cache not in CACHES:
             raise JetFlowError(f"unknown cache {self.cache!r}; choose from {', '.join(CACHES)}")
-        if not self.temperatures:
-            raise JetFlowError("`--temperatures` is empty, expected numbers of at least 0; 0 is greedy")
+        for name in ("methods", "temperatures", "batch_sizes", "node_budgets"):
+            if not getattr(self, name) and (name != "node_budgets" or "jetflow" in self.methods):
+                raise JetFlowError(f"`{flag(name)}` is empty; leave the option out for its default")
+        check_json_path(self.json)
         check_at_least(self, temperatures=0, max_new_tokens=1, num_prompts=1, repeats=1)
         check_at_least(self, context_lengths=1, batch_sizes=1)
         rivals = ", ".join(filter(is_rival, self.methods))

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import check_at_least
+from ..files import check_json_path
 from ..prompts import read_prompts
 
 
@@ -33,6 +34,7 @@ class DoctorSettings:
 
     def __post_init__(self) -> None:
         check_at_least(self, num_prompts=1, max_new_tokens=1)
+        check_json_path(self.json)
 
     def conversations(self) -> list[list[dict[str, str]]]:
         """The prompts as chat messages."""

@@ -189,5 +189,5 @@ def readable_load_errors(source: str) -> Iterator[None]:
         kind = OSError if isinstance(error, OSError) else ValueError
         cause = " ".join(str(error).split())
         if not Path(source).exists():
-            cause += f" There is no folder `{source}` in {Path.cwd()}, either."
+            cause = f"{cause.rstrip('.')}. There is no folder `{source}` in {Path.cwd()}, either."
         raise kind(cause if source in cause else f"`{source}`: {cause}") from error

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import check_at_least
+from ..files import check_json_path
 
 
 @dataclass
@@ -12,7 +13,7 @@ class SimulateSettings:
     What to predict, from which files. Weights are never loaded.
 
     Raises:
-        JetFlowError: If a number is too small.
+        JetFlowError: If a number is too small, or a file to write is a folder.
     """
 
     target: str = field(metadata={"help": "Target: a Hub id, a folder, its config.json, or a .gguf file."})
@@ -39,3 +40,4 @@ class SimulateSettings:
 
     def __post_init__(self) -> None:
         check_at_least(self, node_budgets=2, batch_sizes=1, context=0)
+        check_json_path(self.json)

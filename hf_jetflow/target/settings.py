@@ -25,7 +25,7 @@ class PairSettings:
         Refuse what cannot be loaded.
 
         Raises:
-            JetFlowError: If a path does not exist, a folder holds no head, or a package is missing.
+            JetFlowError: If a path does not exist or is no folder of a head, or a package is missing.
         """
         model_source(self.target)
         path, is_path = Path(self.head), self.head.startswith((".", "/", "~")) or self.head.count("/") > 1
@@ -33,6 +33,8 @@ class PairSettings:
             return
         if is_path and not path.exists():
             raise JetFlowError(f"`{self.head}` does not exist; give the folder of a draft head, or a Hub id")
+        if path.is_file():
+            raise JetFlowError(f"`{self.head}` is a file; give the folder of a draft head, or a Hub id")
         if path.is_dir() and not (path / "config.json").is_file():
             raise JetFlowError(f"`{self.head}` has no config.json; give the folder of a draft head, or a Hub id")
 
