@@ -237,10 +237,6 @@ def test_a_target_file_that_does_not_exist_is_refused_before_torch_is_imported(a
         (["bench", *PAIR, "--prompts", "GOOD", "--json", "FOLDER"], "error: `--json` is the folder"),
         (["simulate", *PAIR, "--acceptance", "RESULT", "--json", "FOLDER"], "error: `--json` is the folder"),
         (["doctor", *PAIR, "--json", "FOLDER"], "error: `--json` is the folder"),
-        (
-            ["bench", "--target", "t", "--head", "RESULT", "--prompts", "GOOD"],
-            "result.json` is a file; give the folder",
-        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -251,6 +247,26 @@ def test_an_output_that_cannot_be_written_is_refused_before_torch_is_imported(ar
     last, printed = start(*(str(files.get(argument, argument)) for argument in arguments))
     assert last in ("1", "2")
     assert text in printed
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--target", "t", "--output", "o", "--prompts", "GOOD", "--head", "HEAD"],
+        ["bench", "--target", "t", "--prompts", "GOOD", "--head", "HEAD"],
+        ["simulate", "--target", "t", "--acceptance", "RESULT", "--head", "HEAD"],
+        ["convert", "HEAD", "--to", "dflash", "--output", "o"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_what_is_no_head_is_refused_before_torch_is_imported(arguments, tmp_path):
+    files = {"GOOD": tmp_path / "good.jsonl", "RESULT": tmp_path / "result.json"}
+    write_lines(files["GOOD"], {"prompt": "Why?"})
+    files["RESULT"].write_text("{}")
+    for head, fault in ((tmp_path, "has no config.json"), (files["GOOD"], "is a file"), (tmp_path / "no", "does not")):
+        last, printed = start(*(str({**files, "HEAD": head}.get(argument, argument)) for argument in arguments))
+        assert last == "1"
+        assert f"error: `{head}` {fault}" in printed
 
 
 def test_a_terminal_is_told_what_takes_the_first_seconds(tmp_path):

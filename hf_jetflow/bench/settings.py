@@ -76,7 +76,7 @@ class BenchSettings:
         if self.cache not in CACHES:
             raise JetFlowError(f"unknown cache {self.cache!r}; choose from {', '.join(CACHES)}")
         for name in ("methods", "temperatures", "batch_sizes", "node_budgets"):
-            if not getattr(self, name) and (name != "node_budgets" or "jetflow" in self.methods):
+            if not getattr(self, name):
                 raise JetFlowError(f"`{flag(name)}` is empty; leave the option out for its default")
         check_json_path(self.json)
         check_at_least(self, temperatures=0, max_new_tokens=1, num_prompts=1, repeats=1)

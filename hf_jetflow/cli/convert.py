@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..files import check_new_folder
-from ..target.settings import model_source
+from ..target.settings import check_head, model_source
 
 
 @dataclass
@@ -36,6 +36,7 @@ SETTINGS = (ConvertSettings,)
 
 def check(settings: ConvertSettings) -> None:
     check_new_folder(settings.output)
+    check_head(settings.head)
     if settings.target is not None:
         model_source(settings.target)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from ..files import read_json
 from ..simulate.plots import check_plot_path
 from ..simulate.settings import SimulateSettings
-from ..target.settings import model_source
+from ..target.settings import check_head, model_source
 
 
 @dataclass
@@ -31,6 +31,7 @@ def check(settings: SimulateSettings, _: Output) -> None:
     if settings.plot is not None:
         check_plot_path(settings.plot)
     model_source(settings.target)
+    check_head(settings.head)
 
 
 def run(settings: SimulateSettings, output: Output) -> None:

@@ -9,7 +9,7 @@ A .gguf target needs the extra `train`: pip install 'hf-jetflow[train]'.
 
 from dataclasses import dataclass, field
 
-from ..target.settings import model_source
+from ..target.settings import check_head, model_source
 from ..training.settings import TrainRecipe
 
 
@@ -30,6 +30,8 @@ def check(recipe: TrainRecipe, _: Output) -> None:
     recipe.check()
     recipe.check_files()
     model_source(recipe.target)
+    if recipe.head is not None:
+        check_head(recipe.head)
 
 
 def run(recipe: TrainRecipe, output: Output) -> None:

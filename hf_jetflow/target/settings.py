@@ -28,15 +28,26 @@ class PairSettings:
             JetFlowError: If a path does not exist or is no folder of a head, or a package is missing.
         """
         model_source(self.target)
-        path, is_path = Path(self.head), self.head.startswith((".", "/", "~")) or self.head.count("/") > 1
-        if "::" in self.head:  # with a subfolder, which loading looks up
-            return
-        if is_path and not path.exists():
-            raise JetFlowError(f"`{self.head}` does not exist; give the folder of a draft head, or a Hub id")
-        if path.is_file():
-            raise JetFlowError(f"`{self.head}` is a file; give the folder of a draft head, or a Hub id")
-        if path.is_dir() and not (path / "config.json").is_file():
-            raise JetFlowError(f"`{self.head}` has no config.json; give the folder of a draft head, or a Hub id")
+        check_head(self.head)
+
+
+def check_head(source: str) -> None:
+    """
+    Check the name of a draft head as far as its path tells.
+
+    Raises:
+        JetFlowError: If a path does not exist or is no folder of a head.
+    """
+    if "::" in source:  # with a subfolder, which loading looks up
+        return
+    path, is_path = Path(source), source.startswith((".", "/", "~")) or source.count("/") > 1
+    for is_refused, fault in (
+        (is_path and not path.exists(), "does not exist"),
+        (path.is_file(), "is a file"),
+        (path.is_dir() and not (path / "config.json").is_file(), "has no config.json"),
+    ):
+        if is_refused:
+            raise JetFlowError(f"`{source}` {fault}; give the folder of a draft head, or a Hub id")
 
 
 def model_source(source: str) -> tuple[str, dict[str, Any]]:
