@@ -17,7 +17,7 @@ from hf_jetflow.target.target import Target
 from hf_jetflow.training.blocks import make_blocks
 from hf_jetflow.training.data import AnchorCollator, AnswerDataset
 from hf_jetflow.training.losses import logit_shape
-from hf_jetflow.training.optimizer import MuonAdamW
+from hf_jetflow.training.optimizer import Muon, MuonAdamW
 from hf_jetflow.training.starting import initialize_from_target
 from hf_jetflow.training.trainer import JetFlowTrainer, JetFlowTrainingConfig, features_fingerprint
 
@@ -308,7 +308,7 @@ def test_a_checkpoint_is_a_head_that_can_be_loaded(target, tmp_path):
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in trainer.model.state_dict().items())
 
 
-def take_steps(optimizer: MuonAdamW, num_steps: int) -> None:
+def take_steps(optimizer: torch.optim.Optimizer, num_steps: int) -> None:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for step in range(num_steps):
         for number, parameter in enumerate(parameters):
@@ -337,6 +337,33 @@ def test_a_restored_optimizer_takes_the_same_steps(tmp_path):
     for each in (optimizer, restored):
         take_steps(each, 2)
     assert all(torch.equal(tensor, head.state_dict()[name]) for name, tensor in whole.state_dict().items())
+
+
+def test_newton_schulz_is_torchs_in_bfloat16_and_close_to_it_in_float32():
+    start = JetFlowHead(tiny_config())
+    changes = {}
+    for name, make in {
+        "torch": lambda matrices: torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.0),
+        "bfloat16": lambda matrices: Muon(matrices, 1e-2, torch.bfloat16),
+        "float32": lambda matrices: Muon(matrices, 1e-2, torch.float32),
+    }.items():
+        head = copy.deepcopy(start)
+        matrices = [parameter for parameter in head.parameters() if parameter.ndim == 2]
+        take_steps(make(matrices), 3)
+        changes[name] = [matrix.detach() - old for matrix, old in zip(matrices, matrices_of(start), strict=True)]
+    for name, closeness in {"bfloat16": 0.0, "float32": 0.03}.items():
+        for change, expected in zip(changes[name], changes["torch"], strict=True):
+            assert (change - expected).norm() <= closeness * expected.norm()
+
+
+def matrices_of(head: JetFlowHead) -> list[torch.Tensor]:
+    return [parameter.detach() for parameter in head.parameters() if parameter.ndim == 2]
+
+
+@pytest.mark.parametrize("is_bf16", [False, True])
+def test_newton_schulz_takes_the_dtype_of_the_training(target, tmp_path, is_bf16):
+    optimizer = make_trainer(target, tmp_path, bf16=is_bf16).create_optimizer()
+    assert optimizer._parts[0]._dtype == (torch.bfloat16 if is_bf16 else torch.float32)
 
 
 def test_a_scheduler_changes_the_learning_rates_of_both_parts():

@@ -160,7 +160,9 @@ class JetFlowTrainer(Trainer):
 
     def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            self.optimizer = MuonAdamW(self.model, self.args.learning_rate, self.args.adamw_learning_rate)
+            args = self.args
+            dtype = torch.bfloat16 if args.bf16 else torch.float32
+            self.optimizer = MuonAdamW(self.model, args.learning_rate, args.adamw_learning_rate, dtype)
         return self.optimizer
 
     def compute_loss(
