@@ -23,6 +23,7 @@ from hf_jetflow import JetFlowHead
 from hf_jetflow.errors import JetFlowError
 from hf_jetflow.training import recipe
 from hf_jetflow.training.checkpoints import HEAD_FILES, checkpoint_fault, find_checkpoints
+from hf_jetflow.training.data import frequent_tokens
 from hf_jetflow.training.evaluation import tokens_per_round
 from hf_jetflow.training.recipe import train_head
 from hf_jetflow.training.settings import FIXED_OPTIONS, LAYOUT_OPTIONS, TrainRecipe
@@ -592,6 +593,24 @@ def test_layout_options_that_differ_from_a_given_head_are_named(run, target, tmp
     make_head(target).save_pretrained(tmp_path / "old")
     with pytest.raises(ValueError, match=r"`--block-size` is 16, but the head .*old has 4; remove the option to"):
         run(head=str(tmp_path / "old"), block_size=16)
+
+
+@pytest.mark.parametrize("own", [None, 30, 12])
+def test_a_given_head_gets_the_draft_vocabulary_of_these_answers(run, target, tmp_path, own):
+    make_head(target, draft_vocab_size=own).save_pretrained(tmp_path / "old")
+    run(head=str(tmp_path / "old"), draft_vocab=12, branch_correction="none", max_steps=1)
+    head = JetFlowHead.from_pretrained(tmp_path / "run")
+    eos = [] if target.generation_config.eos_token_id is None else [target.generation_config.eos_token_id]
+    assert head.d2t.tolist() == frequent_tokens(make_answers(), 12, eos).tolist()
+    assert head.d2t.tolist() != list(range(12))
+
+
+def test_a_given_head_keeps_its_draft_vocabulary_by_default(run, target, tmp_path):
+    old = make_head(target, draft_vocab_size=12)
+    old.d2t.copy_(torch.arange(3, 27, 2))
+    old.save_pretrained(tmp_path / "old")
+    run(head=str(tmp_path / "old"), branch_correction="none", max_steps=1)
+    assert JetFlowHead.from_pretrained(tmp_path / "run").d2t.tolist() == old.d2t.tolist()
 
 
 @pytest.fixture

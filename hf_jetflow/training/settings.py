@@ -13,12 +13,12 @@ from ..prompts import read_prompts
 Correction = Literal["path", "parent", "none"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
-LAYOUT_OPTIONS = ("num_layers", "num_taps", "block_size", "draft_vocab")  # set by the head, where one is given
+LAYOUT_OPTIONS = ("num_layers", "num_taps", "block_size")  # set by the head, where one is given
 # Changed in the middle of a run, these would leave a head that no single command trains.
 FIXED_OPTIONS = (
     *LAYOUT_OPTIONS,
     *("head", "train_only", "branch_correction", "mask_token", "batch_size", "accumulation", "anchors"),
-    *("learning_rate", "feature_loss", "depth_gamma", "max_length", "weights", "seed"),
+    *("learning_rate", "feature_loss", "depth_gamma", "max_length", "weights", "seed", "draft_vocab"),
 )
 MINIMUMS = {
     **dict.fromkeys(("num_layers", "num_taps", "eval_num_prompts", "eval_max_new_tokens", "max_new_tokens"), 1),
@@ -108,7 +108,10 @@ class TrainRecipe:
     block_size: int = field(default=8, metadata={"help": "Rows of a block: the anchor and one row per drafted depth."})
     draft_vocab: int = field(
         default=0,
-        metadata={"help": "Size of the draft vocabulary, the most frequent answer tokens; 0 for all tokens."},
+        metadata={
+            "help": "Size of the draft vocabulary, the most frequent answer tokens; 0 for all tokens, or for those of "
+            "--head."
+        },
     )
     mask_token: str | None = field(
         default=None,

@@ -1,7 +1,6 @@
 """The head that training starts with: copied from late layers of its target, or a given head."""
 
 from dataclasses import fields
-from typing import Any
 
 import torch
 from torch import nn
@@ -34,16 +33,15 @@ def starting_head(
     if recipe.head is None:
         return new_head(recipe, target, tokenizer, answers)
     kind = None if recipe.branch_correction == "none" else recipe.branch_correction
-    head = start_from_head(recipe.head, target, kind, recipe.seed)
+    head = start_from_head(recipe.head, target, kind, recipe.seed, recipe.draft_vocab)
     config = head.config
     assert config.hidden_state_indices is not None
     defaults = {field.name: field.default for field in fields(TrainRecipe)}
-    given: dict[str, Any] = {name: getattr(recipe, name) for name in LAYOUT_OPTIONS}
-    own: dict[str, Any] = {
+    given: dict[str, int] = {name: getattr(recipe, name) for name in LAYOUT_OPTIONS}
+    own: dict[str, int] = {
         "num_layers": config.num_hidden_layers,
         "num_taps": len(config.hidden_state_indices),
         "block_size": config.block_size,
-        "draft_vocab": config.draft_vocab_size or 0,
     }
     for name in LAYOUT_OPTIONS:
         if given[name] not in (defaults[name], own[name]):
@@ -56,6 +54,8 @@ def starting_head(
             f"`--mask-token` is {recipe.mask_token!r}, but the head {recipe.head} was trained with another one (its "
             f"`mask_token_id` is {config.mask_token_id}); remove the option"
         )
+    if recipe.draft_vocab:
+        choose_draft_vocab(head, target, answers)
     if recipe.target_name is not None:
         config.target_name = recipe.target_name
     if recipe.train_only:
@@ -87,10 +87,16 @@ def new_head(
     head = JetFlowHead(config).to(target.device)
     initialize_from_target(head, target)
     if recipe.draft_vocab:
-        eos = target.generation_config.eos_token_id
-        always = eos if isinstance(eos, list) else [] if eos is None else [eos]
-        head.d2t.copy_(frequent_tokens(answers, recipe.draft_vocab, always))
+        choose_draft_vocab(head, target, answers)
     return head
+
+
+def choose_draft_vocab(head: JetFlowHead, target: PreTrainedModel, answers: Answers) -> None:
+    """Let the head score the most frequent tokens of these answers, and those that end a text."""
+    eos = target.generation_config.eos_token_id
+    always = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    assert head.config.draft_vocab_size is not None
+    head.d2t.copy_(frequent_tokens(answers, head.config.draft_vocab_size, always))
 
 
 def _mask_token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
@@ -164,13 +170,16 @@ def _tensor(base: nn.Module, name: str) -> torch.Tensor | None:
     return offset if torch.allclose(factors, offset, rtol=5e-3, atol=5e-3) else tensor
 
 
-def start_from_head(source: str, target: PreTrainedModel, branch_correction: str | None, seed: int) -> JetFlowHead:
+def start_from_head(
+    source: str, target: PreTrainedModel, branch_correction: str | None, seed: int, draft_vocab: int = 0
+) -> JetFlowHead:
     """
     A float32 head to continue from. A missing branch correction is added, zero-initialized.
 
     Args:
         source (`str`): Hub id or folder of the head.
         branch_correction (`str`, *optional*): Kind of correction of the trained head.
+        draft_vocab (`int`): Size of its draft vocabulary, whose tokens the caller then chooses; 0 for the head's own.
 
     Raises:
         JetFlowError: If the head cannot be loaded or trained, does not fit the target, or has another correction.
@@ -189,12 +198,15 @@ def start_from_head(source: str, target: PreTrainedModel, branch_correction: str
             f"the head {source} has a branch correction of kind {own!r}, which cannot become {branch_correction!r}; "
             f"give `--branch-correction {own}`"
         )
-    if own != branch_correction:
+    size = draft_vocab or head.config.draft_vocab_size
+    if (own, head.config.draft_vocab_size) != (branch_correction, size):
         torch.manual_seed(seed)
-        whole = JetFlowHead(JetFlowConfig.from_dict({**head.config.to_dict(), "branch_correction": branch_correction}))
-        missing, unexpected = whole.load_state_dict(head.state_dict(), strict=False)
+        changes = {"branch_correction": branch_correction, "draft_vocab_size": size}
+        whole = JetFlowHead(JetFlowConfig.from_dict({**head.config.to_dict(), **changes}))
+        state = {name: tensor for name, tensor in head.state_dict().items() if name != "d2t" or not draft_vocab}
+        missing, unexpected = whole.load_state_dict(state, strict=False)
         assert not unexpected
-        assert all(name.startswith("branch_correction.") for name in missing)
+        assert all(name == "d2t" or name.startswith("branch_correction.") for name in missing)
         whole.generation_config = head.generation_config
         head = whole
     return head.to(target.device)
