@@ -161,7 +161,7 @@ def start(*arguments):
         (["train", "--target", "t", "--output", "o"], "1", "error: nothing to train on"),
         (["bench", "--target", "t", "--head", "h", "--prompts", "no.jsonl"], "1", "error: no.jsonl does not exist"),
         (["doctor", "--target", "t", "--head", "h", "--prompts", "no.jsonl"], "2", "error: no.jsonl does not exist"),
-        (["show", "--target", "t", "--head", "h", "--prompt", "Why?", "--output", "x.gif"], "1", "error: x.gif: "),
+        (["show", "--target", "t", "--head", "h", "--prompt", "Why?", "--output", "x.gif"], "1", "is x.gif, "),
         (
             ["simulate", "--target", "t", "--head", "h", "--acceptance", "no.json"],
             "1",
@@ -184,6 +184,7 @@ def test_help_refusals_and_light_commands_import_neither_torch_nor_transformers(
 
 
 PAIR = ["--target", "t", "--head", "h"]
+RANKS = {"acceptance_by_rank": {"x": [[0.5]]}}
 
 
 @pytest.mark.parametrize(
@@ -214,15 +215,15 @@ def test_a_malformed_file_is_refused_before_torch_is_imported(arguments, tmp_pat
         ["bench", "--head", "h", "--prompts", "GOOD"],
         ["doctor", "--head", "h"],
         ["show", "--head", "h", "--prompt", "Why?", "--output", "x.html"],
-        ["simulate", "--head", "h", "--acceptance", "GOOD"],
+        ["simulate", "--head", "h", "--acceptance", "RESULT"],
         ["convert", "h", "--to", "dflash", "--output", "o"],
     ],
     ids=lambda arguments: arguments[0],
 )
 def test_a_target_file_that_does_not_exist_is_refused_before_torch_is_imported(arguments, tmp_path):
-    good = write_lines(tmp_path / "good.jsonl", {"prompt": "Why?"})
-    given = [str(good) if argument == "GOOD" else argument for argument in arguments]
-    last, printed = start(*given, "--target", "no.gguf")
+    files = {"GOOD": write_lines(tmp_path / "good.jsonl", {"prompt": "Why?"})}
+    files["RESULT"] = write_lines(tmp_path / "result.json", RANKS)
+    last, printed = start(*(str(files.get(argument, argument)) for argument in arguments), "--target", "no.gguf")
     assert last in ("1", "2"), "the last line has the exit status, then what was imported"
     assert "error: `no.gguf` does not exist; give the path of a .gguf file" in printed
 
@@ -230,9 +231,9 @@ def test_a_target_file_that_does_not_exist_is_refused_before_torch_is_imported(a
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["bench", *PAIR, "--prompts", "GOOD", "--plot", "x.gif"], "error: x.gif: expected .png or .svg"),
-        (["plot", "RESULT", "x.gif"], "error: x.gif: expected .png or .svg"),
-        (["simulate", *PAIR, "--acceptance", "RESULT", "--plot", "x.gif"], "error: x.gif: expected a plot in"),
+        (["bench", *PAIR, "--prompts", "GOOD", "--plot", "x.gif"], "error: cannot draw into x.gif: expected"),
+        (["plot", "RESULT", "x.gif"], "error: cannot draw into x.gif: expected"),
+        (["simulate", *PAIR, "--acceptance", "RESULT", "--plot", "x.gif"], "error: `--plot` is x.gif, expected"),
         (["convert", "h", "--to", "dflash", "--output", "FOLDER"], "exists already; give a new folder"),
         (["bench", *PAIR, "--prompts", "GOOD", "--json", "FOLDER"], "error: `--json` is the folder"),
         (["simulate", *PAIR, "--acceptance", "RESULT", "--json", "FOLDER"], "error: `--json` is the folder"),
@@ -243,7 +244,7 @@ def test_a_target_file_that_does_not_exist_is_refused_before_torch_is_imported(a
 def test_an_output_that_cannot_be_written_is_refused_before_torch_is_imported(arguments, text, tmp_path):
     files = {"GOOD": tmp_path / "good.jsonl", "RESULT": tmp_path / "result.json", "FOLDER": tmp_path}
     write_lines(files["GOOD"], {"prompt": "Why?"})
-    files["RESULT"].write_text("{}")
+    write_lines(files["RESULT"], RANKS)
     last, printed = start(*(str(files.get(argument, argument)) for argument in arguments))
     assert last in ("1", "2")
     assert text in printed
@@ -262,7 +263,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_torch_is_imported(ar
 def test_what_is_no_head_is_refused_before_torch_is_imported(arguments, tmp_path):
     files = {"GOOD": tmp_path / "good.jsonl", "RESULT": tmp_path / "result.json"}
     write_lines(files["GOOD"], {"prompt": "Why?"})
-    files["RESULT"].write_text("{}")
+    write_lines(files["RESULT"], RANKS)
     for head, fault in ((tmp_path, "has no config.json"), (files["GOOD"], "is a file"), (tmp_path / "no", "does not")):
         last, printed = start(*(str({**files, "HEAD": head}.get(argument, argument)) for argument in arguments))
         assert last == "1"

@@ -10,7 +10,7 @@ docs/cost-model.md compares predictions with measurements. `--plot` needs the ex
 
 from dataclasses import dataclass, field
 
-from ..files import read_json
+from ..simulate.inputs import read_acceptance, read_hardware
 from ..simulate.plots import check_plot_path
 from ..simulate.settings import SimulateSettings
 from ..target.settings import check_head, model_source
@@ -27,7 +27,8 @@ SETTINGS = (SimulateSettings, Output)
 
 
 def check(settings: SimulateSettings, _: Output) -> None:
-    read_json(settings.acceptance)
+    read_acceptance(settings)
+    read_hardware(settings.hardware)
     if settings.plot is not None:
         check_plot_path(settings.plot)
     model_source(settings.target)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import JetFlowError
-from ..files import read_json, write_json
+from ..files import write_json
 from ..head.checkpoint_files import locate, read_config, readable_load_errors
 from ..head.configuration_jetflow import JetFlowConfig
 from ..head.formats import recognize
@@ -19,6 +19,7 @@ from ..target.loading import head_errors, load_target_config
 from ..trees.tree import Candidates, build_tree
 from .fitting import fit_hardware, fitting_rows
 from .hardware import PRESETS, Hardware
+from .inputs import RANKS, measured_tokens, read_acceptance, read_hardware
 from .plots import plot_speedup
 from .roofline import HeadShape, ModelShape, head_shape, round_seconds, target_shape
 from .settings import SimulateSettings
@@ -108,29 +109,11 @@ def read_tokens(figures: Mapping[str, Any], node_budgets: Sequence[int] | None) 
     Raises:
         JetFlowError: If the file holds neither, or a node budget was not measured.
     """
-    if "acceptance_by_rank" in figures:
+    if RANKS in figures:
         budgets = node_budgets or DEFAULT_BUDGETS
-        tables = figures["acceptance_by_rank"]
+        tables = figures[RANKS]
         return {name: {budget: expected_tokens(table, budget) for budget in budgets} for name, table in tables.items()}
-    measured: dict[str, dict[int, float]] = {}
-    for row in figures.get("rows", ()):
-        if isinstance(row.get("node_budget"), int):
-            if missing := {"prompts", "tokens_per_round"} - row.keys():
-                raise JetFlowError(f"a row of the acceptance file has no {sorted(missing)}: {row}; measure it again")
-            at = f", T = {row['temperature']:g}" if row.get("temperature") else ""
-            measured.setdefault(row["prompts"] + at, {})[row["node_budget"]] = row["tokens_per_round"]
-    if not measured:
-        raise JetFlowError(
-            "the acceptance file holds no `rows` with node budgets and no `acceptance_by_rank`; give the JSON of "
-            "`hf-jetflow bench` with fixed node budgets, or of examples/measure_ranks.py"
-        )
-    for name, tokens in measured.items():
-        if missing := sorted(set(node_budgets or ()) - tokens.keys()):
-            raise JetFlowError(
-                f"node budgets {missing} were not measured on {name}, only {sorted(tokens)}; measure them, or give a "
-                "table of ranks (examples/measure_ranks.py)"
-            )
-    return {name: {budget: tokens[budget] for budget in node_budgets or tokens} for name, tokens in measured.items()}
+    return measured_tokens(figures, node_budgets)
 
 
 def run_simulation(settings: SimulateSettings) -> dict[str, Any]:
@@ -155,10 +138,10 @@ def run_simulation(settings: SimulateSettings) -> dict[str, Any]:
             "that the head was trained for"
         )
     target, head = target_shape(config), head_shape(head_config)
-    machine = _read_hardware(settings.hardware, target, head, settings.context)
+    machine = _hardware(settings.hardware, target, head, settings.context)
     rows = [
         {"prompts": prompts, **row}
-        for prompts, tokens in read_tokens(read_json(settings.acceptance), settings.node_budgets).items()
+        for prompts, tokens in read_tokens(read_acceptance(settings), settings.node_budgets).items()
         for row in simulate(target, head, machine, tokens, batch_sizes=settings.batch_sizes, context=settings.context)
     ]
     result = {
@@ -199,17 +182,13 @@ def notes(hardware: Hardware, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _read_hardware(source: str, target: ModelShape, head: HeadShape, context: int) -> Hardware:
+def _hardware(source: str, target: ModelShape, head: HeadShape, context: int) -> Hardware:
     """A preset, hardware figures from JSON, or hardware fitted to the JSON of a bench."""
-    if source in PRESETS:
-        return PRESETS[source]
-    if not Path(source).is_file():
-        raise JetFlowError(f"unknown hardware {source!r}; use one of {', '.join(PRESETS)}, or a JSON file")
-    figures = read_json(source)
-    if "rows" not in figures:
-        return Hardware.from_dict(figures)
-    name = f"{figures.get('environment', {}).get('processor', 'machine')}, fitted to {Path(source).name}"
-    return fit_hardware(name, target, head, *fitting_rows(figures["rows"]), context=context)
+    given = read_hardware(source)
+    if isinstance(given, Hardware):
+        return given
+    name = f"{given.get('environment', {}).get('processor', 'machine')}, fitted to {Path(source).name}"
+    return fit_hardware(name, target, head, *fitting_rows(given["rows"]), context=context)
 
 
 def _read_head_config(head: str) -> JetFlowConfig:
