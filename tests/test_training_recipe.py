@@ -530,7 +530,8 @@ def test_a_correction_is_trained_onto_a_finished_head(run, tmp_path):
         (dict(block_size=1), "`--block-size` is 1, expected at least 2"),
         (dict(temperature=float("nan")), "`--temperature` is nan, expected at least 0"),
         (dict(weights=["answers"]), "`--weights`: expected NAME=WEIGHT such as `code=2.0`, got 'answers'"),
-        (dict(report_to=["nowhere"]), "reports to nowhere need nowhere, which is not installed; run `pip install"),
+        (dict(report_to=["nowhere"]), "`--report-to` is 'nowhere', expected one of .*tensorboard, trackio, wandb"),
+        (dict(report_to=["clearml"]), "reports to clearml need clearml, which is not installed; run `pip install"),
         (dict(push_to_hub="org/head"), "`--push-to-hub` org/head needs a token .* but there is none; run `hf auth"),
     ],
 )

@@ -28,6 +28,7 @@ SETTINGS = (TrainRecipe, Output)
 
 def check(recipe: TrainRecipe, _: Output) -> None:
     recipe.check()
+    recipe.check_run()
     recipe.check_files()
     model_source(recipe.target)
     if recipe.head is not None:

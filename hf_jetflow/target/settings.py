@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from ..errors import JetFlowError
 from ..extras import require_package
+from ..files import read_json
 
 
 @dataclass
@@ -68,4 +69,6 @@ def model_source(source: str) -> tuple[str, dict[str, Any]]:
         return str(path.parent), {"gguf_file": path.name}
     if (os.sep in source and source.count("/") != 1) and not path.exists():
         raise JetFlowError(f"`{source}` does not exist; give the path of a folder, a .gguf file or a Hub id")
+    if (path / "config.json").is_file() and read_json(path / "config.json").get("model_type") == "jetflow":
+        raise JetFlowError(f"`{source}` is a draft head, not a model that generates text; give its target")
     return source, {}

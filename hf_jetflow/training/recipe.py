@@ -1,6 +1,5 @@
 """The whole way from prompts to a saved head: what `hf-jetflow train` runs."""
 
-import json
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -18,14 +17,13 @@ from transformers import (
 )
 
 from ..errors import JetFlowError
-from ..files import atomic_write
+from ..files import write_json
 from ..head.card import card_text
 from ..head.modeling_jetflow import JetFlowHead
-from ..jsonl import check_same_settings
 from ..prompts import encode_chat, read_prompts
 from ..target.loading import fast_dtype, load_target
 from .answers import MAX_SURPRISE, regenerate_answers, surprise, with_token_ids
-from .checkpoints import HEAD_FILES, find_checkpoints, write_head
+from .checkpoints import HEAD_FILES, write_head
 from .data import Answers, check_weights, read_answers
 from .evaluation import tokens_per_round
 from .settings import Reporter, TrainRecipe
@@ -55,7 +53,7 @@ def train_head(recipe: TrainRecipe, report: Reporter) -> dict[str, Any]:
     # wait while the main one writes answers or evaluates the head.
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30))
     if state.is_main_process:
-        _check_run(recipe)
+        _store_settings(recipe)
         if recipe.push_to_hub:
             _create_repository(recipe.push_to_hub)
     prompts = read_prompts(recipe.prompts)
@@ -108,15 +106,10 @@ def train_head(recipe: TrainRecipe, report: Reporter) -> dict[str, Any]:
     }
 
 
-def _check_run(recipe: TrainRecipe) -> None:
+def _store_settings(recipe: TrainRecipe) -> None:
     """Refuse to continue a run with other settings; a new run gets its settings stored."""
-    path = recipe.output / "train_settings.json"
-    if path.exists() and find_checkpoints(recipe.output)[0]:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-        check_same_settings(recipe.output, earlier, recipe.fixed, "give another folder with --output")
-        return
-    with atomic_write(path) as partial:
-        partial.write_text(json.dumps(recipe.fixed, indent=1) + "\n", encoding="utf-8")
+    recipe.check_run()
+    write_json(recipe.fixed, recipe.settings_path)
 
 
 def _create_repository(name: str) -> None:

@@ -1,12 +1,13 @@
 """`TrainRecipe`: the settings of `hf-jetflow train`, described once; the command line is made from them."""
 
+import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 from ..errors import JetFlowError, check_at_least
 from ..extras import require_package
-from ..jsonl import read_jsonl
+from ..jsonl import check_same_settings, read_jsonl
 from ..prompts import read_prompts
 
 
@@ -26,6 +27,9 @@ MINIMUMS = {
     **dict.fromkeys(("eval_steps", "patience", "draft_vocab", "temperature", "feature_loss"), 0),
     **{"block_size": 2, "max_length": 3},
 }
+# What transformers reports to; each is the name of a package.
+REPORTERS = ("clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "mlflow", "neptune", "swanlab")
+REPORTERS += ("tensorboard", "trackio", "wandb")
 REPEATABLE = {"action": "extend"}  # `--prompts a b` and `--prompts a --prompts b`
 
 
@@ -226,9 +230,30 @@ class TrainRecipe:
             if is_refused:
                 raise JetFlowError(message)
         for package in self.report_to:
-            if package not in ("none", "all"):
+            if package not in ("none", "all", *REPORTERS):
+                raise JetFlowError(f"`--report-to` is {package!r}, expected one of {', '.join(REPORTERS)}")
+            if package in REPORTERS:
                 require_package(package, f"reports to {package}")
         _ = self.source_weights  # raises where one is no number
+
+    def check_run(self) -> None:
+        """
+        Refuse an output that is no folder, and other settings than those that the run there was started with.
+
+        Raises:
+            JetFlowError: Naming the path, or each setting that differs.
+        """
+        for path in (self.output, *self.output.parents):
+            if path.exists() and not path.is_dir():
+                raise JetFlowError(f"`--output` is {self.output}, but {path} is a file; give a folder")
+        if self.settings_path.exists() and any(self.output.glob("checkpoint-*/trainer_state.json")):
+            earlier = json.loads(self.settings_path.read_text(encoding="utf-8"))
+            check_same_settings(self.output, earlier, self.fixed, "give another folder with --output")
+
+    @property
+    def settings_path(self) -> Path:
+        """The settings that a run was started with, which it keeps."""
+        return self.output / "train_settings.json"
 
     def check_files(self) -> None:
         """
