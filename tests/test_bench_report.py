@@ -55,6 +55,15 @@ def result():
     return {"environment": environment, "rows": rows, "agreement": {"math": {"spine_top1": [0.7, 0.5]}}}
 
 
+def test_a_plain_speed_that_varied_is_said():
+    rows = [plain(decode_tokens_per_second_spread=[20.0, 31.0]), row()]
+    assert (
+        "plain decoding ran at 20.0 to 31.0 tokens/s (quartiles): the machine was busy" in closing_sentences(rows)[0]
+    )
+    for quiet in ({"decode_tokens_per_second_spread": [20.0, 22.0]}, {"decode_tokens_per_second_spread": None}, {}):
+        assert not any("busy" in sentence for sentence in closing_sentences([plain(**quiet), row()]))
+
+
 def test_each_prompt_set_has_a_table_with_all_methods(result):
     file = io.StringIO()
     print_tables(result, Console(file=file, width=120))
@@ -209,7 +218,7 @@ def test_results_without_trees_or_with_fewer_fields_are_drawn(result, tmp_path):
 def test_the_path_of_a_figure_is_checked(tmp_path, monkeypatch):
     assert plot_path(tmp_path) == tmp_path / "bench.png"
     assert plot_path(tmp_path / "new") == tmp_path / "new" / "bench.png"
-    with pytest.raises(ValueError, match=r"\.png or \.svg or a folder for a plot, got '\.pdf'"):
+    with pytest.raises(ValueError, match=r"expected a folder or a name that ends in \.png or \.svg"):
         plot_path(tmp_path / "x.pdf")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match=r"need matplotlib.*pip install matplotlib"):

@@ -51,6 +51,11 @@ class BenchLog:
             append_jsonl(self._path, [{"key": key, "record": record}])
 
 
+def num_measurements(path: Path | None) -> int:
+    """How many measurements the log of a killed bench holds."""
+    return 0 if path is None or not path.exists() else max(sum(1 for _ in read_jsonl(path)) - 1, 0)
+
+
 def read_result(path: str | os.PathLike) -> dict[str, Any]:
     """
     Read the JSON of a bench.

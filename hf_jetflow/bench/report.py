@@ -101,6 +101,7 @@ def closing_sentences(rows: list[Row]) -> list[str]:
     """The best method of each prompt set, or that no method helps; and methods whose text or speed cannot be right."""
     sentences = []
     for label, group in row_groups(rows):
+        sentences += [f"{label}: {_uneven(row)}" for row in group if row["method"] == "plain" and _is_uneven(row)]
         drafted = [row for row in group if row["method"] != "plain"]
         if drafted:
             sentences.append(f"{label}: {_verdict(max(drafted, key=lambda row: row['speedup']))}")
@@ -115,6 +116,22 @@ def _verdict(best: Row) -> str:
         return f"no method helps; the best, {name}, runs at {speedup:.2f} of plain decoding. Decode without a draft."
     sentence = f"{name} is best: {speedup:.2f} times plain decoding (quartiles {low:.2f} - {high:.2f})"
     return f"{sentence}, but a quarter of the answers gained nothing." if low <= 1 else f"{sentence}."
+
+
+UNEVEN = 1.3  # quartiles of plain decoding's speed, the third over the first, that a quiet machine stays below
+
+
+def _is_uneven(plain: Row) -> bool:
+    low, high = plain.get("decode_tokens_per_second_spread") or (1.0, 1.0)
+    return high > UNEVEN * low
+
+
+def _uneven(plain: Row) -> str:
+    low, high = plain["decode_tokens_per_second_spread"]
+    return (
+        f"plain decoding ran at {low:.1f} to {high:.1f} tokens/s (quartiles): the machine was busy or slowed down, "
+        "and the speedups are uncertain. Measure again on a quiet machine."
+    )
 
 
 _WRONG_TEXT = "gave other text than plain decoding, which must not happen in float32; please report it."

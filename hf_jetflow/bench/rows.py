@@ -52,6 +52,9 @@ def make_row(variant: Variant, runs: Sequence[Run], plain: Sequence[Run], forwar
         "speedup_spread": _quartiles(speedups),
         "prefill_seconds": _rounded(statistics.median(run.prefill_seconds for run in runs), 6),
         "decode_tokens_per_second": round(num_decoded / decode_seconds, 2) if num_decoded else None,
+        "decode_tokens_per_second_spread": _quartiles(
+            [run.num_decoded / run.decode_seconds for run in runs if run.num_decoded]
+        ),
         "decode_speedup": _rounded(statistics.median(decode_speedups), 3) if decode_speedups else None,
         "decode_speedup_spread": _quartiles(decode_speedups),
         "identical_to_plain": round(sum(run.new_ids == base.new_ids for base, run in pairs) / len(runs), 4),

@@ -109,7 +109,7 @@ def plot_path(path: Path) -> Path:
         path = path / "bench.png"
     if path.suffix not in PLOT_SUFFIXES:
         raise JetFlowError(
-            f"{path}: expected {' or '.join(PLOT_SUFFIXES)} or a folder for a plot, got {path.suffix!r}"
+            f"cannot draw into {path}: expected a folder or a name that ends in {' or '.join(PLOT_SUFFIXES)}"
         )
     require_package("matplotlib", "plots")
     return path

@@ -39,13 +39,15 @@ def run(pair: PairSettings, settings: BenchSettings, output: Output) -> None:
     if output.count:
         return count(pair, settings)
     from ..bench.bench import bench_pair, partial_path
+    from ..bench.log import num_measurements
     from ..bench.report import closing_sentences, print_tables
     from .console import note_files, progress, table_console
 
     with progress(output.quiet) as report:
         partial = partial_path(settings)
-        if partial is not None and partial.exists():
-            report.say(f"continuing with the measurements in {partial}")
+        num_measured = num_measurements(partial)
+        if num_measured:
+            report.say(f"continuing after {num_measured} measurements in {partial}")
         report.say(f"loading {pair.target} and {pair.head} ...")
         result = bench_pair(pair, settings, report)
     console = table_console()
