@@ -140,7 +140,10 @@ def test_a_bench_continues_a_killed_one_and_refuses_other_settings(target_folder
         (["--methods", "plain,warp"], "unknown methods ['warp']"),
         (["--methods", "assistant:nowhere/at/all"], "`assistant:nowhere/at/all` cannot be loaded"),
         (["--node-budgets", "4,many"], "`--node-budgets` is 'many', expected 'auto' or a number"),
-        (["--plot", "figure.gif"], "got '.gif'"),
+        (
+            ["--plot", "figure.gif"],
+            "cannot draw into figure.gif: expected a folder or a name that ends in .png or .svg",
+        ),
         (["--context-lengths", "100000"], "do not fit the target"),
     ],
 )
@@ -168,7 +171,16 @@ TRAIN = "train --target TARGET --prompts PROMPTS --output OUT"
         ("train --target TARGET --answers PROMPTS --output OUT", "line 1: expected `prompt_ids` and `answer_ids`"),
         ("bench --target TARGET --head TARGET --prompts PROMPTS", "no draft head of a known layout"),
         ("bench --target TARGET --head nowhere/at/all --prompts PROMPTS", "nowhere/at/all"),
-        ("bench --target HEAD --head HEAD --prompts PROMPTS", "holds no model that generates text; give the target"),
+        ("bench --target HEAD --head HEAD --prompts PROMPTS", "is a draft head, not a model that generates text"),
+        ("train --target HEAD --prompts PROMPTS --output OUT", "is a draft head, not a model that generates text"),
+        ("train --target TARGET --prompts PROMPTS --output PROMPTS", "prompts.jsonl is a file; give a folder"),
+        ("train --target TARGET --prompts PROMPTS --output PROMPTS/run", "prompts.jsonl is a file; give a folder"),
+        ("simulate --target TARGET --head HEAD --acceptance OTHER", "`--acceptance"),
+        (
+            "simulate --target TARGET --head HEAD --acceptance RANKS --hardware h200",
+            "`--hardware` is 'h200', expected one",
+        ),
+        ("simulate --target TARGET --head HEAD --acceptance RANKS --hardware OTHER", "figures ['x']"),
         ("bench --target x.gguf --head HEAD --prompts no.jsonl", "no.jsonl does not exist"),
         ("plot PROMPTS x.png", "is not valid JSON"),
         ("plot nowhere.json x.png", "nowhere.json does not exist; give the path of a JSON file"),
@@ -178,6 +190,9 @@ TRAIN = "train --target TARGET --prompts PROMPTS --output OUT"
 def test_a_user_error_is_one_line_with_its_cause_and_status_one(target_folder, prompts, tmp_path, command, cause):
     paths = {"TARGET": target_folder, "PROMPTS": prompts, "OUT": tmp_path / "out", "HEAD": tmp_path / "head"}
     paths["BAD"] = write_lines(tmp_path / "bad.jsonl", "{not json}")
+    paths["OTHER"] = write_lines(tmp_path / "other.json", {"x": 1})
+    paths["RANKS"] = write_lines(tmp_path / "ranks.json", {"acceptance_by_rank": {"x": [[0.5]]}})
+    paths["PROMPTS/run"] = prompts / "run"
     result = run_command(*(paths.get(argument, argument) for argument in command.split()))
     assert result.exit_code == 1
     assert cause in " ".join(result.output.split()), result.output
@@ -241,12 +256,12 @@ def test_an_interrupted_bench_says_how_to_go_on_and_the_next_one_that_it_does(mo
 
     monkeypatch.setattr("hf_jetflow.target.loading.load_target", interrupt)
     partial = tmp_path / "bench.json.partial"
-    partial.write_text("")
+    partial.write_text('{"settings": {}}\n{"key": [], "record": 1}\n{"key": [1], "record": 2}\n')
     command = ["bench", "--target", "x", "--head", "head", "--prompts", prompts, "--json", tmp_path / "bench.json"]
     result = run_command(*command)
     assert result.exit_code == 130
     assert result.output.splitlines() == [
-        f"continuing with the measurements in {partial}",
+        f"continuing after 2 measurements in {partial}",
         "loading x and head ...",
         "interrupted; with --json, the same command continues after the last finished answer",
     ]

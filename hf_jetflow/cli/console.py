@@ -2,8 +2,11 @@
 
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 from rich.console import Console
@@ -17,12 +20,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ..training.settings import Reporter
+
 
 TABLE_WIDTH = 120  # in a file or a pipe, unless COLUMNS is set
+LINE_SECONDS = 10, 60  # of a stage, until its first line of progress and between two
 
 
-class ConsoleReporter:
-    """Progress bars, one per stage, and lines of the log; a quiet one prints warnings only."""
+class BarReporter:
+    """For a terminal: progress bars, one per stage, and lines of the log; a quiet one prints warnings only."""
 
     def __init__(self, bars: Progress, quiet: bool):
         self._bars = bars
@@ -45,18 +51,65 @@ class ConsoleReporter:
             self._bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+@dataclass
+class _Stage:
+    """A stage of a log, and what it has printed. Times are those of `time.monotonic`."""
+
+    start: float
+    first: int  # done before, by an earlier run
+    done: int
+    next_line: float
+    has_lines: bool = False
+
+
+class LineReporter:
+    """For a file or a pipe: how far each stage is, in lines of the log, after ten seconds and then every minute."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._stages: dict[str, _Stage] = {}
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        now, stage = time.monotonic(), self._stages.get(what)
+        if stage is None or done < stage.done:
+            stage = self._stages[what] = _Stage(now, done, done, now + LINE_SECONDS[0])
+        stage.done = done
+        if now < stage.next_line and not (stage.has_lines and done == total):
+            return
+        stage.has_lines, stage.next_line = True, now + LINE_SECONDS[1]
+        line, elapsed = f"{what}: {done} of {total} in {_clock(now - stage.start)}", now - stage.start
+        if stage.first < done < total:
+            line += f", about {_clock(elapsed / (done - stage.first) * (total - done))} left"
+        self.say(line)
+
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
 @contextmanager
-def progress(quiet: bool = False) -> Iterator[ConsoleReporter]:
-    """A reporter whose bars are shown inside the block. Quiet: neither these nor those of transformers and the Hub."""
-    if quiet:
+def progress(quiet: bool = False) -> Iterator[Reporter]:
+    """
+    A reporter for the time of the block: bars on a terminal, lines elsewhere.
+
+    Quiet, or where there is no terminal, the bars of transformers and the Hub are off.
+    """
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
+    if not (quiet or console.is_terminal):
+        yield LineReporter(console)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TimeRemainingColumn())
-    bars = Progress(*columns, *times, console=Console(stderr=True), disable=quiet)
+    bars = Progress(*columns, *times, console=console, disable=quiet)
     try:
-        yield ConsoleReporter(bars, quiet)
+        yield BarReporter(bars, quiet)
     finally:
         if bars.live.is_started:
             bars.stop()

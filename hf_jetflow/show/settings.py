@@ -54,7 +54,7 @@ class ShowSettings:
         prompts = read_prompts([self.prompts])
         if not 0 <= self.index < len(prompts):
             raise JetFlowError(
-                f"{self.prompts} holds {len(prompts)} prompts, got index {self.index}; indices start at 0"
+                f"`--index` is {self.index}, but {self.prompts} holds {len(prompts)} prompts; indices start at 0"
             )
         return prompts[self.index]["messages"]
 
@@ -67,6 +67,6 @@ def check_output(path: Path) -> None:
         JetFlowError: If the suffix is unknown, or matplotlib is missing for a picture.
     """
     if path.suffix not in SUFFIXES:
-        raise JetFlowError(f"{path}: expected {', '.join(SUFFIXES)}, got {path.suffix!r}; rename the output")
+        raise JetFlowError(f"`--output` is {path}, expected a name that ends in {', '.join(SUFFIXES)}")
     if path.suffix != ".html":
         require_package("matplotlib", "pictures")
