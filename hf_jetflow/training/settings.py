@@ -28,8 +28,10 @@ MINIMUMS = {
     **{"block_size": 2, "max_length": 3},
 }
 # What transformers reports to; each is the name of a package.
-REPORTERS = ("clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "mlflow", "neptune", "swanlab")
-REPORTERS += ("tensorboard", "trackio", "wandb")
+REPORTERS = (
+    *("clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "mlflow", "neptune", "swanlab"),
+    *("tensorboard", "trackio", "wandb"),
+)
 REPEATABLE = {"action": "extend"}  # `--prompts a b` and `--prompts a --prompts b`
 
 
