@@ -15,6 +15,15 @@ def test_what_cannot_be_loaded_is_named_in_one_line(tmp_path, load):
     assert "\n" not in str(error.value)
 
 
+def test_without_a_connection_the_page_for_it_is_named(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("We couldn't connect to 'https://huggingface.co' to load the files.\nMore lines.")
+
+    monkeypatch.setattr("hf_jetflow.target.loading.AutoConfig.from_pretrained", refuse)
+    with pytest.raises(JetFlowError, match=r"load the files; check the connection, or give .*Without the Hub\)$"):
+        load_target_config("org/model")
+
+
 @pytest.mark.parametrize("source", ["missing.gguf", "/no/such/folder"])
 def test_a_path_that_does_not_exist_is_named(source):
     with pytest.raises(JetFlowError, match=f"`{source}` does not exist; give the path of a"):

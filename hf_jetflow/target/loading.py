@@ -129,5 +129,8 @@ def _readable_errors(source: str) -> Iterator[None]:
                 "of model"
             ) from error
         if isinstance(error, OSError) or reason.startswith("Unrecognized model in"):
-            raise JetFlowError(f"cannot load `{source}`: {reason}; give a Hub id, a folder or a .gguf file") from error
+            remedy = "give a Hub id, a folder or a .gguf file"
+            if "connect" in reason:
+                remedy = "check the connection, or give a folder or a .gguf file (docs/usage.md, Without the Hub)"
+            raise JetFlowError(f"cannot load `{source}`: {reason.rstrip('.')}; {remedy}") from error
         raise
