@@ -16,7 +16,7 @@ CARD = """---
 # Draft head for {target}
 
 This is a draft head for {target}, not a model on its own: it makes the target's `generate` faster and leaves its
-output as it is. It needs the package `hf_jetflow`.
+output as it is. It needs the package [`hf_jetflow`](https://github.com/hf-jetflow/hf_jetflow).
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
