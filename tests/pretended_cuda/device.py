@@ -1,5 +1,6 @@
 """`install`: builds the device and makes `torch.cuda` answer as if it were there."""
 
+import fcntl
 import functools
 import os
 import tempfile
@@ -18,9 +19,12 @@ def install() -> ModuleType:
     source = Path(__file__).with_name("device.cpp")
     folder = Path(tempfile.gettempdir()) / f"pretended_cuda-{os.getuid()}-{torch.__version__}"
     folder.mkdir(exist_ok=True)
-    device = cpp_extension.load(
-        "pretended_cuda_device", [str(source)], build_directory=str(folder), extra_cflags=["-O1", "-w"]
-    )
+    with open(folder / "building", "w") as building:
+        fcntl.flock(building, fcntl.LOCK_EX)  # ends with the process; on torch's own lock others wait forever
+        (folder / "lock").unlink(missing_ok=True)
+        device = cpp_extension.load(
+            "pretended_cuda_device", [str(source)], build_directory=str(folder), extra_cflags=["-O1", "-w"]
+        )
     _answer_for(device)
     return device
 
