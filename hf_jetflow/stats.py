@@ -70,8 +70,8 @@ class GenerationStats:
 
     @property
     def tokens_per_round(self) -> float:
-        """Tokens gained per round, the bonus token included (the papers' tau)."""
-        return (self.num_accepted + self.num_rounds) / self.num_rounds if self.num_rounds else 0.0
+        """Tokens gained per round, the bonus token included (the papers' tau); 1 without rounds, as when plain."""
+        return (self.num_accepted + self.num_rounds) / self.num_rounds if self.num_rounds else 1.0
 
     @property
     def acceptance_by_depth(self) -> list[float]:

@@ -452,7 +452,7 @@ def test_statistics_start_anew_with_every_call(target, echo_head, plain, prompt)
     first = head.last_stats
     generate(target, prompt, assistant_model=head, max_new_tokens=1)
     assert (first.num_rounds, head.last_stats.num_rounds, head.last_stats.num_new_tokens) == (4, 0, 1)
-    assert head.last_stats.tokens_per_round == 0.0
+    assert head.last_stats.tokens_per_round == 1.0
 
 
 def test_statistics_hold_the_seconds_of_every_step(target, head, prompt):
