@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.utils import logging
 
 from hf_jetflow import JetFlowHead
 from hf_jetflow.doctor.doctor import examine
 from hf_jetflow.prompts import encode_chat
-from hf_jetflow.target.loading import load_target
+from hf_jetflow.target.loading import load_model, load_target
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -22,22 +23,39 @@ QUESTIONS = (
 
 
 @pytest.fixture(scope="module")
-def pair():
+def gguf():
     sys.path.insert(0, str(EXAMPLES))
     try:
         from smollm2 import gguf_path
 
-        path = gguf_path()
+        return gguf_path()
     except SystemExit as missing:
         pytest.skip(str(missing))
     finally:
         sys.path.remove(str(EXAMPLES))
-    return load_target(path, "float32")
+
+
+@pytest.fixture(scope="module")
+def pair(gguf):
+    return load_target(gguf, "float32")
 
 
 @pytest.fixture
 def head():
     return JetFlowHead.from_pretrained(HEAD, dtype=torch.float32)
+
+
+@pytest.fixture
+def no_bars():
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
+
+
+@pytest.mark.usefixtures("no_bars")
+def test_the_target_loads_without_bars_where_they_are_off(gguf, capsys):
+    load_model(gguf, "float32")
+    assert "%|" not in capsys.readouterr().err
 
 
 def test_the_text_is_plain_decoding_s_own(pair, head):

@@ -12,7 +12,9 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    modeling_gguf_pytorch_utils,
 )
+from transformers.utils import logging
 
 from ..errors import JetFlowError
 from ..head.modeling_jetflow import JetFlowHead
@@ -89,6 +91,7 @@ def load_model(source: str, dtype: str) -> PreTrainedModel:
     if dtype != "auto" and dtype not in DTYPES:
         raise JetFlowError(f"the dtype is {dtype!r}, expected auto or one of {sorted(DTYPES)}")
     name, kwargs = model_source(source)
+    modeling_gguf_pytorch_utils.tqdm = logging.tqdm  # unlike all other bars, this one heeds no `disable_progress_bar`
     if "gguf_file" in kwargs and GgufConfig is not None:
         # A head reads rows of the output embedding, which must not be quantized.
         kwargs["quantization_config"] = GgufConfig(dequantize=True)
