@@ -188,7 +188,7 @@ def test_the_correction_s_loss_equals_its_definition(chunk_size):
     generator = torch.Generator().manual_seed(8)
     rows, teacher, shifts = (0.4 * torch.randn(11, 16, generator=generator) for _ in range(3))
     projection = torch.randn(30, 16, generator=generator)
-    kl = chunked_forward_kl(rows, teacher, projection, torch.ones(11) / 11, num_candidates=7)
+    kl = chunked_forward_kl(rows, teacher, projection, num_candidates=7)
     shifts.requires_grad_()
     divergence, is_top1 = correction_kl(kl, shifts, projection, chunk_size)
     divergence.sum().backward()

@@ -175,7 +175,6 @@ class Agreement:
 def score_candidates(
     drafted: DraftedRows,
     projection: torch.Tensor,
-    weights: torch.Tensor,
     temperature: float,
     num_candidates: int,
     teacher_shape: LogitShape = IDENTITY,
@@ -186,7 +185,6 @@ def score_candidates(
         drafted.rows,
         drafted.teacher,
         projection,
-        weights,
         temperature,
         num_candidates=num_candidates,
         teacher_shape=teacher_shape,
@@ -219,7 +217,6 @@ def measure_agreement(target: Target, head: JetFlowHead, sequences: Iterable[tup
         if inputs["anchors"].shape[1]:
             features, last_states = target.states(input_ids)
             drafted = draft_blocks(head, head, target, inputs, features.to(head.dtype), last_states)
-            weights = drafted.has_target.float()
-            kl, _, is_top1 = score_candidates(drafted, projection, weights, 1.0, head.config.branch_candidates)
+            kl, _, is_top1 = score_candidates(drafted, projection, 1.0, head.config.branch_candidates)
             agreement.add(drafted, kl, is_top1, head.draft_token_ids, head.config.block_size - 1)
     return agreement

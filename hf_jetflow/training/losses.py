@@ -1,4 +1,4 @@
-"""The training loss: forward KL to the target's distribution, chunked over rows (arXiv 2606.18394, section 3.3).
+"""The training loss of each row: forward KL to the target's distribution, in chunks (arXiv 2606.18394, section 3.3).
 
 The output projection is frozen, so the forward pass computes the gradient of the head's rows chunk by chunk and
 stores no logits: the logits are the memory peak of training.
@@ -35,8 +35,7 @@ STEEP = 0.9  # share of a soft cap above which the logit before the cap cannot b
 class KLResult:
     """Results of `chunked_forward_kl`, per row. Tokens are row indices of the projection."""
 
-    loss: torch.Tensor  # scalar, weighted sum over rows, differentiable
-    divergence: torch.Tensor  # (rows,), unweighted KL in nats
+    divergence: torch.Tensor  # (rows,), KL in nats, differentiable
     teacher_tokens: torch.Tensor  # (rows,), the target's first choice
     candidates: torch.Tensor  # (rows, num_candidates), the head's first choices, best first
     logprobs: torch.Tensor  # (rows, num_candidates), the head's log-probabilities of them
@@ -51,7 +50,7 @@ class KLResult:
 class _ChunkedForwardKL(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, rows, teacher_rows, projection, row_weights, temperature, num_candidates, chunk_size, teacher_shape
+        ctx, rows, teacher_rows, projection, temperature, num_candidates, chunk_size, teacher_shape
     ):
         new = rows.new_empty
         divergence = new(rows.shape[0], dtype=torch.float32)
@@ -73,48 +72,45 @@ class _ChunkedForwardKL(torch.autograd.Function):
             log_p = torch.log_softmax(teacher / temperature, -1)
             p = log_p.exp()
             divergence[part] = (p * (log_p - log_q)).sum(-1)
-            # d KL / d logits = (q - p) / T; the loss is scaled by T^2.
-            slope = (log_q.exp() - p) * (temperature * row_weights[part])[:, None]
+            slope = (log_q.exp() - p) / temperature  # d KL / d logits
             gradient[part] = (slope.to(projection.dtype) @ projection).to(gradient.dtype)
         ctx.save_for_backward(gradient)
-        facts = divergence, teacher_tokens, candidates, logprobs, teacher_logprobs
+        facts = teacher_tokens, candidates, logprobs, teacher_logprobs
         ctx.mark_non_differentiable(*facts)
-        return (divergence * row_weights).sum() * temperature**2, *facts
+        return divergence, *facts
 
     @staticmethod
-    def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_divergence, *_):  # type: ignore[no-untyped-def]
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_loss, *[None] * 7
+        return (gradient * grad_divergence[:, None]).to(gradient.dtype), *[None] * 6
 
 
 def chunked_forward_kl(
     rows: torch.Tensor,
     teacher_rows: torch.Tensor,
     projection: torch.Tensor,
-    row_weights: torch.Tensor,
     temperature: float = 1.0,
     chunk_size: int = 1024,
     num_candidates: int = 1,
     teacher_shape: LogitShape = IDENTITY,
 ) -> KLResult:
     """
-    Weighted sum over rows of T^2 KL(target || head), both seen through the same frozen output projection.
+    KL(target || head) of each row, both seen through the same frozen output projection.
 
     Args:
         rows (`torch.Tensor`, (rows, hidden)): The head's normed rows.
         teacher_rows (`torch.Tensor`, (rows, hidden)): The target's normed last hidden states at the same predictions.
         projection (`torch.Tensor`, (draft_vocab, hidden)): Rows of the target's output embedding that are scored.
-        row_weights (`torch.Tensor`, (rows,)): Weight of each row; they should sum to one for a mean.
         temperature (`float`): Distillation temperature T.
         chunk_size (`int`): Rows whose logits are in memory at a time.
         num_candidates (`int`): Candidates per row whose log-probabilities are returned, at most the draft vocabulary.
         teacher_shape ([`LogitShape`]): Scale and soft cap that the target applies to the projection's logits.
 
     Returns:
-        `KLResult`: The loss and per-row figures.
+        `KLResult`: Figures by row.
     """
     sizes = temperature, num_candidates, chunk_size
-    return KLResult(*_ChunkedForwardKL.apply(rows, teacher_rows, projection, row_weights, *sizes, teacher_shape))
+    return KLResult(*_ChunkedForwardKL.apply(rows, teacher_rows, projection, *sizes, teacher_shape))
 
 
 class _CandidateLogits(torch.autograd.Function):
@@ -162,15 +158,14 @@ def correction_kl(
     return divergence, best == kl.teacher_tokens
 
 
-def feature_loss(rows: torch.Tensor, teacher_rows: torch.Tensor, row_weights: torch.Tensor) -> torch.Tensor:
+def feature_errors(rows: torch.Tensor, teacher_rows: torch.Tensor) -> torch.Tensor:
     """
-    Weighted sum over rows of the mean squared error to the target's normed states, in units of their variance.
+    Mean squared error of each row to the target's normed state, in units of that state's variance; (rows,).
 
     The variance is per row, so that a row's gradient does not depend on the other rows of its micro-batch.
     """
     teacher = teacher_rows.float()
-    errors = (rows.float() - teacher).square().mean(-1) / teacher.var(-1).clamp_min(1e-12)
-    return (errors * row_weights).sum()
+    return (rows.float() - teacher).square().mean(-1) / teacher.var(-1).clamp_min(1e-12)
 
 
 def depth_weights(num_depths: int, gamma: float | None, device: torch.device | None = None) -> torch.Tensor:

@@ -34,7 +34,7 @@ from .blocks import Agreement, draft_blocks, make_blocks, score_candidates
 from .checkpoints import STATE_NAME, checkpoint_fault, find_checkpoints, is_write_failure
 from .data import AnchorCollator, AnswerDataset, Answers, EpochSampler, FeatureStore
 from .evaluation import tokens_per_round
-from .losses import depth_weights, feature_loss, logit_shape
+from .losses import depth_weights, feature_errors, logit_shape
 from .optimizer import MuonAdamW
 
 
@@ -175,24 +175,21 @@ class JetFlowTrainer(Trainer):
         args, head = self.args, self.accelerator.unwrap_model(model)
         features, last_states = self.features.get(inputs)
         drafted = draft_blocks(model, head, self.target, inputs, features, last_states)
+        temperature = args.distillation_temperature
+        kl, corrected, is_top1_corrected = score_candidates(
+            drafted, self.projection, temperature, head.config.branch_candidates, self.teacher_shape
+        )
+        losses = temperature**2 * kl.divergence
+        if args.feature_loss_weight:
+            losses = losses + args.feature_loss_weight * feature_errors(drafted.rows, drafted.teacher)
+        if corrected is not None:
+            losses = losses + (drafted.depths > 1) * corrected
         weights = self._row_weights(drafted.depths, drafted.has_target)
         if num_items_in_batch is None:
             weights = weights / weights.sum()
         else:  # the trainer averages over micro-batches and processes
             weights = weights * (self.current_gradient_accumulation_steps * args.world_size / num_items_in_batch)
-        kl, corrected, is_top1_corrected = score_candidates(
-            drafted,
-            self.projection,
-            weights,
-            args.distillation_temperature,
-            head.config.branch_candidates,
-            self.teacher_shape,
-        )
-        loss = kl.loss
-        if args.feature_loss_weight:
-            loss = loss + args.feature_loss_weight * feature_loss(drafted.rows, drafted.teacher, weights)
-        if corrected is not None:
-            loss = loss + ((drafted.depths > 1) * weights * corrected).sum()
+        loss = (weights * losses).sum()
         self._agreement.add(drafted, kl, is_top1_corrected, head.draft_token_ids, self.block_size - 1)
         return (loss, {"loss": loss}) if return_outputs else loss
 
