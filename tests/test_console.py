@@ -31,6 +31,12 @@ def test_a_log_says_every_minute_how_far_a_stage_is_and_how_long_it_takes(report
     ]
 
 
+def test_an_end_that_is_told_twice_is_one_line(report):
+    for done, report.now in ((0, 0.0), (1, 20.0), (2, 30.0), (2, 31.0)):
+        report(done, 2, "prompts")
+    assert report.lines()[1:] == ["prompts: 2 of 2 in 0:00:30"]
+
+
 def test_what_an_earlier_run_did_does_not_count_for_the_remaining_time(report):
     report(100, 104, "updates")
     report.now = 30.0

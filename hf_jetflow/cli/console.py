@@ -73,8 +73,9 @@ class LineReporter:
         now, stage = time.monotonic(), self._stages.get(what)
         if stage is None or done < stage.done:
             stage = self._stages[what] = _Stage(now, done, done, now + LINE_SECONDS[0])
+        is_end = done == total and done > stage.done and stage.has_lines
         stage.done = done
-        if now < stage.next_line and not (stage.has_lines and done == total):
+        if now < stage.next_line and not is_end:
             return
         stage.has_lines, stage.next_line = True, now + LINE_SECONDS[1]
         line, elapsed = f"{what}: {done} of {total} in {_clock(now - stage.start)}", now - stage.start
