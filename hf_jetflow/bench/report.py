@@ -118,7 +118,7 @@ def _verdict(best: Row) -> str:
     return f"{sentence}, but a quarter of the answers gained nothing." if low <= 1 else f"{sentence}."
 
 
-UNEVEN = 1.3  # quartiles of plain decoding's speed, the third over the first, that a quiet machine stays below
+UNEVEN = 1.3  # quartiles of plain decoding's speed, the third over the first, above which a reader is told
 
 
 def _is_uneven(plain: Row) -> bool:
@@ -129,8 +129,8 @@ def _is_uneven(plain: Row) -> bool:
 def _uneven(plain: Row) -> str:
     low, high = plain["decode_tokens_per_second_spread"]
     return (
-        f"plain decoding ran at {low:.1f} to {high:.1f} tokens/s (quartiles): the machine was busy or slowed down, "
-        "and the speedups are uncertain. Measure again on a quiet machine."
+        f"plain decoding ran at {low:.1f} to {high:.1f} tokens/s (quartiles): other work slowed it down, or prompts "
+        "differ much in length. The speedups are uncertain; measure again on a quiet machine."
     )
 
 

@@ -63,7 +63,7 @@ class _Stage:
 
 
 class LineReporter:
-    """For a file or a pipe: how far each stage is, in lines of the log, after ten seconds and then every minute."""
+    """For a file or a pipe: how far each stage is, in lines of the log, after ten seconds and then a minute apart."""
 
     def __init__(self, console: Console):
         self._console = console
