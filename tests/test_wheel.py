@@ -1,6 +1,7 @@
 """The wheels, built from the tracked files alone: what is in them, and what the package index makes of them."""
 
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -39,6 +40,7 @@ def metadata(wheel):
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "hf_jetflow").rglob("*.py")}
     data = {"hf_jetflow/py.typed", "hf_jetflow/show/tree_page.html", "hf_jetflow_cli.py"}
+    data.add("hf_jetflow/head/catalog.json")
     folder = f"hf_jetflow-{hf_jetflow.__version__}.dist-info"
     assert contents(wheel).keys() == sources | data | {f"{folder}/{name}" for name in METADATA}
     assert sum(contents(wheel).values()) < 2_000_000, "no weights, no pictures"
@@ -52,6 +54,20 @@ def test_the_metadata_names_the_versions_the_urls_and_a_page_that_the_index_rend
     assert facts["Description-Content-Type"] == "text/markdown"
     assert facts.get_payload() == (ROOT / "README.md").read_text(encoding="utf-8")
     assert {url.split(",")[0] for url in facts.get_all("Project-URL")} >= {"Repository", "Documentation", "Issues"}
+
+
+def test_an_editable_clone_is_found_from_the_folder_that_holds_it(tmp_path):
+    clone = tmp_path / "hf_jetflow"
+    shutil.copytree(ROOT / "hf_jetflow", clone / "hf_jetflow")
+    for name in ("hf_jetflow_cli.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copyfile(ROOT / name, clone / name)
+    site = tmp_path / "site"
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), "-e", str(clone)]
+    subprocess.run(command, check=True)
+    where = "import importlib.util as u; print(u.find_spec('hf_jetflow').origin)"
+    code = f"import site; site.addsitedir({str(site)!r}); {where}"
+    found = subprocess.run([sys.executable, "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert found.stdout.strip() == str(clone / "hf_jetflow" / "__init__.py"), found.stderr
 
 
 def test_the_installed_wheel_answers_without_the_clone(wheel, tmp_path):
