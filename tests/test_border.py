@@ -51,6 +51,13 @@ def test_settings_of_other_decoding_modes_are_refused_by_name(settings, advice, 
         target.generate(make_prompt(12), max_new_tokens=4, **way, **settings)
 
 
+@pytest.mark.parametrize("name", ["quantized", "offloaded", "offloaded_static"])
+def test_a_cache_that_cannot_be_rolled_back_is_refused_before_it_is_made(name, target, head):
+    """Making it may need a package that is not installed, whose absence says nothing about draft heads."""
+    with pytest.raises(ValueError, match=rf"not supported with `cache_implementation` '{name}' yet; leave .* unset"):
+        generate(target, head, cache_implementation=name)
+
+
 def test_a_penalty_that_plain_decoding_ignores_is_ignored_with_a_head(target, head):
     settings = dict(do_sample=True, penalty_alpha=0.6, top_k=4)
     torch.manual_seed(3)

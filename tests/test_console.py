@@ -4,6 +4,7 @@ import io
 
 import pytest
 from rich.console import Console
+from rich.progress import Progress
 
 from hf_jetflow.cli import console
 from hf_jetflow.cli.console import BarReporter, LineReporter, progress
@@ -70,3 +71,24 @@ def test_a_terminal_gets_bars_and_a_file_lines(monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
     with progress() as report:
         assert isinstance(report, BarReporter)
+
+
+def test_where_items_end_together_the_share_of_the_work_tells_the_remaining_time(report):
+    report(100, 164, "answers", 0.0)  # an earlier run wrote 100
+    for report.now, done, share in ((10.0, 100, 0.1), (70.0, 103, 0.5), (130.0, 164, 1.0)):
+        report(done, 164, "answers", share)
+    assert report.lines() == [
+        "answers: 100 of 164 in 0:00:10, about 0:01:30 left",
+        "answers: 103 of 164 in 0:01:10, about 0:01:10 left",
+        "answers: 164 of 164 in 0:02:10",
+    ]
+
+
+def test_a_bar_is_as_long_as_the_share_of_the_work_and_counts_items():
+    bars = Progress(console=Console(file=io.StringIO()))
+    report = BarReporter(bars, quiet=False)
+    report(3, 8, "answers", 0.75)
+    report(3, 8, "updates")
+    report(0, 8, "updates")
+    assert [(task.percentage, task.fields["count"]) for task in bars.tasks] == [(75, "3/8"), (0, "0/8")]
+    bars.stop()

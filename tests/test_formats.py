@@ -168,7 +168,9 @@ def test_a_file_in_place_of_its_folder_is_called_so(folder):
 
 
 def test_an_unknown_hub_id_is_named(tmp_path):
-    assert "`org/nowhere`" in refusal(Path("org/nowhere"), OSError, cache_dir=tmp_path, local_files_only=True)
+    text = refusal(Path("org/nowhere"), OSError, cache_dir=tmp_path, local_files_only=True)
+    assert text.startswith(f"there is no folder `org/nowhere` in {Path.cwd()}, and the Hub gives no such head (")
+    assert text.endswith("); give the folder or Hub id of a saved head, or check connection and access")
 
 
 def test_an_empty_subfolder_is_called_so(folder):

@@ -1,5 +1,7 @@
 """The draft head: shapes, what each row sees, the cache, names and files of its tensors, targets it is made for."""
 
+import json
+
 import pytest
 import torch
 from helpers import HIDDEN, NUM_TAPS, block_inputs, tiny_config, tiny_head
@@ -329,7 +331,35 @@ def test_a_head_without_generation_config_gets_the_defaults(tmp_path):
     tiny_head().save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").unlink()
     loaded = JetFlowHead.from_pretrained(tmp_path).generation_config
-    assert (loaded.node_budget, loaded.max_depth) == (64, 3)
+    assert (loaded.node_budget, loaded.max_depth, loaded.width) == (64, 3, None)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("brach_correction", "branch_correction"),
+        ("ngrams_weights", "ngram_weights"),
+        ("is_casual", "is_causal"),
+        ("hidden_states_indices", "hidden_state_indices"),
+    ],
+)
+def test_a_misspelled_field_is_refused_with_the_right_name(wrong, right, tmp_path):
+    message = f"`{wrong}` is no field of a head's configuration, did you mean `{right}`"
+    with pytest.raises(ValueError, match=message):
+        JetFlowConfig(**{wrong: None})
+    tiny_head().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config[wrong] = config.pop(right)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        JetFlowHead.from_pretrained(tmp_path)
+
+
+def test_facts_that_other_tools_store_in_a_configuration_stay(tmp_path):
+    head = tiny_head()
+    head.config.unsloth_version, head.config.trained_by = "2026.1", "somebody"
+    head.save_pretrained(tmp_path)
+    assert JetFlowHead.from_pretrained(tmp_path).config.trained_by == "somebody"
 
 
 def test_saving_writes_safetensors_and_json_only(tmp_path):

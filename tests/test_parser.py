@@ -184,6 +184,7 @@ def test_help_refusals_and_light_commands_import_neither_torch_nor_transformers(
 
 
 PAIR = ["--target", "t", "--head", "h"]
+SHOW = ["show", *PAIR, "--output", "x.html"]
 RANKS = {"acceptance_by_rank": {"x": [[0.5]]}}
 
 
@@ -238,11 +239,29 @@ def test_a_target_file_that_does_not_exist_is_refused_before_torch_is_imported(a
         (["bench", *PAIR, "--prompts", "GOOD", "--json", "FOLDER"], "error: `--json` is the folder"),
         (["simulate", *PAIR, "--acceptance", "RESULT", "--json", "FOLDER"], "error: `--json` is the folder"),
         (["doctor", *PAIR, "--json", "FOLDER"], "error: `--json` is the folder"),
+        ([*SHOW, "--prompt", "Why?", "--round", "0"], "error: `--round` is 0, expected at least 1"),
+        ([*SHOW, "--prompt", " "], "error: `--prompt` is empty; give the text to answer"),
+        (["doctor", *PAIR, "--num-prompts", "2"], "error: `--num-prompts` is 2, expected at least 3"),
+        (["doctor", *PAIR, "--prompts", "GOOD"], "error: `--prompts`: expected at least 3 prompts, got 1; add some"),
+        (
+            ["simulate", *PAIR, "--acceptance", "RESULT", "--hardware", "BENCH"],
+            "and 1 fixed node budget; run it again",
+        ),
+        (
+            ["train", "--target", "t", "--prompts", "GOOD", "--output", "RUN", "--max-new-tokens", "5"],
+            "was 9 and is 5",
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_an_output_that_cannot_be_written_is_refused_before_torch_is_imported(arguments, text, tmp_path):
+def test_what_cannot_work_is_refused_before_torch_is_imported(arguments, text, tmp_path):
     files = {"GOOD": tmp_path / "good.jsonl", "RESULT": tmp_path / "result.json", "FOLDER": tmp_path}
+    files |= {"BENCH": tmp_path / "bench.json", "RUN": tmp_path / "run"}
+    rows = [{"method": "plain", "node_budget": None}, {"method": "jetflow", "node_budget": 16}]
+    write_lines(files["BENCH"], {"rows": [{**row, "prompts": "a"} for row in rows]})
+    files["RUN"].mkdir()
+    write_lines(files["RUN"] / "answers.jsonl", {"id": "0", "prompt_ids": [1], "answer_ids": [2]})
+    write_lines(files["RUN"] / "answers.settings.json", {"target": "t", "max_new_tokens": 9, "temperature": 0.0})
     write_lines(files["GOOD"], {"prompt": "Why?"})
     write_lines(files["RESULT"], RANKS)
     last, printed = start(*(str(files.get(argument, argument)) for argument in arguments))

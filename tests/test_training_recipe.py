@@ -367,7 +367,7 @@ class Report:
         self.said: list[str] = []
         self.bars: dict[str, list[tuple[int, int]]] = {}
 
-    def __call__(self, done: int, total: int, what: str) -> None:
+    def __call__(self, done: int, total: int, what: str, share: float | None = None) -> None:
         self.bars.setdefault(what, []).append((done, total))
 
     def say(self, text: str) -> None:
@@ -532,6 +532,7 @@ def test_a_correction_is_trained_onto_a_finished_head(run, tmp_path):
         (dict(weights=["answers"]), "`--weights`: expected NAME=WEIGHT such as `code=2.0`, got 'answers'"),
         (dict(report_to=["nowhere"]), "`--report-to` is 'nowhere', expected one of .*tensorboard, trackio, wandb"),
         (dict(report_to=["clearml"]), "reports to clearml need clearml, which is not installed; run `pip install"),
+        (dict(push_to_hub="head"), "`--push-to-hub` is 'head', expected ORG/NAME, such as org/head"),
         (dict(push_to_hub="org/head"), "`--push-to-hub` org/head needs a token .* but there is none; run `hf auth"),
     ],
 )

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     TaskID,
     TextColumn,
@@ -35,15 +35,17 @@ class BarReporter:
         self._quiet = quiet
         self._stages: dict[str, tuple[TaskID, int]] = {}  # the bar and how much is done
 
-    def __call__(self, done: int, total: int, what: str) -> None:
+    def __call__(self, done: int, total: int, what: str, share: float | None = None) -> None:
+        length, part = (total, done) if share is None else (1.0, share)
+        shown: Any = dict(total=length, completed=part, count=f"{done}/{total}")
         bar, done_before = self._stages.get(what, (None, 0))
         if bar is None:  # an earlier run may have done a part, which does not count for the remaining time
             self._bars.start()
-            bar = self._bars.add_task(what, total=total, completed=done)
+            bar = self._bars.add_task(what, **shown)
         elif done < done_before:  # the stage starts again
-            self._bars.reset(bar, total=total, completed=done)
+            self._bars.reset(bar, **shown)
         else:
-            self._bars.update(bar, completed=done, total=total)
+            self._bars.update(bar, **shown)
         self._stages[what] = bar, done
 
     def say(self, text: str) -> None:
@@ -56,7 +58,7 @@ class _Stage:
     """A stage of a log, and what it has printed. Times are those of `time.monotonic`."""
 
     start: float
-    first: int  # done before, by an earlier run
+    first: float  # share of the work that was done before, by an earlier run
     done: int
     next_line: float
     has_lines: bool = False
@@ -69,18 +71,19 @@ class LineReporter:
         self._console = console
         self._stages: dict[str, _Stage] = {}
 
-    def __call__(self, done: int, total: int, what: str) -> None:
+    def __call__(self, done: int, total: int, what: str, share: float | None = None) -> None:
+        share = done / max(total, 1) if share is None else share
         now, stage = time.monotonic(), self._stages.get(what)
         if stage is None or done < stage.done:
-            stage = self._stages[what] = _Stage(now, done, done, now + LINE_SECONDS[0])
+            stage = self._stages[what] = _Stage(now, share, done, now + LINE_SECONDS[0])
         is_end = done == total and done > stage.done and stage.has_lines
         stage.done = done
         if now < stage.next_line and not is_end:
             return
         stage.has_lines, stage.next_line = True, now + LINE_SECONDS[1]
         line, elapsed = f"{what}: {done} of {total} in {_clock(now - stage.start)}", now - stage.start
-        if stage.first < done < total:
-            line += f", about {_clock(elapsed / (done - stage.first) * (total - done))} left"
+        if stage.first < share < 1:
+            line += f", about {_clock(elapsed / (share - stage.first) * (1 - share))} left"
         self.say(line)
 
     def say(self, text: str) -> None:
@@ -106,7 +109,7 @@ def progress(quiet: bool = False) -> Iterator[Reporter]:
     if not (quiet or console.is_terminal):
         yield LineReporter(console)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"))
     times = (TimeElapsedColumn(), TimeRemainingColumn())
     bars = Progress(*columns, *times, console=console, disable=quiet)
     try:

@@ -37,6 +37,7 @@ def run(pair: PairSettings, settings: DoctorSettings, output: Output) -> int:
     from .console import note_files, progress, table_console
 
     with progress(output.quiet) as report:
+        report.say(f"loading {pair.target} and {pair.head} ...")
         findings = examine_pair(pair, settings, report)
     note_files([settings.json])
     console = table_console()

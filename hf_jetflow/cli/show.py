@@ -8,21 +8,32 @@ A picture (.png or .svg) needs the extra `bench`, a .gguf target the extra `trai
 pip install 'hf-jetflow[bench,train]'.
 """
 
+from dataclasses import dataclass, field
+
 from ..show.settings import ShowSettings
 from ..target.settings import PairSettings
 
 
-SETTINGS = (PairSettings, ShowSettings)
+@dataclass
+class Output:
+    """What is printed."""
+
+    quiet: bool = field(default=False, metadata={"help": "Print no progress."})
 
 
-def check(pair: PairSettings, settings: ShowSettings) -> None:
+SETTINGS = (PairSettings, ShowSettings, Output)
+
+
+def check(pair: PairSettings, settings: ShowSettings, _: Output) -> None:
     settings.messages()
     pair.check()
 
 
-def run(pair: PairSettings, settings: ShowSettings) -> None:
+def run(pair: PairSettings, settings: ShowSettings, output: Output) -> None:
     from ..show.show import show_pair
-    from .console import note
+    from .console import note, progress
 
-    stats = show_pair(pair, settings)
+    with progress(output.quiet) as report:
+        report.say(f"loading {pair.target} and {pair.head} ...")
+        stats = show_pair(pair, settings)
     note(f"{stats.num_rounds} rounds, {stats.tokens_per_round:.2f} tokens per round; written to {settings.output}")

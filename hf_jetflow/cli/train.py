@@ -41,6 +41,7 @@ def run(recipe: TrainRecipe, output: Output) -> None:
     from .console import note, progress
 
     with progress(output.quiet) as report:
+        report.say(f"loading {recipe.target} ...")
         summary = train_head(recipe, report)
     note(f"head saved in {recipe.output}" + "".join(f"\n  {name}: {value}" for name, value in summary.items()))
     leave_together()

@@ -55,7 +55,7 @@ def read_limits(generation_config: GenerationConfig, block_size: int) -> TreeLim
     Raises:
         JetFlowError: If `node_budget`, `max_depth` or `width` is out of range; the message gives the range.
     """
-    # Not declared by `GenerationConfig`, so read with a default.
+    # Not declared by `GenerationConfig`, whose user may have made another one.
     node_budget: Any = getattr(generation_config, "node_budget", None)
     max_depth: Any = getattr(generation_config, "max_depth", None)
     width: Any = getattr(generation_config, "width", None)

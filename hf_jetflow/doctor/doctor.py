@@ -31,13 +31,12 @@ from ..target.target import Target
 from ..training.evaluation import greedy_ids
 from ..training.replay import answer_logprobs, replay
 from .mistakes import common_mistakes, encode, other_encodings, window_to_try
-from .settings import DoctorSettings
+from .settings import MIN_PROMPTS, DoctorSettings
 from .verdict import MIN_TOKENS_PER_ROUND, find_advice, find_faults
 
 
 NODE_BUDGET = 32
 NUM_COMPARED = 2  # prompts decoded with the head and compared with plain decoding
-MIN_PROMPTS = 3
 # A change is better if its mean gain over prompts exceeds both thresholds and the head then drafts at all.
 NUM_STANDARD_ERRORS = 2
 MIN_GAIN = 0.02  # nats per token

@@ -40,8 +40,8 @@ print(head.last_stats.tokens_per_round)
 
 ## The head
 
-{layers} layers of width {hidden}, {parameters} M parameters, block of {block} rows ({depth} drafted depths); it
-reads `hidden_states` {indices} of the target, {causality}, {vocabulary}. {correction}
+{layers} layers of width {hidden}, {parameters} M parameters, block of {block} rows ({depth} drafted depths).
+It reads `hidden_states` {indices} of the target, is {causality}, and {vocabulary}. {correction}
 
 ## Measured
 
@@ -60,8 +60,8 @@ target's license may apply too.
 
 In float32 the output equals plain `generate` token for token. In bfloat16 a forward over many rows can rank two nearly
 equal tokens differently than a forward over one row. Texts may then differ after a near-tie; both are the target's own
-choices. On text unlike the training prompts, acceptance drops and the output stays the same. Speeds hold for the
-hardware named above; measure your own with `hf-jetflow bench`. The head was tested with the target named above only.
+choices. On text unlike the training prompts, acceptance drops and the output stays the same. Speeds depend on the
+hardware; measure your own with `hf-jetflow bench`. The head was tested with the target named above only.
 """
 
 TEMPLATE_NOTE = """\

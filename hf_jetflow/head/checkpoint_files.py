@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import file_exists, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 
@@ -185,9 +185,13 @@ def readable_load_errors(source: str) -> Iterator[None]:
     except StrictDataclassError as error:
         cause = " ".join(str(error).split())
         raise ValueError(f"`{source}`: config.json has a wrong field: {cause}; correct it there") from error
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        cause = " ".join(str(error).split())
+        raise OSError(
+            f"there is no folder `{source}` in {Path.cwd()}, and the Hub gives no such head ({cause.rstrip('.')}); "
+            "give the folder or Hub id of a saved head, or check connection and access"
+        ) from error
     except (OSError, ValueError) as error:
         kind = OSError if isinstance(error, OSError) else ValueError
         cause = " ".join(str(error).split())
-        if not Path(source).exists():
-            cause = f"{cause.rstrip('.')}. There is no folder `{source}` in {Path.cwd()}, either."
         raise kind(cause if source in cause else f"`{source}`: {cause}") from error

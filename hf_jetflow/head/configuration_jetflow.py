@@ -4,6 +4,8 @@ It knows nothing about tensors or about the decoding loop. Its fields are those 
 and the facts about the target by which a wrong pair of head and target is detected.
 """
 
+import difflib
+from collections.abc import Collection
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -181,6 +183,7 @@ class JetFlowConfig(PreTrainedConfig):
     target_name: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self._check_names(kwargs)
         self._check_sizes()
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -254,6 +257,13 @@ class JetFlowConfig(PreTrainedConfig):
             super().validate_rope()
         except KeyError as error:
             raise ValueError(error.args[0]) from error
+
+    def _check_names(self, others: Collection[str]) -> None:
+        """Refuse misspelled fields. transformers takes any name, and other tools store facts of their own."""
+        own = self.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
+        for name in others:
+            if close := difflib.get_close_matches(name, own, n=1, cutoff=0.85):
+                raise ValueError(f"`{name}` is no field of a head's configuration, did you mean `{close[0]}`?")
 
     def _check_sizes(self) -> None:
         sizes = {name: getattr(self, name) for name in SIZES}

@@ -116,7 +116,7 @@ class JetFlowHead(PreTrainedModel):
         if config.draft_vocab_size is not None:
             # Target ids of the draft vocabulary, ascending, (draft_vocab_size,); int64 and saved with the weights.
             self.register_buffer("d2t", torch.arange(config.draft_vocab_size))
-        self.generation_config = GenerationConfig(node_budget=64, max_depth=config.block_size - 1)
+        self.generation_config = GenerationConfig(node_budget=64, max_depth=config.block_size - 1, width=None)
         self._newest_stats: Any = None
         self._newest_trees: Any = None
         self._thread_results = _ThreadResults()
@@ -306,8 +306,8 @@ class JetFlowHead(PreTrainedModel):
         return (head, info) if wants_info else head  # type: ignore[return-value]  # a pair only when asked for
 
     def _take_settings(self, settings: GenerationConfig) -> None:
-        """Adopt saved settings; fill in the node budget and depth that files of other layouts lack."""
-        for name in ("node_budget", "max_depth"):
+        """Adopt saved settings; fill in those that the file lacks."""
+        for name in ("node_budget", "max_depth", "width"):
             if getattr(settings, name, None) is None:
                 setattr(settings, name, getattr(self.generation_config, name))
         self.generation_config = settings

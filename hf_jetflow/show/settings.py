@@ -19,8 +19,8 @@ class ShowSettings:
     The prompt to answer and the file to write.
 
     Raises:
-        JetFlowError: If the output has an unknown suffix, the node budget is not valid, or not exactly one of `prompt`
-            and `prompts` is given.
+        JetFlowError: If the output has an unknown suffix, a number is not valid, the prompt is empty, or not exactly
+            one of `prompt` and `prompts` is given.
     """
 
     output: Path = field(
@@ -38,7 +38,9 @@ class ShowSettings:
     def __post_init__(self) -> None:
         check_output(self.output)
         read_node_budget(self.node_budget)
-        check_at_least(self, max_new_tokens=1)
+        check_at_least(self, max_new_tokens=1, **({} if self.round is None else {"round": 1}))
+        if self.prompt is not None and not self.prompt.strip():
+            raise JetFlowError("`--prompt` is empty; give the text to answer")
         if (self.prompt is None) == (self.prompts is None):
             raise JetFlowError("expected exactly one of --prompt TEXT and --prompts FILE; give one of them")
 

@@ -9,25 +9,6 @@ from .hardware import Hardware
 from .roofline import HeadShape, ModelShape, forward_seconds, round_seconds
 
 
-def fitting_rows(rows: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]:
-    """
-    Rows to fit to, from the first prompt set of a bench: plain decoding, the smallest and the largest node budget.
-
-    Raises:
-        JetFlowError: If the bench has no plain decoding or fewer than two fixed node budgets.
-    """
-    first = [row for row in rows if row.get("prompts") == rows[0].get("prompts") and not row.get("temperature")]
-    plain = [row for row in first if row.get("method") == "plain"]
-    trees = [row for row in first if row.get("method") == "jetflow" and isinstance(row["node_budget"], int)]
-    trees.sort(key=lambda row: row["node_budget"])
-    if not plain or len(trees) < 2:
-        raise JetFlowError(
-            "fitting hardware needs plain decoding and two fixed node budgets at temperature 0, but this bench has "
-            f"{len(plain)} plain rows and {len(trees)} budgets; run it again with two node budgets, such as 16 and 64"
-        )
-    return plain[0], trees[0], trees[-1]
-
-
 def fit_hardware(
     name: str,
     target: ModelShape,

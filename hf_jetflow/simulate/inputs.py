@@ -33,7 +33,7 @@ def read_hardware(source: str) -> Hardware | dict[str, Any]:
     What `--hardware` names: a preset, hardware figures from JSON, or the JSON of a bench.
 
     Raises:
-        JetFlowError: If it is none of these.
+        JetFlowError: If it is none of these, or the bench holds too few rows to fit to.
     """
     if source in PRESETS:
         return PRESETS[source]
@@ -41,7 +41,10 @@ def read_hardware(source: str) -> Hardware | dict[str, Any]:
         raise JetFlowError(f"`--hardware` is {source!r}, expected one of {', '.join(PRESETS)}, or a JSON file")
     figures = read_json(source)
     with _naming("--hardware", source):
-        return figures if "rows" in figures else Hardware.from_dict(figures)
+        if "rows" not in figures:
+            return Hardware.from_dict(figures)
+        fitting_rows(figures["rows"])
+        return figures
 
 
 @contextmanager
@@ -51,6 +54,26 @@ def _naming(option: str, value: object) -> Iterator[None]:
         yield
     except JetFlowError as error:
         raise JetFlowError(f"`{option} {value}`: {error}") from error
+
+
+def fitting_rows(rows: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]:
+    """
+    Rows to fit to, from the first prompt set of a bench: plain decoding, the smallest and the largest node budget.
+
+    Raises:
+        JetFlowError: If the bench has no plain decoding or fewer than two fixed node budgets.
+    """
+    first = [row for row in rows if row.get("prompts") == rows[0].get("prompts") and not row.get("temperature")]
+    plain = [row for row in first if row.get("method") == "plain"]
+    trees = [row for row in first if row.get("method") == "jetflow" and isinstance(row["node_budget"], int)]
+    trees.sort(key=lambda row: row["node_budget"])
+    if not plain or len(trees) < 2:
+        raise JetFlowError(
+            "fitting hardware needs plain decoding and two fixed node budgets at temperature 0, but the first prompt "
+            f"set of this bench has {'plain decoding' if plain else 'no plain decoding'} and {len(trees)} fixed node "
+            f"budget{'' if len(trees) == 1 else 's'}; run it again with two, such as `--node-budgets 16 64`"
+        )
+    return plain[0], trees[0], trees[-1]
 
 
 def measured_tokens(figures: Mapping[str, Any], node_budgets: Sequence[int] | None) -> dict[str, dict[int, float]]:

@@ -17,9 +17,9 @@ from ..head.configuration_jetflow import JetFlowConfig
 from ..head.formats import recognize
 from ..target.loading import head_errors, load_target_config
 from ..trees.tree import Candidates, build_tree
-from .fitting import fit_hardware, fitting_rows
+from .fitting import fit_hardware
 from .hardware import PRESETS, Hardware
-from .inputs import RANKS, measured_tokens, read_acceptance, read_hardware
+from .inputs import RANKS, fitting_rows, measured_tokens, read_acceptance, read_hardware
 from .plots import plot_speedup
 from .roofline import HeadShape, ModelShape, head_shape, round_seconds, target_shape
 from .settings import SimulateSettings

@@ -37,11 +37,8 @@ def check_target_cache(cache: Cache | None) -> DynamicCache | StaticCache:
             f"leave `use_cache` at True, or {without}"
         )
     if not isinstance(cache, (DynamicCache, StaticCache)) or cache.offloading:
-        kind = f"`{type(cache).__name__}`" if not getattr(cache, "offloading", False) else "an offloaded cache"
-        raise JetFlowError(
-            f"draft trees are not supported with {kind} yet; leave `cache_implementation` unset to use the dynamic "
-            f"cache, or {without}"
-        )
+        is_offloaded = getattr(cache, "offloading", False)
+        raise JetFlowError(unsupported_cache("an offloaded cache" if is_offloaded else f"`{type(cache).__name__}`"))
     known = (DynamicLayer, DynamicSlidingWindowLayer, GrowingLayer, StaticLayer, EmptyLayer, *RECURRENT_LAYERS)
     unknown = {type(layer).__name__ for layer in cache.layers if type(layer) not in known}
     if "StaticSlidingWindowLayer" in unknown:
@@ -55,6 +52,14 @@ def check_target_cache(cache: Cache | None) -> DynamicCache | StaticCache:
             f"rejected draft; {without}"
         )
     return cache
+
+
+def unsupported_cache(kind: str) -> str:
+    """The sentence that refuses a kind of cache."""
+    return (
+        f"draft trees are not supported with {kind} yet; leave `cache_implementation` unset to use the dynamic cache, "
+        "or generate without `assistant_model`"
+    )
 
 
 def check_padded_rows(cache: Cache, is_padding: torch.Tensor) -> None:

@@ -45,7 +45,7 @@ def regenerate_answers(
     Args:
         temperature: 0 for greedy answers; otherwise they are sampled from the whole vocabulary.
         max_prompt_tokens: Longer prompts are skipped.
-        report: Told how many answers there are, before the first batch and after every answer.
+        report: Told how many answers there are, before the first batch and after every token of a batch.
 
     Returns:
         `int`: Number of prompts that are too long.
@@ -64,26 +64,31 @@ def regenerate_answers(
     )
     num_done = sum(prompts[number]["id"] in done for number in order)
 
-    def count(num_new: int = 1) -> None:
+    batches = [
+        (start, [prompts[number] for number in order[start : start + batch_size]])
+        for start in range(0, len(order), batch_size)
+    ]
+    batches = [(start, batch) for start, batch in batches if not all(prompt["id"] in done for prompt in batch)]
+    num_batches = 0.0  # how many are done, the running one in part
+
+    def count(num_new: int, num_tokens: int) -> None:
         nonlocal num_done
         num_done += num_new
         if report is not None:
-            report(num_done, len(order), "answers")
+            share = (num_batches + num_tokens / max_new_tokens) / len(batches)
+            report(num_done, len(order), "answers", share)
 
     if report is not None and num_done:
         report.say(f"continuing: {num_done} of {len(order)} answers are in {output}")
-    if num_done < len(order):
-        count(0)
+    if batches:
+        count(0, 0)
     eos_ids = _eos_ids(target, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_token_id": sorted(eos_ids), "do_sample": False}
     if temperature > 0:
         settings.update(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
     devices = [target.device] if target.device.type == "cuda" else []
-    for start in range(0, len(order), batch_size):
-        batch = [prompts[number] for number in order[start : start + batch_size]]
-        if all(prompt["id"] in done for prompt in batch):
-            continue
+    for start, batch in batches:
         records = [
             {
                 "id": prompt["id"],
@@ -96,6 +101,7 @@ def regenerate_answers(
         with torch.random.fork_rng(devices):
             torch.manual_seed(derived_seed(seed, start))
             _generate(target, [record["prompt_ids"] for record in records], pad_id, settings, writer)
+        num_batches += 1
     return len(prompts) - len(order)
 
 
@@ -106,7 +112,8 @@ class _AnswerWriter(StoppingCriteria):
     Args:
         records: `id`, `source` and `prompt_ids` of each sequence.
         done: Ids that are in the file already.
-        on_write: Called after each answer.
+        on_step: Called after every token of the batch, and at its end, with the answers written since the last call
+            and the batch's tokens so far.
     """
 
     def __init__(
@@ -115,29 +122,30 @@ class _AnswerWriter(StoppingCriteria):
         records: list[dict[str, Any]],
         done: set[str],
         eos_ids: set[int],
-        on_write: Callable[[], None],
+        on_step: Callable[[int, int], None],
     ):
-        self._output, self._on_write = output, on_write
+        self._output, self._on_step = output, on_step
         self._open = {index: record for index, record in enumerate(records) if record["id"] not in done}
         self._start = max(len(record["prompt_ids"]) for record in records)
         self._eos_ids = sorted(eos_ids)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        for index, token in enumerate(input_ids[:, -1].tolist()):
-            if token in self._eos_ids:
-                self._write(index, input_ids)
+        ended = [index for index, token in enumerate(input_ids[:, -1].tolist()) if token in self._eos_ids]
+        self._write(ended, input_ids)
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     def write_rest(self, input_ids: torch.Tensor) -> None:
         """Write the answers that reached the length limit."""
-        for index in list(self._open):
-            self._write(index, input_ids)
+        self._write(list(self._open), input_ids)
 
-    def _write(self, index: int, input_ids: torch.Tensor) -> None:
-        record = self._open.pop(index, None)  # padding after an answer may be an EOS token, too
-        if record is not None:
-            append_jsonl(self._output, [{**record, "answer_ids": input_ids[index, self._start :].tolist()}])
-            self._on_write()
+    def _write(self, indices: list[int], input_ids: torch.Tensor) -> None:
+        num_tokens = input_ids.shape[1] - self._start
+        self._on_step(0, num_tokens)
+        for index in indices:
+            record = self._open.pop(index, None)  # padding after an answer may be an EOS token, too
+            if record is not None:
+                append_jsonl(self._output, [{**record, "answer_ids": input_ids[index, self._start :].tolist()}])
+                self._on_step(1, num_tokens)
 
 
 def _generate(

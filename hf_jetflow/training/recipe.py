@@ -304,7 +304,7 @@ def _save(
     )
     card = card_text(
         head.config,
-        name=recipe.push_to_hub or recipe.output.name,
+        name=recipe.push_to_hub or str(recipe.output),
         num_parameters=head.num_parameters(),
         training=training,
         tokens_per_round=figures,

@@ -38,8 +38,12 @@ REPEATABLE = {"action": "extend"}  # `--prompts a b` and `--prompts a --prompts 
 class Reporter(Protocol):
     """Where progress goes."""
 
-    def __call__(self, done: int, total: int, what: str) -> None:
-        """`done` of `total` of `what`. A stage starts with a call before its first item; it can start again."""
+    def __call__(self, done: int, total: int, what: str, share: float | None = None) -> None:
+        """
+        `done` of `total` of `what`. A stage starts with a call before its first item; it can start again.
+
+        `share` is how much of this run's work is done, from 0 to 1, where items that are done do not tell it.
+        """
 
     def say(self, text: str) -> None:
         """A line of the log; warnings start with `warning: `."""
@@ -224,6 +228,10 @@ class TrainRecipe:
                 f"`--save-steps` {self.save_steps} must be a multiple of `--eval-steps` {self.eval_steps}; change one",
             ),
             (
+                self.push_to_hub is not None and self.push_to_hub.count("/") != 1,
+                f"`--push-to-hub` is {self.push_to_hub!r}, expected ORG/NAME, such as org/head",
+            ),
+            (
                 self.push_to_hub is not None and not _has_token(),
                 f"`--push-to-hub` {self.push_to_hub} needs a token of the Hub, but there is none; run `hf auth "
                 "login`, or remove the option and upload the head later",
@@ -251,6 +259,12 @@ class TrainRecipe:
         if self.settings_path.exists() and any(self.output.glob("checkpoint-*/trainer_state.json")):
             earlier = json.loads(self.settings_path.read_text(encoding="utf-8"))
             check_same_settings(self.output, earlier, self.fixed, "give another folder with --output")
+        answers, path = self.output / "answers.jsonl", self.output / "answers.settings.json"
+        if self.prompts and answers.exists() and answers.stat().st_size and path.exists():
+            earlier = json.loads(path.read_text(encoding="utf-8"))
+            names = ("max_new_tokens", "temperature")  # the others depend on the target
+            mine = {name: getattr(self, name) for name in names}
+            check_same_settings(answers, {name: earlier.get(name) for name in names}, mine)
 
     @property
     def settings_path(self) -> Path:
