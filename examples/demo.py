@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from smollm2 import gguf_path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers.utils.logging import disable_progress_bar
 
 from hf_jetflow import JetFlowHead
 from hf_jetflow.bench.runs import new_answers, padded_inputs
@@ -182,6 +183,8 @@ def main() -> None:
     )
     args = parser.parse_args()
 
+    if not console.is_terminal:
+        disable_progress_bar()  # of loading
     console.print("Loading SmolLM2-135M-Instruct and its draft head ...")
     target, tokenizer = load_target(gguf_path(), "float32")
     Demo(target, tokenizer, args).prove()

@@ -30,11 +30,11 @@ from ..errors import JetFlowError
 from ..head.configuration_jetflow import JetFlowConfig
 from ..head.modeling_jetflow import JetFlowHead
 from ..target.target import Target
-from .blocks import Agreement, draft_blocks, make_blocks, score_candidates
+from .blocks import Agreement, DraftedRows, draft_blocks, make_blocks, score_candidates
 from .checkpoints import STATE_NAME, checkpoint_fault, find_checkpoints, is_write_failure
 from .data import AnchorCollator, AnswerDataset, Answers, EpochSampler, FeatureStore
 from .evaluation import tokens_per_round
-from .losses import depth_weights, feature_errors, logit_shape
+from .losses import KLResult, depth_weights, feature_errors, logit_shape
 from .optimizer import MuonAdamW
 
 
@@ -184,7 +184,7 @@ class JetFlowTrainer(Trainer):
             losses = losses + args.feature_loss_weight * feature_errors(drafted.rows, drafted.teacher)
         if corrected is not None:
             losses = losses + (drafted.depths > 1) * corrected
-        weights = self._row_weights(drafted.depths, drafted.has_target)
+        weights = self.loss_weights(drafted, kl)
         if num_items_in_batch is None:
             weights = weights / weights.sum()
         else:  # the trainer averages over micro-batches and processes
@@ -192,6 +192,10 @@ class JetFlowTrainer(Trainer):
         loss = (weights * losses).sum()
         self._agreement.add(drafted, kl, is_top1_corrected, head.draft_token_ids, self.block_size - 1)
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def loss_weights(self, drafted: DraftedRows, kl: KLResult) -> torch.Tensor:
+        """Weight of each row's loss, (rows,): by depth, 0 without a target. Subclasses may weigh by the draft."""
+        return self._row_weights(drafted.depths, drafted.has_target)
 
     def _row_weights(self, depths: torch.Tensor, has_target: torch.Tensor) -> torch.Tensor:
         """Depth weights of rows with a target, 0 for the others; same shape as the arguments."""
@@ -215,7 +219,10 @@ class JetFlowTrainer(Trainer):
         head = self.accelerator.unwrap_model(self.model)
         if not self.is_fsdp_enabled:
             return head
-        state = {name: _gathered(tensor) for name, tensor in head.state_dict().items()}
+        state = {
+            name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            for name, tensor in head.state_dict().items()
+        }
         if not self.accelerator.is_main_process:
             return None
         whole = JetFlowHead(head.config).to(self.args.device)
@@ -371,11 +378,6 @@ def _check_fsdp(plugin: Any) -> None:
             f"`fsdp_state_dict_type` is {plugin.state_dict_type}, which saves the head in pieces; set it "
             "to FULL_STATE_DICT (see examples/accelerate/fsdp.yaml)"
         )
-
-
-def _gathered(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that may be sharded, gathered. All processes must call this together."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def leave_together() -> None:
