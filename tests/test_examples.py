@@ -1,6 +1,7 @@
 """The examples: the Hub recipe for `custom_generate`, the prompt preparation, the timing of tree building."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conftest import EXAMPLES
 from helpers import save_pair, write_lines
+from safetensors.torch import load_file
 
 from hf_jetflow import JetFlowConfig
 from hf_jetflow.simulate.simulate import read_tokens
@@ -127,6 +129,60 @@ def test_the_ablation_trains_and_measures_rows_by_name(example_module, example, 
     assert [row["tokens_per_round"] for row in more[3:]] == [row["tokens_per_round"] for row in rows[1:]]
     assert results.with_suffix(".png").exists()
     assert path in results.with_suffix(".md").read_text()
+
+
+def test_loss_weights_are_those_of_a_plain_loop(example_module):
+    weights = example_module("loss_weights")
+    probs = torch.tensor([[0.9, 0.5, 0.0, 0.8], [0.1, 1.0, 0.7, 0.2]])
+    ranks = torch.tensor([[0, 1, 5, 0], [2, 0, 0, 1]])
+
+    def d_pace(row: list[float], smoothing: float) -> list[float]:
+        smooth = [smoothing + (1 - smoothing) * prob for prob in row]
+        return [sum(math.prod(smooth[: last + 1]) for last in range(depth, len(row))) for depth in range(len(row))]
+
+    def vat(row: list[int], top: int) -> list[float]:
+        first = next((depth for depth, rank in enumerate(row) if rank >= top), len(row))
+        return [1.0 if depth < first else math.exp(-(depth - first) / weights.GAMMA) for depth in range(len(row))]
+
+    for smoothing in (0.0, 0.5):
+        expected = torch.tensor([d_pace(row, smoothing) for row in probs.tolist()])
+        torch.testing.assert_close(weights.d_pace(probs, ranks, smoothing), expected)
+    for top in (1, 2, 4):
+        expected = torch.tensor([vat(row, top) for row in ranks.tolist()])
+        torch.testing.assert_close(weights.from_first_miss(probs, ranks, top), expected)
+    assert weights.even(probs, ranks).tolist() == [[1] * 4] * 2
+    assert weights.first_twice(probs, ranks).tolist() == [[2, 1, 1, 1]] * 2
+    torch.testing.assert_close(weights.decaying(probs, ranks)[1], torch.tensor(vat([9] * 4, 1)))
+
+
+@pytest.mark.usefixtures("short_measurements")
+def test_loss_weights_are_compared_on_one_head_and_a_killed_run_continues(
+    example_module, example, options, tmp_path, monkeypatch
+):
+    lines = [dict(id=str(i), prompt_ids=[3, 10 + i, 5], answer_ids=[20 + i + j for j in range(12)]) for i in range(8)]
+    write_lines(tmp_path / "answers.jsonl", *lines)
+    weights = example_module("loss_weights")
+    monkeypatch.setattr(weights, "NODE_BUDGETS", (4,))
+    results = tmp_path / "weights.json"
+    arguments = [*options[:6], "--answers", tmp_path / "answers.jsonl", "--steps", 3, "--num-prompts", 2, "--seeds", 0]
+    arguments += ["--batch-size", 2, "--anchors", 2, "--max-new-tokens", 9, "--output", tmp_path / "run"]
+
+    def run(*rows):
+        example("loss_weights", *arguments, "--results", results, "--rows", *rows)
+        return json.loads(results.read_text())["rows"]
+
+    first = run("D-PACE")
+    rows = run("D-PACE", "VAT, first 4")
+    assert [row["name"] for row in rows] == ["none, the head as given", "D-PACE", "VAT, first 4"]
+    assert rows[:2] == first
+    heads = [
+        load_file(tmp_path / "run" / name / "head" / "model.safetensors") for name in ("D-PACE-0", "VAT-first-4-0")
+    ]
+    assert any(not torch.equal(tensor, heads[1][name]) for name, tensor in heads[0].items())
+    table = results.with_suffix(".md").read_text()
+    assert "| D-PACE |" in table
+    with pytest.raises(SystemExit, match="was measured after 3 updates, not 4"):
+        example("loss_weights", *arguments, "--results", results, "--steps", 4)
 
 
 def test_the_gain_of_a_correction_is_replayed_with_it_on_and_off(example, options, target, random_head, tmp_path):
