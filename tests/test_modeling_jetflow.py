@@ -355,6 +355,12 @@ def test_a_misspelled_field_is_refused_with_the_right_name(wrong, right, tmp_pat
         JetFlowHead.from_pretrained(tmp_path)
 
 
+def test_a_misspelled_field_given_to_loading_is_refused_with_the_right_name(tmp_path):
+    tiny_head().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"`is_casual` is no field .* did you mean `is_causal`"):
+        JetFlowHead.from_pretrained(tmp_path, is_casual=True)
+
+
 def test_facts_that_other_tools_store_in_a_configuration_stay(tmp_path):
     head = tiny_head()
     head.config.unsloth_version, head.config.trained_by = "2026.1", "somebody"

@@ -38,7 +38,7 @@ def read(text, weights):
 def of_text(kind, text, candidates, weights):
     if kind == "device":
         return MatchedNgrams(text[None], candidates, weights)
-    return ContextNgrams([read(text, weights)], candidates, weights)
+    return ContextNgrams([[read(text, weights)]], candidates, [weights])
 
 
 def random_candidates(generator, batch=()):
@@ -83,10 +83,10 @@ def test_a_batch_is_as_its_rows():
     texts = [torch.randint(0, VOCAB, (length,), generator=generator) for length in (30, 12)]
     candidates = random_candidates(generator, (2,))
     rows = [
-        ContextNgrams([read(text, WEIGHTS)], Candidates(candidates.tokens[row], candidates.logprobs[row]), WEIGHTS)
+        ContextNgrams([[read(text, WEIGHTS)]], Candidates(candidates.tokens[row], candidates.logprobs[row]), [WEIGHTS])
         for row, text in enumerate(texts)
     ]
-    of_all = ContextNgrams([read(text, WEIGHTS) for text in texts], candidates, WEIGHTS)
+    of_all = ContextNgrams([[read(text, WEIGHTS)] for text in texts], candidates, [WEIGHTS])
     for depth, parents, tokens, votes in branches(of_all, generator, (2,)):
         for row, alone in enumerate(rows):
             torch.testing.assert_close(votes[row], alone(depth, parents[row], tokens[row]))
@@ -98,7 +98,7 @@ def test_the_votes_on_a_device_are_those_on_the_host_for_padded_texts_of_a_batch
     candidates = random_candidates(generator, (3,))
     padded = torch.stack([torch.nn.functional.pad(text, (30 - len(text), 0), value=-1) for text in texts])
     on_device = MatchedNgrams(padded, candidates, WEIGHTS)
-    on_host = ContextNgrams([read(text, WEIGHTS) for text in texts], candidates, WEIGHTS)
+    on_host = ContextNgrams([[read(text, WEIGHTS)] for text in texts], candidates, [WEIGHTS])
     for depth, parents, tokens, votes in branches(on_host, generator, (3,)):
         torch.testing.assert_close(votes, on_device(depth, parents, tokens))
 

@@ -11,6 +11,7 @@ from typing import Literal
 import pytest
 from helpers import run_command, write_lines
 
+from hf_jetflow.bench.settings import BenchSettings
 from hf_jetflow.cli.console import progress
 from hf_jetflow.cli.main import COMMANDS, command_parser, load, parse
 from hf_jetflow.cli.parser import Parser, add_options, make_settings, options
@@ -239,6 +240,20 @@ def test_a_target_file_that_does_not_exist_is_refused_before_torch_is_imported(a
         (["bench", *PAIR, "--prompts", "GOOD", "--json", "FOLDER"], "error: `--json` is the folder"),
         (["simulate", *PAIR, "--acceptance", "RESULT", "--json", "FOLDER"], "error: `--json` is the folder"),
         (["doctor", *PAIR, "--json", "FOLDER"], "error: `--json` is the folder"),
+        (["doctor", *PAIR, "--json", "GOOD/x.json"], "good.jsonl is a file; give a path"),
+        (
+            ["bench", *PAIR, "--prompts", "GOOD", "--plot", "GOOD/x.png"],
+            "good.jsonl is a file; give a path",
+        ),
+        (["show", *PAIR, "--prompt", "Why?", "--output", "GOOD/a/x.html"], "error: `--output` is "),
+        (["simulate", *PAIR, "--acceptance", "RESULT", "--plot", "GOOD/x.svg"], "error: `--plot` is "),
+        (["convert", "h", "--to", "dflash", "--output", "GOOD/x"], "error: `--output` is "),
+        (["train", "--target", "t", "--prompts", "GOOD", "--output", "GOOD"], "good.jsonl is a file; give a path"),
+        (["show", "--target", "EMPTY", "--head", "h", "--prompt", "Why?", "--output", "x.html"], "or no GGUF file"),
+        (
+            ["bench", *PAIR, "--prompts", "GOOD", "--json", "STARTED"],
+            "`max_new_tokens` was 9 and is 128; use",
+        ),
         ([*SHOW, "--prompt", "Why?", "--round", "0"], "error: `--round` is 0, expected at least 1"),
         ([*SHOW, "--prompt", " "], "error: `--prompt` is empty; give the text to answer"),
         (["doctor", *PAIR, "--num-prompts", "2"], "error: `--num-prompts` is 2, expected at least 3"),
@@ -256,7 +271,11 @@ def test_a_target_file_that_does_not_exist_is_refused_before_torch_is_imported(a
 )
 def test_what_cannot_work_is_refused_before_torch_is_imported(arguments, text, tmp_path):
     files = {"GOOD": tmp_path / "good.jsonl", "RESULT": tmp_path / "result.json", "FOLDER": tmp_path}
-    files |= {"BENCH": tmp_path / "bench.json", "RUN": tmp_path / "run"}
+    files |= {"BENCH": tmp_path / "bench.json", "RUN": tmp_path / "run", "EMPTY": tmp_path / "empty.gguf"}
+    files["EMPTY"].touch()
+    files["STARTED"] = tmp_path / "started.json"
+    started = {"settings": {**BenchSettings([]).facts, "max_new_tokens": 9, "prompts": {"good": "hash"}}}
+    write_lines(tmp_path / "started.json.partial", started, {"key": ["good"], "record": []})
     rows = [{"method": "plain", "node_budget": None}, {"method": "jetflow", "node_budget": 16}]
     write_lines(files["BENCH"], {"rows": [{**row, "prompts": "a"} for row in rows]})
     files["RUN"].mkdir()
@@ -264,7 +283,9 @@ def test_what_cannot_work_is_refused_before_torch_is_imported(arguments, text, t
     write_lines(files["RUN"] / "answers.settings.json", {"target": "t", "max_new_tokens": 9, "temperature": 0.0})
     write_lines(files["GOOD"], {"prompt": "Why?"})
     write_lines(files["RESULT"], RANKS)
-    last, printed = start(*(str(files.get(argument, argument)) for argument in arguments))
+    for name, path in files.items():
+        arguments = [argument.replace(name, str(path)) for argument in arguments]
+    last, printed = start(*arguments)
     assert last in ("1", "2")
     assert text in printed
 

@@ -3,6 +3,7 @@
 import contextlib
 
 import pytest
+from conftest import make_prompt
 
 from hf_jetflow.decoding.settings import read_node_budget
 from hf_jetflow.errors import JetFlowError
@@ -20,6 +21,17 @@ def test_a_head_gets_its_settings_back_after_an_error(tiny_target, random_head):
     assert head.generation_config is before
     assert (head.training, head.record_trees, head.last_stats) == (True, True, "earlier")
     assert getattr(before, "width", None) is None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"), [("nodebudget", "node_budget"), ("max_dept", "max_depth"), ("widht", "width")]
+)
+def test_a_misspelled_setting_is_refused_with_the_right_name(wrong, right, tiny_target, random_head):
+    target = tiny_target("llama")
+    head = random_head(target)
+    setattr(head.generation_config, wrong, 3)
+    with pytest.raises(JetFlowError, match=f"`{wrong}` is no setting of a head, did you mean `{right}`"):
+        target.generate(make_prompt(12), assistant_model=head, max_new_tokens=4)
 
 
 def test_node_budgets_are_read_from_text():

@@ -350,6 +350,22 @@ def branch_gains() -> str:
     return table(["gain over the three sets", *(f"{each} nodes" for each in budgets)], lines, "correction_smollm2")
 
 
+def recycled() -> str:
+    lines = [
+        [
+            SETS[row["prompts"]],
+            str(row["node_budget"]),
+            *best_is_bold([f"{row[field]:.2f}" for field in fields], [row[field] for field in fields]),
+            f"{100 * row[fields[0]] / row[fields[1]] - 100:+.1f} %",
+            f"{100 * row['time_without_over_with'] - 100:+.1f} %",
+        ]
+        for fields in [("tokens_per_round", "without")]
+        for row in read("recycled")["rows"]
+    ]
+    heading = ["prompts", "nodes", "recycled choices", "without", "tokens per round", "tokens per second"]
+    return table(heading, lines, "recycled")
+
+
 def scorers() -> str:
     """Tokens per round without n-grams, means of the prompt sets."""
     labels = {
@@ -466,6 +482,7 @@ TABLES: dict[str, Callable[[], str]] = {
         hybrid_rounds,
         branch_scores,
         branch_gains,
+        recycled,
         ablation,
         scorers,
         vllm,

@@ -30,7 +30,6 @@ from .settings import BenchSettings, is_rival
 
 
 Progress = Callable[[int, int, str], None]
-FILES = ("prompts", "json", "plot")  # settings that name files: results must not depend on paths
 
 
 def bench_pair(pair: PairSettings, settings: BenchSettings, progress: Progress | None = None) -> dict[str, Any]:
@@ -40,7 +39,7 @@ def bench_pair(pair: PairSettings, settings: BenchSettings, progress: Progress |
     Returns:
         As `run_bench`.
     """
-    log_path = partial_path(settings)
+    log_path = settings.partial_path
     result = run_bench(*load_pair(pair), settings, log_path=log_path, progress=progress)
     if settings.json is not None and log_path is not None:
         write_json(result, settings.json)
@@ -48,11 +47,6 @@ def bench_pair(pair: PairSettings, settings: BenchSettings, progress: Progress |
     if settings.plot is not None:
         draw_bench(result, settings.plot)
     return result
-
-
-def partial_path(settings: BenchSettings) -> Path | None:
-    """Where finished measurements are stored until the bench ends; `None` without a JSON file."""
-    return None if settings.json is None else Path(f"{settings.json}.partial")
 
 
 def run_bench(
@@ -84,7 +78,7 @@ def run_bench(
         OSError: If an assistant does not exist.
     """
     prompt_sets = make_prompt_sets(target, tokenizer, settings)
-    facts = {name: value for name, value in asdict(settings).items() if name not in FILES}
+    facts = settings.facts
     measured_with = environment(head)
     log_facts = {
         **facts,
@@ -231,6 +225,8 @@ class _Bench:
             return {}
         answers = self._plain_answers(prompt_set)
         texts = [(ids + new_ids, len(ids)) for ids, new_ids in zip(prompt_set.prompt_ids, answers, strict=True)]
+        if self._progress is not None:
+            self._progress(0, len(texts), f"agreement of head and target, {prompt_set.label}")
         rates = measure_agreement(view, self._head, texts).rates()
         return {name: [round(value, 4) for value in values] for name, values in rates.items()}
 
@@ -268,7 +264,7 @@ class _Bench:
 
     def _report(self, prompt_set: PromptSet, num_more: int = 0) -> None:
         if self._progress is not None:
-            self._progress(self._done + num_more, self._total, prompt_set.label)
+            self._progress(self._done + num_more, self._total, f"answers, {prompt_set.label}")
 
 
 def _public_name(name: str) -> str:

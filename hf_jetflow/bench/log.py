@@ -51,9 +51,20 @@ class BenchLog:
             append_jsonl(self._path, [{"key": key, "record": record}])
 
 
-def num_measurements(path: Path | None) -> int:
-    """How many measurements the log of a killed bench holds."""
-    return 0 if path is None or not path.exists() else max(sum(1 for _ in read_jsonl(path)) - 1, 0)
+def num_measurements(path: Path | None, facts: dict[str, Any]) -> int:
+    """
+    How many measurements the log of a killed bench holds.
+
+    Raises:
+        JetFlowError: If it was started with other settings than `facts`, as far as they tell.
+    """
+    records = list(read_jsonl(path)) if path is not None and path.exists() else []
+    if len(records) < 2:
+        return 0
+    assert path is not None
+    earlier = records[0].get("settings", {})
+    check_same_settings(path, {name: earlier.get(name) for name in facts}, facts)
+    return len(records) - 1
 
 
 def read_result(path: str | os.PathLike) -> dict[str, Any]:

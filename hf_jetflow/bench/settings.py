@@ -1,15 +1,16 @@
 """`BenchSettings`: the options of `hf-jetflow bench`."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..decoding.settings import read_node_budget
 from ..errors import JetFlowError, check_at_least, flag
 from ..extras import require_package
-from ..files import check_json_path
+from ..files import check_json_path, check_writable
 
 
+FILES = ("prompts", "json", "plot")  # settings that name files: results must not depend on paths
 LOOP_METHODS = ("jetflow", "chain")  # run by our loop, which records `GenerationStats`
 ASSISTANT = "assistant:"
 RIVALS = ("native-dflash", "prompt-lookup", f"{ASSISTANT}ID")
@@ -69,10 +70,20 @@ class BenchSettings:
         default=None, metadata={"help": "File (.png or .svg) or folder for a figure of the result."}
     )
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the measurements depend on, besides prompts, target and head."""
+        return {name: value for name, value in asdict(self).items() if name not in FILES}
+
+    @property
+    def partial_path(self) -> Path | None:
+        """Where finished measurements are stored until the bench ends; `None` without a JSON file."""
+        return None if self.json is None else Path(f"{self.json}.partial")
+
     def __post_init__(self) -> None:
         self.node_budgets = [str(budget) for budget in self.node_budgets]
         if unknown := sorted(each for each in self.methods if each not in METHODS[:3] and not is_rival(each)):
-            raise JetFlowError(f"unknown methods {unknown}; choose from {', '.join(METHODS)}")
+            raise JetFlowError(f"unknown methods {', '.join(unknown)}; choose from {', '.join(METHODS)}")
         if self.cache not in CACHES:
             raise JetFlowError(f"unknown cache {self.cache!r}; choose from {', '.join(CACHES)}")
         for name in ("methods", "temperatures", "batch_sizes", "node_budgets"):
@@ -102,7 +113,7 @@ def plot_path(path: Path) -> Path:
     The file to draw into: `path`, or `path/bench.png` if it is a folder.
 
     Raises:
-        JetFlowError: If the suffix is unknown or matplotlib is missing.
+        JetFlowError: If the suffix is unknown, the path cannot be written or matplotlib is missing.
     """
     path = Path(path)
     if path.is_dir() or not path.suffix:
@@ -111,5 +122,6 @@ def plot_path(path: Path) -> Path:
         raise JetFlowError(
             f"cannot draw into {path}: expected a folder or a name that ends in {' or '.join(PLOT_SUFFIXES)}"
         )
+    check_writable(path, "--plot")
     require_package("matplotlib", "plots")
     return path

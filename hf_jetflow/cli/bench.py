@@ -9,6 +9,7 @@ Example:
 
 from dataclasses import dataclass, field
 
+from ..bench.log import num_measurements
 from ..bench.settings import BenchSettings
 from ..prompts import read_prompts
 from ..target.settings import PairSettings
@@ -33,21 +34,20 @@ def check(pair: PairSettings, settings: BenchSettings, __: Output) -> None:
     for path in settings.prompts:
         read_prompts([path])
     pair.check()
+    num_measurements(settings.partial_path, settings.facts)  # refuses to continue with other settings
 
 
 def run(pair: PairSettings, settings: BenchSettings, output: Output) -> None:
     if output.count:
         return count(pair, settings)
-    from ..bench.bench import bench_pair, partial_path
-    from ..bench.log import num_measurements
+    from ..bench.bench import bench_pair
     from ..bench.report import closing_sentences, print_tables
     from .console import note_files, progress, table_console
 
     with progress(output.quiet) as report:
-        partial = partial_path(settings)
-        num_measured = num_measurements(partial)
+        num_measured = num_measurements(settings.partial_path, settings.facts)
         if num_measured:
-            report.say(f"continuing after {num_measured} measurements in {partial}")
+            report.say(f"continuing after {num_measured} measurements in {settings.partial_path}")
         report.say(f"loading {pair.target} and {pair.head} ...")
         result = bench_pair(pair, settings, report)
     console = table_console()

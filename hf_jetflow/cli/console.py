@@ -24,6 +24,7 @@ from ..training.settings import Reporter
 
 
 TABLE_WIDTH = 120  # in a file or a pipe, unless COLUMNS is set
+MIN_SHARE = 0.03  # of the work, until the remaining time is estimated
 LINE_SECONDS = 10, 60  # of a stage, until its first line of progress and between two
 
 
@@ -82,7 +83,7 @@ class LineReporter:
             return
         stage.has_lines, stage.next_line = True, now + LINE_SECONDS[1]
         line, elapsed = f"{what}: {done} of {total} in {_clock(now - stage.start)}", now - stage.start
-        if stage.first < share < 1:
+        if stage.first + MIN_SHARE <= share < 1:
             line += f", about {_clock(elapsed / (share - stage.first) * (1 - share))} left"
         self.say(line)
 

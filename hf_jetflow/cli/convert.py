@@ -26,7 +26,10 @@ class ConvertSettings:
     output: Path = field(metadata={"help": "New folder for the converted head."})
     target: str | None = field(
         default=None,
-        metadata={"help": "The head's target: a Hub id, a folder, or a .gguf file. Some layouts describe it."},
+        metadata={
+            "help": "The head's target: a Hub id, a folder, or a .gguf file. speculators needs it for a head with a "
+            "draft vocabulary, other layouts where the head does not describe its target."
+        },
     )
     quiet: bool = field(default=False, metadata={"help": "Print no progress."})
 

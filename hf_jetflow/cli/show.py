@@ -34,6 +34,6 @@ def run(pair: PairSettings, settings: ShowSettings, output: Output) -> None:
     from .console import note, progress
 
     with progress(output.quiet) as report:
-        report.say(f"loading {pair.target} and {pair.head} ...")
+        report.say(f"loading {pair.target} and {pair.head}, then answering ...")
         stats = show_pair(pair, settings)
     note(f"{stats.num_rounds} rounds, {stats.tokens_per_round:.2f} tokens per round; written to {settings.output}")

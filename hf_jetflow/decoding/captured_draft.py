@@ -13,6 +13,7 @@ import torch
 from ..head.cache import StaticHeadCache
 from ..head.modeling_jetflow import JetFlowHead
 from ..target.target import Target
+from ..trees.recycled import RecycledChoices
 from ..trees.tree import DraftTree
 
 
@@ -48,6 +49,7 @@ def draft_tree(
     positions: torch.Tensor,
     features: torch.Tensor,
     first_positions: torch.Tensor,
+    recycled: RecycledChoices | None,
     cache: StaticHeadCache,
     node_budget: int,
     max_depth: int,
@@ -63,6 +65,7 @@ def draft_tree(
         features (`torch.Tensor`, (batch, rows, taps x target_hidden)): Of the tokens in front of the anchor that the
             cache lacks, then padding; the cache counts them.
         first_positions (`torch.Tensor`, (batch,)): Positions of the first rows; one by one, the others follow.
+        recycled ([`RecycledChoices`], *optional*): Of the tree before, grown to `node_budget` nodes.
         node_budget, max_depth, width, max_continued: See [`~policy.TreeLimits`].
 
     Returns:
@@ -73,7 +76,7 @@ def draft_tree(
     context_position_ids = first_positions[:, None] + offsets
     rows = drafter.read_block(newest_ids[:, -1:], positions, features, context_position_ids, cache, max_depth)
     cache.count_rows(positions[0] - first_positions[0])
-    draft = drafter.ranker.rank(rows, newest_ids, width)
+    draft = drafter.ranker.rank(rows, newest_ids, width, recycled)
     tree = draft.best_tree(node_budget, width, max_continued=max_continued)
     return torch.stack([tree.tokens, tree.parents, tree.depths]), tree.logprobs
 

@@ -14,7 +14,8 @@ from ..target.prefilled import PrefilledTarget, TargetStates
 from ..target.target import Target
 from ..transfer import must_not_wait, to_device
 from ..trees.ngrams import MAX_SEARCHED
-from ..trees.tree import Candidates
+from ..trees.recycled import RecycledChoices, no_choices, recycle
+from ..trees.tree import Candidates, DraftTree
 from .captured_draft import CapturedDraft, as_draft, draft_tree, is_on_one_device, keep_static_cache, static_cache
 from .policy import MAX_CONTINUED, TreeLimits
 from .ranking import Draft, Ranker
@@ -57,22 +58,33 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         self._newest_positions: torch.Tensor | None = None  # (batch,) of the newest observed tokens
         # Ids in front of short texts, and features behind short paths, that give a captured draft its one shape.
         self._fillers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._recycled: RecycledChoices | None = None
         self._row_offsets = torch.arange(head.config.num_rows, device=head.device)
         self.ranker = Ranker(head, target)
 
-    def observe(self, states: TargetStates, paths: list[list[int]] | None = None) -> None:
-        """Take over the states of newly committed tokens; after a verify, those of each sequence's path."""
-        if paths is None:
+    def observe(
+        self, states: TargetStates, tree: DraftTree | None = None, paths: list[list[int]] | None = None
+    ) -> None:
+        """Take over the states of newly committed tokens; after a verify of a tree, those of each sequence's path, and
+        the target's choices at the other nodes."""
+        if tree is None or paths is None:
             features, position_ids = states.features, states.position_ids
         else:
             features, position_ids = _path_features(states, paths)
+            self._recycled = recycle(tree, states.logits, paths) if self._recycles else None
         self._pending.append((features, position_ids))
         self._newest_positions = position_ids[:, -1]
+
+    @property
+    def _recycles(self) -> bool:
+        return bool(self.head.config.ngram_weights) and self.head.config.recycled_weight > 0
 
     def select_sequences(self, indices: list[int]) -> None:
         """Keep only these sequences of the batch, in this order."""
         index = to_device(indices, self.head.device)
         self.ranker.select_sequences(indices)
+        if self._recycled is not None:
+            self._recycled = self._recycled.select_sequences(index)
         self._pending = [
             (features[index.to(features.device)], position_ids[index.to(position_ids.device)])
             for features, position_ids in self._pending
@@ -116,7 +128,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         with self.ranker.weights.in_use():
             rows = self.read_block(anchor_ids, positions, features, context_position_ids, self._cache, max_depth)
             self._cache.count_rows(features.shape[1])
-            return self.ranker.rank(rows, newest_ids, width)
+            return self.ranker.rank(rows, newest_ids, width, self._recycled)
 
     @torch.no_grad()
     def draft(
@@ -143,8 +155,17 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         features = torch.cat([features, behind[:, features.shape[1] :]], dim=1)
         shape = limits.node_budget, limits.max_depth, limits.width, limits.max_continued
         unread = features, context_position_ids[0, :1]  # of one sequence, as always with a static cache
-        outputs = self._draft_tree(self, newest_ids, positions, *unread, self._cache, *shape)
+        recycled = self._fixed_recycled(limits.node_budget, newest_ids)
+        outputs = self._draft_tree(self, newest_ids, positions, *unread, recycled, self._cache, *shape)
         return as_draft(outputs, deepest)
+
+    def _fixed_recycled(self, num_nodes: int, newest_ids: torch.Tensor) -> RecycledChoices | None:
+        """The recycled choices in the one shape of a captured draft."""
+        if not self._recycles:
+            return None
+        if self._recycled is None:
+            return no_choices(len(newest_ids), num_nodes, newest_ids.device)
+        return self._recycled.padded(num_nodes)
 
     @cached_property
     def _draft_tree(self) -> Callable | None:

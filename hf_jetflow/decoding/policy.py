@@ -4,6 +4,7 @@
 probabilities how many tokens every size would yield, and verifies the size whose last node still repays its time.
 """
 
+import difflib
 import math
 import time
 from dataclasses import dataclass, replace
@@ -46,6 +47,10 @@ class TreeLimits:
     max_continued: int = 0  # levels that n-grams may add below the head's deepest
 
 
+SETTINGS = ("node_budget", "max_depth", "width")
+_KNOWN = {*vars(GenerationConfig()), *SETTINGS}
+
+
 def read_limits(generation_config: GenerationConfig, block_size: int) -> TreeLimits:
     """
     The limits of the head's generation config, validated; for `node_budget="auto"` its largest budget.
@@ -53,8 +58,12 @@ def read_limits(generation_config: GenerationConfig, block_size: int) -> TreeLim
     N-gram continuation is allowed only at the full depth.
 
     Raises:
-        JetFlowError: If `node_budget`, `max_depth` or `width` is out of range; the message gives the range.
+        JetFlowError: If `node_budget`, `max_depth` or `width` is out of range or misspelled; the message gives the
+            range or the name.
     """
+    for name in vars(generation_config).keys() - _KNOWN:
+        if close := difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.85):
+            raise JetFlowError(f"`{name}` is no setting of a head, did you mean `{close[0]}`?")
     # Not declared by `GenerationConfig`, whose user may have made another one.
     node_budget: Any = getattr(generation_config, "node_budget", None)
     max_depth: Any = getattr(generation_config, "max_depth", None)

@@ -15,6 +15,7 @@ from ..target.target import Target
 from ..transfer import must_not_wait
 from ..trees.device_ngrams import MatchedNgrams, continue_with_matches
 from ..trees.ngrams import MAX_SEARCHED, ContextNgrams, TextNgrams, continue_tree
+from ..trees.recycled import RecycledChoices, RecycledNgrams
 from ..trees.tree import Candidates, DraftTree, ScoreBranches, build_tree
 from .branch_scores import (
     BranchChanges,
@@ -100,7 +101,9 @@ class Ranker:
         """Keep only these sequences of the batch, in this order."""
         self._texts = [self._texts[i] for i in indices if self._texts]
 
-    def rank(self, rows: torch.Tensor, newest_ids: torch.Tensor, width: int) -> Draft:
+    def rank(
+        self, rows: torch.Tensor, newest_ids: torch.Tensor, width: int, recycled: RecycledChoices | None = None
+    ) -> Draft:
         """
         The draft of rows (..., depth, hidden) behind tokens (..., seq), on the tokens' device.
 
@@ -109,22 +112,29 @@ class Ranker:
         config = self._head.config
         is_scored = bool(self._ngram_weights) or self._head.branch_correction is not None
         num_candidates = config.branch_candidates if is_scored else width
-        candidates, indices = self._candidates(self.logprobs(rows), newest_ids, num_candidates)
+        candidates, indices = self._candidates(self.logprobs(rows), newest_ids, num_candidates, recycled)
         if not is_scored:
             return Draft(newest_ids, candidates)
-        ngrams = self._ngrams(newest_ids, candidates) if self._ngram_weights else None
+        ngrams = self._ngrams(newest_ids, candidates, recycled) if self._ngram_weights else None
         branch_changes = self._branch_changes(DraftedRows(rows, newest_ids, candidates, indices))
         score_branches = BranchScores(candidates, ngrams, branch_changes)
         return Draft(newest_ids, candidates, score_branches, has_ngrams=ngrams is not None)
 
     def _candidates(
-        self, logprobs: torch.Tensor, newest_ids: torch.Tensor, num_candidates: int
+        self,
+        logprobs: torch.Tensor,
+        newest_ids: torch.Tensor,
+        num_candidates: int,
+        recycled: RecycledChoices | None,
     ) -> tuple[Candidates, torch.Tensor]:
         """The best tokens of each depth, on the tokens' device, and their draft-vocabulary indices."""
         token_ids, device = self._head.draft_token_ids, newest_ids.device
         order = logprobs
         if self._ngram_weights:  # context tokens rank by the most that n-grams can add, so that they become candidates
-            order = self._boost_context_tokens(logprobs, newest_ids.to(logprobs.device), sum(self._ngram_weights))
+            context = newest_ids[..., -MAX_SEARCHED:]
+            if recycled is not None:
+                context = torch.cat([context, recycled.choices.view(*context.shape[:-1], -1)], dim=-1)
+            order = self._boost_context_tokens(logprobs, context.to(logprobs.device), sum(self._ngram_weights))
         indices = order.topk(min(num_candidates, order.shape[-1])).indices
         tokens = indices if token_ids is None else token_ids.to(indices.device)[indices]
         scores = logprobs.gather(-1, indices).to(device)
@@ -133,11 +143,24 @@ class Ranker:
         # A row of the head that overflows scores NaN throughout. No tree follows a candidate at minus infinity.
         return Candidates(tokens.to(device), scores.nan_to_num(-math.inf, neginf=-math.inf)), indices
 
-    def _ngrams(self, newest_ids: torch.Tensor, candidates: Candidates) -> ContextNgrams | MatchedNgrams:
-        weights = self._ngram_weights
+    def _ngrams(
+        self, newest_ids: torch.Tensor, candidates: Candidates, recycled: RecycledChoices | None
+    ) -> ContextNgrams | MatchedNgrams:
+        weights, gain = self._ngram_weights, self._head.config.recycled_weight
         if must_not_wait(newest_ids.device):
-            return MatchedNgrams(newest_ids, candidates, weights)
-        return ContextNgrams(self._read_texts(newest_ids, len(weights)), candidates, weights)
+            return MatchedNgrams(newest_ids, candidates, weights, recycled, gain)
+        texts = self._read_texts(newest_ids, len(weights))
+        if recycled is None:
+            return ContextNgrams([[text] for text in texts], candidates, [weights])
+        parts = recycled.tokens, recycled.parents, recycled.choices, recycled.num_committed
+        of_trees = [
+            RecycledNgrams(tokens, parents, choices, text.ids, num_committed, len(weights))
+            for text, tokens, parents, choices, num_committed in zip(
+                texts, *(part.tolist() for part in parts), strict=True
+            )
+        ]
+        sources = list(zip(texts, of_trees, strict=True))
+        return ContextNgrams(sources, candidates, [weights, [gain * weight for weight in weights]])
 
     def _branch_changes(self, drafted: DraftedRows) -> BranchChanges | None:
         scorer, first_depth = self._head.branch_correction, self._head.config.first_corrected_depth
@@ -159,10 +182,9 @@ class Ranker:
             known.follow(ids[num_padding:])
         return self._texts
 
-    def _boost_context_tokens(self, logprobs: torch.Tensor, newest_ids: torch.Tensor, gain: float) -> torch.Tensor:
-        """Log-probabilities (..., depth, draft_vocab) and `gain` for tokens among the newest of a text."""
+    def _boost_context_tokens(self, logprobs: torch.Tensor, ids: torch.Tensor, gain: float) -> torch.Tensor:
+        """Log-probabilities (..., depth, draft_vocab), and `gain` more for these tokens (..., seq)."""
         size = self._head.config.vocab_size
-        ids = newest_ids[..., -MAX_SEARCHED:]
         ids = ids.where((ids >= 0) & (ids < size), size)  # padding; placeholders of images may lie outside too
         indices = self._draft_indices.to(ids.device)[ids].unsqueeze(-2).expand(*logprobs.shape[:-1], -1)
         order = pad(logprobs, (0, 1))  # the last column stands for ids outside the draft vocabulary

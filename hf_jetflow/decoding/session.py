@@ -223,7 +223,7 @@ class DecodingSession:
         """Compact the accepted paths in the cache and queue their states for the head."""
         # Batches that return states are decoded plainly.
         self._emitter.record_path(states, paths[0], self._prefilled.cache)
-        self._drafter.observe(states, paths)  # before the next captured function, which may overwrite the states
+        self._drafter.observe(states, tree, paths)  # before the next captured function, which may overwrite the states
         self._prefilled.strategy.commit(tree, paths)
 
     def end_round(self, tree: DraftTree, paths: list[list[int]]) -> None:

@@ -61,7 +61,7 @@ target's license may apply too.
 In float32 the output equals plain `generate` token for token. In bfloat16 a forward over many rows can rank two nearly
 equal tokens differently than a forward over one row. Texts may then differ after a near-tie; both are the target's own
 choices. On text unlike the training prompts, acceptance drops and the output stays the same. Speeds depend on the
-hardware; measure your own with `hf-jetflow bench`. The head was tested with the target named above only.
+hardware; measure your own with `hf-jetflow bench`. The head is for the target named above only.
 """
 
 TEMPLATE_NOTE = """\

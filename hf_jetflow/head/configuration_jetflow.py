@@ -55,6 +55,19 @@ CONTEXT_FUSIONS = ("fc", "layers", "fc+layers")
 NGRAM_WEIGHTS = (1.0, 1.5, 1.5, 1.0)  # default of `ngram_weights`
 
 
+def check_names(others: Collection[str]) -> None:
+    """
+    Refuse names that look like a misspelled field. transformers takes any, and other tools store facts of their own.
+
+    Raises:
+        ValueError: If there is one. The message names the field that is meant.
+    """
+    own = JetFlowConfig.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
+    for name in others:
+        if close := difflib.get_close_matches(name, own, n=1, cutoff=0.85):
+            raise ValueError(f"`{name}` is no field of a head's configuration, did you mean `{close[0]}`?")
+
+
 def spaced_layer_ids(num_target_layers: int, num_taps: int) -> list[int]:
     """Ids of `num_taps` target layers to tap: evenly spaced from 1 to L - 3, rounded; L // 2 for a single tap."""
     if num_taps == 1:
@@ -126,7 +139,9 @@ class JetFlowConfig(PreTrainedConfig):
         branch_candidates (`int`): Number of candidates per depth that the correction re-scores.
         ngram_weights (`list[float]`, *optional*): Bonus on the logit of a candidate that followed a branch's last
             tokens earlier in the text, by the number of matching tokens, from 1 (see `~ngrams.ContextNgrams`). An
-            empty list turns n-grams off.
+            empty list turns n-grams and recycled choices off.
+        recycled_weight (`float`): Weight of what the target chose at rejected nodes of the round before, as a multiple
+            of `ngram_weights` (see `~recycled.RecycledChoices`); 0 turns it off.
         target_model_type (`str`, *optional*): `model_type` of the target the head was trained for.
         target_name (`str`, *optional*): Name of the target the head was trained for.
 
@@ -179,11 +194,12 @@ class JetFlowConfig(PreTrainedConfig):
     branch_intermediate_size: int | None = None
     branch_candidates: int = 128
     ngram_weights: list[float | int] | None = None
+    recycled_weight: float | int = 2.0
     target_model_type: str | None = None
     target_name: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self._check_names(kwargs)
+        check_names(kwargs)
         self._check_sizes()
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -257,13 +273,6 @@ class JetFlowConfig(PreTrainedConfig):
             super().validate_rope()
         except KeyError as error:
             raise ValueError(error.args[0]) from error
-
-    def _check_names(self, others: Collection[str]) -> None:
-        """Refuse misspelled fields. transformers takes any name, and other tools store facts of their own."""
-        own = self.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
-        for name in others:
-            if close := difflib.get_close_matches(name, own, n=1, cutoff=0.85):
-                raise ValueError(f"`{name}` is no field of a head's configuration, did you mean `{close[0]}`?")
 
     def _check_sizes(self) -> None:
         sizes = {name: getattr(self, name) for name in SIZES}
@@ -339,6 +348,8 @@ class JetFlowConfig(PreTrainedConfig):
         assert self.ngram_weights is not None
         if not all(0 <= weight < float("inf") for weight in self.ngram_weights):
             raise ValueError(f"`ngram_weights` {self.ngram_weights} must be numbers of at least 0, or an empty list")
+        if not 0 <= self.recycled_weight < float("inf"):
+            raise ValueError(f"`recycled_weight` is {self.recycled_weight}, but must be a number of at least 0")
 
     def _check_own_modules(self) -> None:
         """Reject options that heads with their own embeddings or logits cannot have."""

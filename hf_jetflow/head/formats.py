@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from .checkpoint_files import Source, Tensors
-from .configuration_jetflow import JetFlowConfig
+from .configuration_jetflow import JetFlowConfig, check_names
 from .layouts import (
     Reading,
     read_deepspec,
@@ -236,6 +236,7 @@ def read_head(
     """
     own_fields = JetFlowConfig.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
     given = {field: kwargs.pop(field) for field in list(kwargs) if field in own_fields}
+    check_names(kwargs)
     config = kwargs.pop("config", None)
     reading = read_checkpoint(layout, settings, tensors, given)
     if not isinstance(config, JetFlowConfig):

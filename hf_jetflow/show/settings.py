@@ -7,6 +7,7 @@ from typing import Any
 from ..decoding.settings import read_node_budget
 from ..errors import JetFlowError, check_at_least
 from ..extras import require_package
+from ..files import check_writable
 from ..prompts import read_prompts
 
 
@@ -66,9 +67,10 @@ def check_output(path: Path) -> None:
     Check that trees can be written to a file.
 
     Raises:
-        JetFlowError: If the suffix is unknown, or matplotlib is missing for a picture.
+        JetFlowError: If the suffix is unknown, the path cannot be written, or matplotlib is missing for a picture.
     """
     if path.suffix not in SUFFIXES:
         raise JetFlowError(f"`--output` is {path}, expected a name that ends in {', '.join(SUFFIXES)}")
+    check_writable(path, "--output")
     if path.suffix != ".html":
         require_package("matplotlib", "pictures")

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..errors import JetFlowError
 from ..extras import require_package
-from ..files import atomic_write
+from ..files import atomic_write, check_writable
 
 
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -16,10 +16,11 @@ def check_plot_path(path: Path) -> None:
     Check that a figure can be drawn.
 
     Raises:
-        JetFlowError: If the suffix is unknown or matplotlib is missing.
+        JetFlowError: If the suffix is unknown, the path cannot be written or matplotlib is missing.
     """
     if path.suffix not in SUFFIXES:
         raise JetFlowError(f"`--plot` is {path}, expected a name that ends in {', '.join(SUFFIXES)}")
+    check_writable(path, "--plot")
     require_package("matplotlib", "plots")
 
 

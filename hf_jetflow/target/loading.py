@@ -37,6 +37,18 @@ def fast_dtype() -> str:
     return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 
 
+def read_dtype(name: str) -> torch.dtype:
+    """
+    The dtype that an option names.
+
+    Raises:
+        JetFlowError: If it is unknown.
+    """
+    if name != "auto" and name not in DTYPES:
+        raise JetFlowError(f"the dtype is {name!r}, expected auto or one of {sorted(DTYPES)}")
+    return DTYPES[fast_dtype() if name == "auto" else name]
+
+
 def load_pair(pair: PairSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, JetFlowHead]:
     """
     Load a target, its tokenizer and a head for it.
@@ -44,8 +56,9 @@ def load_pair(pair: PairSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     Raises:
         JetFlowError: If the dtype is unknown, or the target or the head cannot be loaded.
     """
+    head = load_head(pair.head, read_dtype(pair.dtype))  # first: a head that is refused costs seconds, not minutes
     target, tokenizer = load_target(pair.target, pair.dtype)
-    return target, tokenizer, load_head(pair.head, target.dtype).to(target.device)
+    return target, tokenizer, head.to(target.device)
 
 
 def load_head(source: str | os.PathLike, dtype: str | torch.dtype) -> JetFlowHead:
@@ -88,17 +101,14 @@ def load_target(source: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTok
 
 def load_model(source: str, dtype: str) -> PreTrainedModel:
     """`load_target` without the tokenizer."""
-    if dtype != "auto" and dtype not in DTYPES:
-        raise JetFlowError(f"the dtype is {dtype!r}, expected auto or one of {sorted(DTYPES)}")
+    torch_dtype = read_dtype(dtype)
     name, kwargs = model_source(source)
     modeling_gguf_pytorch_utils.tqdm = logging.tqdm  # unlike all other bars, this one heeds no `disable_progress_bar`
     if "gguf_file" in kwargs and GgufConfig is not None:
         # A head reads rows of the output embedding, which must not be quantized.
         kwargs["quantization_config"] = GgufConfig(dequantize=True)
     with _readable_errors(source):
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=DTYPES[fast_dtype() if dtype == "auto" else dtype], **kwargs
-        )
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype, **kwargs)
     if torch.cuda.is_available():
         model = model.to("cuda")
     return model.eval()

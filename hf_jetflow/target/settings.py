@@ -65,6 +65,9 @@ def model_source(source: str) -> tuple[str, dict[str, Any]]:
     if source.endswith(".gguf"):
         if not path.is_file():
             raise JetFlowError(f"`{source}` does not exist; give the path of a .gguf file, a folder or a Hub id")
+        with open(path, "rb") as file:
+            if file.read(4) != b"GGUF":
+                raise JetFlowError(f"`{source}` is empty or no GGUF file; download it again, or give another target")
         require_package("gguf", "GGUF files")
         return str(path.parent), {"gguf_file": path.name}
     if (os.sep in source and source.count("/") != 1) and not path.exists():

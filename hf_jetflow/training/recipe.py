@@ -21,7 +21,7 @@ from ..files import write_json
 from ..head.card import card_text
 from ..head.modeling_jetflow import JetFlowHead
 from ..prompts import encode_chat, read_prompts
-from ..target.loading import fast_dtype, load_target
+from ..target.loading import fast_dtype, load_head, load_target
 from .answers import MAX_SURPRISE, regenerate_answers, surprise, with_token_ids
 from .checkpoints import HEAD_FILES, write_head
 from .data import Answers, check_weights, read_answers
@@ -58,6 +58,8 @@ def train_head(recipe: TrainRecipe, report: Reporter) -> dict[str, Any]:
             _create_repository(recipe.push_to_hub)
     prompts = read_prompts(recipe.prompts)
     eval_prompts = {path.stem: read_prompts([path]) for path in recipe.eval_prompts}
+    if recipe.head is not None:
+        load_head(recipe.head, "float32")  # a head that is refused is refused at once
     target, tokenizer = load_target(recipe.target, recipe.dtype)
     eval_sets = {
         name: [encode_chat(tokenizer, prompt["messages"]) for prompt in group] for name, group in eval_prompts.items()

@@ -1,7 +1,7 @@
 """Replay: the rounds of greedy decoding over a text of the target, computed without decoding it again.
 
 The text is known, so one target forward and one head forward per text cover every round of every node budget. In exact
-arithmetic the figures equal those of greedy decoding.
+arithmetic the figures equal those of greedy decoding without recycled choices, which only a verify of each tree gives.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol, get_args
 
 from ..errors import JetFlowError, check_at_least
 from ..extras import require_package
+from ..files import check_writable
 from ..jsonl import check_same_settings, read_jsonl
 from ..prompts import read_prompts
 
@@ -253,9 +254,7 @@ class TrainRecipe:
         Raises:
             JetFlowError: Naming the path, or each setting that differs.
         """
-        for path in (self.output, *self.output.parents):
-            if path.exists() and not path.is_dir():
-                raise JetFlowError(f"`--output` is {self.output}, but {path} is a file; give a folder")
+        check_writable(self.output / "config.json", "--output")
         if self.settings_path.exists() and any(self.output.glob("checkpoint-*/trainer_state.json")):
             earlier = json.loads(self.settings_path.read_text(encoding="utf-8"))
             check_same_settings(self.output, earlier, self.fixed, "give another folder with --output")

@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from ..transfer import repeated
 from .ngrams import MAX_MATCH, MAX_SEARCHED
+from .recycled import RecycledChoices
 from .tree import Candidates, DraftTree, trim_tree
 
 
@@ -27,23 +28,46 @@ class MatchedNgrams:
             ids in front of shorter texts.
         candidates ([`~tree.Candidates`]): Tokens to choose from at each depth.
         weights (`Sequence[float]`): One for each length of a match, from 1.
+        recycled ([`~recycled.RecycledChoices`], *optional*): Choices that count like further places of the text.
+        recycled_weight (`float`): Their weight, as a multiple of `weights`.
     """
 
-    def __init__(self, newest_ids: torch.Tensor, candidates: Candidates, weights: Sequence[float]):
+    def __init__(
+        self,
+        newest_ids: torch.Tensor,
+        candidates: Candidates,
+        weights: Sequence[float],
+        recycled: RecycledChoices | None = None,
+        recycled_weight: float = 1.0,
+    ):
         texts = newest_ids.reshape(-1, newest_ids.shape[-1])[:, -MAX_SEARCHED:]
         device, longest = texts.device, len(weights)
         self._ids = texts[:, :-1].where(texts[:, :-1] >= 0, NO_TOKEN)
         tokens = candidates.tokens.reshape(len(texts), *candidates.tokens.shape[-2:])
-        # Whether each candidate follows each position, and a column of ones: (texts, depth, seq, width + 1).
+        # Whether each candidate follows each place, and whether anything does: (texts, depth, places, width + 1).
         follows = texts[:, None, 1:, None] == tokens[:, :, None]
-        self._follows = pad(follows.float(), (0, 1), value=1.0)
+        self._follows = [pad(follows.float(), (0, 1), value=1.0)]
+        self._gains = [1.0]
+        # Of each place, the place before it, from 1; 0 for none: (texts, places). `None` where they come one by one.
+        self._before: torch.Tensor | None = None
+        if recycled is not None:
+            anchors = texts.shape[1] - 1 - recycled.num_committed[:, None]
+            of_nodes = recycled.parents + texts.shape[1]
+            of_nodes = torch.where(recycled.parents < 0, anchors.clamp_min(0), of_nodes)
+            of_text = torch.arange(texts.shape[1] - 1, device=device).expand(len(texts), -1)
+            self._before = torch.cat([of_text, of_nodes], dim=1)
+            self._ids = torch.cat([self._ids, recycled.tokens], dim=1)
+            follows = recycled.choices[:, None, :, None] == tokens[:, :, None]
+            is_choice = (recycled.choices >= 0)[:, None, :, None].expand_as(follows[..., :1])
+            self._follows.append(torch.cat([follows, is_choice], dim=-1).float())
+            self._gains.append(recycled_weight)
         self._counts = torch.arange(1, longest + 1, dtype=torch.int8, device=device).view(-1, 1, 1)
         self._weights = repeated(weights, [1] * longest, device).view(-1, 1, 1)
-        # Of each branch of the newest depth, at first of the text: length of the match that ends before each position,
-        # (texts, branches, seq + 1).
-        self._of_text = torch.zeros(len(texts), 1, texts.shape[1], dtype=torch.int8, device=device)
+        # Of each branch of the newest depth, at first of the text: length of the match that ends at each place,
+        # counted from 1, (texts, branches, places + 1).
+        self._of_text = torch.zeros(len(texts), 1, self._ids.shape[1] + 1, dtype=torch.int8, device=device)
         for token in texts[:, -longest:].unbind(1):
-            self._of_text = self._longer(self._of_text[..., :-1], token[:, None])
+            self._of_text = self._longer(self._of_text, token[:, None])
         self._lengths = self._of_text
 
     def __call__(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -52,16 +76,28 @@ class MatchedNgrams:
             self._lengths = self._of_text
         else:
             parents, of_branch = (each.reshape(len(self._ids), -1) for each in (parents, tokens))
-            index = parents[..., None].expand(-1, -1, self._ids.shape[1])
-            self._lengths = self._longer(self._lengths[..., :-1].gather(1, index), of_branch)
-        matches = (self._lengths[:, None, :, 1:] >= self._counts).float()  # (texts, match lengths, branches, seq)
-        counts = (matches.flatten(1, 2) @ self._follows[:, depth]).view(*matches.shape[:3], -1)
-        changes = self._weights * counts[..., :-1] / counts[..., -1:].clamp_min(1)
-        return changes.sum(1).view(*tokens.shape, -1)
+            index = parents[..., None].expand(-1, -1, self._lengths.shape[-1])
+            self._lengths = self._longer(self._lengths.gather(1, index), of_branch)
+        matches = (self._lengths[:, None, :, 1:] >= self._counts).float()  # (texts, match lengths, branches, places)
+        parts = matches.split([follows.shape[2] for follows in self._follows], dim=-1)
+        changes = [
+            self._changes(part, follows[:, depth], gain)
+            for part, follows, gain in zip(parts, self._follows, self._gains, strict=True)
+        ]
+        return (changes[0] if len(changes) == 1 else changes[0] + changes[1]).view(*tokens.shape, -1)
+
+    def _changes(self, matches: torch.Tensor, follows: torch.Tensor, gain: float) -> torch.Tensor:
+        """Logit changes (texts, branches, width) by matches (texts, match lengths, branches, places)."""
+        counts = (matches.flatten(1, 2) @ follows).view(*matches.shape[:3], -1)
+        return (gain * self._weights * counts[..., :-1] / counts[..., -1:].clamp_min(1)).sum(1)
 
     def _longer(self, before: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Lengths of the matches of branches, whose tokens but the last match by `before` (texts, branches, seq), and
-        whose last tokens are `tokens` (texts, branches)."""
+        """Lengths of the matches of branches, whose tokens but the last match by `before` (texts, branches, places +
+        1), and whose last tokens are `tokens` (texts, branches)."""
+        if self._before is None:
+            before = before[..., :-1]
+        else:
+            before = before.gather(2, self._before[:, None].expand(-1, before.shape[1], -1))
         lengths = (before.clamp_max(len(self._counts) - 1) + 1) * (self._ids[:, None] == tokens[..., None])
         return torch.cat([lengths.new_zeros((*lengths.shape[:2], 1)), lengths], dim=-1)
 

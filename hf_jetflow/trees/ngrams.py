@@ -8,6 +8,7 @@ node by node, and continue the tree below the block's last depth.
 import math
 from array import array
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
@@ -18,15 +19,29 @@ MAX_SEARCHED = 2048  # newest tokens to search
 MAX_MATCH = 32  # longest match to count, in tokens
 
 
-class _Gram:
+class Gram:
     """An n-gram of a text: its count, and the n-grams one token longer. The root is the empty n-gram."""
 
     __slots__ = ("count", "followed", "nexts")
 
     def __init__(self) -> None:
         self.count = 0
-        self.nexts: dict[int, _Gram] = {}
+        self.nexts: dict[int, Gram] = {}
         self.followed = 0  # sum of the counts of `nexts`
+
+    def next(self, token: int) -> "Gram":
+        """The n-gram one token longer, which may be new."""
+        longer = self.nexts.get(token)
+        if longer is None:
+            longer = self.nexts[token] = Gram()
+        return longer
+
+
+class CountedNgrams(Protocol):
+    """N-grams as a trie: the empty one, and those at the end of the text, of 0 tokens and more."""
+
+    root: Gram
+    tail: list[Gram]
 
 
 class TextNgrams:
@@ -42,29 +57,27 @@ class TextNgrams:
         self._clear()
 
     def _clear(self) -> None:
-        self._ids: list[int] = []
-        self.root = _Gram()
+        self.ids: list[int] = []
+        self.root = Gram()
         self.tail = [self.root]  # n-grams at the end of the text, of 0 to `longest` tokens
 
     def follow(self, ids: list[int]) -> None:
         """Count the n-grams of `ids`. Cheap where the previous text, or its end, is a prefix of `ids`."""
-        known = self._ids
+        known = self.ids
         num_gone = next((gone for gone in range(len(known)) if known[gone:] == ids[: len(known) - gone]), len(known))
         if num_gone == len(known):
             self._clear()
         else:
             for _ in range(num_gone):
                 self._forget_first()
-        for token in ids[len(self._ids) :]:
+        for token in ids[len(self.ids) :]:
             self._add(token)
 
     def _add(self, token: int) -> None:
-        self._ids.append(token)
+        self.ids.append(token)
         grown = [self.root]
         for gram in self.tail:
-            longer = gram.nexts.get(token)
-            if longer is None:
-                longer = gram.nexts[token] = _Gram()
+            longer = gram.next(token)
             longer.count += 1
             gram.followed += 1
             grown.append(longer)
@@ -72,14 +85,14 @@ class TextNgrams:
 
     def _forget_first(self) -> None:
         gram = self.root
-        for token in self._ids[: self._longest + 1]:
+        for token in self.ids[: self._longest + 1]:
             longer = gram.nexts[token]
             longer.count -= 1
             gram.followed -= 1
             if not longer.count:
                 del gram.nexts[token]
             gram = longer
-        del self._ids[0]
+        del self.ids[0]
 
 
 class ContextNgrams:
@@ -91,16 +104,23 @@ class ContextNgrams:
     `weights[n - 1]` in proportion to how often each of them followed such a match.
 
     Args:
-        texts (`Sequence[TextNgrams]`): N-grams of the committed tokens of each sequence, the anchor last.
+        sources (`Sequence[Sequence[CountedNgrams]]`): Of each sequence the n-grams of the committed tokens, the anchor
+            last, and maybe other n-grams, which count apart.
         candidates ([`~tree.Candidates`]): Tokens to choose from at each depth.
-        weights (`Sequence[float]`): One for each length of a match, from 1.
+        weights (`Sequence[Sequence[float]]`): Of each source, one for each length of a match, from 1.
     """
 
-    def __init__(self, texts: Sequence[TextNgrams], candidates: Candidates, weights: Sequence[float]):
-        self._texts, self._weights = texts, weights
+    def __init__(
+        self,
+        sources: Sequence[Sequence[CountedNgrams]],
+        candidates: Candidates,
+        weights: Sequence[Sequence[float]],
+    ):
+        self._sources, self._weights = sources, weights
         self._width = candidates.tokens.shape[-1]
-        self._tokens = candidates.tokens.view(len(texts), -1, self._width).tolist()
-        self._grams: list[list[list[_Gram]]] = []  # by sequence and branch of the previous depth: n-grams at its end
+        self._tokens = candidates.tokens.view(len(sources), -1, self._width).tolist()
+        # By sequence and branch of the previous depth: of each source, the n-grams at the branch's end.
+        self._grams: list[list[list[list[Gram]]]] = []
 
     def __call__(self, depth: int, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """
@@ -112,46 +132,63 @@ class ContextNgrams:
             tokens (`torch.Tensor`, (..., branches)): Last token of each branch.
         """
         if depth:
-            flat = torch.stack([parents, tokens]).view(2, len(self._texts), -1).tolist()  # one transfer from a GPU
+            flat = torch.stack([parents, tokens]).view(2, len(self._sources), -1).tolist()  # one transfer from a GPU
             self._grams = [self._extended(index, *branches) for index, branches in enumerate(zip(*flat, strict=True))]
         else:
-            self._grams = [[text.tail[1:]] for text in self._texts]
-        rows: dict[_Gram | None, int] = {}  # branches with the same longest match share a row
+            self._grams = [[[ngrams.tail[1:] for ngrams in sources]] for sources in self._sources]
+        rows: dict[tuple[Gram | None, ...], int] = {}  # branches with the same longest matches share a row
         changes, zeros, row_by_branch = array("f"), bytes(4 * self._width), []
         for tokens_by_depth, branches in zip(self._tokens, self._grams, strict=True):
             columns = {token: column for column, token in enumerate(tokens_by_depth[depth])}
-            for grams in branches:
-                longest = grams[-1] if grams else None
+            for by_source in branches:
+                longest = tuple(grams[-1] if grams else None for grams in by_source)
                 row = rows.get(longest)
                 if row is None:
                     row = rows[longest] = len(rows)
                     changes.frombytes(zeros)
-                    for gram, weight in zip(grams, self._weights, strict=False):
-                        for token, longer in gram.nexts.items():
-                            if token in columns:
-                                changes[row * self._width + columns[token]] += weight * longer.count / gram.followed
+                    for grams, weights in zip(by_source, self._weights, strict=True):
+                        self._add_changes(changes, row * self._width, columns, grams, weights)
                 row_by_branch.append(row)
         changes_by_row = torch.frombuffer(changes, dtype=torch.float32).view(-1, self._width)
         by_branch = changes_by_row.index_select(0, torch.tensor(row_by_branch, device="cpu"))
         return by_branch.view(*tokens.shape, -1).to(tokens.device)
 
-    def _extended(self, index: int, parents: list[int], tokens: list[int]) -> list[list[_Gram]]:
-        """N-grams at the end of each branch of a sequence, given those of their parents."""
-        root, before = self._texts[index].root, self._grams[index]
-        max_shorter = len(self._weights) - 1
-        of_branch = []
-        for parent, token in zip(parents, tokens, strict=True):
-            grams = []
-            gram = root.nexts.get(token)
-            for shorter in before[parent][:max_shorter]:
-                if gram is None:
-                    break
-                grams.append(gram)
-                gram = shorter.nexts.get(token)
-            if gram is not None:
-                grams.append(gram)
-            of_branch.append(grams)
-        return of_branch
+    @staticmethod
+    def _add_changes(
+        changes: array, start: int, columns: dict[int, int], grams: list[Gram], weights: Sequence[float]
+    ) -> None:
+        """Add what the n-grams at a branch's end give to the row that begins at `start`."""
+        for gram, weight in zip(grams, weights, strict=False):
+            if gram.followed:
+                share = weight / gram.followed
+                for token, longer in gram.nexts.items():
+                    if token in columns:
+                        changes[start + columns[token]] += share * longer.count
+
+    def _extended(self, index: int, parents: list[int], tokens: list[int]) -> list[list[list[Gram]]]:
+        """N-grams at the end of each branch of a sequence, by source, given those of their parents."""
+        before = self._grams[index]
+        return [
+            [
+                _longer(ngrams.root, shorter, token, len(weights))
+                for ngrams, shorter, weights in zip(self._sources[index], before[parent], self._weights, strict=True)
+            ]
+            for parent, token in zip(parents, tokens, strict=True)
+        ]
+
+
+def _longer(root: Gram, before: list[Gram], token: int, longest: int) -> list[Gram]:
+    """N-grams of 1 to `longest` tokens at the end of a branch, given those at its parent's end and its last token."""
+    grams: list[Gram] = []
+    gram = root.nexts.get(token)
+    for shorter in before[: longest - 1]:
+        if gram is None:
+            return grams
+        grams.append(gram)
+        gram = shorter.nexts.get(token)
+    if gram is not None:
+        grams.append(gram)
+    return grams
 
 
 def continue_tree(
