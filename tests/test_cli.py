@@ -248,6 +248,7 @@ def test_a_package_that_loading_needs_is_named_without_a_traceback(monkeypatch, 
         raise JetFlowError("GGUF files need gguf, which is not installed; run `pip install gguf`")
 
     monkeypatch.setattr("hf_jetflow.target.loading.load_target", refuse)
+    monkeypatch.setattr("hf_jetflow.target.loading.load_head", lambda *_: None)
     result = run_command("bench", "--target", "x", "--head", "head", "--prompts", str(prompts))
     assert result.exit_code == 1
     assert result.output.splitlines() == [
@@ -261,6 +262,7 @@ def test_an_interrupted_bench_says_how_to_go_on_and_the_next_one_that_it_does(mo
         raise KeyboardInterrupt
 
     monkeypatch.setattr("hf_jetflow.target.loading.load_target", interrupt)
+    monkeypatch.setattr("hf_jetflow.target.loading.load_head", lambda *_: None)
     partial = tmp_path / "bench.json.partial"
     partial.write_text('{"settings": {}}\n{"key": [], "record": 1}\n{"key": [1], "record": 2}\n')
     command = ["bench", "--target", "x", "--head", "head", "--prompts", prompts, "--json", tmp_path / "bench.json"]

@@ -202,12 +202,12 @@ def test_a_path_of_any_length_runs_the_one_captured_draft(num_rows, tiny_target,
     plain = generate(target, make_prompt(40), max_new_tokens=2)
     original = JetFlowCandidateGenerator.observe
 
-    def observe(self, states, paths=None):
+    def observe(self, states, tree=None, paths=None):
         if paths is not None:  # as if the round had accepted that many tokens
             features = torch.cat(states.taps, dim=-1)[:, :1].expand(-1, num_rows, -1)
             position_ids = states.position_ids[:, :1] + torch.arange(1 - num_rows, 1).to(states.position_ids)
-            states, paths = TargetStates(states.logits, (features,), position_ids), None
-        original(self, states, paths)
+            states, tree = TargetStates(states.logits, (features,), position_ids), None
+        original(self, states, tree, paths)
 
     monkeypatch.setattr(JetFlowCandidateGenerator, "observe", observe)
     monkeypatch.setattr(PrefilledTarget, "forward_of", lambda _self, model: model)

@@ -63,7 +63,9 @@ def num_measurements(path: Path | None, facts: dict[str, Any]) -> int:
         return 0
     assert path is not None
     earlier = records[0].get("settings", {})
-    check_same_settings(path, {name: earlier.get(name) for name in facts}, facts)
+    known = earlier.keys() & facts.keys()
+    mine, theirs = ({name: each[name] for name in known} for each in (facts, earlier))
+    check_same_settings(path, theirs, mine)
     return len(records) - 1
 
 

@@ -24,7 +24,7 @@ from ..training.settings import Reporter
 
 
 TABLE_WIDTH = 120  # in a file or a pipe, unless COLUMNS is set
-MIN_SHARE = 0.03  # of the work, until the remaining time is estimated
+MIN_SHARE = 0.03  # of the work, before which a share says too little of the remaining time
 LINE_SECONDS = 10, 60  # of a stage, until its first line of progress and between two
 
 
@@ -73,6 +73,7 @@ class LineReporter:
         self._stages: dict[str, _Stage] = {}
 
     def __call__(self, done: int, total: int, what: str, share: float | None = None) -> None:
+        least = 0.0 if share is None else MIN_SHARE
         share = done / max(total, 1) if share is None else share
         now, stage = time.monotonic(), self._stages.get(what)
         if stage is None or done < stage.done:
@@ -83,7 +84,7 @@ class LineReporter:
             return
         stage.has_lines, stage.next_line = True, now + LINE_SECONDS[1]
         line, elapsed = f"{what}: {done} of {total} in {_clock(now - stage.start)}", now - stage.start
-        if stage.first + MIN_SHARE <= share < 1:
+        if stage.first < share < 1 and share - stage.first >= least:
             line += f", about {_clock(elapsed / (share - stage.first) * (1 - share))} left"
         self.say(line)
 

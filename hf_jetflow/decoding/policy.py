@@ -62,7 +62,7 @@ def read_limits(generation_config: GenerationConfig, block_size: int) -> TreeLim
             range or the name.
     """
     for name in vars(generation_config).keys() - _KNOWN:
-        if close := difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.85):
+        if close := difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.8):
             raise JetFlowError(f"`{name}` is no setting of a head, did you mean `{close[0]}`?")
     # Not declared by `GenerationConfig`, whose user may have made another one.
     node_budget: Any = getattr(generation_config, "node_budget", None)

@@ -63,11 +63,8 @@ def regenerate_answers(
         (number for number, length in enumerate(lengths) if length <= max_prompt_tokens), key=lengths.__getitem__
     )
     num_done = sum(prompts[number]["id"] in done for number in order)
-
-    batches = [
-        (start, [prompts[number] for number in order[start : start + batch_size]])
-        for start in range(0, len(order), batch_size)
-    ]
+    starts = range(0, len(order), batch_size)
+    batches = [(start, [prompts[number] for number in order[start : start + batch_size]]) for start in starts]
     batches = [(start, batch) for start, batch in batches if not all(prompt["id"] in done for prompt in batch)]
     num_batches = 0.0  # how many are done, the running one in part
 

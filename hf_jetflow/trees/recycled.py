@@ -75,7 +75,7 @@ def no_choices(num_sequences: int, num_nodes: int, device: torch.device) -> Recy
     """What stands for a tree where none was verified yet and shapes are fixed."""
     nothing = torch.full((num_sequences, num_nodes), NO_CHOICE, device=device)
     # Tensors of their own, as those of a tree are: a captured function would tell the two apart.
-    return RecycledChoices(nothing, torch.zeros_like(nothing), nothing.clone(), nothing.new_ones(num_sequences))
+    return RecycledChoices(nothing, torch.full_like(nothing, -1), nothing.clone(), nothing.new_ones(num_sequences))
 
 
 class RecycledNgrams:
