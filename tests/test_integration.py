@@ -9,7 +9,7 @@ import pytest
 import support_matrix
 import torch
 from reference import assert_same_text
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, T5Config
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig, GenerationMixin, T5Config
 from transformers import T5ForConditionalGeneration as T5
 
 import hf_jetflow
@@ -279,7 +279,10 @@ def test_attentions_out_of_a_static_cache_are_refused(way, target, head, prompt)
 
 @BOTH_WAYS
 def test_an_offloaded_cache_is_refused(way, target, head, prompt):
-    refuse(target, head, way, "not supported with an offloaded cache yet", prompt, cache_implementation="offloaded")
+    named = r"not supported with `cache_implementation` 'offloaded' yet"
+    refuse(target, head, way, named, prompt, cache_implementation="offloaded")
+    given = dict(past_key_values=DynamicCache(config=target.config, offloading=True))
+    refuse(target, head, way, "not supported with an offloaded cache yet", prompt, **given)
 
 
 def test_decoding_in_step_with_other_processes_is_refused(target, head, prompt):
