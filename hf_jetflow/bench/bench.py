@@ -225,9 +225,11 @@ class _Bench:
             return {}
         answers = self._plain_answers(prompt_set)
         texts = [(ids + new_ids, len(ids)) for ids, new_ids in zip(prompt_set.prompt_ids, answers, strict=True)]
-        if self._progress is not None:
-            self._progress(0, len(texts), f"agreement of head and target, {prompt_set.label}")
+        what = f"agreement of head and target, {prompt_set.label}"
+        say = self._progress or (lambda *_: None)
+        say(0, len(texts), what)
         rates = measure_agreement(view, self._head, texts).rates()
+        say(len(texts), len(texts), what)
         return {name: [round(value, 4) for value in values] for name, values in rates.items()}
 
     def control(self, prompt_set: PromptSet) -> float | None:
