@@ -101,6 +101,15 @@ def test_without_a_tree_nothing_matches():
         torch.testing.assert_close(votes, fixed(depth, parents, tokens))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shift", [0.0, -9.0])  # all logits of the second lie below zero
+def test_choices_are_the_target_s_argmax(shift, dtype):
+    tree = DraftTree(*(torch.zeros(2, 5, dtype=torch.long) for _ in range(3)), torch.zeros(2, 5), 0)
+    logits = (torch.rand(2, 5, 40, generator=torch.Generator().manual_seed(2)) + shift).to(dtype)
+    recycled = recycle(tree, logits, [[0], [0]])
+    assert torch.equal(logits[:, 1:].gather(-1, recycled.choices[:, 1:, None])[..., 0], logits[:, 1:].amax(-1))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_choices_at_all_nodes_but_the_path_are_kept(dtype):
     tokens = torch.tensor([[7, 1, 2, 3], [7, 4, 5, 6]])

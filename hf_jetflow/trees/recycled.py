@@ -65,7 +65,7 @@ def recycle(tree: DraftTree, logits: torch.Tensor, paths: Sequence[Sequence[int]
 def _argmax_on_host(logits: torch.Tensor) -> torch.Tensor:
     """The argmax of the last dimension, with NumPy: torch's takes 2 ms for 64 rows of 49,152 bfloat16 logits, this one
     0.1 (AMD EPYC, AVX-512). Floats above zero have the order of their bits as integers."""
-    bits = logits.view(torch.int16 if logits.element_size() == 2 else torch.int32)
+    bits = logits.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[logits.element_size()])
     choices = torch.from_numpy(bits.numpy().argmax(-1))
     best = logits.gather(-1, choices[..., None])
     return choices if bool((best > 0).all()) else logits.float().argmax(-1)
