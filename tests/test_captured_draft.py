@@ -13,6 +13,8 @@ from hf_jetflow.trees.recycled import NO_CHOICE, RecycledChoices, no_choices
 
 
 CORRECTIONS = {kind: dict(branch_correction=kind) for kind in ("parent", "path")}
+PATH = "path, draft vocabulary"
+CORRECTIONS[PATH] = dict(branch_correction="path", draft_vocab_size=VOCAB // 2)
 KINDS = ["plain", *CORRECTIONS, *scored.CHECKPOINTS]
 CONTINUED = 16
 SLOW = pytest.mark.slow
@@ -79,7 +81,7 @@ def test_trees_of_fixed_shapes_are_those_of_the_host(kind, target, random_head, 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["path", *(pytest.param(kind, marks=SLOW) for kind in KINDS if kind != "path")])
+@pytest.mark.parametrize("kind", [PATH, *(pytest.param(kind, marks=SLOW) for kind in KINDS if kind != PATH)])
 def test_a_draft_is_one_graph_for_all_rounds(kind, target, random_head, tmp_path):
     head, num_graphs, depth = head_of(kind, target, random_head, tmp_path), 0, 0
 

@@ -112,7 +112,7 @@ class DraftedRows:
     rows: torch.Tensor  # (..., depth, features), the head's
     newest_ids: torch.Tensor  # (..., seq) newest committed tokens, the anchor last
     candidates: Candidates
-    indices: torch.Tensor  # (..., depth, width), the candidates as indices into the draft vocabulary
+    indices: torch.Tensor  # (..., depth, width), the candidates as indices into the draft vocabulary; others lie above
 
 
 class TableChanges:
@@ -224,18 +224,20 @@ def shift_products(
     scorer: StepScorer,
     target: Target,
     weights: DraftWeights,
-    indices: torch.Tensor,
+    drafted: DraftedRows,
     token_ids: torch.Tensor | None,
 ) -> ShiftProducts:
     """
     Return a function that maps shifts (..., branches, shift) of a depth to logit changes of its candidates.
 
     Args:
-        indices (`torch.Tensor`, (..., depth, width)): The candidates, as indices into the draft vocabulary.
+        drafted ([`DraftedRows`]): What it scores.
         token_ids (`torch.Tensor`, (draft_vocab,), *optional*): The draft vocabulary, if it is not the target's.
     """
-    weight = scorer.output_weight
-    if weight is None and weights.projection is not None:
+    weight, indices = scorer.output_weight, drafted.indices
+    if weight is None and weights.output_embedding is not None:
+        weight, indices = weights.output_embedding, drafted.candidates.tokens
+    elif weight is None and weights.projection is not None:
         weight = weights.projection.weight
     if weight is not None:
 

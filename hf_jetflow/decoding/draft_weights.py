@@ -22,6 +22,8 @@ class DraftWeights:
     def __init__(self) -> None:
         # The output embedding; `None` where the target's is not a plain matrix: then its own module is called.
         self.projection: nn.Linear | None = None
+        # The target's, (vocab, hidden), where the projection consists of its rows.
+        self.output_embedding: torch.Tensor | None = None
         self._made_of: list[TensorFingerprint] = []
         self._laid_out = LaidOutWeights()
         self._version: int | None = None
@@ -30,12 +32,13 @@ class DraftWeights:
         """Recompute what has changed."""
         if self._version != head._weights_version:
             self._made_of, self._laid_out, self._version = [], LaidOutWeights(), head._weights_version
-        self.projection = head.lm_head if head.lm_head is not None else self._projection(head, target)
+        self.output_embedding = None if head.lm_head is not None else target.embeddings.output_rows(None)
+        self.projection = head.lm_head if head.lm_head is not None else self._projection(head.draft_token_ids)
         modules = dict.fromkeys((*head.modules(), self.projection))
         self._laid_out.refresh(module for module in modules if isinstance(module, DraftLinear))
 
-    def _projection(self, head: JetFlowHead, target: Target) -> nn.Linear | None:
-        whole, token_ids = target.embeddings.output_rows(None), head.draft_token_ids
+    def _projection(self, token_ids: torch.Tensor | None) -> nn.Linear | None:
+        whole = self.output_embedding
         if whole is None:
             return None
         if token_ids is None:  # shares the target's memory, so it is never stale

@@ -27,6 +27,7 @@ from .branch_scores import (
     shift_products,
 )
 from .draft_weights import DraftWeights, draft_weights
+from .outside_tokens import NO_TOKEN, distinct_outside, outside_logits
 
 
 logger = logging.get_logger(__name__)
@@ -112,7 +113,7 @@ class Ranker:
         config = self._head.config
         is_scored = bool(self._ngram_weights) or self._head.branch_correction is not None
         num_candidates = config.branch_candidates if is_scored else width
-        candidates, indices = self._candidates(self.logprobs(rows), newest_ids, num_candidates, recycled)
+        candidates, indices = self._candidates(rows, newest_ids, num_candidates, recycled)
         if not is_scored:
             return Draft(newest_ids, candidates)
         ngrams = self._ngrams(newest_ids, candidates, recycled) if self._ngram_weights else None
@@ -122,26 +123,50 @@ class Ranker:
 
     def _candidates(
         self,
-        logprobs: torch.Tensor,
+        rows: torch.Tensor,
         newest_ids: torch.Tensor,
         num_candidates: int,
         recycled: RecycledChoices | None,
     ) -> tuple[Candidates, torch.Tensor]:
-        """The best tokens of each depth, on the tokens' device, and their draft-vocabulary indices."""
-        token_ids, device = self._head.draft_token_ids, newest_ids.device
-        order = logprobs
-        if self._ngram_weights:  # context tokens rank by the most that n-grams can add, so that they become candidates
+        """The best tokens of each depth, on the tokens' device, and their draft-vocabulary indices; tokens outside the
+        draft vocabulary come behind it."""
+        device, outside = newest_ids.device, None
+        if not self._ngram_weights:
+            order = logprobs = self.logprobs(rows)
+        else:  # context tokens rank by the most that n-grams can add, so that they become candidates
             context = newest_ids[..., -MAX_SEARCHED:]
             if recycled is not None:
                 context = torch.cat([context, recycled.choices.view(*context.shape[:-1], -1)], dim=-1)
+            if self._scores_outside_tokens:
+                outside = distinct_outside(context, self._draft_indices.to(device))
+            logprobs = self.logprobs(rows, outside)
             order = self._boost_context_tokens(logprobs, context.to(logprobs.device), sum(self._ngram_weights))
         indices = order.topk(min(num_candidates, order.shape[-1])).indices
-        tokens = indices if token_ids is None else token_ids.to(indices.device)[indices]
+        tokens = self._target_ids(indices, outside)
         scores = logprobs.gather(-1, indices).to(device)
         if not torch.compiler.is_compiling():
             self.warn_unless_finite(scores)
         # A row of the head that overflows scores NaN throughout. No tree follows a candidate at minus infinity.
         return Candidates(tokens.to(device), scores.nan_to_num(-math.inf, neginf=-math.inf)), indices
+
+    @property
+    def _scores_outside_tokens(self) -> bool:
+        """Whether all that is scored by rows of the target's output embedding, which every token has."""
+        scorer = self._head.branch_correction
+        by_rows = scorer is None or (isinstance(scorer, StepScorer) and scorer.output_weight is None)
+        return by_rows and self._head.draft_token_ids is not None and self.weights.output_embedding is not None
+
+    def _target_ids(self, indices: torch.Tensor, outside: torch.Tensor | None) -> torch.Tensor:
+        """Target ids of draft-vocabulary indices (..., depth, width), behind which tokens (..., tokens) come."""
+        token_ids = self._head.draft_token_ids
+        if token_ids is None:
+            return indices
+        token_ids = token_ids.to(indices.device)
+        if outside is None or not outside.shape[-1]:
+            return token_ids[indices]
+        ids = outside.clamp_min(0).to(indices.device).unsqueeze(-2).expand(*indices.shape[:-1], -1)
+        others = ids.gather(-1, (indices - len(token_ids)).clamp_min(0))
+        return torch.where(indices < len(token_ids), token_ids[indices.clamp_max(len(token_ids) - 1)], others)
 
     def _ngrams(
         self, newest_ids: torch.Tensor, candidates: Candidates, recycled: RecycledChoices | None
@@ -169,7 +194,7 @@ class Ranker:
         if isinstance(scorer, TableScorer):
             return TableChanges(scorer, drafted, self.weights, first_depth)
         assert self._projected_tokens is not None
-        products = shift_products(scorer, self._target, self.weights, drafted.indices, self._head.draft_token_ids)
+        products = shift_products(scorer, self._target, self.weights, drafted, self._head.draft_token_ids)
         return StepChanges(scorer, drafted, self._projected_tokens, products, self.weights, first_depth)
 
     def _read_texts(self, newest_ids: torch.Tensor, longest: int) -> list[TextNgrams]:
@@ -183,22 +208,39 @@ class Ranker:
         return self._texts
 
     def _boost_context_tokens(self, logprobs: torch.Tensor, ids: torch.Tensor, gain: float) -> torch.Tensor:
-        """Log-probabilities (..., depth, draft_vocab), and `gain` more for these tokens (..., seq)."""
-        size = self._head.config.vocab_size
+        """Log-probabilities (..., depth, draft_vocab + tokens), and `gain` more for these tokens (..., seq) and for
+        all outside the draft vocabulary."""
+        size, token_ids = self._head.config.vocab_size, self._head.draft_token_ids
+        num_drafted = size if token_ids is None else len(token_ids)
         ids = ids.where((ids >= 0) & (ids < size), size)  # padding; placeholders of images may lie outside too
         indices = self._draft_indices.to(ids.device)[ids].unsqueeze(-2).expand(*logprobs.shape[:-1], -1)
-        order = pad(logprobs, (0, 1))  # the last column stands for ids outside the draft vocabulary
-        return order.scatter_(-1, indices, order.gather(-1, indices) + gain)[..., :-1]
+        order = pad(logprobs[..., :num_drafted], (0, 1))  # the last column stands for ids outside the draft vocabulary
+        order = order.scatter_(-1, indices, order.gather(-1, indices) + gain)[..., :-1]
+        return torch.cat([order, logprobs[..., num_drafted:] + gain], dim=-1)
 
-    def logprobs(self, rows: torch.Tensor) -> torch.Tensor:
-        """Draft log-probabilities (..., draft_vocab) of drafted rows (..., features), before any branch correction."""
+    def logprobs(self, rows: torch.Tensor, outside: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Draft log-probabilities of drafted rows (..., depth, features), before any branch correction.
+
+        Args:
+            outside (`torch.Tensor`, (..., tokens), *optional*): Tokens outside the draft vocabulary to score with it.
+
+        Returns:
+            `torch.Tensor`, (..., depth, draft_vocab + tokens).
+        """
         rows, projection = rows[..., : self._head.config.hidden_size], self.weights.projection
         if projection is not None:
             logits = projection(rows.to(projection.weight.device, projection.weight.dtype))
         else:
             rows = rows.to(self._target.device, self._target.model.dtype)
             logits = self._target.embeddings.output_logits(rows, self._head.draft_token_ids)
-        return torch.log_softmax(self._head.shape_logits(logits.float()), dim=-1)
+        if outside is None:
+            return torch.log_softmax(self._head.shape_logits(logits.float()), dim=-1)
+        assert self.weights.output_embedding is not None
+        more = outside_logits(rows, outside, self.weights.output_embedding)
+        logits = self._head.shape_logits(torch.cat([logits, more], dim=-1).float())
+        is_missing = pad(outside == NO_TOKEN, (logits.shape[-1] - outside.shape[-1], 0)).unsqueeze(-2)
+        return torch.log_softmax(logits.masked_fill(is_missing.to(logits.device), -math.inf), dim=-1)
 
     def warn_unless_finite(self, scores: torch.Tensor) -> None:
         """Look at the head's numbers once per generation: off the CPU the host has to wait."""
