@@ -14,7 +14,7 @@ def flag(name: str) -> str:
 
 def check_at_least(settings: Any, **minimums: float) -> None:
     """
-    Check numbers among settings, or lists of them.
+    Check numbers among settings, or lists of them; `None` is no number.
 
     Raises:
         JetFlowError: Naming the option, its value and the least that is expected.
@@ -22,5 +22,5 @@ def check_at_least(settings: Any, **minimums: float) -> None:
     for name, least in minimums.items():
         value = getattr(settings, name)
         for number in value if isinstance(value, list | tuple) else [value]:
-            if not number >= least:
+            if number is not None and not number >= least:
                 raise JetFlowError(f"`{flag(name)}` is {number}, expected at least {least}")

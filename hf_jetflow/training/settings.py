@@ -15,11 +15,11 @@ from ..prompts import read_prompts
 Correction = Literal["path", "parent", "none"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
-LAYOUT_OPTIONS = ("num_layers", "num_taps", "block_size")  # set by the head, where one is given
+LAYOUT_OPTIONS = ("num_layers", "num_taps")  # set by the head, where one is given
 # Changed in the middle of a run, these would leave a head that no single command trains.
 FIXED_OPTIONS = (
     *LAYOUT_OPTIONS,
-    *("head", "train_only", "branch_correction", "mask_token", "batch_size", "accumulation", "anchors"),
+    *("head", "train_only", "branch_correction", "block_size", "mask_token", "batch_size", "accumulation", "anchors"),
     *("learning_rate", "feature_loss", "depth_gamma", "max_length", "weights", "seed", "draft_vocab"),
 )
 MINIMUMS = {
@@ -116,7 +116,13 @@ class TrainRecipe:
     )
     num_layers: int = field(default=3, metadata={"help": "Layers of the head."})
     num_taps: int = field(default=5, metadata={"help": "Target layers whose hidden states the head reads."})
-    block_size: int = field(default=8, metadata={"help": "Rows of a block: the anchor and one row per drafted depth."})
+    block_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of a block: the anchor and one row per drafted depth. By default 8, or those of --head; "
+            "another number changes its blocks."
+        },
+    )
     draft_vocab: int = field(
         default=0,
         metadata={

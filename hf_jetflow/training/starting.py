@@ -19,6 +19,7 @@ from .settings import LAYOUT_OPTIONS, TrainRecipe
 # keys in SmolLM2's late layers. With 1.0 the attention over the context starts too flat to learn from: top-1 at depth
 # 1 was 0.09 after 100 updates of 16 sequences, against 0.15 after 100 updates of 8 with this scale.
 QUERY_KEY_SCALE = 2.2
+BLOCK_SIZE = 8  # of a new head
 
 
 def starting_head(
@@ -33,7 +34,7 @@ def starting_head(
     if recipe.head is None:
         return new_head(recipe, target, tokenizer, answers)
     kind = None if recipe.branch_correction == "none" else recipe.branch_correction
-    head = start_from_head(recipe.head, target, kind, recipe.seed, recipe.draft_vocab)
+    head = start_from_head(recipe.head, target, kind, recipe.seed, recipe.draft_vocab, recipe.block_size)
     config = head.config
     assert config.hidden_state_indices is not None
     defaults = {field.name: field.default for field in fields(TrainRecipe)}
@@ -41,7 +42,6 @@ def starting_head(
     own: dict[str, int] = {
         "num_layers": config.num_hidden_layers,
         "num_taps": len(config.hidden_state_indices),
-        "block_size": config.block_size,
     }
     for name in LAYOUT_OPTIONS:
         if given[name] not in (defaults[name], own[name]):
@@ -69,7 +69,7 @@ def head_config(recipe: TrainRecipe, target: PreTrainedModel, tokenizer: PreTrai
     return JetFlowConfig.for_target(
         target.config,
         num_hidden_layers=recipe.num_layers,
-        block_size=recipe.block_size,
+        block_size=recipe.block_size or BLOCK_SIZE,
         hidden_state_indices=[layer + 1 for layer in spaced_layer_ids(num_target_layers, recipe.num_taps)],
         mask_token_id=None if recipe.mask_token is None else _mask_token_id(tokenizer, recipe.mask_token),
         draft_vocab_size=recipe.draft_vocab or None,
@@ -171,15 +171,23 @@ def _tensor(base: nn.Module, name: str) -> torch.Tensor | None:
 
 
 def start_from_head(
-    source: str, target: PreTrainedModel, branch_correction: str | None, seed: int, draft_vocab: int = 0
+    source: str,
+    target: PreTrainedModel,
+    branch_correction: str | None,
+    seed: int,
+    draft_vocab: int = 0,
+    block_size: int | None = None,
 ) -> JetFlowHead:
     """
     A float32 head to continue from. A missing branch correction is added, zero-initialized.
+
+    No tensor depends on the block size: a longer block has more MASK rows, which training then teaches to draft.
 
     Args:
         source (`str`): Hub id or folder of the head.
         branch_correction (`str`, *optional*): Kind of correction of the trained head.
         draft_vocab (`int`): Size of its draft vocabulary, whose tokens the caller then chooses; 0 for the head's own.
+        block_size (`int`, *optional*): Rows of its blocks, by default as many as the head has.
 
     Raises:
         JetFlowError: If the head cannot be loaded or trained, does not fit the target, or has another correction.
@@ -198,6 +206,8 @@ def start_from_head(
             f"the head {source} has a branch correction of kind {own!r}, which cannot become {branch_correction!r}; "
             f"give `--branch-correction {own}`"
         )
+    if block_size is not None:
+        head.config.block_size, head.generation_config.max_depth = block_size, block_size - 1
     size = draft_vocab or head.config.draft_vocab_size
     if (own, head.config.draft_vocab_size) != (branch_correction, size):
         torch.manual_seed(seed)
