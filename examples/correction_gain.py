@@ -1,4 +1,4 @@
-"""Gain of branch correction and context n-grams: tokens per round with each of them on and off.
+"""Gain of branch correction, context n-grams and tokens outside the draft vocabulary: tokens per round without each.
 
 The rounds are replayed over the target's own greedy answers.
 
@@ -6,19 +6,24 @@ The rounds are replayed over the target's own greedy answers.
         --prompts dev_math.jsonl dev_code.jsonl dev_chat.jsonl --texts runs/texts --json gain.json
 """
 
+from contextlib import nullcontext
+from unittest.mock import patch
+
 from replayed import load_pair, make_parser, text_sets
 
 from hf_jetflow.bench.environment import environment
+from hf_jetflow.decoding.ranking import Ranker
 from hf_jetflow.files import write_json
 from hf_jetflow.target.target import Target
 from hf_jetflow.training.replay import replay
 
 
-FIGURES = {  # name: (branch correction on, n-grams on)
-    "tokens_per_round": (True, True),
-    "without_ngrams": (True, False),
-    "without_correction": (False, True),
-    "without_both": (False, False),
+FIGURES = {  # name: (branch correction on, n-grams on, tokens outside the draft vocabulary on)
+    "tokens_per_round": (True, True, True),
+    "without_outside_tokens": (True, True, False),
+    "without_ngrams": (True, False, False),
+    "without_correction": (False, True, True),
+    "without_all": (False, False, False),
 }
 
 
@@ -34,10 +39,11 @@ def main() -> None:
     rows = []
     for name, texts in text_sets(args, target, tokenizer):
         figures = {}
-        for figure, (has_correction, has_ngrams) in FIGURES.items():
+        for figure, (has_correction, has_ngrams, has_outside) in FIGURES.items():
             head.branch_correction = correction if has_correction else None
             head.config.ngram_weights = weights if has_ngrams else []
-            figures[figure] = replay(Target(target, head.config), head, texts, args.node_budgets)
+            with nullcontext() if has_outside else patch.object(Ranker, "scores_outside_tokens", False):
+                figures[figure] = replay(Target(target, head.config), head, texts, args.node_budgets)
         for budget in args.node_budgets:
             rates = {figure: round(stats[budget].tokens_per_round, 3) for figure, stats in figures.items()}
             rows.append({"prompts": name, "num_prompts": len(texts), "node_budget": budget, **rates})

@@ -203,7 +203,8 @@ def test_the_gain_of_a_correction_is_replayed_with_it_on_and_off(example, option
     rows = json.loads((tmp_path / "gain.json").read_text())["rows"]
     assert [(row["prompts"], row["num_prompts"], row["node_budget"]) for row in rows] == [("dev", 2, 4), ("dev", 2, 8)]
     assert all(row["tokens_per_round"] == row["without_correction"] >= 1 for row in rows), "a new correction is none"
-    assert all(row["without_ngrams"] == row["without_both"] >= 1 for row in rows)
+    assert all(row["without_ngrams"] == row["without_all"] >= 1 for row in rows)
+    assert all(row["without_outside_tokens"] == row["tokens_per_round"] for row in rows), "this head scores all tokens"
     random_head(target).save_pretrained(tmp_path / "head")
     with pytest.raises(SystemExit, match="no branch correction"):
         example("correction_gain", *options)

@@ -115,6 +115,6 @@ def test_they_are_accepted_and_the_text_is_that_of_plain_decoding(do_sample, bat
     with_them = text(head)
     rounds = head.last_stats.num_rounds
     assert torch.equal(with_them, plain)
-    monkeypatch.setattr(Ranker, "_scores_outside_tokens", False)
+    monkeypatch.setattr(Ranker, "scores_outside_tokens", False)
     assert torch.equal(text(head), plain)
     assert rounds < head.last_stats.num_rounds

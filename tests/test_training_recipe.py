@@ -593,8 +593,16 @@ def test_a_save_that_is_killed_between_two_files_leaves_no_head(run, monkeypatch
 
 def test_layout_options_that_differ_from_a_given_head_are_named(run, target, tmp_path):
     make_head(target).save_pretrained(tmp_path / "old")
-    with pytest.raises(ValueError, match=r"`--block-size` is 16, but the head .*old has 4; remove the option to"):
-        run(head=str(tmp_path / "old"), block_size=16)
+    with pytest.raises(ValueError, match=r"`--num-layers` is 5, but the head .*old has 2; remove the option to"):
+        run(head=str(tmp_path / "old"), num_layers=5)
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, 4), (7, 7)])
+def test_a_given_head_keeps_its_block_size_unless_another_is_asked_for(run, target, tmp_path, asked, expected):
+    make_head(target).save_pretrained(tmp_path / "old")
+    run(head=str(tmp_path / "old"), block_size=asked, branch_correction="none", max_steps=1)
+    head = JetFlowHead.from_pretrained(tmp_path / "run")
+    assert (head.config.block_size, head.generation_config.max_depth) == (expected, expected - 1)
 
 
 @pytest.mark.parametrize("own", [None, 30, 12])
@@ -613,6 +621,12 @@ def test_a_given_head_keeps_its_draft_vocabulary_by_default(run, target, tmp_pat
     old.save_pretrained(tmp_path / "old")
     run(head=str(tmp_path / "old"), branch_correction="none", max_steps=1)
     assert JetFlowHead.from_pretrained(tmp_path / "run").d2t.tolist() == old.d2t.tolist()
+
+
+def test_agreement_is_printed_by_depth_also_from_the_tenth_on():
+    logs = {f"{kind}top1_depth_{depth}": depth / 100 for depth in (11, 10, *range(1, 10)) for kind in ("", "spine_")}
+    expected = [f"{depth / 100:.2f}" for depth in range(1, 12)]
+    assert recipe._by_depth(logs, "").split() == recipe._by_depth(logs, "spine_").split() == expected
 
 
 @pytest.fixture

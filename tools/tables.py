@@ -324,13 +324,14 @@ def hybrid_rounds() -> str:
 
 
 def branch_scores() -> str:
-    fields = ["tokens_per_round", "without_ngrams", "without_correction", "without_both"]
+    fields = ["tokens_per_round", "without_outside_tokens", "without_ngrams", "without_correction", "without_all"]
     lines = []
     for row in read("correction_smollm2")["rows"]:
         values = [row[field] for field in fields]
         cells = best_is_bold([f"{value:.2f}" for value in values], values)
         lines.append([SETS[row["prompts"]], str(row["node_budget"]), *cells])
-    heading = ["prompts", "nodes", "both", "without n-grams", "without correction", "without both"]
+    parts = ["outside tokens", "n-grams", "correction", "all"]
+    heading = ["prompts", "nodes", "all", *(f"without {part}" for part in parts)]
     return table(heading, lines, "correction_smollm2")
 
 
@@ -339,12 +340,12 @@ def branch_gains() -> str:
 
     def gain(field: str, budget: int) -> str:
         chosen = [row for row in rows if row["node_budget"] == budget]
-        return f"{100 * (sum(row[field] for row in chosen) / sum(row['without_both'] for row in chosen) - 1):.0f} %"
+        return f"{100 * (sum(row[field] for row in chosen) / sum(row['without_all'] for row in chosen) - 1):.0f} %"
 
     parts = {
-        "both": "tokens_per_round",
+        "all": "tokens_per_round",
         "correction alone": "without_ngrams",
-        "n-grams alone": "without_correction",
+        "n-grams and outside tokens": "without_correction",
     }
     lines = [[label, *(gain(field, budget) for budget in budgets)] for label, field in parts.items()]
     return table(["gain over the three sets", *(f"{each} nodes" for each in budgets)], lines, "correction_smollm2")

@@ -32,6 +32,8 @@ from .outside_tokens import NO_TOKEN, distinct_outside, outside_logits
 
 logger = logging.get_logger(__name__)
 
+MAX_CONTEXT_GAIN = 5.0  # nats; more would crowd out the head's own candidates where the text is long
+
 
 @dataclass
 class Draft:
@@ -133,14 +135,15 @@ class Ranker:
         device, outside = newest_ids.device, None
         if not self._ngram_weights:
             order = logprobs = self.logprobs(rows)
-        else:  # context tokens rank by the most that n-grams can add, so that they become candidates
+        else:  # context tokens rank higher, by what n-grams may add to them, so that they become candidates
             context = newest_ids[..., -MAX_SEARCHED:]
             if recycled is not None:
                 context = torch.cat([context, recycled.choices.view(*context.shape[:-1], -1)], dim=-1)
-            if self._scores_outside_tokens:
+            if self.scores_outside_tokens:
                 outside = distinct_outside(context, self._draft_indices.to(device))
             logprobs = self.logprobs(rows, outside)
-            order = self._boost_context_tokens(logprobs, context.to(logprobs.device), sum(self._ngram_weights))
+            gain = min(sum(self._ngram_weights), MAX_CONTEXT_GAIN)
+            order = self._boost_context_tokens(logprobs, context.to(logprobs.device), gain)
         indices = order.topk(min(num_candidates, order.shape[-1])).indices
         tokens = self._target_ids(indices, outside)
         scores = logprobs.gather(-1, indices).to(device)
@@ -150,7 +153,7 @@ class Ranker:
         return Candidates(tokens.to(device), scores.nan_to_num(-math.inf, neginf=-math.inf)), indices
 
     @property
-    def _scores_outside_tokens(self) -> bool:
+    def scores_outside_tokens(self) -> bool:
         """Whether all that is scored by rows of the target's output embedding, which every token has."""
         scorer = self._head.branch_correction
         by_rows = scorer is None or (isinstance(scorer, StepScorer) and scorer.output_weight is None)

@@ -183,8 +183,11 @@ def _ngrams(config: JetFlowConfig) -> str:
     if not config.ngram_weights:
         return ""
     weights = ", ".join(f"{weight:g}" for weight in config.ngram_weights)
+    outside = ""
+    if config.draft_vocab_size is not None and not config.own_lm_head:
+        outside = " Tokens of the text outside its draft vocabulary are drafted, too."
     return (
-        " Context n-grams raise tokens that followed the same tokens earlier "
+        f"{outside} Context n-grams raise tokens that followed the same tokens earlier "
         f"(weights {weights} by the number of tokens that match)."
     )
 

@@ -52,7 +52,7 @@ BRANCH_CORRECTIONS = (*TRAINED_CORRECTIONS, *READ_CORRECTIONS)
 EMBEDDING_CORRECTIONS = ("parent", "path", "treeflash", "gru")  # they read embeddings of the target
 SHIFTING_CORRECTIONS = ("parent", "path", "treeflash")  # they shift the input of the LM head
 CONTEXT_FUSIONS = ("fc", "layers", "fc+layers")
-NGRAM_WEIGHTS = (1.0, 1.5, 1.5, 1.0)  # default of `ngram_weights`
+NGRAM_WEIGHTS = (1.0, 1.5, 1.5, 1.0, 0.0, 1.5, 0.0, 1.5)  # default of `ngram_weights`
 
 
 def check_names(others: Collection[str]) -> None:
@@ -139,7 +139,8 @@ class JetFlowConfig(PreTrainedConfig):
         branch_candidates (`int`): Number of candidates per depth that the correction re-scores.
         ngram_weights (`list[float]`, *optional*): Bonus on the logit of a candidate that followed a branch's last
             tokens earlier in the text, by the number of matching tokens, from 1 (see `~ngrams.ContextNgrams`). An
-            empty list turns n-grams and recycled choices off.
+            empty list turns off all that reads the text: n-grams, recycled choices, tokens outside the draft
+            vocabulary.
         recycled_weight (`float`): Weight of what the target chose at rejected nodes of the round before, as a multiple
             of `ngram_weights` (see `~recycled.RecycledChoices`); 0 turns it off.
         target_model_type (`str`, *optional*): `model_type` of the target the head was trained for.

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +255,8 @@ class _ProgressCallback(TrainerCallback):
 
 
 def _by_depth(logs: dict[str, Any], kind: str) -> str:
-    return " ".join(f"{logs[name]:.2f}" for name in sorted(logs) if name.startswith(f"{kind}top1_depth_"))
+    names = takewhile(logs.__contains__, (f"{kind}top1_depth_{depth}" for depth in count(1)))
+    return " ".join(f"{logs[name]:.2f}" for name in names)
 
 
 class _BestHeadCallback(TrainerCallback):

@@ -61,8 +61,10 @@ class MatchedNgrams:
             is_choice = (recycled.choices >= 0)[:, None, :, None].expand_as(follows[..., :1])
             self._follows.append(torch.cat([follows, is_choice], dim=-1).float())
             self._gains.append(recycled_weight)
-        self._counts = torch.arange(1, longest + 1, dtype=torch.int8, device=device).view(-1, 1, 1)
-        self._weights = repeated(weights, [1] * longest, device).view(-1, 1, 1)
+        counted = [length for length, weight in enumerate(weights, 1) if weight] or [longest]
+        self._longest, ones = longest, [1] * len(counted)
+        chosen = [weights[length - 1] for length in counted]
+        self._counts, self._weights = (repeated(each, ones, device).view(-1, 1, 1) for each in (counted, chosen))
         # Of each branch of the newest depth, at first of the text: length of the match that ends at each place,
         # counted from 1, (texts, branches, places + 1).
         self._of_text = torch.zeros(len(texts), 1, self._ids.shape[1] + 1, dtype=torch.int8, device=device)
@@ -98,7 +100,7 @@ class MatchedNgrams:
             before = before[..., :-1]
         else:
             before = before.gather(2, self._before[:, None].expand(-1, before.shape[1], -1))
-        lengths = (before.clamp_max(len(self._counts) - 1) + 1) * (self._ids[:, None] == tokens[..., None])
+        lengths = (before.clamp_max(self._longest - 1) + 1) * (self._ids[:, None] == tokens[..., None])
         return torch.cat([lengths.new_zeros((*lengths.shape[:2], 1)), lengths], dim=-1)
 
 

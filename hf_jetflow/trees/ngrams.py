@@ -159,7 +159,7 @@ class ContextNgrams:
     ) -> None:
         """Add what the n-grams at a branch's end give to the row that begins at `start`."""
         for gram, weight in zip(grams, weights, strict=False):
-            if gram.followed:
+            if weight and gram.followed:
                 share = weight / gram.followed
                 for token, longer in gram.nexts.items():
                     if token in columns:
