@@ -219,7 +219,7 @@ class Ranker:
         indices = self._draft_indices.to(ids.device)[ids].unsqueeze(-2).expand(*logprobs.shape[:-1], -1)
         order = pad(logprobs[..., :num_drafted], (0, 1))  # the last column stands for ids outside the draft vocabulary
         order = order.scatter_(-1, indices, order.gather(-1, indices) + gain)[..., :-1]
-        return torch.cat([order, logprobs[..., num_drafted:] + gain], dim=-1)
+        return torch.cat([order, logprobs[..., num_drafted:] + gain], dim=-1) if token_ids is not None else order
 
     def logprobs(self, rows: torch.Tensor, outside: torch.Tensor | None = None) -> torch.Tensor:
         """
