@@ -168,19 +168,20 @@ def reduced(num_drafted: int = 40) -> tuple[make.Config, make.Tensors, torch.Ten
 
 def test_the_offsets_of_a_reduced_vocabulary_become_token_ids(target, tmp_path):
     config, tensors, token_ids = reduced()
-    head = make.load(tmp_path, config, tensors)
+    head = make.load(tmp_path, config, tensors, ngram_weights=[])  # with n-grams, tokens of the text are drafted, too
     assert torch.equal(head.d2t, token_ids)
     assert {token for chain in chains(head, target) for token in chain} <= set(token_ids.tolist())
 
 
 def test_an_lm_head_in_the_file_is_used(target, tmp_path):
     config, tensors, token_ids = reduced()
-    borrowed = make.load(tmp_path / "borrowed", config, tensors)
+    alone = dict(ngram_weights=[])  # a head that borrows the target's LM head drafts tokens of the text, too
+    borrowed = make.load(tmp_path / "borrowed", config, tensors, **alone)
     rows = target.get_output_embeddings().weight.detach()[token_ids].clone()
-    same = make.load(tmp_path / "same", config, {**tensors, "lm_head.weight": rows})
+    same = make.load(tmp_path / "same", config, {**tensors, "lm_head.weight": rows}, **alone)
     assert same.config.own_lm_head
     assert chains(same, target) == chains(borrowed, target)
-    other = make.load(tmp_path / "other", config, {**tensors, "lm_head.weight": rows.flip(0).contiguous()})
+    other = make.load(tmp_path / "other", config, {**tensors, "lm_head.weight": rows.flip(0).contiguous()}, **alone)
     assert chains(other, target) != chains(borrowed, target)
 
 
