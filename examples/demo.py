@@ -10,11 +10,13 @@ fastest on this machine, plain and with the head in turn. The texts of the first
 import argparse
 import statistics
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.status import Status
 from smollm2 import gguf_path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.utils.logging import disable_progress_bar
@@ -55,6 +57,11 @@ class TimedStreamer(TextStreamer):
         console.print(text, end="\n" if stream_end else "", markup=False, style="dim")
 
 
+def waiting(line: str) -> Status:
+    """Shows a line on the terminal while nothing else is shown; it is drawn rarely, as timed runs go on below it."""
+    return console.status(f"[dim]{line} ...[/]", refresh_per_second=2)
+
+
 class Demo:
     """A target with its head, and how they answer."""
 
@@ -74,20 +81,23 @@ class Demo:
     def encode(self, prompt: str) -> list[int]:
         return encode_chat(self.tokenizer, [{"role": "user", "content": prompt}])
 
-    def answer(self, prompt: str, head: JetFlowHead | None, is_shown: bool) -> tuple[list[int], float]:
-        """New token ids and seconds of one `generate` call."""
-        streamer = TimedStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if is_shown else None
+    def answer(self, prompt: str, head: JetFlowHead | None, silently: str | None = None) -> tuple[list[int], float]:
+        """New token ids and seconds of one `generate` call. Its text is shown or, if it runs `silently`, that line."""
+        streamer = None if silently else TimedStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         inputs = padded_inputs(self.target, [self.encode(prompt)])
         torch.manual_seed(0)
-        start = time.perf_counter()
-        output = self.target.generate(**inputs, assistant_model=head, streamer=streamer, **self.options())
-        return new_answers(self.target, inputs, output)[0], time.perf_counter() - start
+        with waiting(silently) if silently else nullcontext():
+            start = time.perf_counter()
+            output = self.target.generate(**inputs, assistant_model=head, streamer=streamer, **self.options())
+            seconds = time.perf_counter() - start
+        return new_answers(self.target, inputs, output)[0], seconds
 
     def warm_up(self) -> None:
         """One short call each; node budget "auto" takes its first measurements."""
         inputs = padded_inputs(self.target, [self.encode("Hello")])
-        for head in (None, self.head):
-            self.target.generate(**inputs, assistant_model=head, min_new_tokens=48, max_new_tokens=48)
+        with waiting("warming up"):
+            for head in (None, self.head):
+                self.target.generate(**inputs, assistant_model=head, min_new_tokens=48, max_new_tokens=48)
 
     def prove(self) -> None:
         """Answer one prompt in float32, plain and with the head: the texts are identical."""
@@ -95,8 +105,8 @@ class Demo:
             self.head.generation_config.node_budget = 16  # nothing was timed yet
         console.print(f"[bold]float32[/]: {PROOF}")
         console.print("(plain decoding answers unseen first, then the head's answer is shown)", style="dim")
-        plain, _ = self.answer(PROOF, None, is_shown=False)
-        drafted, _ = self.answer(PROOF, self.head, is_shown=True)
+        plain, _ = self.answer(PROOF, None, "plain decoding answers")
+        drafted, _ = self.answer(PROOF, self.head)
         verdict = "identical to plain decoding, token for token" if plain == drafted else "NOT IDENTICAL: report it"
         console.print(f"{len(drafted)} tokens, {self.rounds()}: {verdict}\n", style="green")
 
@@ -117,7 +127,8 @@ class Demo:
             for method, head in zip(seconds, (None, self.head), strict=True):
                 if run == 0:
                     console.print(f"\n[bold]{method}[/]")
-                new_ids, duration = self.answer(prompt, head, is_shown=run == 0)
+                silently = f"run {run + 1} of {self.args.runs}: {method}" if run else None
+                new_ids, duration = self.answer(prompt, head, silently)
                 seconds[method].append(duration)
                 ids.setdefault(method, new_ids)
         plain, drafted = ids.values()

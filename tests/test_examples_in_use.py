@@ -64,8 +64,8 @@ def test_the_demo_explains_where_texts_differ(demo, capsys, monkeypatch):
     module = sys.modules["demo"]
     real = module.Demo.answer
 
-    def other_text(self, prompt, head, is_shown):
-        ids, seconds = real(self, prompt, head, is_shown)
+    def other_text(self, prompt, head, silently=None):
+        ids, seconds = real(self, prompt, head, silently)
         return ([*ids[:2], 77] if head is not None else ids), seconds
 
     monkeypatch.setattr(module.Demo, "answer", other_text)
@@ -93,8 +93,8 @@ def test_the_demo_gives_the_range_of_its_runs_unless_one_was_disturbed(slowest, 
     real = module.Demo.answer
     durations = itertools.cycle([1.0, 1.0, 1.0, slowest, 1.0, 1.0])  # plain and with the head in turn, 3 runs
 
-    def timed(self, prompt, head, is_shown):
-        ids, _ = real(self, prompt, head, is_shown)
+    def timed(self, prompt, head, silently=None):
+        ids, _ = real(self, prompt, head, silently)
         return ids, next(durations) if prompt in module.PROMPTS.values() else 1.0
 
     monkeypatch.setattr(module.Demo, "answer", timed)
@@ -117,8 +117,8 @@ def test_the_demo_says_once_why_drafting_did_not_pay(dtype, nodes, reason, demo,
     real = module.Demo.answer
     monkeypatch.setattr(module, "fast_dtype", lambda: dtype)
 
-    def slow(self, prompt, head, is_shown):
-        ids, _ = real(self, prompt, head, is_shown)
+    def slow(self, prompt, head, silently=None):
+        ids, _ = real(self, prompt, head, silently)
         self.head.last_stats = GenerationStats(num_rounds=5, num_accepted=5, rounds_by_nodes={nodes: 5})
         return ids, 1.0 if head is None else 2.0
 
