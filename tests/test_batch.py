@@ -11,7 +11,6 @@ from transformers import LogitsProcessorList, PreTrainedTokenizerFast, SynthIDTe
 
 from hf_jetflow import JetFlowConfig, JetFlowHead
 from hf_jetflow.decoding.drafter import JetFlowCandidateGenerator
-from hf_jetflow.decoding.noise import Noise, SequenceNoise
 
 
 VOCAB = 61  # small, so that a random head's trees hold the target's choice now and then
@@ -75,8 +74,8 @@ def test_every_sequence_is_drafted_for_as_if_it_were_alone(family, monkeypatch):
     monkeypatch.setattr(head.generation_config, "max_depth", 4)
     drafts, propose = [], JetFlowCandidateGenerator.propose
 
-    def recorded_propose(self, newest_ids, positions, max_depth, width):
-        draft = propose(self, newest_ids, positions, max_depth, width)
+    def recorded_propose(self, newest_ids, positions, max_depth, width, noise):
+        draft = propose(self, newest_ids, positions, max_depth, width, noise)
         if max_depth == 4:  # less near the end, where a sequence alone may draft less than one in a batch
             anchors = zip(newest_ids[:, -1].tolist(), positions.tolist(), strict=True)
             drafts.extend(zip(anchors, draft.candidates.logprobs.sort().values, strict=True))
@@ -347,35 +346,3 @@ def test_guidance_is_decoded_in_step():
 
 
 # --- the noise -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("max_bytes", [0, 2**20], ids=["drawn again", "stored"])
-def test_noise_is_that_of_multinomial_in_whatever_order_it_is_asked_for(max_bytes, monkeypatch):
-    monkeypatch.setattr("hf_jetflow.decoding.noise.MAX_NOISE_BYTES", max_bytes)
-    probs = torch.softmax(2 * torch.randn(6, 3, 50), dim=-1)
-    torch.manual_seed(8)
-    expected = torch.stack([torch.multinomial(step, num_samples=1)[:, 0] for step in probs])
-    state = torch.get_rng_state()
-    torch.manual_seed(8)
-    noise = Noise(3)
-    got = torch.empty_like(expected)
-    for sequence in (1, 0, 2):
-        draws = SequenceNoise(noise, sequence)
-        for step in range(6):
-            got[step, sequence] = draws.draw(probs[step, sequence : sequence + 1])
-    assert got.tolist() == expected.tolist()
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_one_sequence_stores_nothing_of_the_steps_that_it_has_drawn():
-    noise, probs = Noise(1), torch.full((1, 50), 0.02)
-    draws = SequenceNoise(noise, 0)
-    draws.draw(probs)
-    draws.ahead(4, probs)
-    draws.advance()
-    assert list(noise._noise) == list(noise._states) == [2, 3, 4]
-
-
-def test_probabilities_that_are_none_raise_as_in_plain_decoding():
-    with pytest.raises(RuntimeError, match=r"inf.*nan"):
-        SequenceNoise(Noise(2), 0).draw(torch.tensor([[0.5, float("nan")]]))

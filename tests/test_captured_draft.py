@@ -82,7 +82,8 @@ def test_trees_of_fixed_shapes_are_those_of_the_host(kind, target, random_head, 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [PATH, *(pytest.param(kind, marks=SLOW) for kind in KINDS if kind != PATH)])
-def test_a_draft_is_one_graph_for_all_rounds(kind, target, random_head, tmp_path):
+@pytest.mark.parametrize("is_sampled", [False, True], ids=["greedy", "sampled"])
+def test_a_draft_is_one_graph_for_all_rounds(is_sampled, kind, target, random_head, tmp_path):
     head, num_graphs, depth = head_of(kind, target, random_head, tmp_path), 0, 0
 
     def backend(graph, _inputs):
@@ -104,9 +105,10 @@ def test_a_draft_is_one_graph_for_all_rounds(kind, target, random_head, tmp_path
         elif head.config.ngram_weights:
             on_host._recycled = recycled_after(ids)
             recycled = on_host._recycled.padded(64)
-        host = on_host.propose(ids, anchors, depth, 24).best_tree(64, 24, max_continued=CONTINUED)
+        noise = torch.randn(1, depth, target.config.vocab_size) if is_sampled else None
+        host = on_host.propose(ids, anchors, depth, 24, noise).best_tree(64, 24, max_continued=CONTINUED)
         features, position_ids = drafter._take_pending()
-        context = features, position_ids[0, :1], recycled, cache
+        context = features, position_ids[0, :1], recycled, noise, cache
         outputs = compiled(drafter, ids, anchors, *context, 64, depth, 24, CONTINUED)
         draft = as_draft(outputs, depth + CONTINUED)
         assert_same_tree(host, draft.tree)

@@ -76,6 +76,11 @@ def is_row_wise(part: object) -> bool:
     return type(part) in PER_SEQUENCE or bool(getattr(part, "is_row_wise", False))
 
 
+def draw_nothing(parts: LogitsProcessorList | StoppingCriteriaList) -> bool:
+    """Whether processors or criteria are known to draw no random numbers themselves."""
+    return all(is_row_wise(part) or type(part) in (MaxLengthCriteria, EosTokenCriteria) for part in parts)
+
+
 def plain_batch_reason(
     model: PreTrainedModel,
     logits_processor: LogitsProcessorList,

@@ -50,6 +50,7 @@ def draft_tree(
     features: torch.Tensor,
     first_positions: torch.Tensor,
     recycled: RecycledChoices | None,
+    noise: torch.Tensor | None,
     cache: StaticHeadCache,
     node_budget: int,
     max_depth: int,
@@ -66,6 +67,7 @@ def draft_tree(
             cache lacks, then padding; the cache counts them.
         first_positions (`torch.Tensor`, (batch,)): Positions of the first rows; one by one, the others follow.
         recycled ([`RecycledChoices`], *optional*): Of the tree before, grown to `node_budget` nodes.
+        noise (`torch.Tensor`, (batch, max_depth, vocab), *optional*): Of the next draws.
         node_budget, max_depth, width, max_continued: See [`~policy.TreeLimits`].
 
     Returns:
@@ -76,7 +78,7 @@ def draft_tree(
     context_position_ids = first_positions[:, None] + offsets
     rows = drafter.read_block(newest_ids[:, -1:], positions, features, context_position_ids, cache, max_depth)
     cache.count_rows(positions[0] - first_positions[0])
-    draft = drafter.ranker.rank(rows, newest_ids, width, recycled)
+    draft = drafter.ranker.rank(rows, newest_ids, width, recycled, noise)
     tree = draft.best_tree(node_budget, width, max_continued=max_continued)
     return torch.stack([tree.tokens, tree.parents, tree.depths]), tree.logprobs
 

@@ -106,7 +106,14 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         return HeadContext(tuple(layers), position_ids, features, feature_position_ids)
 
     @torch.no_grad()
-    def propose(self, newest_ids: torch.Tensor, positions: torch.Tensor, max_depth: int, width: int) -> Draft:
+    def propose(
+        self,
+        newest_ids: torch.Tensor,
+        positions: torch.Tensor,
+        max_depth: int,
+        width: int,
+        noise: torch.Tensor | None = None,
+    ) -> Draft:
         """
         One head forward.
 
@@ -115,6 +122,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             positions (`torch.Tensor`, (batch,)): The anchors' absolute positions.
             max_depth (`int`): Depths to draft; 0 drafts nothing and leaves the head alone.
             width (`int`): Candidates per depth; re-scored branches use `config.branch_candidates` instead.
+            noise (`torch.Tensor`, (batch, steps, vocab), *optional*): Of the next draws, see `noise.draft_noise`.
 
         Returns:
             [`Draft`]: Its candidates are (batch, max_depth, width), on the tokens' device.
@@ -128,11 +136,17 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         with self.ranker.weights.in_use():
             rows = self.read_block(anchor_ids, positions, features, context_position_ids, self._cache, max_depth)
             self._cache.count_rows(features.shape[1])
-            return self.ranker.rank(rows, newest_ids, width, self._recycled)
+            noise = None if noise is None else noise[:, :max_depth]
+            return self.ranker.rank(rows, newest_ids, width, self._recycled, noise)
 
     @torch.no_grad()
     def draft(
-        self, newest_ids: torch.Tensor, positions: torch.Tensor, plan: TreeLimits, limits: TreeLimits
+        self,
+        newest_ids: torch.Tensor,
+        positions: torch.Tensor,
+        plan: TreeLimits,
+        limits: TreeLimits,
+        noise: torch.Tensor | None = None,
     ) -> Draft | CapturedDraft:
         """
         The draft of a round: one captured function if the target's forward is compiled, `propose` otherwise.
@@ -140,10 +154,11 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         Args:
             plan ([`TreeLimits`]): Of this round's tree.
             limits ([`TreeLimits`]): Of all rounds' trees: a captured draft has one size, which fits all rounds.
+            noise (`torch.Tensor`, (batch, limits.max_depth, vocab), *optional*): Of the next draws.
         """
         deepest = limits.max_depth + limits.max_continued
         if plan.max_depth == 0 or self._draft_tree is None or not self._fits(deepest):
-            return self.propose(newest_ids, positions, plan.max_depth, plan.width)
+            return self.propose(newest_ids, positions, plan.max_depth, plan.width, noise)
         assert isinstance(self._cache, StaticHeadCache)
         features, context_position_ids = self._take_pending()
         if self._fillers is None or features.shape[1] > self._max_path_rows:  # a prompt: all but its newest row
@@ -156,7 +171,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         shape = limits.node_budget, limits.max_depth, limits.width, limits.max_continued
         unread = features, context_position_ids[0, :1]  # of one sequence, as always with a static cache
         recycled = self._fixed_recycled(limits.node_budget, newest_ids)
-        outputs = self._draft_tree(self, newest_ids, positions, *unread, recycled, self._cache, *shape)
+        outputs = self._draft_tree(self, newest_ids, positions, *unread, recycled, noise, self._cache, *shape)
         return as_draft(outputs, deepest)
 
     def _fixed_recycled(self, num_nodes: int, newest_ids: torch.Tensor) -> RecycledChoices | None:

@@ -105,21 +105,27 @@ class Ranker:
         self._texts = [self._texts[i] for i in indices if self._texts]
 
     def rank(
-        self, rows: torch.Tensor, newest_ids: torch.Tensor, width: int, recycled: RecycledChoices | None = None
+        self,
+        rows: torch.Tensor,
+        newest_ids: torch.Tensor,
+        width: int,
+        recycled: RecycledChoices | None = None,
+        noise: torch.Tensor | None = None,
     ) -> Draft:
         """
         The draft of rows (..., depth, hidden) behind tokens (..., seq), on the tokens' device.
 
-        Each depth gets `width` candidates, or `config.branch_candidates` where branches are scored.
+        Each depth gets `width` candidates, or `config.branch_candidates` where branches are scored. `noise` (...,
+        depth, vocab) of the next draws counts for every score, see `noise.draft_noise`.
         """
         config = self._head.config
         is_scored = bool(self._ngram_weights) or self._head.branch_correction is not None
         num_candidates = config.branch_candidates if is_scored else width
-        candidates, indices = self._candidates(rows, newest_ids, num_candidates, recycled)
+        candidates, drafted = self._candidates(rows, newest_ids, num_candidates, recycled, noise)
         if not is_scored:
             return Draft(newest_ids, candidates)
         ngrams = self._ngrams(newest_ids, candidates, recycled) if self._ngram_weights else None
-        branch_changes = self._branch_changes(DraftedRows(rows, newest_ids, candidates, indices))
+        branch_changes = self._branch_changes(drafted)
         score_branches = BranchScores(candidates, ngrams, branch_changes)
         return Draft(newest_ids, candidates, score_branches, has_ngrams=ngrams is not None)
 
@@ -129,28 +135,48 @@ class Ranker:
         newest_ids: torch.Tensor,
         num_candidates: int,
         recycled: RecycledChoices | None,
-    ) -> tuple[Candidates, torch.Tensor]:
-        """The best tokens of each depth, on the tokens' device, and their draft-vocabulary indices; tokens outside the
-        draft vocabulary come behind it."""
-        device, outside = newest_ids.device, None
-        if not self._ngram_weights:
-            order = logprobs = self.logprobs(rows)
-        else:  # context tokens rank higher, by what n-grams may add to them, so that they become candidates
+        noise: torch.Tensor | None,
+    ) -> tuple[Candidates, DraftedRows]:
+        """The best tokens of each depth, on the tokens' device: scored for the tree, and as the head alone scores them
+        for its branch scorer."""
+        device, context, outside = newest_ids.device, None, None
+        if self._ngram_weights:
             context = newest_ids[..., -MAX_SEARCHED:]
             if recycled is not None:
                 context = torch.cat([context, recycled.choices.view(*context.shape[:-1], -1)], dim=-1)
             if self.scores_outside_tokens:
                 outside = distinct_outside(context, self._draft_indices.to(device))
-            logprobs = self.logprobs(rows, outside)
+        head_logprobs = logprobs = self.logprobs(rows, outside)
+        if noise is not None:
+            logprobs = torch.log_softmax(logprobs + self._noise_of(noise.to(logprobs.device), outside), dim=-1)
+        order = logprobs
+        if context is not None:  # these tokens rank higher, by what n-grams may add to them, to become candidates
             gain = min(sum(self._ngram_weights), MAX_CONTEXT_GAIN)
             order = self._boost_context_tokens(logprobs, context.to(logprobs.device), gain)
         indices = order.topk(min(num_candidates, order.shape[-1])).indices
-        tokens = self._target_ids(indices, outside)
+        tokens = self._target_ids(indices, outside).to(device)
         scores = logprobs.gather(-1, indices).to(device)
         if not torch.compiler.is_compiling():
             self.warn_unless_finite(scores)
         # A row of the head that overflows scores NaN throughout. No tree follows a candidate at minus infinity.
-        return Candidates(tokens.to(device), scores.nan_to_num(-math.inf, neginf=-math.inf)), indices
+        candidates = alone = Candidates(tokens, scores.nan_to_num(-math.inf, neginf=-math.inf))
+        if noise is not None:
+            scores = head_logprobs.gather(-1, indices).to(device)
+            alone = Candidates(tokens, scores.nan_to_num(-math.inf, neginf=-math.inf))
+        return candidates, DraftedRows(rows, newest_ids, alone, indices)
+
+    def _noise_of(self, noise: torch.Tensor, outside: torch.Tensor | None) -> torch.Tensor:
+        """Noise (..., depth, draft_vocab + tokens) of the draft vocabulary and of tokens (..., tokens) outside of it,
+        given that of the tokens that the target draws (..., depth, vocab)."""
+        size, token_ids = self._head.config.vocab_size, self._head.draft_token_ids
+        noise = pad(noise, (0, size - noise.shape[-1]))  # a negative number cuts it
+        if token_ids is None:
+            return noise
+        drafted = noise.index_select(-1, token_ids.to(noise.device))
+        if outside is None:
+            return drafted
+        ids = outside.clamp_min(0).to(noise.device).unsqueeze(-2).expand(*noise.shape[:-1], -1)
+        return torch.cat([drafted, noise.gather(-1, ids)], dim=-1)
 
     @property
     def scores_outside_tokens(self) -> bool:

@@ -28,11 +28,11 @@ from ..target.target import Target
 from ..transfer import to_device
 from ..trees.tree import DraftTree, chain_of
 from ..trees.walk import Chooser, walk_trees
-from .batching import RECORDED, TEXT_BLIND, sequence_processors
+from .batching import RECORDED, TEXT_BLIND, draw_nothing, sequence_processors
 from .captured_draft import CapturedDraft
 from .drafter import JetFlowCandidateGenerator
 from .emitter import Emitter
-from .noise import Noise, SequenceNoise
+from .noise import Noise, SequenceNoise, draft_noise
 from .policy import Policy, TreeLimits, choose_policy
 from .ranking import Draft
 from .reuse import store_context, stored_context
@@ -189,7 +189,16 @@ class DecodingSession:
         device = self._target.device
         newest_ids = to_device(self._emitter.newest_ids, device)
         _lengths, positions = self._prefilled.lengths_and_positions(device)
-        return self._drafter.draft(newest_ids, positions, plan, self.policy.limits)
+        noise = self._noise_ahead() if plan.max_depth else None
+        return self._drafter.draft(newest_ids, positions, plan, self.policy.limits, noise)
+
+    def _noise_ahead(self) -> torch.Tensor | None:
+        """What the next draws of the active sequences add to the scores of tokens; `None` if that cannot be told."""
+        config = self._call.generation_config
+        draws = [noise for sequence in self._slots.active if (noise := self._choosers[sequence].noise)]
+        if not (config.do_sample and draws):
+            return None
+        return draft_noise(draws, self.policy.limits.max_depth, config.temperature or 1.0)
 
     @_step("tree")
     def best_tree(self, draft: Draft | CapturedDraft, plan: TreeLimits) -> DraftTree:
@@ -277,8 +286,8 @@ def make_choosers(call: Call, wants: dict[str, Any], noise: Noise) -> list[Choos
     """One chooser for each sequence; those of a batch share the noise."""
     batch, is_recorded = len(call.input_ids), wants["return_dict_in_generate"]
     is_text_blind = all(type(processor) in TEXT_BLIND for processor in call.logits_processor)
-    # One sequence may come with any processor, and some draw random numbers themselves; those of batches do not.
-    is_noise_ours = batch > 1 or is_text_blind
+    # Draws ahead would change what a processor or criterion draws itself. Batches come with none that does.
+    is_noise_ours = batch > 1 or (draw_nothing(call.logits_processor) and draw_nothing(call.stopping_criteria))
     return [
         Chooser(
             sequence_processors(call.logits_processor, i) if batch > 1 else call.logits_processor,

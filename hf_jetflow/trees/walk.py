@@ -22,8 +22,11 @@ class Draws(Protocol):
     def draw(self, probs: torch.Tensor) -> int:
         """The next token, whose probabilities are (1, vocab)."""
 
-    def ahead(self, num_steps: int, probs: torch.Tensor) -> list[torch.Tensor]:
+    def ahead(self, num_steps: int, probs: torch.Tensor | None = None) -> list[torch.Tensor]:
         """Exponential noise of each of the next steps, (vocab,): the token drawn is the argmax of probs / noise."""
+
+    def is_at_hand(self, num_steps: int) -> bool:
+        """Whether the noise of the next steps need not be drawn a second time."""
 
     def advance(self) -> None:
         """Count a draw that was made with what `ahead` gave."""
