@@ -143,6 +143,19 @@ def test_the_gain_of_recycled_choices_is_decoded_over_the_same_texts(example, op
     assert result["recycled_weight"] == 2
 
 
+@pytest.mark.usefixtures("short_measurements")
+def test_the_gain_of_noise_is_measured_by_temperature(example, options, tmp_path):
+    most = ["--max-new-tokens", 9, "--temperatures", 0.5, 2, "--num-prompts", 2]
+    example("noise_gain", *options[:6], *most, "--json", tmp_path / "noise.json")
+    result = json.loads((tmp_path / "noise.json").read_text())
+    assert [(row["prompts"], row["temperature"], row["num_prompts"]) for row in result["rows"]] == [
+        ("dev", 0.5, 2),
+        ("dev", 2.0, 2),
+    ]
+    assert all(row["tokens_per_round"] >= 1 and row["without"] >= 1 for row in result["rows"])
+    assert all(row["speed_with_over_without"] > 0 for row in result["rows"])
+
+
 def test_loss_weights_are_those_of_a_plain_loop(example_module):
     weights = example_module("loss_weights")
     probs = torch.tensor([[0.9, 0.5, 0.0, 0.8], [0.1, 1.0, 0.7, 0.2]])
