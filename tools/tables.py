@@ -147,6 +147,7 @@ def headline() -> str:
         ("a chain of 8", dict(method="chain")),
         ("a tree of 8 nodes", dict(method="jetflow", node_budget=8)),
         ("a tree of 16 nodes", dict(method="jetflow", node_budget=16)),
+        ("a tree of 32 nodes", dict(method="jetflow", node_budget=32)),
         ('`node_budget="auto"`', dict(method="jetflow", node_budget="auto")),
     ]
     best = {name: max(row["speedup"] for row in rows if row["prompts"] == name) for name in SETS}
@@ -174,8 +175,8 @@ def other_runs() -> str:
     return table(
         ["other measurements", *SETS.values()],
         [
-            line('`"auto"`, temperature 0.7, 4 prompts', sampled, node_budget="auto", temperature=0.7),
-            line('`"auto"`, temperature 1, 4 prompts', sampled, node_budget="auto", temperature=1.0),
+            line('`"auto"`, temperature 0.7', sampled, node_budget="auto", temperature=0.7),
+            line('`"auto"`, temperature 1', sampled, node_budget="auto", temperature=1.0),
             line(
                 "share of a round in forwards of target and head, 16 nodes", bench, "loop_efficiency", node_budget=16
             ),
@@ -367,6 +368,22 @@ def recycled() -> str:
     return table(heading, lines, "recycled")
 
 
+def noise() -> str:
+    lines = [
+        [
+            SETS[row["prompts"]],
+            f"{row['temperature']:g}",
+            *best_is_bold([f"{row[field]:.2f}" for field in fields], [row[field] for field in fields]),
+            f"{100 * row[fields[0]] / row[fields[1]] - 100:+.0f} %",
+            f"{100 * row['speed_with_over_without'] - 100:+.0f} %",
+        ]
+        for fields in [("tokens_per_round", "without")]
+        for row in read("noise")["rows"]
+    ]
+    heading = ["prompts", "temperature", "known noise", "without", "tokens per round", "tokens per second"]
+    return table(heading, lines, "noise")
+
+
 def scorers() -> str:
     """Tokens per round without n-grams, means of the prompt sets."""
     labels = {
@@ -484,6 +501,7 @@ TABLES: dict[str, Callable[[], str]] = {
         branch_scores,
         branch_gains,
         recycled,
+        noise,
         ablation,
         scorers,
         vllm,
