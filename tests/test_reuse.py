@@ -48,8 +48,8 @@ def drafts_of(monkeypatch):
     drafts = []
     propose = JetFlowCandidateGenerator.propose
 
-    def record(self, anchor_id, position, max_depth, width):
-        draft = propose(self, anchor_id, position, max_depth, width)
+    def record(self, anchor_id, position, max_depth, width, noise):
+        draft = propose(self, anchor_id, position, max_depth, width, noise)
         if max_depth:
             drafts.append((position, draft.candidates.tokens, draft.candidates.logprobs))
         return draft
