@@ -13,7 +13,8 @@ from ..trees.walk import Draws
 
 
 MAX_NOISE_BYTES = 2**28
-NOISE_WEIGHT = 0.85  # the head's scores only resemble the target's; 1 gives 1 to 3 % fewer tokens per round, 0.7 1 %
+# The head's scores only resemble the target's: 1 gives 1 to 3 % fewer tokens per round, and 0.7 up to 1 %.
+NOISE_WEIGHT = 0.85
 SMALLEST_NOISE = 1e-30
 
 
@@ -35,24 +36,23 @@ class Noise:
         self._states: dict[int, torch.Tensor] = {}  # of the device's default generator, before each step
         self._newest_state = torch.empty(0)  # behind the newest step
         self._noise: OrderedDict[int, torch.Tensor] = OrderedDict()
-        self._device = torch.device("cpu")  # of the probabilities
-        self._probs = torch.empty(0)  # the newest
+        self._kind = torch.empty(0)  # no rows, with vocabulary, type and device of the probabilities
 
     def at_step(self, step: int, probs: torch.Tensor | None = None) -> torch.Tensor:
         """The step's noise (batch, vocab), like probabilities (..., vocab) of it or, without any, of a step before."""
         if step in self._noise:
             return self._noise[step]
-        probs = self._probs if probs is None else probs
-        noise = probs.new_empty(self._num_sequences, probs.shape[-1])
-        self._probs = probs[:0]
+        if probs is not None:
+            self._kind = probs[:0]
+        device = self._kind.device
+        noise = self._kind.new_empty(self._num_sequences, self._kind.shape[-1])
         if step == self._num_drawn:
             self._num_drawn += 1
-            self._device = probs.device
-            self._states[step] = _random_state(probs.device)
+            self._states[step] = _random_state(device)
             noise.exponential_(1)
-            self._newest_state = _random_state(probs.device)
+            self._newest_state = _random_state(device)
         else:
-            generator = torch.Generator(probs.device)
+            generator = torch.Generator(device)
             generator.set_state(self._states[step])
             noise.exponential_(1, generator=generator)
         self._noise[step] = noise
@@ -67,8 +67,9 @@ class Noise:
     def rewind(self, num_steps: int) -> None:
         """Reset the generator to its state after `num_steps`, if more were drawn. If something else has drawn since,
         such as another thread, it would get the same numbers again: then the generator is left alone."""
-        if num_steps < self._num_drawn and torch.equal(_random_state(self._device), self._newest_state):
-            _set_random_state(self._device, self._states[num_steps])
+        device = self._kind.device
+        if num_steps < self._num_drawn and torch.equal(_random_state(device), self._newest_state):
+            _set_random_state(device, self._states[num_steps])
 
     def forget(self, step: int) -> None:
         """Drop what a sequence alone needs no more once it has drawn `step`."""
@@ -98,10 +99,9 @@ class SequenceNoise:
         self.advance()
         return int((probs[0] / noise).argmax())
 
-    def ahead(self, num_steps: int, probs: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """The noise (vocab,) of each of the next steps, for probabilities (..., vocab); `advance` counts a use."""
-        steps = range(self._step, self._step + num_steps)
-        return [self._noise.at_step(step, probs)[self._index] for step in steps]
+    def ahead(self, num_steps: int) -> list[torch.Tensor]:
+        """The noise (vocab,) of each of the next steps, behind the first draw; `advance` counts a use."""
+        return [self._noise.at_step(step)[self._index] for step in range(self._step, self._step + num_steps)]
 
     def is_at_hand(self, num_steps: int) -> bool:
         """Whether the noise of the next steps need not be drawn a second time."""

@@ -286,7 +286,7 @@ def make_choosers(call: Call, wants: dict[str, Any], noise: Noise) -> list[Choos
     """One chooser for each sequence; those of a batch share the noise."""
     batch, is_recorded = len(call.input_ids), wants["return_dict_in_generate"]
     is_text_blind = all(type(processor) in TEXT_BLIND for processor in call.logits_processor)
-    # Draws ahead would change what a processor or criterion draws itself. Batches come with none that does.
+    # Draws ahead would change what a processor or criterion draws itself. Batches come with no processor that does.
     is_noise_ours = batch > 1 or (draw_nothing(call.logits_processor) and draw_nothing(call.stopping_criteria))
     return [
         Chooser(

@@ -22,8 +22,9 @@ class Draws(Protocol):
     def draw(self, probs: torch.Tensor) -> int:
         """The next token, whose probabilities are (1, vocab)."""
 
-    def ahead(self, num_steps: int, probs: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """Exponential noise of each of the next steps, (vocab,): the token drawn is the argmax of probs / noise."""
+    def ahead(self, num_steps: int) -> list[torch.Tensor]:
+        """Exponential noise of each of the next steps, (vocab,): the token drawn is the argmax of probs / noise. At
+        least one token was drawn."""
 
     def is_at_hand(self, num_steps: int) -> bool:
         """Whether the noise of the next steps need not be drawn a second time."""
@@ -146,7 +147,7 @@ def _choices_ahead(tree: DraftTree, logits: torch.Tensor, choosers: list[Chooser
     probs = scores.softmax(dim=-1)
     # The noise of a draw belongs to its step, whichever node is on the path at its depth.
     num_steps = tree.max_depth + 1
-    steps = [noise for chooser in choosers if chooser.noise for noise in chooser.noise.ahead(num_steps, probs)]
+    steps = [noise for chooser in choosers if chooser.noise for noise in chooser.noise.ahead(num_steps)]
     noise = torch.stack(steps).view(len(choosers), num_steps, -1)
     choices = (probs / noise.gather(1, tree.depths[..., None].expand_as(probs))).argmax(dim=-1)
     return choices.masked_fill_(probs[..., 0].isnan(), -1)  # softmax spreads what is not finite over the row
