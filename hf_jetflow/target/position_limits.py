@@ -8,6 +8,7 @@ border would switch them for every row. And plain decoding may read the whole te
 
 import inspect
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,22 +129,21 @@ def _rope_parameters(text: PreTrainedConfig) -> list[dict]:
 
 
 def _table_sizes(model: PreTrainedModel) -> list[int]:
-    """Positions in each table of positions of the text model; those of a vision tower are not positions of tokens."""
+    """Positions in each table of positions of the text model."""
     body = model.get_decoder()
     body = model.base_model if body is None else body
-    text = type(model.config.get_text_config(decoder=True))
-    towers = [
-        f"{name}."
-        for name, module in body.named_modules()
-        if name and isinstance(module, PreTrainedModel) and not isinstance(module.config, text)
-    ]
     sizes = []
-    for name, module in body.named_modules():
-        if name.startswith(tuple(towers)):
-            continue
-        leaf = name.rsplit(".", 1)[-1]
-        if isinstance(module, nn.Embedding) and ("position" in leaf or leaf == "wpe"):
+    for name, module in _text_modules(body, type(model.config.get_text_config(decoder=True))):
+        if isinstance(module, nn.Embedding) and ("position" in name or name == "wpe"):
             sizes.append(module.num_embeddings - getattr(module, "offset", 0))
         tables = [module._buffers.get(sines, vars(module).get(sines)) for sines in SINES]
         sizes += [len(table) for table in tables if isinstance(table, torch.Tensor) and table.ndim == 2]
     return sizes
+
+
+def _text_modules(module: nn.Module, config_class: type, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The modules below and their own names, without vision towers, whose positions are not those of tokens."""
+    yield name, module
+    for name, child in module.named_children():
+        if not isinstance(child, PreTrainedModel) or isinstance(child.config, config_class):
+            yield from _text_modules(child, config_class, name)
