@@ -288,7 +288,7 @@ def test_a_padded_prompt_ends_with_its_own_text(pair, tmp_path):
 
 def test_a_context_longer_than_the_target_allows_is_refused(pair, prompts):
     most = SIZES["max_position_embeddings"]
-    with pytest.raises(ValueError, match=rf"contexts of \[{most}\] tokens.*{most} positions.*at most {most - 4}"):
+    with pytest.raises(ValueError, match=rf"prompt of {most} tokens.*{most} positions.*at most {most - 4}"):
         bench(pair, [prompts], context_lengths=(64, most), max_new_tokens=4)
 
 

@@ -145,6 +145,7 @@ def test_a_bench_continues_a_killed_one_and_refuses_other_settings(target_folder
             "cannot draw into figure.gif: expected a folder or a name that ends in .png or .svg",
         ),
         (["--context-lengths", "100000"], "do not fit the target"),
+        (["--max-new-tokens", "100000"], "do not fit the target"),
     ],
 )
 @pytest.mark.usefixtures("saved_head")

@@ -58,13 +58,13 @@ def make_prompt_sets(
     The first `num_prompts` prompts of each file, once for each context length and batch size.
 
     Raises:
-        JetFlowError: If a file has too few prompts for a batch, two files have the same name, or a context does not
-            fit the target.
+        JetFlowError: If a file has too few prompts for a batch, two files have the same name, or a prompt and its
+            answer do not fit the target.
     """
     names = [Path(path).stem for path in settings.prompts]
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise JetFlowError(f"several prompt files are called {doubled}, but rows go by that name; rename all but one")
-    _check_lengths(target, settings.context_lengths, settings.max_new_tokens)
+    _check_lengths(target, settings.context_lengths, settings.max_new_tokens)  # long contexts take time to make
     sets = []
     for name, path in zip(names, settings.prompts, strict=True):
         conversations = [prompt["messages"] for prompt in read_prompts([path])]
@@ -75,6 +75,7 @@ def make_prompt_sets(
                 else padded_prompt(tokenizer, conversations, number, length)
                 for number, messages in enumerate(conversations[: settings.num_prompts])
             ]
+            _check_lengths(target, list(map(len, encoded)), settings.max_new_tokens)
             if len(encoded) < max(settings.batch_sizes):
                 raise JetFlowError(
                     f"{path} gives {len(encoded)} prompts, too few for batches of {max(settings.batch_sizes)}; add "
@@ -85,15 +86,14 @@ def make_prompt_sets(
     return sets
 
 
-def _check_lengths(target: PreTrainedModel, context_lengths: Sequence[int], max_new_tokens: int) -> None:
+def _check_lengths(target: PreTrainedModel, lengths: Sequence[int], max_new_tokens: int) -> None:
     most = getattr(target.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if most is None:
-        return
-    too_long = [length for length in context_lengths if length + max_new_tokens > most]
-    if too_long:
+    longest = max(lengths, default=0)
+    if most is not None and longest + max_new_tokens > most:
+        room = most - max_new_tokens
         raise JetFlowError(
-            f"contexts of {too_long} tokens and {max_new_tokens} new ones do not fit the target's {most} positions; "
-            f"use context lengths of at most {most - max_new_tokens}, or fewer new tokens"
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the target's {most} positions; "
+            "use fewer new tokens" + (f", or contexts and prompts of at most {room}" if room > 0 else "")
         )
 
 
