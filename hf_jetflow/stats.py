@@ -19,8 +19,8 @@ class GenerationStats:
     num_new_tokens: int = 0  # tokens emitted, the prefill's token included
     num_drafted: int = 0  # nodes drafted, roots excluded
     num_accepted: int = 0  # drafted tokens accepted, bonus tokens excluded
-    # Rounds that drafted depth 1, 2, ..., n-gram continuations included, and those that accepted a token there. Off
-    # the CPU the host does not wait to learn whether the text had a match, so all depths in reach of one are counted.
+    # Rounds whose trees could reach depth 1, 2, ..., n-gram continuations included, and those that accepted a token
+    # there. Off the CPU the host does not wait to learn whether the text had a match: all depths of one count.
     offered_by_depth: list[int] = field(default_factory=list)
     accepted_by_depth: list[int] = field(default_factory=list)
     rounds_by_nodes: dict[int, int] = field(default_factory=dict)  # rounds by nodes verified; 1 is a plain step
@@ -75,7 +75,7 @@ class GenerationStats:
 
     @property
     def acceptance_by_depth(self) -> list[float]:
-        """Share of the rounds that drafted depth 1, 2, ... which accepted a token there."""
+        """Share of the rounds whose trees could reach depth 1, 2, ... which accepted a token there."""
         return [
             accepted / offered for accepted, offered in zip(self.accepted_by_depth, self.offered_by_depth, strict=True)
         ]

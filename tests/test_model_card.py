@@ -105,19 +105,27 @@ def test_the_table_quotes_the_measured_rows_and_their_setting():
 def test_what_rounding_changes_stands_behind_the_measured_tables():
     facts = dict(name="org/head", num_parameters=1, training="Some answers.", rows=[ROW], rounding="3 of 8 texts.")
     text = card_text(JetFlowConfig(), **facts)
-    assert depth_table([ROW]) + "\n\n3 of 8 texts.\n\n## Training" in text
+    assert depth_table([ROW], 7) + "\n\n3 of 8 texts.\n\n## Training" in text
 
 
 def test_plain_rows_are_left_out_of_the_tables():
-    assert "| plain |" not in measured_table([PLAIN]) + depth_table([PLAIN, ROW])
+    assert "| plain |" not in measured_table([PLAIN]) + depth_table([PLAIN, ROW], 7)
 
 
-def test_the_table_by_depth_has_a_column_for_every_depth_that_was_drafted():
-    table = depth_table([ROW, {**ROW, "node_budget": 64, "acceptance_by_depth": [0.95, 0.6, 0.25]}])
+def test_the_table_by_depth_has_a_column_for_every_depth_in_reach():
+    table = depth_table([ROW, {**ROW, "node_budget": 64, "acceptance_by_depth": [0.95, 0.6, 0.25]}], 7)
     assert "| node budget | 1 | 2 | 3 |\n|---|---|---|---|---|---|---|" in table
     assert "| dev_math | 0 | jetflow | 32 | 0.91 | 0.50 | - |" in table
     assert table.endswith("| dev_math | 0 | jetflow | 64 | 0.95 | 0.60 | 0.25 |")
-    assert depth_table([ROW]) in card()
+    assert depth_table([ROW], 7) in card()
+
+
+def test_the_table_by_depth_ends_with_the_depths_of_the_head():
+    """N-grams may go on below, on few branches."""
+    table = depth_table([{**ROW, "acceptance_by_depth": [0.9, 0.5, 0.2, 0.1]}], 3)
+    assert table.endswith(
+        "| node budget | 1 | 2 | 3 |\n|---|---|---|---|---|---|---|\n| dev_math | 0 | jetflow | 32 | 0.90 | 0.50 | 0.20 |"
+    )
 
 
 def test_the_committed_cards_are_those_of_the_code(monkeypatch):

@@ -173,7 +173,7 @@ def _acceptance(ax: "Axes", rows: list[Row]) -> None:
             ax.plot(depths, shares, style, color=color, marker=".", linewidth=1.3, label=row_name(row))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("depth")
-    ax.set_ylabel("accepted, of the rounds\nthat drafted so deep")
+    ax.set_ylabel("accepted, of the rounds\nthat could reach it")
 
 
 def _round_times(ax: "Axes", rows: list[Row]) -> None:

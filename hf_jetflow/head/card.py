@@ -127,6 +127,7 @@ def card_text(
     """
     target = config.target_name or "an unnamed target"
     is_hub_id = config.target_name is not None and re.fullmatch(HUB_ID, config.target_name) is not None
+    measured = _measured(rows, control or {}, hardware, tokens_per_round, deepest=config.block_size - 1)
     return CARD.format(
         metadata=metadata(target if is_hub_id else None, license, datasets, language),
         target=target,
@@ -152,7 +153,7 @@ def card_text(
             "path": "A branch correction re-scores candidates given all tokens of their branch.",
         }[config.branch_correction]
         + _ngrams(config),
-        measured="\n\n".join(filter(None, [_measured(rows, control or {}, hardware, tokens_per_round), rounding])),
+        measured="\n\n".join(filter(None, [measured, rounding])),
         training=training,
         license=f"`{license}` for this head." if license else "None was stated for this head.",
     )
@@ -197,9 +198,10 @@ def _measured(
     control: dict[str, float | None],
     hardware: str | None,
     tokens_per_round: dict[str, dict[int, float]] | None,
+    deepest: int,
 ) -> str:
     if rows:
-        return f"{measured_table(rows, control, hardware)}\n\n{depth_table(rows)}"
+        return f"{measured_table(rows, control, hardware)}\n\n{depth_table(rows, deepest)}"
     if tokens_per_round:
         return rounds_table(tokens_per_round)
     return "Nothing was measured yet; run `hf-jetflow bench`."
@@ -232,18 +234,18 @@ def measured_table(
     return "\n".join(lines) + f"\n\n{setting}{', ' + hardware if hardware else ''}."
 
 
-def depth_table(rows: list[dict[str, Any]]) -> str:
-    """Acceptance by depth of the rows that count it, as a Markdown table."""
+def depth_table(rows: list[dict[str, Any]], deepest: int) -> str:
+    """Acceptance by depth of the rows that count it, as a Markdown table; `deepest` is the head's last depth."""
     counted = [row for row in rows if row["acceptance_by_depth"]]
-    depths = max((len(row["acceptance_by_depth"]) for row in counted), default=0)
+    depths = min(max((len(row["acceptance_by_depth"]) for row in counted), default=0), deepest)
     lines = [
-        "Share of the rounds, of those that drafted so deep, which accepted a token at depth",
+        "Share of the rounds that accepted a token at a depth, of those whose trees could reach it:",
         "",
         f"| prompts | temperature | method | node budget | {' | '.join(map(str, range(1, depths + 1)))} |",
         "|---" * (4 + depths) + "|",
     ]
     for row in counted:
-        cells = [f"{share:.2f}" for share in row["acceptance_by_depth"]]
+        cells = [f"{share:.2f}" for share in row["acceptance_by_depth"][:depths]]
         cells += ["-"] * (depths - len(cells))
         lines.append(
             f"| {row['prompts']} | {row['temperature']:g} | {row['method']} | {row['node_budget'] or '-'} "

@@ -101,7 +101,7 @@ def _figures(rounds: Sequence[TreeRound]) -> list[tuple[str, str]]:
 
 
 def _accepted_by_depth(rounds: Sequence[TreeRound]) -> list[tuple[int, int]]:
-    """For each depth from 1: rounds that accepted a token there, and rounds that drafted one."""
+    """For each depth from 1: rounds that accepted a token there, and rounds whose tree could reach it."""
     return [
         (
             sum(tree_round.num_accepted >= depth for tree_round in rounds),
