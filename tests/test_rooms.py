@@ -17,7 +17,7 @@ PACKAGE = "hf_jetflow"
 
 # A folder imports from itself, from those of an earlier line, and from the top-level modules named there.
 ORDER = (
-    {"_compat", "_version", "buffers", "errors", "stats", "transfer"},
+    {"_compat", "_version", "buffers", "errors", "laid_out", "stats", "transfer"},
     {"extras", "files", "jsonl", "prompts"},
     {"head"},
     {"trees"},

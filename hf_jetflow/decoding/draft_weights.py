@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..head.linear import DraftLinear, LaidOutWeights, TensorFingerprint
 from ..head.modeling_jetflow import JetFlowHead
+from ..laid_out import LaidOutWeights, TensorFingerprint
 from ..target.target import Target
 
 
@@ -34,8 +34,10 @@ class DraftWeights:
             self._made_of, self._laid_out, self._version = [], LaidOutWeights(), head._weights_version
         self.output_embedding = None if head.lm_head is not None else target.embeddings.output_rows(None)
         self.projection = head.lm_head if head.lm_head is not None else self._projection(head.draft_token_ids)
-        modules = dict.fromkeys((*head.modules(), self.projection))
-        self._laid_out.refresh(module for module in modules if isinstance(module, DraftLinear))
+        layers = [module for module in head.modules() if isinstance(module, nn.Linear)]
+        if self._made_of and self.projection is not None:
+            layers.append(self.projection)
+        self._laid_out.refresh(layers)
 
     def _projection(self, token_ids: torch.Tensor | None) -> nn.Linear | None:
         whole = self.output_embedding
@@ -44,12 +46,11 @@ class DraftWeights:
         if token_ids is None:  # shares the target's memory, so it is never stale
             known = self.projection
             is_same = known is not None and known.weight.is_set_to(whole)
-            return known if is_same else _linear(nn.Linear, whole)
+            return known if is_same else _linear(whole)
         sources = [whole, token_ids]
-        is_known = isinstance(self.projection, DraftLinear) and len(self._made_of) == len(sources)
-        if not (is_known and all(made_of.matches(now) for made_of, now in zip(self._made_of, sources, strict=True))):
+        if not self._made_of or not all(map(TensorFingerprint.matches, self._made_of, sources)):
             self._made_of = [TensorFingerprint.of(source) for source in sources]
-            return _linear(DraftLinear, whole[token_ids.to(whole.device)])
+            return _linear(whole[token_ids.to(whole.device)])
         return self.projection
 
     def in_use(self) -> AbstractContextManager[None]:
@@ -57,8 +58,8 @@ class DraftWeights:
         return nullcontext() if torch.compiler.is_compiling() else self._laid_out.in_use()
 
 
-def _linear(kind: type[nn.Linear], weight: torch.Tensor) -> nn.Linear:
-    layer = kind(weight.shape[1], weight.shape[0], bias=False, device="meta")
+def _linear(weight: torch.Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
     return layer
 

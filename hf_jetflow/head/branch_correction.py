@@ -5,11 +5,10 @@ from torch import nn
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from .configuration_jetflow import JetFlowConfig
-from .linear import DraftLinear
 from .scorers import Memory, StepScorer
 
 
-class ZeroLinear(DraftLinear):
+class ZeroLinear(nn.Linear):
     """A linear layer that is initialized to zero."""
 
 
@@ -39,15 +38,15 @@ class BranchCorrection(StepScorer):
         hidden, width = config.hidden_size, config.branch_intermediate_size
         self.slot_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
         self.token_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
-        self.slot_proj = DraftLinear(hidden, 2 * width, bias=False)
-        self.token_proj = DraftLinear(hidden, 2 * width, bias=False)
+        self.slot_proj = nn.Linear(hidden, 2 * width, bias=False)
+        self.token_proj = nn.Linear(hidden, 2 * width, bias=False)
         self.gate = GatedUnit()  # (..., 2 x width), the sum of the projections, to (..., width)
         self.down_proj = ZeroLinear(width, hidden, bias=False)
         self.has_state = config.branch_correction == "path"
         if self.has_state:
             self.state_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
-            self.state_proj = DraftLinear(hidden, 2 * width, bias=False)
-            self.carry_proj = DraftLinear(width, hidden, bias=False)
+            self.state_proj = nn.Linear(hidden, 2 * width, bias=False)
+            self.carry_proj = nn.Linear(width, hidden, bias=False)
 
     def project_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Project hidden rows, which all branches of a depth share: (..., hidden) to (..., 2 x width)."""

@@ -11,7 +11,6 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, eager_attenti
 
 from .cache import HeadCache
 from .configuration_jetflow import JetFlowConfig
-from .linear import DraftLinear
 
 
 class JetFlowAttention(nn.Module):
@@ -28,14 +27,14 @@ class JetFlowAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.is_causal = False  # causality is in the mask: the context is always fully visible
         bias = config.attention_bias
-        self.q_proj = DraftLinear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=bias)
-        self.k_proj = DraftLinear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.v_proj = DraftLinear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.o_proj = DraftLinear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=bias)
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=bias)
         # The context's own projections (DFlare); without them, it shares those of the block.
         widths = (config.hidden_size, config.num_key_value_heads * self.head_dim)
-        self.k_proj_target = DraftLinear(*widths, bias=bias) if config.own_context_kv else None
-        self.v_proj_target = DraftLinear(*widths, bias=bias) if config.own_context_kv else None
+        self.k_proj_target = nn.Linear(*widths, bias=bias) if config.own_context_kv else None
+        self.v_proj_target = nn.Linear(*widths, bias=bias) if config.own_context_kv else None
         self.q_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.k_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
@@ -76,9 +75,9 @@ class JetFlowAttention(nn.Module):
 class JetFlowMLP(nn.Module):
     def __init__(self, config: JetFlowConfig):
         super().__init__()
-        self.gate_proj = DraftLinear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = DraftLinear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = DraftLinear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, block: torch.Tensor) -> torch.Tensor:
@@ -100,7 +99,7 @@ class DynamicConvolution(nn.Module):
         self.group_size = config.conv_group_size
         self.base_kernel = nn.Parameter(torch.zeros(2, config.conv_kernel_size, config.hidden_size))
         num_groups = config.hidden_size // self.group_size
-        self.kernel_projection = DraftLinear(config.hidden_size, 2 * config.conv_kernel_size * num_groups, bias=False)
+        self.kernel_projection = nn.Linear(config.hidden_size, 2 * config.conv_kernel_size * num_groups, bias=False)
 
     def kernels(self, block: torch.Tensor) -> torch.Tensor:
         """Kernels (2, batch, rows, taps, hidden) of a sublayer's normed input (batch, rows, hidden)."""

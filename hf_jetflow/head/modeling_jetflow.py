@@ -29,7 +29,6 @@ from .checkpoint_files import (
 from .configuration_jetflow import JetFlowConfig
 from .decoder_layers import JetFlowDecoderLayer
 from .formats import read_head, recognize
-from .linear import DraftLinear
 from .masks import additive_mask, visibility
 from .path_scorers import RecurrentCorrection, Refiner, TreeFlashCorrection
 from .rotary import DraftRotaryEmbedding
@@ -100,7 +99,7 @@ class JetFlowHead(PreTrainedModel):
         assert config.target_hidden_size is not None
         num_taps = len(config.hidden_state_indices)
         has_fc, mixes = config.context_fusion != "layers", config.context_fusion != "fc"
-        self.fc = DraftLinear(num_taps * config.target_hidden_size, config.hidden_size, bias=False) if has_fc else None
+        self.fc = nn.Linear(num_taps * config.target_hidden_size, config.hidden_size, bias=False) if has_fc else None
         self.layer_fusion_weights = nn.Parameter(torch.zeros(config.num_hidden_layers, num_taps)) if mixes else None
         self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.layers = nn.ModuleList(JetFlowDecoderLayer(config, i) for i in range(config.num_hidden_layers))
@@ -112,7 +111,7 @@ class JetFlowHead(PreTrainedModel):
         self.confidence_head = nn.Linear(inputs, 1) if inputs is not None else None
         num_scored = config.draft_vocab_size or config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size) if config.own_embedding else None
-        self.lm_head = DraftLinear(config.hidden_size, num_scored, bias=False) if config.own_lm_head else None
+        self.lm_head = nn.Linear(config.hidden_size, num_scored, bias=False) if config.own_lm_head else None
         if config.draft_vocab_size is not None:
             # Target ids of the draft vocabulary, ascending, (draft_vocab_size,); int64 and saved with the weights.
             self.register_buffer("d2t", torch.arange(config.draft_vocab_size))

@@ -5,7 +5,6 @@ from torch import nn
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from .configuration_jetflow import JetFlowConfig
-from .linear import DraftLinear
 from .scorers import Memory, StepScorer, first_rows, in_blocks
 
 
@@ -27,7 +26,7 @@ class TreeFlashCorrection(StepScorer):
         self.hidden, width = config.hidden_size, config.branch_intermediate_size
         self.norm = Qwen3RMSNorm(self.hidden, eps=TREEFLASH_EPS)
         self.ug = nn.Linear(2 * self.hidden, 2 * width)
-        self.d = DraftLinear(width, self.hidden, bias=False)
+        self.d = nn.Linear(width, self.hidden, bias=False)
         self._final_norm = (norm,)  # in a tuple: it is no part of this module
 
     def row_features(self, rows: torch.Tensor, residual: torch.Tensor, num_rows: int) -> torch.Tensor:
@@ -56,8 +55,8 @@ class RecurrentCorrection(StepScorer):
         assert config.branch_rank is not None
         assert config.branch_state_size is not None
         self.hidden, self.state_size, rank = config.hidden_size, config.branch_state_size, config.branch_rank
-        self.input_proj = DraftLinear(self.hidden, 3 * self.state_size, bias=False)
-        self.state_proj = DraftLinear(self.state_size, 3 * self.state_size, bias=False)
+        self.input_proj = nn.Linear(self.hidden, 3 * self.state_size, bias=False)
+        self.state_proj = nn.Linear(self.state_size, 3 * self.state_size, bias=False)
         self.joint_proj = nn.Linear(self.hidden + self.state_size, rank, bias=False)
         self.readout = nn.Linear(rank, config.draft_vocab_size or config.vocab_size, bias=False)
 
@@ -105,13 +104,13 @@ class Refiner(StepScorer):
         hidden, rank, width = config.hidden_size, config.branch_rank, config.branch_intermediate_size
         self.rank = rank
         self.token_embed = nn.Embedding(config.vocab_size, rank)
-        self.down_h = DraftLinear(hidden, rank, bias=False)
-        self.down_g = DraftLinear(hidden, rank, bias=False)
+        self.down_h = nn.Linear(hidden, rank, bias=False)
+        self.down_g = nn.Linear(hidden, rank, bias=False)
         self.in_proj = nn.Linear(3 * rank, rank, bias=False)
         self.mix_l = nn.Parameter(torch.zeros(rank, config.num_rows, config.num_rows))
-        self.mlp_gate = DraftLinear(rank, width, bias=False)
-        self.mlp_up = DraftLinear(rank, width, bias=False)
-        self.mlp_down = DraftLinear(width, rank, bias=False)
+        self.mlp_gate = nn.Linear(rank, width, bias=False)
+        self.mlp_up = nn.Linear(rank, width, bias=False)
+        self.mlp_down = nn.Linear(width, rank, bias=False)
         self.readout = nn.Linear(rank, config.draft_vocab_size or config.vocab_size, bias=False)
 
     @property

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from .configuration_jetflow import JetFlowConfig
-from .linear import DraftLinear
 
 
 Memory = tuple[torch.Tensor, ...]
@@ -143,7 +142,7 @@ class Selector(TableScorer):
         self.top_k, self.num_selectable = config.branch_top_k, config.branch_vocab_size or config.vocab_size
         self.predecessor_codebook = nn.Parameter(torch.zeros(config.vocab_size, config.branch_rank))
         self.successor_codebook = nn.Parameter(torch.zeros(config.vocab_size, config.branch_rank))
-        self.hidden_projection = DraftLinear(config.hidden_size, config.branch_rank, bias=False)
+        self.hidden_projection = nn.Linear(config.hidden_size, config.branch_rank, bias=False)
 
     def table(
         self,

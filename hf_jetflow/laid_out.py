@@ -1,7 +1,7 @@
-"""Linear layers that can read a copy of their weight in the memory layout of the CPU's matrix kernels.
+"""Linear layers that read a copy of their weight in the memory layout of the CPU's matrix kernels.
 
-On x86, a product with few rows spends most of its time on reordering the weight into the kernel's layout. While
-drafting, the head's layers read a copy that is reordered once. The products are the same.
+On x86, a product with few rows spends much of its time on reordering the weight into the kernel's layout. In a round,
+the linear layers of the head and of the target read copies that are reordered once. The products are the same.
 """
 
 import platform
@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeGuard
 
 import torch
 from torch import nn
@@ -19,18 +19,6 @@ NUM_SUMS = 4093  # a prime: rows of a matrix that trade values then change diffe
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 _IN_USE = threading.local()  # by thread: the copies that `LaidOutWeights.in_use` has entered
-
-
-class DraftLinear(nn.Linear):
-    """A linear layer that reads its weight from the [`LaidOutWeights`] in use, if they hold a copy of it. Under
-    autocast, which changes the type of the rows, it reads its own weight."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu"):
-            laid_out = getattr(_IN_USE, "weights", {}).get(self)
-            if laid_out is not None:
-                return torch.ops.mkldnn._linear_pointwise(input, laid_out, self.bias, "none", [], "")
-        return super().forward(input)
 
 
 @dataclass(frozen=True)
@@ -64,20 +52,20 @@ class TensorFingerprint:
 
 
 class LaidOutWeights:
-    """Copies of layers' weights in the layout of the CPU's kernels: float32 and bfloat16 weights on x86."""
+    """Copies of layers' weights in the layout of the CPU's kernels."""
 
     def __init__(self) -> None:
-        self._fingerprints: dict[DraftLinear, TensorFingerprint] = {}
-        self._copies: dict[DraftLinear, torch.Tensor] = {}
+        self._fingerprints: dict[nn.Linear, TensorFingerprint] = {}
+        self._copies: dict[nn.Linear, torch.Tensor] = {}
 
     @torch.no_grad()
-    def refresh(self, layers: Iterable[DraftLinear]) -> None:
+    def refresh(self, layers: Iterable[nn.Linear]) -> None:
         """Copy the weights of these layers that are new or have changed, and drop the copies of all other layers.
-        Weights of other types or devices are left to torch."""
+        Layers that cannot read a copy are left to torch."""
         fingerprints, copies = {}, {}
         for layer in layers:
             weight, known = layer.weight, self._fingerprints.get(layer)
-            if not _can_be_laid_out(weight):
+            if not can_be_laid_out(layer):
                 continue
             if known is not None and known.matches(weight):
                 fingerprints[layer], copies[layer] = known, self._copies[layer]
@@ -89,15 +77,39 @@ class LaidOutWeights:
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Inside, the layers read these copies, in this thread only."""
-        before: Any = getattr(_IN_USE, "weights", {})
-        _IN_USE.weights = self._copies
+        before: dict[nn.Linear, torch.Tensor] = getattr(_IN_USE, "copies", {})
+        _IN_USE.copies = copies = self._copies
+        for layer in copies:
+            vars(layer)["forward"] = _LaidOutForward(layer)
         try:
             yield
         finally:
-            _IN_USE.weights = before
+            _IN_USE.copies = before
+            for layer in copies:  # another thread inside reads the layer's own weight from here on
+                vars(layer).pop("forward", None)
 
 
-def _can_be_laid_out(weight: torch.Tensor) -> bool:
+class _LaidOutForward:
+    """The forward of a layer while some thread has its copy in use. Under autocast, which changes the type of the
+    rows, the layer reads its own weight."""
+
+    def __init__(self, layer: nn.Linear):
+        self._layer = layer
+
+    def __call__(self, input: torch.Tensor) -> torch.Tensor:
+        copy = getattr(_IN_USE, "copies", {}).get(self._layer)
+        if copy is None or input.dtype != copy.dtype or torch.is_autocast_enabled("cpu"):
+            return nn.Linear.forward(self._layer, input)
+        return torch.ops.mkldnn._linear_pointwise(input, copy, self._layer.bias, "none", [], "")
+
+
+def can_be_laid_out(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a layer can read a copy: a plain linear layer with float32 or bfloat16 weights, on an x86 processor."""
+    if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
+        return False
+    if not isinstance(vars(layer).get("forward"), _LaidOutForward | None):  # hooks of accelerate bring weights in
+        return False
+    weight = layer.weight
     if type(weight) is not nn.Parameter or weight.device.type != "cpu" or not torch.backends.mkldnn.enabled:
         return False
     if not IS_X86 or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):

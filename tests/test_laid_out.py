@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_jetflow import JetFlowHead
 from hf_jetflow.decoding.draft_weights import draft_weights
-from hf_jetflow.head.linear import IS_X86, DraftLinear, LaidOutWeights, TensorFingerprint
+from hf_jetflow.laid_out import IS_X86, LaidOutWeights, TensorFingerprint
 from hf_jetflow.target.target import Target
 
 
@@ -30,10 +30,17 @@ x86_only = pytest.mark.skipif(not IS_X86, reason="weights are laid out on x86 pr
 class CountProducts(TorchDispatchMode):
     """Counts the products that read a laid-out weight."""
 
-    num_laid_out = 0
+    def __init__(self):
+        super().__init__()
+        self.weights = []  # of these products
+
+    @property
+    def num_laid_out(self):
+        return len(self.weights)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.num_laid_out += "mkldnn._linear_pointwise" in str(func)
+        if "mkldnn._linear_pointwise" in str(func):
+            self.weights.append(args[1])
         return func(*args, **(kwargs or {}))
 
 
@@ -63,7 +70,7 @@ ROWS = {
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", ROWS)
 def test_the_products_are_the_same(rows, bias, dtype):
-    layer = DraftLinear(48, 80, bias=bias).to(dtype)
+    layer = nn.Linear(48, 80, bias=bias).to(dtype)
     inputs = ROWS[rows]().to(dtype)
     with torch.no_grad():
         expected = layer(inputs)
@@ -77,7 +84,7 @@ def test_the_products_are_the_same(rows, bias, dtype):
 def test_they_are_read_inside_in_use_only_and_by_their_own_thread(dtype):
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("this processor has no kernels for bfloat16")
-    layer, other = DraftLinear(48, 80).to(dtype), DraftLinear(48, 80).to(dtype)
+    layer, other = nn.Linear(48, 80).to(dtype), nn.Linear(48, 80).to(dtype)
     weights = laid_out(layer)
     assert_used(layer, weights, True)
     assert_used(other, weights, False)
@@ -96,7 +103,7 @@ def test_they_are_read_inside_in_use_only_and_by_their_own_thread(dtype):
 
 
 def test_weights_of_other_types_and_places_are_left_to_torch():
-    for layer in (DraftLinear(8, 8).half(), DraftLinear(8, 8).double(), DraftLinear(8, 8, device="meta")):
+    for layer in (nn.Linear(8, 8).half(), nn.Linear(8, 8).double(), nn.Linear(8, 8, device="meta")):
         with laid_out(layer).in_use(), CountProducts() as products, torch.no_grad():
             layer(torch.randn(3, 8, dtype=layer.weight.dtype, device=layer.weight.device))
         assert products.num_laid_out == 0
@@ -106,9 +113,10 @@ def test_a_processor_without_kernels_for_bfloat16_drafts_all_the_same():
     """As one with AVX2 only, which torch and oneDNN are told to take this one for."""
     lines = [
         "import torch",
-        "from hf_jetflow.head.linear import DraftLinear, LaidOutWeights",
+        "from torch import nn",
+        "from hf_jetflow.laid_out import LaidOutWeights",
         "for dtype in (torch.bfloat16, torch.float32):",
-        "    layer, weights = DraftLinear(48, 80).to(dtype), LaidOutWeights()",
+        "    layer, weights = nn.Linear(48, 80).to(dtype), LaidOutWeights()",
         "    weights.refresh([layer])",
         "    rows = torch.randn(3, 48, dtype=dtype)",
         "    with torch.no_grad(), weights.in_use():",
@@ -121,7 +129,7 @@ def test_a_processor_without_kernels_for_bfloat16_drafts_all_the_same():
 @pytest.mark.parametrize("is_inside", [True, False], ids=["begun inside", "begun outside"])
 def test_under_autocast_torch_chooses_the_types(is_inside):
     """It begins inside where a trainer has wrapped the head's forward."""
-    layers, rows = (DraftLinear(48, 80), DraftLinear(80, 48)), torch.randn(3, 48)
+    layers, rows = (nn.Linear(48, 80), nn.Linear(80, 48)), torch.randn(3, 48)
     contexts = [laid_out(*layers).in_use(), torch.autocast("cpu", torch.bfloat16)]
     with contextlib.ExitStack() as stack, torch.no_grad():
         for context in contexts if is_inside else contexts[::-1]:
@@ -223,7 +231,7 @@ def weight_within_a_file(num_rows):
 @pytest.mark.parametrize("num_rows", [80, 1000])
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_weight_that_has_changed_is_laid_out_again(change, num_rows, make_weight):
-    layer = DraftLinear(48, num_rows, bias=False)
+    layer = nn.Linear(48, num_rows, bias=False)
     layer.weight = nn.Parameter(make_weight(num_rows))
     weights = laid_out(layer)
     copy_before = weights._copies[layer]
@@ -282,7 +290,7 @@ def test_generate_drafts_with_them_and_a_trained_head_with_new_ones(tiny_target,
         with CountProducts() as products:
             text = target.generate(PROMPT, assistant_model=head, **settings)
         assert_same_text(text, plain)
-        num_layers = sum(isinstance(module, DraftLinear) for module in head.modules())
+        num_layers = sum(isinstance(module, nn.Linear) for module in head.modules())
         assert products.num_laid_out >= num_layers
         with torch.no_grad():  # as if trained in between
             for parameter in head.parameters():
