@@ -47,7 +47,7 @@ class TreeLimits:
     max_continued: int = 0  # levels that n-grams may add below the head's deepest
 
 
-SETTINGS = ("node_budget", "max_depth", "width")
+SETTINGS = ("node_budget", "max_depth", "width", "lay_out_target")
 _KNOWN = {*vars(GenerationConfig()), *SETTINGS}
 
 
@@ -58,8 +58,7 @@ def read_limits(generation_config: GenerationConfig, block_size: int) -> TreeLim
     N-gram continuation is allowed only at the full depth.
 
     Raises:
-        JetFlowError: If `node_budget`, `max_depth` or `width` is out of range or misspelled; the message gives the
-            range or the name.
+        JetFlowError: If one of `SETTINGS` is out of range or misspelled; the message gives the range or the name.
     """
     for name in vars(generation_config).keys() - _KNOWN:
         if close := difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.8):
@@ -68,6 +67,9 @@ def read_limits(generation_config: GenerationConfig, block_size: int) -> TreeLim
     node_budget: Any = getattr(generation_config, "node_budget", None)
     max_depth: Any = getattr(generation_config, "max_depth", None)
     width: Any = getattr(generation_config, "width", None)
+    lay_out_target: Any = getattr(generation_config, "lay_out_target", None)
+    if lay_out_target is not None and not isinstance(lay_out_target, bool):
+        raise JetFlowError(f"`lay_out_target` is {lay_out_target!r}, but must be True, False or None")
     if node_budget == "auto":
         node_budget = AUTO_BUDGETS[-1]
     if not _is_int(node_budget) or node_budget < 1:
@@ -306,6 +308,7 @@ def choose_policy(head: JetFlowHead, model: PreTrainedModel, num_sequences: int)
     if getattr(head.generation_config, "node_budget", None) != "auto":
         return FixedPolicy(limits)
     of_pair = ROUND_COSTS.setdefault(head, WeakKeyDictionary()).setdefault(model, {})
-    key = (model.device, model.dtype, head.dtype, limits, num_sequences)
+    lay_out_target = getattr(head.generation_config, "lay_out_target", None)
+    key = (model.device, model.dtype, head.dtype, limits, num_sequences, lay_out_target)
     costs = of_pair.setdefault(key, RoundCosts(num_sequences))
     return AutoPolicy(limits, costs, reads_late=must_not_wait(model.device))

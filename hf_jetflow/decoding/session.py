@@ -40,6 +40,7 @@ from .tree_log import Round, TreeLog
 
 
 REST_CHUNK = 16  # tokens of finished sequences that are fed at a time, where the caller gets the cache of a batch
+MIN_LAID_OUT = 16  # tokens that a text must be able to gain, for laid-out weights of the target to pay
 OUTPUT_FLAGS = ("return_dict_in_generate", *RECORDED)
 Step = TypeVar("Step", bound=Callable[..., Any])
 
@@ -124,6 +125,9 @@ class DecodingSession:
         self._emit_next(states)
         if not self.is_finished:
             self._prefilled.strategy.open()
+            num_remaining = self._emitter.num_remaining
+            if num_remaining is None or num_remaining >= MIN_LAID_OUT:
+                self._prefilled.lay_out(getattr(self._head.generation_config, "lay_out_target", None))
 
     def _emit_next(self, states: TargetStates) -> None:
         """Choose and emit the token behind the text of every sequence."""

@@ -14,9 +14,11 @@ from transformers import CompileConfig, DynamicCache, PreTrainedModel, StaticCac
 from transformers.utils import ModelOutput
 
 from .._compat import CACHE_NAME
+from ..laid_out import LaidOutWeights
 from ..transfer import to_device
 from ..trees.tree import DraftTree
 from .attention import grouped_attention, mask_dtype
+from .laid_out import laid_out_target
 from .layer_kinds import scaling_step
 from .masks import by_kind, padding_mask, static_inputs, tree_masks
 from .mixer_layers import tree_mixers
@@ -66,6 +68,7 @@ class PrefilledTarget:
     wants_states: bool = False  # the caller asked for hidden states
     is_compiled: bool = False  # `generate` would compile the target's forward
     compile_config: CompileConfig | None = None
+    weights: LaidOutWeights = field(default_factory=LaidOutWeights)  # that forwards read instead of the model's own
 
     def __post_init__(self) -> None:
         model = self.target.model
@@ -142,6 +145,11 @@ class PrefilledTarget:
         fresh_at = self._position_limits.fresh_at
         return fresh_at is not None and num_tokens > fresh_at and self.slots.lengths.tolist() == [fresh_at]
 
+    def lay_out(self, is_wanted: bool | None) -> None:
+        """Let verifies read copies of the weights that are laid out for the CPU's kernels; see `laid_out_target`."""
+        if not self.is_compiled:  # the compiler lays weights out itself
+            self.weights = laid_out_target(self.target.model, is_wanted)
+
     def verify(self, tree: DraftTree) -> TargetStates:
         """One target forward over all nodes; their keys and values lie in the cache until `commit`."""
         self.strategy.prepare()
@@ -166,7 +174,8 @@ class PrefilledTarget:
         if self.kind_offsets is not None:
             position_ids = to_device(self.kind_offsets[:, self.slots.active, None], device) + position_ids
         is_grouped = position_ids.shape[-1] > 1
-        with grouped_attention(model) if is_grouped else nullcontext(), self.strategy.reading(tree):
+        attention = grouped_attention(model) if is_grouped else nullcontext()
+        with attention, self.strategy.reading(tree), self.weights.in_use():
             return self.forward_of(model)(
                 input_ids=input_ids,
                 attention_mask=mask,

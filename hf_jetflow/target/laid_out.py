@@ -1,0 +1,30 @@
+"""Copies of a target's linear weights for the CPU's matrix kernels, stored as long as the target is in use."""
+
+from weakref import WeakKeyDictionary
+
+from transformers import PreTrainedModel
+
+from ..laid_out import LaidOutWeights, can_be_laid_out
+
+
+MAX_UNASKED_BYTES = 2**31  # of copies that nobody asked for
+
+_STORED: WeakKeyDictionary[PreTrainedModel, LaidOutWeights] = WeakKeyDictionary()
+
+
+def laid_out_target(model: PreTrainedModel, is_wanted: bool | None) -> LaidOutWeights:
+    """
+    Copies of the target's linear weights as they are now. Reads all of them, to see which have changed.
+
+    Args:
+        is_wanted (`bool`, *optional*): `False` drops the copies. `None` makes them unless they are large.
+    """
+    layers = [module for module in model.modules() if is_wanted is not False and can_be_laid_out(module)]
+    if is_wanted is None and sum(layer.weight.nbytes for layer in layers) > MAX_UNASKED_BYTES:
+        layers = []
+    if not layers:
+        _STORED.pop(model, None)
+        return LaidOutWeights()
+    weights = _STORED.setdefault(model, LaidOutWeights())
+    weights.refresh(layers)
+    return weights
