@@ -1,4 +1,4 @@
-"""Targets whose rounds read laid-out weights: the same text, never with weights that have changed, nothing left behind."""
+"""Targets whose rounds read laid-out weights: the same text, never stale weights, and nothing left behind."""
 
 import copy
 import gc

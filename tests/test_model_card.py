@@ -123,9 +123,8 @@ def test_the_table_by_depth_has_a_column_for_every_depth_in_reach():
 def test_the_table_by_depth_ends_with_the_depths_of_the_head():
     """N-grams may go on below, on few branches."""
     table = depth_table([{**ROW, "acceptance_by_depth": [0.9, 0.5, 0.2, 0.1]}], 3)
-    assert table.endswith(
-        "| node budget | 1 | 2 | 3 |\n|---|---|---|---|---|---|---|\n| dev_math | 0 | jetflow | 32 | 0.90 | 0.50 | 0.20 |"
-    )
+    assert "| node budget | 1 | 2 | 3 |\n" in table
+    assert table.endswith("| dev_math | 0 | jetflow | 32 | 0.90 | 0.50 | 0.20 |")
 
 
 def test_the_committed_cards_are_those_of_the_code(monkeypatch):
