@@ -11,7 +11,14 @@ from helpers import make_tree
 from reference import assert_same_text
 
 from hf_jetflow.decoding import policy as policy_module
-from hf_jetflow.decoding.policy import AUTO_BUDGETS, REFRESH_EVERY, AutoPolicy, FixedPolicy, TreeLimits
+from hf_jetflow.decoding.policy import (
+    AUTO_BUDGETS,
+    REFRESH_EVERY,
+    AutoPolicy,
+    FixedPolicy,
+    TreeLimits,
+    choose_policy,
+)
 from hf_jetflow.decoding.round_costs import FIRST_TRIALS, RoundCosts, roofline
 from hf_jetflow.trees.tree import Candidates, build_tree, chain_of, trim_tree
 
@@ -288,6 +295,15 @@ def test_trees_that_cannot_be_large_do_not_wait_for_large_trials(max_depth, widt
     assert costs.untried(most) is None
     assert policy.report()["verify_seconds"].keys() <= set(range(1, most + 1))
     assert policy.report()["drafted_over_plain"] > 1
+
+
+@pytest.mark.parametrize(
+    ("config", "most"), [(dict(branch_candidates=4), 4), (dict(draft_vocab_size=9), 9), ({}, 64)], ids=str
+)
+def test_a_tree_has_no_more_children_than_there_are_candidates(config, most, target, random_head):
+    head = random_head(target, ngram_weights=[1.0], **config)
+    head.generation_config.node_budget = "auto"
+    assert choose_policy(head, target, 1).limits.width == most
 
 
 def test_seconds_lie_on_the_line_between_what_was_measured():

@@ -296,6 +296,13 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _num_candidates(head: JetFlowHead) -> int:
+    """Most candidates that a depth can have; tokens outside the draft vocabulary aside."""
+    config, num_scored = head.config, head.config.draft_vocab_size or head.config.vocab_size
+    is_scored = bool(config.ngram_weights) or head.branch_correction is not None
+    return min(num_scored, config.branch_candidates) if is_scored else num_scored
+
+
 # Costs of rounds for each head and target that are still in use.
 ROUND_COSTS: WeakKeyDictionary[JetFlowHead, WeakKeyDictionary[PreTrainedModel, dict]] = WeakKeyDictionary()
 
@@ -303,6 +310,7 @@ ROUND_COSTS: WeakKeyDictionary[JetFlowHead, WeakKeyDictionary[PreTrainedModel, d
 def choose_policy(head: JetFlowHead, model: PreTrainedModel, num_sequences: int) -> Policy:
     """The policy that the head's generation config asks for, for about `num_sequences` at once."""
     limits = read_limits(head.generation_config, head.config.block_size)
+    limits = replace(limits, width=min(limits.width, _num_candidates(head)))
     if not takes_trees(model):
         limits = chain_limits(limits)
     if getattr(head.generation_config, "node_budget", None) != "auto":
