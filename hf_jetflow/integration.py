@@ -28,6 +28,7 @@ from .head.modeling_jetflow import JetFlowHead
 from .stats import GenerationStats
 from .target.attention import mask_dtype
 from .target.caches import unsupported_cache
+from .target.dropout import dropout_reason
 from .target.pickling import allow_pickling
 from .target.position_limits import border_reason
 
@@ -159,13 +160,15 @@ def _checked_decode(
     check_processes(model, head)
     cache, num_given, max_length = kwargs.get(CACHE_NAME), _num_given(input_ids, kwargs), generation_config.max_length
     limit = None if max_length is None else max_length + num_given
-    reason = border_reason(model, cache, len(input_ids), input_ids.shape[1] + num_given, limit)
+    reason = dropout_reason(model) or border_reason(
+        model, cache, len(input_ids), input_ids.shape[1] + num_given, limit
+    )
     if reason is None and len(input_ids) > 1:
         deciders = kwargs["logits_processor"], kwargs["stopping_criteria"]
         reason = plain_batch_reason(model, *deciders, generation_config, cache)
     if reason is not None:
         logger.warning_once(f"this call is decoded plainly, without the draft head: {reason}.")
-        head.last_stats = GenerationStats(policy={"plain": reason})
+        head.last_stats, head.last_trees = GenerationStats(policy={"plain": reason}), None
         return model._sample(input_ids, **kwargs)
     try:
         return decode(model, head, input_ids, **kwargs)
