@@ -244,7 +244,7 @@ def check_pairing(model: PreTrainedModel, head: JetFlowHead) -> None:
             if name == "vocabulary size":
                 fix = (
                     f"set `head.config.vocab_size = {of_target}`"
-                    if borrows
+                    if _can_follow(head, of_target)
                     else f"call `target.resize_token_embeddings({of_head})`"
                 )
                 remedy += f" instead; or, if the embeddings of that target were resized, {fix}"
@@ -257,6 +257,16 @@ def check_pairing(model: PreTrainedModel, head: JetFlowHead) -> None:
             f"the head taps `hidden_states` {config.hidden_state_indices}, but this target ends at "
             f"{text.num_hidden_layers}{made_for}"
         )
+
+
+def _can_follow(head: JetFlowHead, vocab_size: int) -> bool:
+    """Whether a head can draft for a vocabulary of another size: it has no rows of its own for all tokens, and
+    borrows none that is gone."""
+    config, token_ids = head.config, head.draft_token_ids
+    if config.own_embedding or (config.own_lm_head and token_ids is None):
+        return False
+    borrowed = [config.mask_token_id or 0, 0 if token_ids is None else int(token_ids.max())]
+    return max(borrowed) < vocab_size
 
 
 def _embedding_width(model: PreTrainedModel) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import support_matrix
 import torch
+from conftest import build_target
 from reference import assert_same_text
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig, GenerationMixin, T5Config
 from transformers import T5ForConditionalGeneration as T5
@@ -355,6 +356,39 @@ def test_a_config_for_a_target_without_attention_is_refused():
 )
 def test_a_head_made_for_another_target_is_refused(difference, message, way, tiny_target, head, prompt):
     refuse(tiny_target("llama", **difference), head, way, message, prompt)
+
+
+@pytest.mark.parametrize(
+    ("head_config", "new_size", "advice"),
+    [
+        ({}, 200, "vocab_size = 200"),
+        ({}, 300, "vocab_size = 300"),
+        (dict(mask_token_id=220), 200, "resize_token_embeddings"),  # the row of MASK is gone
+        (dict(draft_vocab_size=40), 300, "vocab_size = 300"),
+        (dict(draft_vocab_size=40), 200, "resize_token_embeddings"),  # and that of a drafted token, 250
+        (dict(own_lm_head=True), 300, "resize_token_embeddings"),  # the head scores tokens by rows of its own
+        (dict(own_lm_head=True, draft_vocab_size=40), 300, "vocab_size = 300"),
+        (dict(own_embedding=True, own_lm_head=True), 300, "resize_token_embeddings"),
+    ],
+)
+def test_advice_for_resized_embeddings_works(head_config, new_size, advice, random_head, prompt):
+    target = copy.deepcopy(build_target("llama"))
+    head, num_tokens = random_head(target, **head_config), target.config.vocab_size
+    if head.draft_token_ids is not None:
+        head.draft_token_ids.copy_(torch.arange(211, 251))
+    target.resize_token_embeddings(new_size)
+    refuse(target, head, "assistant_model", advice, prompt.clamp_max(150))
+    if "vocab_size" in advice:
+        head.config.vocab_size = new_size
+    else:
+        target.resize_token_embeddings(num_tokens)
+    assert_drafted_text(target, head, prompt.clamp_max(150))
+
+
+def assert_drafted_text(target, head, prompt):
+    plain = generate(target, prompt)
+    assert_same_text(generate(target, prompt, assistant_model=head), plain)
+    assert head.last_stats.num_drafted > 0
 
 
 def test_the_name_of_the_right_target_is_given_where_it_is_known(tiny_target, target, random_head, prompt):
