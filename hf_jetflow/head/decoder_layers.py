@@ -59,7 +59,8 @@ class JetFlowAttention(nn.Module):
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        dropout = self.config.attention_dropout if self.training else 0.0
+        # Drafts, which are made without gradients, must not draw random numbers.
+        dropout = self.config.attention_dropout if self.training and torch.is_grad_enabled() else 0.0
         output, _ = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling)
         return self.o_proj(output.reshape(batch, rows, -1))
 
