@@ -55,7 +55,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         if past is not None:
             past.load(self._cache, head.config.num_rows)
             self._pending.append((past.features, past.feature_position_ids))
-        self._newest_positions: torch.Tensor | None = None  # (batch,) of the newest observed tokens
+        self._newest_positions: torch.Tensor | None = None  # (batch, seq) of the newest observed tokens
         # Ids in front of short texts, and features behind short paths, that give a captured draft its one shape.
         self._fillers: tuple[torch.Tensor, torch.Tensor] | None = None
         self._recycled: RecycledChoices | None = None
@@ -73,7 +73,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
             features, position_ids = _path_features(states, paths)
             self._recycled = recycle(tree, states.logits, paths) if self._recycles else None
         self._pending.append((features, position_ids))
-        self._newest_positions = position_ids[:, -1]
+        self._newest_positions = position_ids
 
     @property
     def _recycles(self) -> bool:
@@ -263,7 +263,7 @@ class JetFlowCandidateGenerator(CandidateGenerator):
         if self._newest_positions is None:
             raise ValueError("nothing was observed yet; call `observe` with the target's states of the prompt first")
         block_size = self.head.config.block_size
-        draft = self.propose(input_ids, self._newest_positions + 1, block_size - 1, width=1)
+        draft = self.propose(input_ids, self._newest_positions[:, -1] + 1, block_size - 1, width=1)
         chain = draft.best_tree(block_size, width=1)
         return torch.cat([input_ids, chain.tokens[:, 1:]], dim=1), None
 
