@@ -16,7 +16,7 @@ class GenerationStats:
     """
 
     num_rounds: int = 0  # rounds after the prefill, summed over sequences
-    num_new_tokens: int = 0  # tokens emitted, the prefill's token included
+    num_new_tokens: int = 0  # tokens emitted, the prefill's token included; 0 where the call was decoded plainly
     num_drafted: int = 0  # nodes drafted, roots excluded
     num_accepted: int = 0  # drafted tokens accepted, bonus tokens excluded
     # Rounds whose trees could reach depth 1, 2, ..., n-gram continuations included, and those that accepted a token

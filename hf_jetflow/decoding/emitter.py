@@ -119,6 +119,12 @@ class Emitter:
         """Tokens emitted, over all sequences."""
         return sum(self._lengths) - len(self._lengths) * self._prompt_length
 
+    @property
+    def num_steps(self) -> int:
+        """Steps of plain decoding up to here. A streamer that fails ends it at the token that it was given."""
+        num_steps = self._num_reached - self._prompt_length
+        return num_steps if self._streamer is None else min(num_steps, self._num_streamed + 1)
+
     def push(self, sequence: int, token: int, scores: tuple[torch.Tensor, ...] | None = None) -> bool:
         """Commit one token; a finished sequence ignores it. Returns whether the sequence is finished. The criteria get
         `scores`."""

@@ -32,18 +32,19 @@ def decode(
     """
     call = Call(input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs)
     session = DecodingSession(model, head, call)
-    while not session.is_finished:
-        if session.needs_fresh_cache:  # Phi-3 only, at the length where its other RoPE begins
-            session.read_again()
-            continue
-        session.drop_finished()
-        policy = session.policy
-        plan = policy.plan(session.max_yield, session.max_nodes)
-        draft = session.draft(plan)
-        tree = policy.trim(session.best_tree(draft, plan), plan)
-        states = session.verify(tree)
-        paths = session.walk(tree, states)  # emits the accepted tokens and the bonus token
-        session.commit(tree, states, paths)
-        policy.record(tree, paths)
-        session.end_round(tree, paths)
+    with session.rewinding_noise():
+        while not session.is_finished:
+            if session.needs_fresh_cache:  # Phi-3 only, at the length where its other RoPE begins
+                session.read_again()
+                continue
+            session.drop_finished()
+            policy = session.policy
+            plan = policy.plan(session.max_yield, session.max_nodes)
+            draft = session.draft(plan)
+            tree = policy.trim(session.best_tree(draft, plan), plan)
+            states = session.verify(tree)
+            paths = session.walk(tree, states)  # emits the accepted tokens and the bonus token
+            session.commit(tree, states, paths)
+            policy.record(tree, paths)
+            session.end_round(tree, paths)
     return session.finish()

@@ -7,8 +7,8 @@ advance by different lengths; a finished sequence is swapped out: the last activ
 
 import functools
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -92,7 +92,6 @@ class DecodingSession:
         self._policy_for(len(call.input_ids))  # wrong settings are refused before the prompt is read
         self._noise = Noise(len(call.input_ids))
         self._choosers = make_choosers(call, self._wants, self._noise)
-        self._num_prompt = call.input_ids.shape[1]
         self._slots = BatchSlots(len(call.input_ids), AdapterNames(model))
         self._emitter = Emitter(
             call.input_ids,
@@ -131,9 +130,18 @@ class DecodingSession:
 
     def _emit_next(self, states: TargetStates) -> None:
         """Choose and emit the token behind the text of every sequence."""
-        for sequence, chooser in enumerate(self._choosers):
-            token = chooser.choose(states.logits[sequence], self._emitter.committed_ids(sequence))
-            self._emitter.push(sequence, token, chooser.scores)
+        with self._counting_tokens():
+            for sequence, chooser in enumerate(self._choosers):
+                token = chooser.choose(states.logits[sequence], self._emitter.committed_ids(sequence))
+                self._emitter.push(sequence, token, chooser.scores)
+
+    @contextmanager
+    def _counting_tokens(self) -> Iterator[None]:
+        """Count what was emitted inside, at an error too."""
+        try:
+            yield
+        finally:
+            self.stats.num_new_tokens = self._emitter.num_new_tokens
 
     @property
     def needs_fresh_cache(self) -> bool:
@@ -223,10 +231,9 @@ class DecodingSession:
 
         On an error, such as a closed streamer, the nodes are rolled back. A later call can reuse the cache.
         """
-        with ExitStack() as on_error:
+        choosers = [self._choosers[sequence] for sequence in self._slots.active]
+        with ExitStack() as on_error, self._counting_tokens():
             on_error.callback(self._prefilled.strategy.roll_back, tree)
-            on_error.callback(self._rewind_noise)
-            choosers = [self._choosers[sequence] for sequence in self._slots.active]
             paths = walk_trees(tree, states.logits, choosers, self._emitter)
             on_error.pop_all()
         return paths
@@ -249,10 +256,18 @@ class DecodingSession:
             for observer in self._observers:
                 observer(finished)
 
+    @contextmanager
+    def rewinding_noise(self) -> Iterator[None]:
+        """Afterwards, the random number generator is where plain decoding leaves it, at an error too."""
+        try:
+            yield
+        finally:
+            self._noise.rewind(self._emitter.num_steps)
+
     def finish(self) -> torch.Tensor | GenerateDecoderOnlyOutput:
         """What `generate` returns."""
-        self._rewind_noise()
-        self.stats.num_new_tokens, self.stats.policy = self._emitter.num_new_tokens, self.policy.report()
+        self.stats.policy = self.policy.report()
+        self._head.last_stats = self.stats  # a criterion may have generated with the same head
         cache = self._prefilled.cache
         # A cache that the caller retains must end as plain decoding leaves it.
         if self._wants["return_dict_in_generate"] or getattr(cache, "_is_user_defined", False):
@@ -265,10 +280,6 @@ class DecodingSession:
     def _num_cached(self, length: int) -> int:
         """Cached tokens of a sequence with `length` ids: all but the anchor, and those without an id."""
         return length - 1 + self._num_without_id
-
-    def _rewind_noise(self) -> None:
-        """Leave the random number generator as plain decoding of the emitted tokens does."""
-        self._noise.rewind(self._emitter.length - self._num_prompt)
 
     def _read_rest(self) -> None:
         """Feed the tokens that plain decoding would still feed for finished sequences."""
