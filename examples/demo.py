@@ -36,7 +36,7 @@ PROMPTS = {
     "chat": "What should I pack for a three-day hike in the mountains in autumn?",
 }
 
-PAGE = "docs/benchmarks.md#where-drafting-does-not-pay"
+PAGE = "docs/benchmarks.md#where-drafting-pays-little"
 DECODED_PLAINLY = (
     'Mostly plain rounds: node budget "auto" measured that a tree takes longer here than its tokens save. '
     f"A speedup below 1 is then what the tries cost, or other work on this machine ({PAGE})."

@@ -14,13 +14,14 @@ from hf_jetflow.training.answers import regenerate_answers
 from hf_jetflow.training.data import read_answers
 
 
-def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """The options that these scripts share."""
+def make_parser(description: str | None, texts: bool = True) -> argparse.ArgumentParser:
+    """The options that these scripts share; `texts`: with a folder for the target's greedy answers."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", required=True, help="Hub id, folder or .gguf file")
     parser.add_argument("--head", required=True, help="Hub id or folder")
     parser.add_argument("--prompts", type=Path, nargs="+", required=True, help="JSON lines files")
-    parser.add_argument("--texts", type=Path, required=True, help="folder for the target's greedy answers")
+    if texts:
+        parser.add_argument("--texts", type=Path, required=True, help="folder for the target's greedy answers")
     parser.add_argument("--num-prompts", type=int, default=40, help="prompts taken from each file")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--json", type=Path, required=True, help="file for the result")

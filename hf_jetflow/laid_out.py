@@ -90,17 +90,18 @@ class LaidOutWeights:
 
 
 class _LaidOutForward:
-    """The forward of a layer while some thread has its copy in use. Under autocast, which changes the type of the
-    rows, the layer reads its own weight."""
+    """The forward of a layer while some thread has its copy in use. Compiled, and under autocast, which changes the
+    type of the rows, the layer reads its own weight."""
 
     def __init__(self, layer: nn.Linear):
         self._layer = layer
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
-        copy = getattr(_IN_USE, "copies", {}).get(self._layer)
-        if copy is None or input.dtype != copy.dtype or torch.is_autocast_enabled("cpu"):
-            return nn.Linear.forward(self._layer, input)
-        return torch.ops.mkldnn._linear_pointwise(input, copy, self._layer.bias, "none", [], "")
+        if not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu"):
+            copy = getattr(_IN_USE, "copies", {}).get(self._layer)
+            if copy is not None and input.dtype == copy.dtype:
+                return torch.ops.mkldnn._linear_pointwise(input, copy, self._layer.bias, "none", [], "")
+        return nn.Linear.forward(self._layer, input)
 
 
 def can_be_laid_out(layer: nn.Module) -> TypeGuard[nn.Linear]:

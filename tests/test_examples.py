@@ -156,6 +156,19 @@ def test_the_gain_of_noise_is_measured_by_temperature(example, options, tmp_path
     assert all(row["speed_with_over_without"] > 0 for row in result["rows"])
 
 
+@pytest.mark.usefixtures("short_measurements")
+def test_the_gain_of_laid_out_weights_is_measured_by_node_budget(example, options, tmp_path):
+    most = ["--max-new-tokens", 20, "--node-budgets", 1, 9, "--num-prompts", 2]
+    example("laid_out_gain", *options[:6], *most, "--json", tmp_path / "laid_out.json")
+    result = json.loads((tmp_path / "laid_out.json").read_text())
+    assert [(row["prompts"], row["node_budget"], row["num_prompts"]) for row in result["rows"]] == [
+        ("dev", 1, 2),
+        ("dev", 9, 2),
+    ]
+    assert all(row["speed"] > 0 for row in result["rows"])
+    assert result["costs"]["bytes"] > 0
+
+
 def test_loss_weights_are_those_of_a_plain_loop(example_module):
     weights = example_module("loss_weights")
     probs = torch.tensor([[0.9, 0.5, 0.0, 0.8], [0.1, 1.0, 0.7, 0.2]])

@@ -147,6 +147,20 @@ def test_layers_with_a_forward_of_their_own_are_left_alone(pair):
     assert hooked.forward is own
 
 
+def test_a_layer_that_the_user_has_compiled_stays_right(pair):
+    target, head = pair
+    target.model.layers[1].compile(backend="eager")
+    plain = target.generate(PROMPT, **CALL)
+    assert_same_text(target.generate(PROMPT, assistant_model=head, **CALL), plain)
+
+
+def test_a_layer_can_be_compiled_while_its_copy_is_in_use(pair):
+    layer = pair[0].lm_head
+    rows, compiled = torch.randn(2, layer.in_features), torch.compile(layer, backend="eager", fullgraph=True)
+    with laid_out_target(pair[0], None).in_use(), torch.no_grad():
+        torch.testing.assert_close(compiled(rows), rows @ layer.weight.T)
+
+
 @x86_only
 def test_another_thread_reads_the_layers_own_weights(pair):
     target, _ = pair

@@ -373,6 +373,18 @@ def noise() -> str:
     return with_and_without("noise", "known noise", "temperature", "speed_with_over_without", 0)
 
 
+def laid_out() -> str:
+    """Gain by prompts (lines) and node budget (columns)."""
+    rows = read("laid_out")["rows"]
+    budgets = sorted({row["node_budget"] for row in rows})
+    lines = [
+        [label, *(f"{find(rows, prompts=name, node_budget=budget)['speed']:.2f}" for budget in budgets)]
+        for name, label in SETS.items()
+    ]
+    names = ["plain rounds" if budget == 1 else f"{budget} nodes" for budget in budgets]
+    return table(["speed with copies over speed without", *names], lines, "laid_out")
+
+
 def scorers() -> str:
     """Tokens per round without n-grams, means of the prompt sets."""
     labels = {
@@ -491,6 +503,7 @@ TABLES: dict[str, Callable[[], str]] = {
         branch_gains,
         recycled,
         noise,
+        laid_out,
         ablation,
         scorers,
         vllm,
