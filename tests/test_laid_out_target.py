@@ -46,7 +46,7 @@ def read_copies(target, head, **call):
 
 
 def laid_out_copies(target):
-    return laid_out._STORED[target]._copies.values() if target in laid_out._STORED else []
+    return laid_out._STORED[target][1]._copies.values() if target in laid_out._STORED else []
 
 
 @x86_only
@@ -110,6 +110,18 @@ def test_a_target_that_has_changed_writes_its_new_text(pair, change):
     plain = target.generate(PROMPT, **CALL)
     assert not torch.equal(plain, before), "the change must show in the text"
     assert_same_text(target.generate(PROMPT, assistant_model=head, **CALL), plain)
+
+
+@x86_only
+def test_copies_last_until_weights_are_said_to_have_changed(pair):
+    target, head = pair
+    target.generate(PROMPT, assistant_model=head, **CALL)
+    first = laid_out._STORED[target][1]
+    target.generate(PROMPT, assistant_model=head, **CALL)
+    assert laid_out._STORED[target][1] is first
+    head.weights_changed()
+    target.generate(PROMPT, assistant_model=head, **CALL)
+    assert laid_out._STORED[target][1] is not first
 
 
 def test_an_error_in_a_round_leaves_no_layer_behind(pair, monkeypatch):
@@ -197,7 +209,7 @@ def test_bfloat16_products_are_equal_to_the_last_bit(pair):
 def test_copies_go_with_their_target(random_head):
     target = copy.deepcopy(build_target("llama"))
     target.generate(PROMPT, assistant_model=random_head(target), **CALL)
-    weights = weakref.ref(laid_out._STORED[target])
+    weights = weakref.ref(laid_out._STORED[target][1])
     assert weights() is not None
     del target
     gc.collect()

@@ -126,7 +126,8 @@ class DecodingSession:
             self._prefilled.strategy.open()
             num_remaining = self._emitter.num_remaining
             if num_remaining is None or num_remaining >= MIN_LAID_OUT:
-                self._prefilled.lay_out(getattr(self._head.generation_config, "lay_out_target", None))
+                is_wanted = getattr(self._head.generation_config, "lay_out_target", None)
+                self._prefilled.lay_out(is_wanted, self._head._weights_version)
 
     def _emit_next(self, states: TargetStates) -> None:
         """Choose and emit the token behind the text of every sequence."""

@@ -69,10 +69,10 @@ class JetFlowHead(PreTrainedModel):
     The draft head. It borrows the target's embedding and output embedding, unless its checkpoint holds its own.
 
     Pass it to `generate` as `assistant_model=head`. `head.generation_config` holds `node_budget` (rows the target
-    verifies per round, root included) and `max_depth` (1 .. `config.block_size - 1`); after a call
-    `head.last_stats` holds its [`GenerationStats`]. With `head.record_trees = True` before it, `head.last_trees` holds
-    its draft trees, a list of [`~tree_log.TreeRound`]. `head.custom_generate`, which `integration.py` adds, is another
-    way to pass it.
+    verifies per round, root included), `max_depth` (1 .. `config.block_size - 1`) and the other settings of
+    docs/usage.md; after a call `head.last_stats` holds its [`GenerationStats`]. With `head.record_trees = True` before
+    it, `head.last_trees` holds its draft trees, a list of [`~tree_log.TreeRound`]. `head.custom_generate`, which
+    `integration.py` adds, is another way to pass it.
 
     Args:
         config ([`JetFlowConfig`]): The head's configuration. The weights are random until loaded or trained.

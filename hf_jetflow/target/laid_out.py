@@ -9,15 +9,16 @@ from ..laid_out import LaidOutWeights, can_be_laid_out
 
 MAX_UNASKED_BYTES = 2**31  # of copies that nobody asked for
 
-_STORED: WeakKeyDictionary[PreTrainedModel, LaidOutWeights] = WeakKeyDictionary()
+_STORED: WeakKeyDictionary[PreTrainedModel, tuple[int, LaidOutWeights]] = WeakKeyDictionary()
 
 
-def laid_out_target(model: PreTrainedModel, is_wanted: bool | None) -> LaidOutWeights:
+def laid_out_target(model: PreTrainedModel, is_wanted: bool | None, version: int = 0) -> LaidOutWeights:
     """
     Copies of the target's linear weights as they are now. Reads all of them, to see which have changed.
 
     Args:
         is_wanted (`bool`, *optional*): `False` drops the copies. `None` makes them unless they are large.
+        version (`int`): Copies that were made under another one are made again.
     """
     layers = [module for module in model.modules() if is_wanted is not False and can_be_laid_out(module)]
     if is_wanted is None and sum(layer.weight.nbytes for layer in layers) > MAX_UNASKED_BYTES:
@@ -25,6 +26,9 @@ def laid_out_target(model: PreTrainedModel, is_wanted: bool | None) -> LaidOutWe
     if not layers:
         _STORED.pop(model, None)
         return LaidOutWeights()
-    weights = _STORED.setdefault(model, LaidOutWeights())
+    known, weights = _STORED.get(model, (version, LaidOutWeights()))
+    if known != version:
+        weights = LaidOutWeights()
+    _STORED[model] = version, weights
     weights.refresh(layers)
     return weights

@@ -145,10 +145,10 @@ class PrefilledTarget:
         fresh_at = self._position_limits.fresh_at
         return fresh_at is not None and num_tokens > fresh_at and self.slots.lengths.tolist() == [fresh_at]
 
-    def lay_out(self, is_wanted: bool | None) -> None:
+    def lay_out(self, is_wanted: bool | None, version: int) -> None:
         """Let verifies read copies of the weights that are laid out for the CPU's kernels; see `laid_out_target`."""
         if not self.is_compiled:  # the compiler lays weights out itself
-            self.weights = laid_out_target(self.target.model, is_wanted)
+            self.weights = laid_out_target(self.target.model, is_wanted, version)
 
     def verify(self, tree: DraftTree) -> TargetStates:
         """One target forward over all nodes; their keys and values lie in the cache until `commit`."""
