@@ -39,7 +39,7 @@ PROMPTS = {
 PAGE = "docs/benchmarks.md#where-drafting-pays-little"
 DECODED_PLAINLY = (
     'Mostly plain rounds: node budget "auto" measured that a tree takes longer here than its tokens save. '
-    f"A speedup below 1 is then what the tries cost, or other work on this machine ({PAGE})."
+    f"A speedup below 1 is then what the probes cost, or other work on this machine ({PAGE})."
 )
 SLOWER = (
     "Speedup below 1: on a CPU without bf16 instructions each further row of a forward costs almost a whole one. "
