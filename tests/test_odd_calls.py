@@ -179,7 +179,7 @@ def test_a_criterion_that_generates_with_the_same_head_changes_no_statistics(tar
 
     def asks(input_ids, scores, **_):
         target.generate(prompt, assistant_model=head, max_new_tokens=3, do_sample=False)
-        return torch.zeros(len(input_ids), dtype=torch.bool)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     target.generate(prompt, assistant_model=head, max_new_tokens=9, do_sample=False, stopping_criteria=[asks])
     assert head.last_stats.num_new_tokens == 9
