@@ -57,6 +57,7 @@ class LaidOutWeights:
     def __init__(self) -> None:
         self._fingerprints: dict[nn.Linear, TensorFingerprint] = {}
         self._copies: dict[nn.Linear, torch.Tensor] = {}
+        self._forwards: dict[nn.Linear, _LaidOutForward] = {}
 
     @torch.no_grad()
     def refresh(self, layers: Iterable[nn.Linear]) -> None:
@@ -64,28 +65,29 @@ class LaidOutWeights:
         Layers that cannot read a copy are left to torch."""
         fingerprints, copies = {}, {}
         for layer in layers:
-            weight, known = layer.weight, self._fingerprints.get(layer)
             if not can_be_laid_out(layer):
                 continue
+            weight, known = layer.weight, self._fingerprints.get(layer)
             if known is not None and known.matches(weight):
                 fingerprints[layer], copies[layer] = known, self._copies[layer]
             else:
                 fingerprints[layer] = TensorFingerprint.of(weight)
                 copies[layer] = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
         self._fingerprints, self._copies = fingerprints, copies
+        self._forwards = {layer: _LaidOutForward(layer) for layer in copies}
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Inside, the layers read these copies, in this thread only."""
         before: dict[nn.Linear, torch.Tensor] = getattr(_IN_USE, "copies", {})
-        _IN_USE.copies = copies = self._copies
-        for layer in copies:
-            vars(layer)["forward"] = _LaidOutForward(layer)
+        _IN_USE.copies, forwards = self._copies, self._forwards
+        for layer, forward in forwards.items():
+            vars(layer)["forward"] = forward
         try:
             yield
         finally:
             _IN_USE.copies = before
-            for layer in copies:  # another thread inside reads the layer's own weight from here on
+            for layer in forwards:  # another thread inside reads the layer's own weight from here on
                 vars(layer).pop("forward", None)
 
 

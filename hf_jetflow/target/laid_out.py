@@ -20,10 +20,9 @@ def laid_out_target(model: PreTrainedModel, is_wanted: bool | None, version: int
         is_wanted (`bool`, *optional*): `False` drops the copies. `None` makes them unless they are large.
         version (`int`): Copies that were made under another one are made again.
     """
-    layers = [module for module in model.modules() if is_wanted is not False and can_be_laid_out(module)]
-    if is_wanted is None and sum(layer.weight.nbytes for layer in layers) > MAX_UNASKED_BYTES:
-        layers = []
-    if not layers:
+    layers = [module for module in model.modules() if can_be_laid_out(module)]
+    is_large = sum(layer.weight.nbytes for layer in layers) > MAX_UNASKED_BYTES
+    if is_wanted is False or (is_wanted is None and is_large):
         _STORED.pop(model, None)
         return LaidOutWeights()
     known, weights = _STORED.get(model, (version, LaidOutWeights()))
