@@ -1,9 +1,7 @@
 """What leaves the loop: committed ids, the streamer, the end of generation, the return object."""
 
-from typing import Any
-
 import torch
-from transformers import Cache, EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
+from transformers import Cache, EosTokenCriteria, GenerationConfig, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -230,20 +228,20 @@ class Emitter:
             self._attentions.append(tuple(entry))
 
     def finish(
-        self, cache: Cache, wants: dict[str, Any], chooser: Chooser
+        self, cache: Cache, config: GenerationConfig, chooser: Chooser
     ) -> torch.Tensor | GenerateDecoderOnlyOutput:
         """End the stream and assemble what `generate` returns."""
         if self._streamer is not None:
             self._streamer.end()
         sequences = self._write_new_ids()[:, : self.length].clone()
-        if not wants["return_dict_in_generate"]:
+        if not config.return_dict_in_generate:
             return sequences
         return GenerateDecoderOnlyOutput(
             sequences=sequences,
             scores=chooser.scores,
             logits=chooser.logits,
-            attentions=tuple(self._attentions) if wants["output_attentions"] else None,
-            hidden_states=tuple(self._hidden_states) if wants["output_hidden_states"] else None,
+            attentions=tuple(self._attentions) if config.output_attentions else None,
+            hidden_states=tuple(self._hidden_states) if config.output_hidden_states else None,
             **{CACHE_NAME: cache},
         )
 

@@ -28,7 +28,7 @@ from ..target.target import Target
 from ..transfer import to_device
 from ..trees.tree import DraftTree, chain_of
 from ..trees.walk import Chooser, walk_trees
-from .batching import RECORDED, TEXT_BLIND, draw_nothing, sequence_processors
+from .batching import TEXT_BLIND, draw_nothing, sequence_processors
 from .captured_draft import CapturedDraft
 from .drafter import JetFlowCandidateGenerator
 from .emitter import Emitter
@@ -41,7 +41,6 @@ from .tree_log import Round, TreeLog
 
 REST_CHUNK = 16  # tokens of finished sequences that are fed at a time, where the caller gets the cache of a batch
 MIN_LAID_OUT = 16  # tokens that a text must be able to gain, for laid-out weights of the target to pay
-OUTPUT_FLAGS = ("return_dict_in_generate", *RECORDED)
 Step = TypeVar("Step", bound=Callable[..., Any])
 
 
@@ -87,11 +86,10 @@ class DecodingSession:
 
     def __init__(self, model: PreTrainedModel, head: JetFlowHead, call: Call):
         self._head, self._model, self._call = head, model, call
-        self._wants = {name: getattr(call.generation_config, name) for name in OUTPUT_FLAGS}
         self._policies: dict[int, Policy] = {}
         self._policy_for(len(call.input_ids))  # wrong settings are refused before the prompt is read
         self._noise = Noise(len(call.input_ids))
-        self._choosers = make_choosers(call, self._wants, self._noise)
+        self._choosers = make_choosers(call, self._noise)
         self._slots = BatchSlots(len(call.input_ids), AdapterNames(model))
         self._emitter = Emitter(
             call.input_ids,
@@ -271,12 +269,12 @@ class DecodingSession:
         self._head.last_stats = self.stats  # a criterion may have generated with the same head
         cache = self._prefilled.cache
         # A cache that the caller retains must end as plain decoding leaves it.
-        if self._wants["return_dict_in_generate"] or getattr(cache, "_is_user_defined", False):
+        if self._call.generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False):
             self._read_rest()
             self._prefilled.strategy.settle(self._num_cached(self._emitter.length))
             store_context(cache, self._head, self._drafter.head_context)
         self._drafter.close()
-        return self._emitter.finish(cache, self._wants, self._choosers[0])
+        return self._emitter.finish(cache, self._call.generation_config, self._choosers[0])
 
     def _num_cached(self, length: int) -> int:
         """Cached tokens of a sequence with `length` ids: all but the anchor, and those without an id."""
@@ -298,18 +296,18 @@ class DecodingSession:
             self._prefilled.strategy.commit(chain, [list(range(length)) for length in num_read.tolist()])
 
 
-def make_choosers(call: Call, wants: dict[str, Any], noise: Noise) -> list[Chooser]:
+def make_choosers(call: Call, noise: Noise) -> list[Chooser]:
     """One chooser for each sequence; those of a batch share the noise."""
-    batch, is_recorded = len(call.input_ids), wants["return_dict_in_generate"]
+    batch, config = len(call.input_ids), call.generation_config
     is_text_blind = all(type(processor) in TEXT_BLIND for processor in call.logits_processor)
     # Draws ahead would change what a processor or criterion draws itself. Batches come with no processor that does.
     is_noise_ours = batch > 1 or (draw_nothing(call.logits_processor) and draw_nothing(call.stopping_criteria))
     return [
         Chooser(
             sequence_processors(call.logits_processor, i) if batch > 1 else call.logits_processor,
-            call.generation_config.do_sample,
-            keep_scores=is_recorded and wants["output_scores"],
-            keep_logits=is_recorded and wants["output_logits"],
+            config.do_sample,
+            keep_scores=config.return_dict_in_generate and config.output_scores,
+            keep_logits=config.return_dict_in_generate and config.output_logits,
             noise=SequenceNoise(noise, i) if is_noise_ours else None,
             is_text_blind=is_text_blind,
         )
