@@ -14,7 +14,7 @@ from conftest import EXAMPLES
 from helpers import save_pair, write_lines
 from safetensors.torch import load_file
 
-from hf_jetflow import JetFlowConfig
+from hf_jetflow import JetFlowConfig, JetFlowHead
 from hf_jetflow.simulate.simulate import read_tokens
 from hf_jetflow.target.target import Target
 from hf_jetflow.trees.tree import Candidates, build_tree
@@ -58,6 +58,49 @@ def test_prompts_are_prepared_from_a_file_of_questions(example, tmp_path):
     assert records == [{"id": "gsm8k-train-0", "messages": [{"role": "user", "content": "One and one?"}]}]
 
 
+def test_questions_are_varied_in_numbers_and_names(example, example_module, tmp_path):
+    question = "In 2010 Mary and Tom, Mary's son, had 1 cow, 1,200 hens, 45 geese and 2.50 dollars."
+    source = write_lines(tmp_path / "train.jsonl", {"question": question}, {"question": "How are you?"})
+    example("prepare_prompts", "--questions", source, "--vary", 3, "--output", tmp_path / "prompts.jsonl")
+    records = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    texts = [record["messages"][0]["content"] for record in records]
+    assert len({record["id"] for record in records}) == len(texts) == 8
+    assert texts[:2] == [question, "How are you?"]
+    assert texts[5:] == ["How are you?"] * 3
+    women, men = (getattr(example_module("prepare_prompts"), name) for name in ("WOMEN", "MEN"))
+    pattern = r"In 2010 (\w+) and (\w+), (\w+)'s son, had 1 cow, (\d,\d00) hens, (\d+) geese and \d\.\d\d dollars\."
+    for text in texts[2:5]:
+        mother, son, again, hens, geese = re.fullmatch(pattern, text).groups()
+        assert mother == again != "Mary"
+        assert son != "Tom"
+        assert {mother} <= {*women}
+        assert {son} <= {*men}
+        assert 600 <= int(hens.replace(",", "")) <= 2400
+        assert int(geese) % 5 == 0
+    assert len(set(texts[2:5])) == 3
+
+
+def test_prompts_near_held_out_ones_are_left_out(example, tmp_path, capsys):
+    shared = "a train leaves the station at nine and reaches the next town at noon"
+    source = write_lines(
+        tmp_path / "train.jsonl",
+        *(
+            {"question": text}
+            for text in (f"Yesterday {shared.upper()}!", "What is a train?", "Hi!", f"{shared[:40]}.")
+        ),
+    )
+    held_out = write_lines(
+        tmp_path / "dev.jsonl", {"prompt": f"Suppose {shared}. How long is that?"}, {"prompt": "hi"}
+    )
+    output = tmp_path / "prompts.jsonl"
+    example("prepare_prompts", "--questions", source, "--exclude", held_out, "--output", output)
+    said = capsys.readouterr().out
+    texts = [json.loads(line)["messages"][0]["content"] for line in output.read_text().splitlines()]
+    assert texts == ["What is a train?", f"{shared[:40]}."]
+    assert "2 prompts written" in said
+    assert "2 near excluded ones left out" in said
+
+
 def test_prompts_are_prepared_from_functions_without_their_bodies(example, tmp_path):
     code = tmp_path / "code"
     (code / "tests").mkdir(parents=True)
@@ -89,6 +132,43 @@ def test_sharegpt_records_are_read_up_to_where_the_file_is_cut_off(example_modul
     (data / "all.json").write_text(json.dumps(whole)[:-20])
     monkeypatch.syspath_prepend(tmp_path)
     assert list(example_module("prepare_prompts").sharegpt_turns()) == ["Turn 0", "Turn 1"]
+
+
+@pytest.fixture
+def two_heads(tmp_path):
+    """Folders of two heads of one layout with different draft vocabularies."""
+    for seed, name in enumerate(("first", "second")):
+        torch.manual_seed(seed)
+        head = JetFlowHead(JetFlowConfig(vocab_size=64, draft_vocab_size=8, hidden_size=16, num_hidden_layers=1))
+        head.d2t.copy_(torch.arange(8) + seed)
+        head.save_pretrained(tmp_path / name)
+    return tmp_path / "first", tmp_path / "second"
+
+
+def test_heads_are_averaged_by_their_shares(example, two_heads, tmp_path):
+    example("average_heads", "--heads", *two_heads, "--shares", 0.25, 0.75, "--output", tmp_path / "mean")
+    first, second, mean = (
+        JetFlowHead.from_pretrained(folder).state_dict() for folder in (*two_heads, tmp_path / "mean")
+    )
+    assert mean.pop("d2t").tolist() == second["d2t"].tolist() == [*range(1, 9)]
+    for name, weight in mean.items():
+        torch.testing.assert_close(weight, 0.25 * first[name] + 0.75 * second[name])
+    assert any(not torch.equal(first[name], second[name]) for name in mean)
+    example("average_heads", "--heads", *two_heads, "--output", tmp_path / "half")
+    half = JetFlowHead.from_pretrained(tmp_path / "half").state_dict()
+    torch.testing.assert_close(half["norm.weight"], (first["norm.weight"] + second["norm.weight"]) / 2)
+
+
+def test_averaging_refuses_wrong_shares_and_other_layouts(example, two_heads, tmp_path, capsys):
+    for shares in ((0.5, 0.6), (1,)):
+        with pytest.raises(SystemExit):
+            example("average_heads", "--heads", *two_heads, "--shares", *shares, "--output", tmp_path / "mean")
+        assert "--shares needs 2 numbers whose sum is 1" in capsys.readouterr().err
+    JetFlowHead(JetFlowConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2)).save_pretrained(tmp_path / "other")
+    with pytest.raises(SystemExit):
+        example("average_heads", "--heads", two_heads[0], tmp_path / "other", "--output", tmp_path / "mean")
+    assert "different tensors" in capsys.readouterr().err
+    assert not (tmp_path / "mean").exists()
 
 
 def test_tree_timing_writes_its_figures(example, tmp_path):
