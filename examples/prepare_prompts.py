@@ -9,20 +9,22 @@
 (github.com/openai/grade-school-math);
 `--functions FOLDER` asks for the body of functions in a folder of Python files, given their head and docstring. The
 files are read, never run;
-`--vary N` adds N versions of each question with other numbers and names, where all public ones are used up;
-`--exclude FILE` leaves out prompts near those of a file, such as held-out ones;
+`--compose N` adds N requests to complete functions that are composed of parts (see composed_functions.py);
+`--exclude FILE` leaves out prompts near those of a file, such as held-out ones: with 12 words in a row or a function's
+name in common;
 `--limit N` takes the first N prompts of each source.
 """
 
 import argparse
 import ast
 import json
-import random
 import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+
+from composed_functions import composed_functions
 
 from hf_jetflow.files import atomic_write
 from hf_jetflow.prompts import read_prompts
@@ -30,19 +32,7 @@ from hf_jetflow.prompts import read_prompts
 
 MIN_DOCSTRING = 60  # characters; shorter ones rarely specify the function
 NEAR = 12  # words in a row that a prompt near another one shares with it
-NUMBER = re.compile(r"\d[\d,]*\d(\.\d+)?|\d(\.\d+)?")
 WORDS = re.compile(r"\w+")
-WOMEN = WORDS.findall(
-    "Alice Amanda Amy Anna Betty Brenda Carla Carol Cynthia Diana Donna Ella Emma Eva Gina Grace Hannah Helen Jane "
-    "Jenny Jessica Joy Julia Karen Kate Kelly Laura Lily Linda Lisa Maria Martha Mary Maya Megan Mia Nancy Nora "
-    "Olivia Paula Rachel Rebecca Rosa Ruth Samantha Sandra Sarah Sharon Sophia Susan Tina Wendy Zoe"
-)
-MEN = WORDS.findall(
-    "Aaron Adam Albert Alex Andrew Ben Bill Bob Brandon Brian Carl Carlos Charles Daniel David Edward Eric Ethan "
-    "Frank Fred Gary George Greg Harry Henry Jack Jacob James Jason Jeff Jerry Jim Joe John Jose Josh Juan Justin "
-    "Kevin Kyle Larry Luke Mark Martin Matt Michael Mike Nathan Noah Oscar Paul Peter Richard Robert Ryan Sam Sean "
-    "Steve Ted Thomas Tim Tom Tony Tyler Victor Walter William Zach"
-)
 
 
 def sharegpt_turns() -> Iterator[str]:
@@ -72,50 +62,11 @@ def questions(path: Path) -> Iterator[str]:
             yield json.loads(line)["question"]
 
 
-def varied_questions(path: Path, num_versions: int) -> Iterator[str]:
-    rng = random.Random(0)
-    for question in questions(path):
-        for _ in range(num_versions):
-            yield varied(question, rng)
-
-
-def varied(question: str, rng: random.Random) -> str:
-    """
-    A question with other numbers of about the same size and other first names; 0, 1 and years stay.
-
-    It need not make sense: a head learns how its target writes, right or wrong.
-    """
-    text = NUMBER.sub(lambda match: _other_number(match[0], rng), question)
-    words = set(WORDS.findall(text))
-    others = {}
-    for names in (WOMEN, MEN):
-        known = [name for name in names if name in words]
-        others.update(zip(known, rng.sample([name for name in names if name not in words], len(known)), strict=True))
-    return WORDS.sub(lambda match: others.get(match[0], match[0]), text)
-
-
-def _other_number(text: str, rng: random.Random) -> str:
-    whole, _, digits = text.replace(",", "").partition(".")
-    number = int(whole)
-    if digits:
-        share = rng.choice(["20", "25", "40", "50", "75", "80"]) if len(digits) > 1 else rng.randint(1, 9)
-        return f"{number + rng.randint(-min(number, 3), 4)}.{share}"
-    if number <= 1 or 1900 <= number <= 2050:
-        return text
-    if number <= 12:
-        other = rng.randint(2, 12)
-    elif number <= 100:
-        other = rng.randint(11, 99) if number % 5 else 5 * rng.randint(2, 19)
-    else:
-        step = 1 if number % 10 else 10 ** (len(str(number)) - 2)
-        other = rng.randint(number // 2, 2 * number) // step * step
-    return f"{other:,}" if "," in text else str(other)
-
-
-def word_runs(text: str) -> set[tuple[str, ...]]:
-    """All runs of `NEAR` words; of a shorter text, all of it."""
+def marks(text: str) -> set[tuple[str, ...]]:
+    """What near prompts have in common: all runs of `NEAR` words (all of a shorter text), and names of functions."""
     words = WORDS.findall(text.lower())
-    return {tuple(words[start : start + NEAR]) for start in range(max(len(words) - NEAR, 0) + 1)}
+    runs = {tuple(words[start : start + NEAR]) for start in range(max(len(words) - NEAR, 0) + 1)}
+    return runs | {("def", name) for name in re.findall(r"\bdef (\w+)", text)}
 
 
 def function_stubs(folder: Path) -> Iterator[str]:
@@ -144,7 +95,7 @@ def main() -> None:
     parser.add_argument("--sharegpt", action="store_true")
     parser.add_argument("--questions", type=Path, action="append", default=[], metavar="FILE")
     parser.add_argument("--functions", type=Path, action="append", default=[], metavar="FOLDER")
-    parser.add_argument("--vary", type=int, default=0, metavar="N")
+    parser.add_argument("--compose", type=int, default=0, metavar="N")
     parser.add_argument("--exclude", type=Path, nargs="+", default=[], metavar="FILE")
     parser.add_argument("--limit", type=int, metavar="N")
     parser.add_argument("--max-characters", type=int, default=1000, help="longer prompts are skipped")
@@ -152,13 +103,11 @@ def main() -> None:
     args = parser.parse_args()
 
     held_out = [message["content"] for prompt in read_prompts(args.exclude) for message in prompt["messages"]]
-    excluded = set().union(*(word_runs(text) for text in held_out if isinstance(text, str)))
+    excluded = set().union(*(marks(text) for text in held_out if isinstance(text, str)))
     sources = {path.parent.name + "-" + path.stem: questions(path) for path in args.questions}
-    if args.vary:
-        sources.update(
-            {f"{path.parent.name}-{path.stem}-varied": varied_questions(path, args.vary) for path in args.questions}
-        )
     sources.update({f"functions-{number}": function_stubs(path) for number, path in enumerate(args.functions)})
+    if args.compose:
+        sources["composed"] = islice(composed_functions(), args.compose)
     if args.sharegpt:
         sources["sharegpt"] = sharegpt_turns()
     written, near = 0, 0
@@ -166,7 +115,7 @@ def main() -> None:
         for source, prompts in sources.items():
             short = (prompt for prompt in prompts if len(prompt) <= args.max_characters)
             for number, prompt in enumerate(islice(short, args.limit)):
-                if not excluded.isdisjoint(word_runs(prompt)):
+                if not excluded.isdisjoint(marks(prompt)):
                     near += 1
                     continue
                 messages = [{"role": "user", "content": prompt}]

@@ -24,7 +24,7 @@ python -c 'from importlib.util import find_spec; raise SystemExit(find_spec("sha
 mkdir -p "$run"
 prompts=$run/prompts.jsonl
 if [ ! -f "$prompts" ]; then
-    python "$examples/prepare_prompts.py" --sharegpt --limit "${PROMPTS:-13000}" "${questions[@]}" \
+    python "$examples/prepare_prompts.py" --sharegpt --limit "${PROMPTS:-13000}" "${questions[@]}" --compose 2000 \
         --functions "$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" --output "$prompts"
 fi
 hf-jetflow train \
@@ -33,7 +33,7 @@ hf-jetflow train \
     --prompts "$prompts" \
     --output "$run" \
     --mask-token "<reponame>" \
-    --draft-vocab 12288 \
+    --draft-vocab 16384 \
     --num-layers 3 --num-taps 5 --block-size 8 --branch-correction path \
     --batch-size 16 --anchors 16 --learning-rate 1e-2 --depth-gamma 5 --max-steps "${STEPS:-6000}" --seed 1 \
     --cache-features \

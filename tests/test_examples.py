@@ -1,12 +1,15 @@
 """The examples: the Hub recipe for `custom_generate`, the prompt preparation, the timing of tree building."""
 
+import ast
 import json
 import math
 import os
+import random
 import re
 import shutil
 import subprocess
 import sys
+from itertools import islice
 
 import pytest
 import torch
@@ -58,26 +61,46 @@ def test_prompts_are_prepared_from_a_file_of_questions(example, tmp_path):
     assert records == [{"id": "gsm8k-train-0", "messages": [{"role": "user", "content": "One and one?"}]}]
 
 
-def test_questions_are_varied_in_numbers_and_names(example, example_module, tmp_path):
-    question = "In 2010 Mary and Tom, Mary's son, had 1 cow, 1,200 hens, 45 geese and 2.50 dollars."
-    source = write_lines(tmp_path / "train.jsonl", {"question": question}, {"question": "How are you?"})
-    example("prepare_prompts", "--questions", source, "--vary", 3, "--output", tmp_path / "prompts.jsonl")
-    records = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
-    texts = [record["messages"][0]["content"] for record in records]
-    assert len({record["id"] for record in records}) == len(texts) == 8
-    assert texts[:2] == [question, "How are you?"]
-    assert texts[5:] == ["How are you?"] * 3
-    women, men = (getattr(example_module("prepare_prompts"), name) for name in ("WOMEN", "MEN"))
-    pattern = r"In 2010 (\w+) and (\w+), (\w+)'s son, had 1 cow, (\d,\d00) hens, (\d+) geese and \d\.\d\d dollars\."
-    for text in texts[2:5]:
-        mother, son, again, hens, geese = re.fullmatch(pattern, text).groups()
-        assert mother == again != "Mary"
-        assert son != "Tom"
-        assert {mother} <= {*women}
-        assert {son} <= {*men}
-        assert 600 <= int(hens.replace(",", "")) <= 2400
-        assert int(geese) % 5 == 0
-    assert len(set(texts[2:5])) == 3
+def test_composed_functions_are_valid_and_their_examples_true(example_module):
+    requests = list(islice(example_module("composed_functions").composed_functions(), 3000))
+    assert len(set(requests)) == 3000
+    names, num_examples = set(), 0
+    for request in requests:
+        code = re.fullmatch(r"Complete this Python function:\n```python\n(.*)\n```", request, re.DOTALL)[1]
+        (function,) = [node for node in ast.parse(code).body if isinstance(node, ast.FunctionDef)]
+        assert ("List[" in code.split("def")[1].split("\n")[0]) == code.startswith("from typing import List\n")
+        assert ast.get_docstring(function)
+        names.add(function.name)
+        for call, result in re.findall(
+            rf"(?:>>> |    )({function.name}\(.*\))(?:\n    | == | should return )(.+)", code
+        ):
+            num_arguments = len(ast.parse(call).body[0].value.args)
+            assert num_arguments == len(function.args.args)
+            ast.literal_eval(result.removesuffix(".") if " should return " in code else result)
+            num_examples += 1
+    assert len(names) > 250
+    assert num_examples > 3000
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "result"),
+    [
+        ("filter_even", "[1, 2, 4]", "[2, 4]"),
+        ("rotate_left", "[1, 2, 3], 1", "[2, 3, 1]"),
+        ("count_vowels", "'Hello World'", "3"),
+        ("collatz", "6", "[6, 3, 10, 5, 16, 8, 4, 2, 1]"),
+        ("differences", "[1, 4, 2]", "[3, -2]"),
+        ("zeros_last", "[0, 3, 0, 1]", "[3, 1, 0, 0]"),
+        ("dot_product", "[1, 2], [3, 4]", "11"),
+    ],
+)
+def test_composed_functions_are_solved(example_module, name, arguments, result):
+    module, rng = example_module("composed_functions"), random.Random(0)
+    tasks = [*module._number_tasks(2), *module._list_tasks()]
+    for _ in range(300):
+        tasks += module._conditional_tasks(rng, 2, "a")
+    solution = next(solution for signature, _, solution in tasks if signature.startswith(f"{name}("))
+    assert solution(*ast.literal_eval(f"[{arguments}]")) == ast.literal_eval(result)
 
 
 def test_prompts_near_held_out_ones_are_left_out(example, tmp_path, capsys):
@@ -89,11 +112,15 @@ def test_prompts_near_held_out_ones_are_left_out(example, tmp_path, capsys):
             for text in (f"Yesterday {shared.upper()}!", "What is a train?", "Hi!", f"{shared[:40]}.")
         ),
     )
-    held_out = write_lines(
-        tmp_path / "dev.jsonl", {"prompt": f"Suppose {shared}. How long is that?"}, {"prompt": "hi"}
-    )
+    prompts = f"Suppose {shared}. How long is that?", "hi", "Complete this:\ndef running_sum(numbers):"
+    held_out = write_lines(tmp_path / "dev.jsonl", *({"prompt": prompt} for prompt in prompts))
     output = tmp_path / "prompts.jsonl"
-    example("prepare_prompts", "--questions", source, "--exclude", held_out, "--output", output)
+    options = "--exclude", held_out, "--output", output
+    example("prepare_prompts", "--compose", 500, *options)
+    assert "def running_m" in output.read_text()
+    assert "def running_sum" not in output.read_text()
+    assert not re.search(r", 0 near|^500", capsys.readouterr().out)
+    example("prepare_prompts", "--questions", source, *options)
     said = capsys.readouterr().out
     texts = [json.loads(line)["messages"][0]["content"] for line in output.read_text().splitlines()]
     assert texts == ["What is a train?", f"{shared[:40]}."]
