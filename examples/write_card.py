@@ -14,6 +14,7 @@ from typing import Any
 from rounding import share_table
 
 from hf_jetflow import JetFlowHead
+from hf_jetflow.bench.environment import weights_hash
 from hf_jetflow.head.card import card_text, template_text
 
 
@@ -58,7 +59,7 @@ def card_of(
         training=training.read_text(encoding="utf-8").strip(),
         rows=[{**row, "prompts": sets.get(row["prompts"], row["prompts"])} for row in result["rows"]],
         control={sets.get(name, name): share for name, share in result.get("control", {}).items()},
-        rounding=None if rounding is None else rounding_text(rounding, sets),
+        rounding=None if rounding is None else rounding_text(rounding, sets, weights_hash(head)),
         hardware=hardware(facts),
         license=license,
         datasets=datasets or None,
@@ -72,8 +73,8 @@ def hardware(facts: dict[str, Any]) -> str:
     return f"{device}, torch {facts['torch']}, transformers {facts['transformers']}"
 
 
-def rounding_text(path: Path, sets: dict[str, str]) -> str:
-    """The table of examples/rounding.py and what it was measured on."""
+def rounding_text(path: Path, sets: dict[str, str], head_hash: str) -> str:
+    """The table of examples/rounding.py and what it was measured on, another head than that of the hash too."""
     result = json.loads(path.read_text(encoding="utf-8"))
     facts = result["environment"]
     heading, *lines = share_table(result, sets)
@@ -82,8 +83,9 @@ def rounding_text(path: Path, sets: dict[str, str]) -> str:
         f"Greedy texts of up to {result['max_new_tokens']} tokens, compared with those of plain decoding alone in the "
         "same dtype. The last column\nsays how far apart the target's two best tokens are where texts part."
     )
+    other = "" if facts.get("head_hash", head_hash) == head_hash else ", and an earlier head"
     return "\n".join(
-        [said, "", *table, "", f"Measured {facts['date']}, {facts['cpu_capability']}: {hardware(facts)}."]
+        [said, "", *table, "", f"Measured {facts['date']}, {facts['cpu_capability']}: {hardware(facts)}{other}."]
     )
 
 

