@@ -2,8 +2,8 @@
 
     python examples/average_heads.py --heads runs/first runs/second --shares 0.25 0.75 --output runs/mean
 
-Such a mean often drafts better than each of its heads (arXiv 2203.05482). The configuration and the draft vocabulary
-are those of the last head.
+The mean of models that were trained from one can be better than each (arXiv 2203.05482). The configuration and the
+draft vocabulary are those of the last head.
 """
 
 import argparse

