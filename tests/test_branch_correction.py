@@ -10,7 +10,7 @@ from hf_jetflow import JetFlowConfig, JetFlowHead
 from hf_jetflow.decoding import branch_scores
 from hf_jetflow.decoding.drafter import JetFlowCandidateGenerator
 from hf_jetflow.target.target import Target
-from hf_jetflow.training.blocks import measure_agreement
+from hf_jetflow.training.blocks import DraftedRows, measure_agreement, score_candidates
 from hf_jetflow.training.losses import chunked_forward_kl, correction_kl
 from hf_jetflow.training.replay import replay
 from hf_jetflow.trees.tree import Candidates, build_tree, corrected_logprobs, with_rest
@@ -207,6 +207,19 @@ def test_the_correction_s_loss_equals_its_definition(chunk_size):
     torch.testing.assert_close(shifts.grad, free.grad)
     best = chosen.gather(1, log_q[:, :-1].argmax(-1, keepdim=True))[:, 0]
     assert is_top1.tolist() == (best == (teacher @ projection.T).argmax(-1)).tolist()
+
+
+def test_rows_learn_from_the_corrected_scores_as_their_shifts_do():
+    generator = torch.Generator().manual_seed(9)
+    rows, teacher, shifts = (0.4 * torch.randn(6, 16, generator=generator) for _ in range(3))
+    rows.requires_grad_()
+    shifts.requires_grad_()
+    drafted = DraftedRows(rows, shifts, teacher, *torch.zeros(2, 6, dtype=torch.long), torch.ones(6, dtype=torch.bool))
+    _, corrected, _ = score_candidates(drafted, torch.randn(30, 16, generator=generator), 1.0, 7)
+    assert corrected is not None
+    corrected.sum().backward()
+    torch.testing.assert_close(rows.grad, shifts.grad)
+    assert rows.grad.abs().min() > 0
 
 
 @pytest.mark.parametrize(

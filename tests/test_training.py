@@ -189,6 +189,25 @@ def test_the_loss_is_the_divergence_in_decoding(target, tmp_path, gamma):
     )
 
 
+def test_uncorrected_losses_weigh_less_where_the_correction_follows(target, tmp_path):
+    head = make_head(target, branch_correction="path")
+
+    def loss(**args):
+        answers = make_answers(4, 12)  # so long that no block is cut
+        trainer = make_trainer(target, tmp_path, head=head, answers=answers, feature_loss_weight=0.0, **args)
+        batch = one_batch(trainer)
+        return trainer.compute_loss(head.eval(), batch).item(), trainer, batch
+
+    (whole, trainer, batch), (corrected, *_), (mixed, *_) = (
+        loss(uncorrected_loss_weight=weight) for weight in (1.0, 0.0, 0.25)
+    )
+    blocks = make_blocks(batch, BLOCK_SIZE)
+    share = (blocks.is_drafted & (blocks.depths > 1)).sum() / blocks.is_drafted.sum()
+    deep = share.item() * dense_loss(trainer, batch, lambda depth: float(depth > 1))
+    assert whole - corrected == pytest.approx(deep, rel=1e-4)
+    assert whole - mixed == pytest.approx(0.75 * deep, rel=1e-4)
+
+
 def test_padding_after_a_short_answer_changes_nothing(target, tmp_path):
     trainer = make_trainer(target, tmp_path, answers=make_answers(1, 8), anchors_per_sequence=9)
     batch = one_batch(trainer)

@@ -525,6 +525,7 @@ def test_a_correction_is_trained_onto_a_finished_head(run, tmp_path):
         (dict(train_only="norms"), "`--train-only` is 'norms', expected 'correction'"),
         (dict(train_only="correction"), "needs a trained head; give it with `--head`"),
         (dict(depth_gamma=0.0), "`--depth-gamma` is 0.0, expected more than 0"),
+        (dict(uncorrected_loss=-0.1), "`--uncorrected-loss` is -0.1, expected at least 0"),
         (dict(patience=3, eval_prompts=[]), "`--patience` 3 needs held-out prompts; give them with `--eval-prompts`"),
         (dict(save_steps=10, eval_steps=3), "`--save-steps` 10 must be a multiple of `--eval-steps` 3"),
         (dict(block_size=1), "`--block-size` is 1, expected at least 2"),

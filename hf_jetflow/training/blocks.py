@@ -191,7 +191,9 @@ def score_candidates(
     )
     if drafted.shifts is None:
         return kl, None, None
-    return kl, *correction_kl(kl, drafted.shifts, projection)
+    # Of the corrected scores, which are those of the rows moved by the shifts, the rows learn as well.
+    shifts = drafted.shifts + drafted.rows - drafted.rows.detach()
+    return kl, *correction_kl(kl, shifts, projection)
 
 
 @torch.no_grad()

@@ -193,6 +193,7 @@ def _training_config(recipe: TrainRecipe) -> JetFlowTrainingConfig:
         anchors_per_sequence=recipe.anchors,
         learning_rate=recipe.learning_rate,
         feature_loss_weight=recipe.feature_loss,
+        uncorrected_loss_weight=recipe.uncorrected_loss,
         depth_gamma=recipe.depth_gamma,
         max_length=recipe.max_length,
         source_weights=recipe.source_weights,
@@ -304,6 +305,7 @@ def _save(
         f"{start}{len(answers)} answers of the target ({sum(answers.num_answer)} tokens), {num_updates} updates of "
         f"{recipe.batch_size * recipe.accumulation * PartialState().num_processes} sequences with {recipe.anchors} "
         f"anchors each, Muon and AdamW, forward KL with a feature loss of weight {recipe.feature_loss:g}"
+        f"{'' if recipe.uncorrected_loss == 1 else f', {recipe.uncorrected_loss:g} of both before the correction'}"
         f"{'; only the branch correction was trained' if recipe.train_only else ''}."
     )
     card = card_text(

@@ -20,12 +20,12 @@ LAYOUT_OPTIONS = ("num_layers", "num_taps")  # set by the head, where one is giv
 FIXED_OPTIONS = (
     *LAYOUT_OPTIONS,
     *("head", "train_only", "branch_correction", "block_size", "mask_token", "batch_size", "accumulation", "anchors"),
-    *("learning_rate", "feature_loss", "depth_gamma", "max_length", "weights", "seed", "draft_vocab"),
+    *("learning_rate", "feature_loss", "uncorrected_loss", "depth_gamma", "max_length", "weights", "seed", "draft_vocab"),
 )
 MINIMUMS = {
     **dict.fromkeys(("num_layers", "num_taps", "eval_num_prompts", "eval_max_new_tokens", "max_new_tokens"), 1),
     **dict.fromkeys(("generation_batch_size", "max_steps", "batch_size", "accumulation", "anchors", "save_steps"), 1),
-    **dict.fromkeys(("eval_steps", "patience", "draft_vocab", "temperature", "feature_loss"), 0),
+    **dict.fromkeys(("eval_steps", "patience", "draft_vocab", "temperature", "feature_loss", "uncorrected_loss"), 0),
     **{"block_size": 2, "max_length": 3},
 }
 # What transformers reports to; each is the name of a package.
@@ -150,6 +150,13 @@ class TrainRecipe:
     anchors: int = field(default=16, metadata={"help": "Random anchors per sequence and update."})
     learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate of Muon."})
     feature_loss: float = field(default=0.5, metadata={"help": "Weight of the feature loss; 0 for none."})
+    uncorrected_loss: float = field(
+        default=1.0,
+        metadata={
+            "help": "Weight of the loss before the branch correction, at the depths that it corrects. Below 1 the rows "
+            "serve more what follows a branch, less what is likely behind any."
+        },
+    )
     depth_gamma: float | None = field(
         default=None,
         metadata={
