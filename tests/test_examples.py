@@ -103,6 +103,27 @@ def test_composed_functions_are_solved(example_module, name, arguments, result):
     assert solution(*ast.literal_eval(f"[{arguments}]")) == ast.literal_eval(result)
 
 
+def test_composed_requests_fill_every_field_and_differ(example_module):
+    module = example_module("composed_requests")
+    requests = list(islice(module.composed_requests(), 5000))
+    assert len(set(requests)) == 5000
+    assert requests[:9] == list(islice(module.composed_requests(), 9))
+    assert not any(re.search(r"[{}]", request) for request in requests)
+    starts = {form.split("{")[0] for form in module.FORMS}
+    assert all(any(request.startswith(start) for request in requests) for start in starts)
+    assert all(any(part in request for request in requests) for part in module.PARTS["event"])
+    for request in requests:
+        words = re.match(r"Which word does not belong with the others: (.*)\?", request)
+        assert not words or len(set(words[1].split(", "))) == 4
+
+
+def test_composed_requests_are_written_as_prompts(example, tmp_path):
+    example("prepare_prompts", "--requests", 20, "--limit", 7, "--output", tmp_path / "prompts.jsonl")
+    records = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    assert [record["id"] for record in records] == [f"requests-{number}" for number in range(7)]
+    assert all(record["messages"][0]["content"] for record in records)
+
+
 def test_prompts_near_held_out_ones_are_left_out(example, tmp_path, capsys):
     shared = "a train leaves the station at nine and reaches the next town at noon"
     source = write_lines(
