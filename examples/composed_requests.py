@@ -33,8 +33,9 @@ PARTS = {
     ),
     "pair": _parts(
         "weather and climate | mitosis and meiosis | RNA and DNA | speed and velocity | mass and weight | "
-        "a virus and a bacterium | TCP and UDP | a list and a tuple in Python | supervised and unsupervised learning | "
-        "a stack and a queue | a monopoly and an oligopoly | fiscal and monetary policy | a comet and an asteroid | "
+        "a virus and a bacterium | TCP and UDP | a list and a tuple in Python | "
+        "supervised and unsupervised learning | a stack and a queue | "
+        "a monopoly and an oligopoly | fiscal and monetary policy | a comet and an asteroid | "
         "correlation and causation | a stock and a bond | active and passive voice | a metaphor and a simile | "
         "deductive and inductive reasoning | a compiler and an interpreter | latitude and longitude | plants and fungi"
     ),
@@ -54,8 +55,8 @@ PARTS = {
         "a class of students | a foreign visitor"
     ),
     "text": _parts(
-        "short story | poem | blog post | essay | speech | letter | dialogue | song | newspaper article | diary entry | "
-        "fairy tale | travel report | review"
+        "short story | poem | blog post | essay | speech | letter | dialogue | song | newspaper article | "
+        "diary entry | fairy tale | travel report | review"
     ),
     "tone": _parts("captivating | vivid | funny | sad | persuasive | engaging"),
     "goal": _parts(
@@ -70,8 +71,9 @@ PARTS = {
         "space exploration | fast food | video games | standardized tests | electric scooters | living in a big city"
     ),
     "task": _parts(
-        "check whether a string is a palindrome | count the words in a text file | find the largest number in a list | "
-        "reverse a linked list | compute Fibonacci numbers | sort a list of names | remove duplicates from a list | "
+        "check whether a string is a palindrome | count the words in a text file | "
+        "find the largest number in a list | reverse a linked list | "
+        "compute Fibonacci numbers | sort a list of names | remove duplicates from a list | "
         "find all prime numbers up to n | merge two sorted lists | generate a random password | "
         "implement binary search | simulate rolling dice | read a CSV file and print its columns | count vowels | "
         "find the longest word in a sentence | implement a stack | parse a date | draw a multiplication table"
@@ -124,7 +126,7 @@ FORMS = [
     "Solve for x: {small}x + {small} = {number}.",
     "If a rectangle is {number} meters long and {small} meters wide, what are its area and perimeter?",
     "Which word does not belong with the others: {word}, {word}, {word}, {word}? Why?",
-    "Extract names and numbers from this text as JSON: {name} bought {number} books, and {name} sold {small} paintings.",
+    "Extract names and numbers from this text: {name} bought {number} books, and {name} sold {small} paintings.",
     "Correct the grammar: {name} don't knows where {name} have went yesterday, but they was late.",
     "List {count} {wanted} that everyone should know, with a sentence about each.",
     "Suggest {count} names for a {shop} and explain them.",

@@ -9,7 +9,7 @@
 (github.com/openai/grade-school-math);
 `--functions FOLDER` asks for the body of functions in a folder of Python files, given their head and docstring. The
 files are read, never run;
-`--compose N` adds N requests to complete functions, and `--requests N` N chat requests, that are composed of parts (see
+`--compose N` adds N requests to complete functions, `--requests N` N chat requests, both composed of parts (see
 composed_functions.py and composed_requests.py);
 `--exclude FILE` leaves out prompts near those of a file, such as held-out ones: with 12 words in a row or a function's
 name in common;

@@ -20,7 +20,8 @@ LAYOUT_OPTIONS = ("num_layers", "num_taps")  # set by the head, where one is giv
 FIXED_OPTIONS = (
     *LAYOUT_OPTIONS,
     *("head", "train_only", "branch_correction", "block_size", "mask_token", "batch_size", "accumulation", "anchors"),
-    *("learning_rate", "feature_loss", "uncorrected_loss", "depth_gamma", "max_length", "weights", "seed", "draft_vocab"),
+    *("learning_rate", "feature_loss", "uncorrected_loss", "depth_gamma", "max_length", "weights", "seed"),
+    "draft_vocab",
 )
 MINIMUMS = {
     **dict.fromkeys(("num_layers", "num_taps", "eval_num_prompts", "eval_max_new_tokens", "max_new_tokens"), 1),
@@ -153,8 +154,8 @@ class TrainRecipe:
     uncorrected_loss: float = field(
         default=1.0,
         metadata={
-            "help": "Weight of the loss before the branch correction, at the depths that it corrects. Below 1 the rows "
-            "serve more what follows a branch, less what is likely behind any."
+            "help": "Weight of the loss before the branch correction, at the depths that it corrects. Below 1 the "
+            "rows serve more what follows a branch, less what is likely behind any."
         },
     )
     depth_gamma: float | None = field(
