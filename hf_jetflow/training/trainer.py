@@ -60,9 +60,7 @@ class JetFlowTrainingConfig(TrainingArguments):
     )
     distillation_temperature: float = field(default=1.0, metadata={"help": "Temperature T_KD of the KL."})
     feature_loss_weight: float = field(default=0.5, metadata={"help": "Weight of the feature loss; 0 for none."})
-    uncorrected_loss_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the loss before the branch correction, at depths that it corrects."}
-    )
+    uncorrected_loss_weight: float = field(default=1.0, metadata={"help": "Weight before the branch correction."})
     depth_gamma: float | None = field(default=None, metadata={"help": "Depth weight exp(-(depth - 1) / gamma)."})
     features_dir: str | None = field(
         default=None,
@@ -186,8 +184,7 @@ class JetFlowTrainer(Trainer):
         if args.feature_loss_weight:
             losses = losses + args.feature_loss_weight * feature_errors(drafted.rows, drafted.teacher)
         if corrected is not None:
-            both = args.uncorrected_loss_weight * losses + corrected
-            losses = torch.where(drafted.depths > 1, both, losses)
+            losses = torch.where(drafted.depths > 1, args.uncorrected_loss_weight * losses + corrected, losses)
         weights = self.loss_weights(drafted, kl)
         if num_items_in_batch is None:
             weights = weights / weights.sum()
