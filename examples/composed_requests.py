@@ -55,10 +55,10 @@ PARTS = {
         "a class of students | a foreign visitor"
     ),
     "text": _parts(
-        "short story | poem | blog post | essay | speech | letter | dialogue | song | newspaper article | "
+        "short story | poem | blog post | short essay | speech | letter | dialogue | song | newspaper article | "
         "diary entry | fairy tale | travel report | review"
     ),
-    "tone": _parts("captivating | vivid | funny | sad | persuasive | engaging"),
+    "tone": _parts("captivating | vivid | funny | sad | persuasive | lively"),
     "goal": _parts(
         "save money | learn to play the guitar | prepare for a job interview | sleep better | write a resume | "
         "train for a marathon | cook for a large family | plan a wedding | start a podcast | grow tomatoes | "

@@ -507,11 +507,12 @@ def test_a_correction_is_trained_onto_a_finished_head(run, tmp_path):
     run(branch_correction="none")
     old = JetFlowHead.from_pretrained(tmp_path / "run").state_dict()
     assert not any(name.startswith("branch_correction") for name in old)
-    run("more", head=str(tmp_path / "run"), train_only="correction", eval_prompts=[])
+    run("more", head=str(tmp_path / "run"), train_only="correction", eval_prompts=[], uncorrected_loss=0.3)
     new = JetFlowHead.from_pretrained(tmp_path / "more").state_dict()
     assert all(torch.equal(new[name], tensor) for name, tensor in old.items())
     assert new["branch_correction.down_proj.weight"].any()
-    assert "only the branch correction was trained" in (tmp_path / "more" / "README.md").read_text()
+    card = (tmp_path / "more" / "README.md").read_text()
+    assert "both at 0.3 before the correction; only the branch correction was trained" in card
 
 
 @pytest.mark.parametrize(

@@ -305,7 +305,7 @@ def _save(
         f"{start}{len(answers)} answers of the target ({sum(answers.num_answer)} tokens), {num_updates} updates of "
         f"{recipe.batch_size * recipe.accumulation * PartialState().num_processes} sequences with {recipe.anchors} "
         f"anchors each, Muon and AdamW, forward KL with a feature loss of weight {recipe.feature_loss:g}"
-        f"{'' if recipe.uncorrected_loss == 1 else f', {recipe.uncorrected_loss:g} of both before the correction'}"
+        f"{'' if recipe.uncorrected_loss == 1 else f', both at {recipe.uncorrected_loss:g} before the correction'}"
         f"{'; only the branch correction was trained' if recipe.train_only else ''}."
     )
     card = card_text(
