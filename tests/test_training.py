@@ -15,11 +15,11 @@ from transformers import PreTrainedModel, TrainerCallback
 from hf_jetflow import JetFlowConfig, JetFlowHead
 from hf_jetflow.target.target import Target
 from hf_jetflow.training.blocks import make_blocks
-from hf_jetflow.training.data import AnchorCollator, AnswerDataset
+from hf_jetflow.training.data import AnchorCollator, AnswerDataset, features_fingerprint
 from hf_jetflow.training.losses import logit_shape
 from hf_jetflow.training.optimizer import Muon, MuonAdamW
 from hf_jetflow.training.starting import initialize_from_target
-from hf_jetflow.training.trainer import JetFlowTrainer, JetFlowTrainingConfig, features_fingerprint
+from hf_jetflow.training.trainer import JetFlowTrainer, JetFlowTrainingConfig
 
 
 BLOCK_SIZE = 4

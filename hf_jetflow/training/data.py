@@ -25,6 +25,7 @@ from torch.utils.data import Dataset, Sampler
 
 from ..errors import JetFlowError
 from ..files import atomic_write
+from ..head.configuration_jetflow import JetFlowConfig
 from ..jsonl import numbered_records, shown
 
 
@@ -270,6 +271,12 @@ class AnchorCollator:
             anchors[row, : len(order)] = (item["num_prompt"] + order[: self.num_anchors]).sort().values
         lengths = torch.tensor([len(item["ids"]) for item in items])
         return {"input_ids": input_ids, "lengths": lengths, "anchors": anchors}
+
+
+def features_fingerprint(config: JetFlowConfig) -> str:
+    """Folder name of the features of a target and its tapped layers."""
+    facts = [config.target_name, config.target_model_type, config.num_target_layers, config.target_hidden_size]
+    return hashlib.sha256(json.dumps([*facts, config.hidden_state_indices]).encode()).hexdigest()[:16]
 
 
 class FeatureStore:

@@ -4,8 +4,6 @@ An update takes many sequences with few random anchors each. Block rows see the 
 The loss is forward KL to the target's distribution plus an optional feature loss (arXiv 2606.18394, section 3.3).
 """
 
-import hashlib
-import json
 import logging
 import os
 import shutil
@@ -27,12 +25,11 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer_utils import TrainOutput
 
 from ..errors import JetFlowError
-from ..head.configuration_jetflow import JetFlowConfig
 from ..head.modeling_jetflow import JetFlowHead
 from ..target.target import Target
 from .blocks import Agreement, DraftedRows, draft_blocks, make_blocks, score_candidates
 from .checkpoints import STATE_NAME, checkpoint_fault, find_checkpoints, is_write_failure
-from .data import AnchorCollator, AnswerDataset, Answers, EpochSampler, FeatureStore
+from .data import AnchorCollator, AnswerDataset, Answers, EpochSampler, FeatureStore, features_fingerprint
 from .evaluation import tokens_per_round
 from .losses import KLResult, depth_weights, feature_errors, logit_shape
 from .optimizer import MuonAdamW
@@ -176,11 +173,8 @@ class JetFlowTrainer(Trainer):
         args, head = self.args, self.accelerator.unwrap_model(model)
         features, last_states = self.features.get(inputs)
         drafted = draft_blocks(model, head, self.target, inputs, features, last_states)
-        temperature = args.distillation_temperature
-        kl, corrected, is_top1_corrected = score_candidates(
-            drafted, self.projection, temperature, head.config.branch_candidates, self.teacher_shape
-        )
-        losses = temperature**2 * kl.divergence
+        kl, corrected, is_top1_corrected = self.score_rows(inputs, drafted, head.config.branch_candidates)
+        losses = args.distillation_temperature**2 * kl.divergence
         if args.feature_loss_weight:
             losses = losses + args.feature_loss_weight * feature_errors(drafted.rows, drafted.teacher)
         if corrected is not None:
@@ -193,6 +187,13 @@ class JetFlowTrainer(Trainer):
         loss = (weights * losses).sum()
         self._agreement.add(drafted, kl, is_top1_corrected, head.draft_token_ids, self.block_size - 1)
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def score_rows(
+        self, inputs: dict[str, Any], drafted: DraftedRows, num_candidates: int
+    ) -> tuple[KLResult, torch.Tensor | None, torch.Tensor | None]:
+        """`score_candidates` of the rows. Subclasses may score by more than the head."""
+        temperature = self.args.distillation_temperature
+        return score_candidates(drafted, self.projection, temperature, num_candidates, self.teacher_shape)
 
     def loss_weights(self, drafted: DraftedRows, kl: KLResult) -> torch.Tensor:
         """Weight of each row's loss, (rows,): by depth, 0 without a target. Subclasses may weigh by the draft."""
@@ -360,12 +361,6 @@ class JetFlowTrainer(Trainer):
                     logs[f"{name}_depth_{depth}"] = round(value, 4)
             self._agreement = Agreement()
         super().log(logs, *args, **kwargs)
-
-
-def features_fingerprint(config: JetFlowConfig) -> str:
-    """Folder name of the features of a target and its tapped layers."""
-    facts = [config.target_name, config.target_model_type, config.num_target_layers, config.target_hidden_size]
-    return hashlib.sha256(json.dumps([*facts, config.hidden_state_indices]).encode()).hexdigest()[:16]
 
 
 def _check_fsdp(plugin: Any) -> None:
