@@ -321,34 +321,120 @@ def test_loss_weights_are_those_of_a_plain_loop(example_module):
     torch.testing.assert_close(weights.decaying(probs, ranks)[1], torch.tensor(vat([9] * 4, 1)))
 
 
+@pytest.mark.parametrize("name", ["slot embeddings", "2-tap convolutions", "a mixture of taps per layer"])
+def test_a_part_of_a_head_starts_as_what_changes_nothing(example_module, target, random_head, name):
+    parts = example_module("head_parts")
+    head = random_head(target, mask_token_id=3)
+    whole = parts.with_part(head, name)
+    hidden, taps = head.config.hidden_size, len(head.config.hidden_state_indices)
+    inputs = {
+        "inputs_embeds": torch.randn(1, 8, hidden),
+        "features": torch.randn(1, 5, taps * hidden),
+        "position_ids": torch.arange(4, 12)[None],
+        "context_position_ids": torch.arange(5)[None],
+        "anchor_position_ids": torch.tensor([[4] * 4 + [8] * 4]),
+    }
+    rows = whole(**inputs)
+    torch.testing.assert_close(rows, head(**inputs))
+    added = {key: tensor for key, tensor in whole.named_parameters() if key not in head.state_dict()}
+    assert added
+    gradients = torch.autograd.grad(rows.square().sum() * rows.sum(), list(added.values()))
+    assert all(gradient.abs().sum() > 0 for gradient in gradients)  # each can be trained
+
+
+def test_slot_embeddings_need_a_mask_token(example_module, target, random_head):
+    with pytest.raises(ValueError, match="need a head with a MASK token"):
+        example_module("head_parts").with_part(random_head(target, mask_token_id=None), "slot embeddings")
+
+
+def test_ngram_changes_along_the_true_path_are_those_of_a_plain_loop(example_module):
+    changes_of = example_module("compare_training").ngram_changes
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 4, (2, 40), generator=generator)
+    anchors = torch.tensor([[30, -1, 9], [37, 12, 36]])  # unordered, one missing, two near the end
+    tokens = torch.stack([torch.randperm(5, generator=generator) for _ in range(18)]).view(2, 3, 3, 5)
+    weights = [1.0, 0.5, 0.0, 2.0]
+
+    def change(text: list[int], anchor: int, depth: int, token: int) -> float:
+        total = 0.0
+        for length, weight in enumerate(weights, 1):
+            branch = text[anchor + depth - length + 1 : anchor + depth + 1]
+            followers = [
+                text[end] for end in range(length, anchor + 1) if text[end - length : end] == branch
+            ]  # the text ends with the anchor; deeper tokens are the branch's alone
+            if followers:
+                total += weight * followers.count(token) / len(followers)
+        return total
+
+    changes = changes_of(ids, anchors, tokens, weights)
+    for row, text in enumerate(ids.tolist()):
+        for index, anchor in enumerate(anchors[row].tolist()):
+            for depth in range(3):
+                expected = [
+                    change(text, anchor, depth, token) if 0 <= anchor < len(text) - depth else 0.0
+                    for token in tokens[row, index, depth].tolist()
+                ]
+                torch.testing.assert_close(changes[row, index, depth], torch.tensor(expected))
+    assert changes[0, 0].abs().sum() > 0
+
+
 @pytest.mark.usefixtures("short_measurements")
-def test_loss_weights_are_compared_on_one_head_and_a_killed_run_continues(
-    example_module, example, options, tmp_path, monkeypatch
+def test_rows_of_training_are_compared_on_one_head_and_a_killed_run_continues(
+    example, example_module, options, tmp_path, monkeypatch
 ):
-    lines = [dict(id=str(i), prompt_ids=[3, 10 + i, 5], answer_ids=[20 + i + j for j in range(12)]) for i in range(8)]
-    write_lines(tmp_path / "answers.jsonl", *lines)
-    weights = example_module("loss_weights")
-    monkeypatch.setattr(weights, "NODE_BUDGETS", (4,))
-    results = tmp_path / "weights.json"
+    write_lines(
+        tmp_path / "answers.jsonl",
+        *(
+            dict(id=str(i), prompt_ids=[3, 10 + i, 5], answer_ids=[20 + i + j % 4 for j in range(12)])
+            for i in range(8)
+        ),
+    )
+    module = example_module("compare_training")
+    monkeypatch.setattr(module, "NODE_BUDGETS", (4,))
+    results = tmp_path / "rows.json"
     arguments = [*options[:6], "--answers", tmp_path / "answers.jsonl", "--steps", 3, "--num-prompts", 2, "--seeds", 0]
     arguments += ["--batch-size", 2, "--anchors", 2, "--max-new-tokens", 9, "--output", tmp_path / "run"]
 
     def run(*rows):
-        example("loss_weights", *arguments, "--results", results, "--rows", *rows)
+        example("compare_training", *arguments, "--results", results, "--rows", *rows)
         return json.loads(results.read_text())["rows"]
 
-    first = run("D-PACE")
-    rows = run("D-PACE", "VAT, first 4")
-    assert [row["name"] for row in rows] == ["none, the head as given", "D-PACE", "VAT, first 4"]
-    assert rows[:2] == first
-    heads = [
-        load_file(tmp_path / "run" / name / "head" / "model.safetensors") for name in ("D-PACE-0", "VAT-first-4-0")
-    ]
-    assert any(not torch.equal(tensor, heads[1][name]) for name, tensor in heads[0].items())
+    ngrams = "uncorrected loss 0.3, n-grams in the scores"
+    first = run(module.BASE, "D-PACE")
+    rows = run(module.BASE, "D-PACE", ngrams, "2-tap convolutions")
+    assert [row["name"] for row in rows] == [module.BEFORE, module.BASE, "D-PACE", ngrams, "2-tap convolutions"]
+    assert rows[:3] == first
+    trained = {
+        name: load_file(
+            tmp_path / "run" / f"{name.replace(', ', '-').replace(' ', '-')}-0" / "checkpoint-3" / "model.safetensors"
+        )
+        for name in (module.BASE, "D-PACE", ngrams)
+    }
+    base = trained.pop(module.BASE)
+    for tensors in trained.values():  # each row is a training of its own
+        assert any(not torch.equal(tensor, tensors[key]) for key, tensor in base.items())
     table = results.with_suffix(".md").read_text()
-    assert "| D-PACE |" in table
+    assert "| D-PACE | 1 |" in table
+    assert results.with_suffix(".png").exists()
     with pytest.raises(SystemExit, match="was measured after 3 updates, not 4"):
-        example("loss_weights", *arguments, "--results", results, "--steps", 4)
+        example("compare_training", *arguments, "--results", results, "--steps", 4)
+
+
+def test_gains_are_those_over_the_same_seed(example_module, monkeypatch):
+    module = example_module("compare_training")
+    monkeypatch.setattr(module, "NODE_BUDGETS", (4,))
+
+    def result(name: str, seed: int, math: float, code: float) -> dict:
+        return {"name": name, "seed": seed, "tokens_per_round": {"math": {"4": math}, "code": {"4": code}}}
+
+    rows = [
+        result(module.BASE, 0, 2.0, 4.0),
+        result(module.BASE, 1, 2.5, 4.0),
+        result("D-PACE", 1, 2.0, 5.0),
+        result("D-PACE", 0, 3.0, 4.0),
+        result("D-PACE", 2, 9.0, 9.0),  # the base of this seed is not measured yet
+    ]
+    assert module.over_base(rows) == {"D-PACE": {4: [pytest.approx(0.025), pytest.approx(0.25)]}}
 
 
 def test_the_gain_of_a_correction_is_replayed_with_it_on_and_off(example, options, target, random_head, tmp_path):
