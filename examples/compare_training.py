@@ -103,9 +103,9 @@ class RowTrainer(JetFlowTrainer):
     def score_rows(
         self, inputs: dict[str, Any], drafted: DraftedRows, num_candidates: int
     ) -> tuple[KLResult, torch.Tensor | None, torch.Tensor | None]:
-        kl, corrected, is_top1 = super().score_rows(inputs, drafted, num_candidates)
         if not self.row.has_ngrams:
-            return kl, corrected, is_top1
+            return super().score_rows(inputs, drafted, num_candidates)
+        kl, _, _ = super().score_rows(inputs, replace(drafted, shifts=None), num_candidates)
         head = self.accelerator.unwrap_model(self.model)
         assert drafted.shifts is not None
         tokens = kl.candidates if head.draft_token_ids is None else head.draft_token_ids[kl.candidates]
