@@ -374,10 +374,19 @@ class Report:
         self.said.append(text)
 
 
+class Tokenizer:
+    """One whose vocabulary is `t003` to `t009`."""
+
+    def get_vocab(self) -> dict[str, int]:
+        return {f"t00{number}": number for number in range(3, 10)}
+
+
 @pytest.fixture
 def run(target, tmp_path, monkeypatch, short_measurements):
     """`run(**options)`: the recipe on the tiny target and ready answers; returns its summary and what it said."""
-    monkeypatch.setattr(recipe, "load_target", lambda *_: (target, None))
+    monkeypatch.setattr(recipe, "load_tokenizer", lambda _: Tokenizer())
+    monkeypatch.setattr(recipe, "load_target_config", lambda _: target.config)
+    monkeypatch.setattr(recipe, "load_model", lambda *_: target)
     monkeypatch.setattr(recipe, "with_token_ids", lambda path, *_: path)
     monkeypatch.setattr(recipe, "encode_chat", lambda _, messages: [5, 6, len(messages[0]["content"])])
     monkeypatch.setattr(recipe, "fast_dtype", lambda: "float32")
@@ -484,7 +493,7 @@ def test_a_resumed_run_says_from_what_and_counts_on(run, tmp_path, monkeypatch):
 )
 def test_a_run_is_not_continued_with_other_settings(run, monkeypatch, change, message):
     run(eval_prompts=[])
-    monkeypatch.setattr(recipe, "load_target", lambda *_: 1 / 0)
+    monkeypatch.setattr(recipe, "load_tokenizer", lambda _: 1 / 0)
     with pytest.raises(JetFlowError, match=f"{message}; use the same settings to finish it, or give another folder"):
         run(**change)
     assert change.keys() <= set(FIXED_OPTIONS)
@@ -540,7 +549,7 @@ def test_a_correction_is_trained_onto_a_finished_head(run, tmp_path):
 )
 def test_options_that_cannot_work_are_refused_before_the_target_is_loaded(run, monkeypatch, options, message):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    monkeypatch.setattr(recipe, "load_target", lambda *_: 1 / 0)
+    monkeypatch.setattr(recipe, "load_tokenizer", lambda _: 1 / 0)
     with pytest.raises(ValueError, match=message):
         run(**options)
 
@@ -593,10 +602,51 @@ def test_a_save_that_is_killed_between_two_files_leaves_no_head(run, monkeypatch
     assert files == {*HEAD_FILES, "train_settings.json"}
 
 
-def test_layout_options_that_differ_from_a_given_head_are_named(run, target, tmp_path):
-    make_head(target).save_pretrained(tmp_path / "old")
-    with pytest.raises(ValueError, match=r"`--num-layers` is 5, but the head .*old has 2; remove the option to"):
-        run(head=str(tmp_path / "old"), num_layers=5)
+@pytest.mark.parametrize(
+    ("head", "options", "message"),
+    [
+        (None, dict(num_taps=99), "`--num-taps` is 99, but the target has 5 layers; give at most as many"),
+        (None, dict(mask_token="<none>"), "`--mask-token`: the token '<none>' is not in the tokenizer's vocabulary"),
+        ({}, dict(mask_token="<none>"), "`--mask-token`: the token '<none>' is not in the tokenizer's vocabulary"),
+        ({}, dict(mask_token="t005"), "`--mask-token` is 't005', but the head .*old was trained with another one"),
+        ({}, dict(num_layers=5), "`--num-layers` is 5, but the head .*old has 2; remove the option to"),
+        ({}, dict(num_taps=3), "`--num-taps` is 3, but the head .*old has 2; remove the option to"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_before_the_weights_are_read(
+    run, target, tmp_path, monkeypatch, head, options, message
+):
+    if head is not None:
+        make_head(target, **head).save_pretrained(tmp_path / "old")
+        options["head"] = str(tmp_path / "old")
+    monkeypatch.setattr(recipe, "load_model", lambda *_: 1 / 0)
+    with pytest.raises(JetFlowError, match=message):
+        run(**options)
+
+
+@pytest.mark.parametrize(
+    ("head", "options", "message"),
+    [
+        (dict(vocab_size=9), {}, "the head expects a target with vocabulary size 9, but this target has"),
+        (dict(branch_correction="parent"), {}, "has a branch correction of kind 'parent', which cannot become 'path'"),
+        ({}, dict(branch_correction="none", train_only="correction"), "but the head has no branch correction"),
+        (dict(logit_scale=2.0), {}, "has parts of another layout"),
+    ],
+)
+def test_a_head_that_cannot_be_continued_is_refused_before_answers_are_made(
+    run, target, tmp_path, monkeypatch, head, options, message
+):
+    make_head(target, **head).save_pretrained(tmp_path / "old")
+    monkeypatch.setattr(recipe, "_answers", lambda *_: 1 / 0)
+    with pytest.raises(JetFlowError, match=message):
+        run(head=str(tmp_path / "old"), **options)
+
+
+def test_a_target_that_cannot_teach_is_refused_before_answers_are_made(run, monkeypatch, target):
+    monkeypatch.setattr(target, "lm_head", torch.nn.Sequential(target.lm_head, torch.nn.Sigmoid()))
+    monkeypatch.setattr(recipe, "_answers", lambda *_: 1 / 0)
+    with pytest.raises(JetFlowError, match="the loss needs a plain linear layer without bias"):
+        run()
 
 
 @pytest.mark.parametrize(("asked", "expected"), [(None, 4), (7, 7)])
@@ -668,6 +718,6 @@ def test_a_repository_that_the_hub_refuses_is_known_before_training(run, uploads
         raise OSError("403 Forbidden")
 
     monkeypatch.setattr(HfApi, "create_repo", refuse)
-    monkeypatch.setattr(recipe, "load_target", lambda *_: 1 / 0)
+    monkeypatch.setattr(recipe, "load_tokenizer", lambda _: 1 / 0)
     with pytest.raises(JetFlowError, match=r"the Hub refuses the repository \(403 Forbidden\); check the name"):
         run(push_to_hub="org/head")

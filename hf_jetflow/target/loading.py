@@ -93,10 +93,14 @@ def load_target(source: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTok
         JetFlowError: If `dtype` is unknown, `source` cannot be loaded or is no causal language model, or a package is
             missing.
     """
-    model = load_model(source, dtype)
+    return load_model(source, dtype), load_tokenizer(source)
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of `load_target`."""
+    name, kwargs = model_source(source)
     with _readable_errors(source):
-        name, kwargs = model_source(source)
-        return model, AutoTokenizer.from_pretrained(name, **kwargs)
+        return AutoTokenizer.from_pretrained(name, **kwargs)
 
 
 def load_model(source: str, dtype: str) -> PreTrainedModel:

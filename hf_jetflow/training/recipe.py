@@ -22,13 +22,15 @@ from ..files import write_json
 from ..head.card import card_text
 from ..head.modeling_jetflow import JetFlowHead
 from ..prompts import encode_chat, read_prompts
-from ..target.loading import fast_dtype, load_head, load_target
+from ..target.loading import fast_dtype, load_model, load_target_config, load_tokenizer
+from ..target.target import Target
 from .answers import MAX_SURPRISE, regenerate_answers, surprise, with_token_ids
 from .checkpoints import HEAD_FILES, write_head
 from .data import Answers, check_weights, read_answers
 from .evaluation import tokens_per_round
+from .losses import logit_shape
 from .settings import Reporter, TrainRecipe
-from .starting import head_config, starting_head
+from .starting import check_start, choose_draft_vocab, starting_head
 from .trainer import JetFlowTrainer, JetFlowTrainingConfig
 
 
@@ -59,19 +61,21 @@ def train_head(recipe: TrainRecipe, report: Reporter) -> dict[str, Any]:
             _create_repository(recipe.push_to_hub)
     prompts = read_prompts(recipe.prompts)
     eval_prompts = {path.stem: read_prompts([path]) for path in recipe.eval_prompts}
-    if recipe.head is not None:
-        load_head(recipe.head, "float32")  # a head that is refused is refused at once
-    target, tokenizer = load_target(recipe.target, recipe.dtype)
+    tokenizer = load_tokenizer(recipe.target)
+    check_start(recipe, load_target_config(recipe.target), tokenizer)  # what is refused costs seconds, not minutes
+    target = load_model(recipe.target, recipe.dtype)
+    head = starting_head(recipe, target, tokenizer)  # what only the target shows is refused before hours of answers
+    logit_shape(Target(target, head.config))
     eval_sets = {
         name: [encode_chat(tokenizer, prompt["messages"]) for prompt in group] for name, group in eval_prompts.items()
     }
-    if recipe.head is None:
-        head_config(recipe, target, tokenizer)  # a setting that does not fit is refused before hours of answers
     with state.main_process_first():  # the other processes then find every answer written
         answers = _answers(recipe, target, tokenizer, prompts, report)
     del prompts
+    if recipe.draft_vocab:
+        choose_draft_vocab(head, target, answers)
     trainer = JetFlowTrainer(
-        starting_head(recipe, target, tokenizer, answers),
+        head,
         target,
         _training_config(recipe),
         answers,
@@ -87,19 +91,19 @@ def train_head(recipe: TrainRecipe, report: Reporter) -> dict[str, Any]:
     if trainer.train_dataset.skipped:
         report.say(f"of {len(answers)} answers: {trainer.train_dataset.skipped} (see --max-length)")
     trainer.train(resume_from_checkpoint=True)
-    head = trainer.whole_head()
+    trained = trainer.whole_head()
     figures: dict[str, dict[int, float]] = {}
     if state.is_main_process:
-        assert head is not None
+        assert trained is not None
         report.say(_closing_line(recipe, trainer, eval_sets))
         for name, ids in eval_sets.items():
             figures[name] = {
                 budget: round(
-                    tokens_per_round(target, head, ids, budget, max_new_tokens=FINAL_NEW_TOKENS, progress=report), 3
+                    tokens_per_round(target, trained, ids, budget, max_new_tokens=FINAL_NEW_TOKENS, progress=report), 3
                 )
                 for budget in recipe.eval_node_budgets
             }
-        _save(recipe, head.eval(), answers, trainer.state.global_step, figures)
+        _save(recipe, trained.eval(), answers, trainer.state.global_step, figures)
         if recipe.push_to_hub:
             _upload(recipe.push_to_hub, recipe.output)
     return {

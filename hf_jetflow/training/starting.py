@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import JetFlowError, flag
 from ..head.configuration_jetflow import JetFlowConfig, spaced_layer_ids
@@ -22,31 +22,25 @@ QUERY_KEY_SCALE = 2.2
 BLOCK_SIZE = 8  # of a new head
 
 
-def starting_head(
-    recipe: TrainRecipe, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, answers: Answers
-) -> JetFlowHead:
+def check_start(recipe: TrainRecipe, target: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """
-    The head that training starts with: a new one, or a given one, frozen where it is not trained.
+    Refuse what `starting_head` would, as far as it shows without the target's weights.
 
     Raises:
-        JetFlowError: If a setting does not fit the target or the given head.
+        JetFlowError: If a setting does not fit the target or the given head, or that head cannot be loaded.
     """
     if recipe.head is None:
-        return new_head(recipe, target, tokenizer, answers)
-    kind = None if recipe.branch_correction == "none" else recipe.branch_correction
-    head = start_from_head(recipe.head, target, kind, recipe.seed, recipe.draft_vocab, recipe.block_size)
-    config = head.config
+        head_config(recipe, target, tokenizer)
+        return
+    config = load_head(recipe.head, torch.float32).config
     assert config.hidden_state_indices is not None
     defaults = {field.name: field.default for field in fields(TrainRecipe)}
-    given: dict[str, int] = {name: getattr(recipe, name) for name in LAYOUT_OPTIONS}
-    own: dict[str, int] = {
-        "num_layers": config.num_hidden_layers,
-        "num_taps": len(config.hidden_state_indices),
-    }
+    own = {"num_layers": config.num_hidden_layers, "num_taps": len(config.hidden_state_indices)}
     for name in LAYOUT_OPTIONS:
-        if given[name] not in (defaults[name], own[name]):
+        given = getattr(recipe, name)
+        if given not in (defaults[name], own[name]):
             raise JetFlowError(
-                f"`{flag(name)}` is {given[name]}, but the head {recipe.head} has {own[name]}; remove the option to "
+                f"`{flag(name)}` is {given}, but the head {recipe.head} has {own[name]}; remove the option to "
                 "continue from the head, or remove `--head` to train a new one"
             )
     if recipe.mask_token is not None and _mask_token_id(tokenizer, recipe.mask_token) != config.mask_token_id:
@@ -54,20 +48,40 @@ def starting_head(
             f"`--mask-token` is {recipe.mask_token!r}, but the head {recipe.head} was trained with another one (its "
             f"`mask_token_id` is {config.mask_token_id}); remove the option"
         )
-    if recipe.draft_vocab:
-        choose_draft_vocab(head, target, answers)
+
+
+def starting_head(recipe: TrainRecipe, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> JetFlowHead:
+    """
+    The head that training starts with: a new one, or a given one, frozen where it is not trained. With
+    `recipe.draft_vocab`, its draft vocabulary is still to be chosen.
+
+    Raises:
+        JetFlowError: If the given head does not fit the target.
+    """
+    if recipe.head is None:
+        config = head_config(recipe, target.config, tokenizer)
+        torch.manual_seed(recipe.seed)
+        head = JetFlowHead(config).to(target.device)
+        initialize_from_target(head, target)
+        return head
+    kind = None if recipe.branch_correction == "none" else recipe.branch_correction
+    head = start_from_head(recipe.head, target, kind, recipe.seed, recipe.draft_vocab, recipe.block_size)
     if recipe.target_name is not None:
-        config.target_name = recipe.target_name
+        head.config.target_name = recipe.target_name
     if recipe.train_only:
         train_correction_only(head)
     return head
 
 
-def head_config(recipe: TrainRecipe, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> JetFlowConfig:
-    """The configuration of a new head for the target."""
-    num_target_layers = target.config.get_text_config(decoder=True).num_hidden_layers
+def head_config(recipe: TrainRecipe, target: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> JetFlowConfig:
+    """The configuration of a new head for the target; a [`JetFlowError`] if a setting does not fit it."""
+    num_target_layers = target.get_text_config(decoder=True).num_hidden_layers
+    if recipe.num_taps > num_target_layers:
+        raise JetFlowError(
+            f"`--num-taps` is {recipe.num_taps}, but the target has {num_target_layers} layers; give at most as many"
+        )
     return JetFlowConfig.for_target(
-        target.config,
+        target,
         num_hidden_layers=recipe.num_layers,
         block_size=recipe.block_size or BLOCK_SIZE,
         hidden_state_indices=[layer + 1 for layer in spaced_layer_ids(num_target_layers, recipe.num_taps)],
@@ -76,19 +90,6 @@ def head_config(recipe: TrainRecipe, target: PreTrainedModel, tokenizer: PreTrai
         branch_correction=None if recipe.branch_correction == "none" else recipe.branch_correction,
         target_name=recipe.target_name or recipe.target,
     )
-
-
-def new_head(
-    recipe: TrainRecipe, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, answers: Answers
-) -> JetFlowHead:
-    """A head for the target, initialized from the target's own layers."""
-    config = head_config(recipe, target, tokenizer)
-    torch.manual_seed(recipe.seed)
-    head = JetFlowHead(config).to(target.device)
-    initialize_from_target(head, target)
-    if recipe.draft_vocab:
-        choose_draft_vocab(head, target, answers)
-    return head
 
 
 def choose_draft_vocab(head: JetFlowHead, target: PreTrainedModel, answers: Answers) -> None:
