@@ -11,7 +11,6 @@ skipped, so a killed run continues with the training that it was in; several run
 import argparse
 import json
 import statistics
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,9 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from hf_jetflow import JetFlowHead
+from hf_jetflow.bench.environment import environment
 from hf_jetflow.files import atomic_write, write_json
+from hf_jetflow.jsonl import check_same_settings
 from hf_jetflow.prompts import read_prompts
 from hf_jetflow.target.loading import fast_dtype, load_target
 from hf_jetflow.target.target import Target
@@ -47,6 +48,10 @@ from hf_jetflow.trees.tree import Candidates, corrected_logprobs, with_rest
 NODE_BUDGETS = (16, 32, 64)
 BEFORE = "none, the head as given"
 BASE = "as the head was trained"
+SETTINGS = (
+    *("branch_correction", "steps", "batch_size", "anchors", "learning_rate", "num_prompts", "max_new_tokens"),
+    "max_length",
+)
 
 
 @dataclass(frozen=True)
@@ -178,11 +183,10 @@ def over_base(results: list[dict[str, Any]]) -> dict[str, dict[int, list[float]]
     return gains
 
 
-def write_table(results: list[dict[str, Any]], path: Path) -> None:
+def write_table(results: list[dict[str, Any]], updates: int, path: Path) -> None:
     """Tokens per round by row: the mean over the seeds, and the gain over `BASE` with its range over the seeds."""
     names = list(dict.fromkeys(result["name"] for result in results))
     sets, gains = list(results[0]["tokens_per_round"]), over_base(results)
-    updates = max(result["updates"] for result in results)
     lines = [
         f"Tokens per round, greedy, at {', '.join(map(str, NODE_BUDGETS))} nodes after {updates} further updates: the "
         f'mean over the seeds. The gain is over "{BASE}" with the same seed, in the mean of the prompt sets: its mean '
@@ -271,19 +275,21 @@ def main() -> None:
         )
         for path in args.prompts
     }
-    results = json.loads(args.results.read_text(encoding="utf-8"))["rows"] if args.results.exists() else []
-    if others := [result for result in results if result["updates"] not in (0, args.steps)]:
-        sys.exit(f"error: {args.results} was measured after {others[0]['updates']} updates, not {args.steps}")
+    start = JetFlowHead.from_pretrained(args.head, dtype=torch.float32).to(target.device)
+    measured_with = environment(start)
+    settings = {"head": measured_with["head_hash"], **{name: getattr(args, name) for name in SETTINGS}}
+    results = []
+    if args.results.exists():
+        stored = json.loads(args.results.read_text(encoding="utf-8"))
+        check_same_settings(args.results, stored["settings"], settings, "give another file with --results")
+        results = stored["rows"]
     rows = [(BEFORE, 0), *((name, seed) for seed in args.seeds for name in args.rows or ROWS)]
     for name, seed in rows:
         if any((result["name"], result["seed"]) == (name, seed) for result in results):
             continue
         console.print(f"{name}, seed {seed} ...")
         is_before = name == BEFORE
-        if is_before:
-            head = JetFlowHead.from_pretrained(args.head, dtype=torch.float32).to(target.device)
-        else:
-            head = train_row(name, seed, target, args).eval()
+        head = start if is_before else train_row(name, seed, target, args).eval()
         figures = {
             prompts: {
                 str(budget): round(stats.tokens_per_round, 3)
@@ -291,10 +297,9 @@ def main() -> None:
             }
             for prompts, group in texts.items()
         }
-        updates = 0 if is_before else args.steps
-        results.append({"name": name, "seed": seed, "updates": updates, "tokens_per_round": figures})
-        write_json({"rows": results}, args.results)
-        write_table(results, args.results.with_suffix(".md"))
+        results.append({"name": name, "seed": seed, "tokens_per_round": figures})
+        write_json({"environment": measured_with, "settings": settings, "rows": results}, args.results)
+        write_table(results, args.steps, args.results.with_suffix(".md"))
         plot_gains(results, args.results.with_suffix(".png"))
     console.print(args.results.with_suffix(".md").read_text(encoding="utf-8"), markup=False)
 

@@ -18,6 +18,7 @@ from helpers import save_pair, write_lines
 from safetensors.torch import load_file
 
 from hf_jetflow import JetFlowConfig, JetFlowHead
+from hf_jetflow.errors import JetFlowError
 from hf_jetflow.simulate.simulate import read_tokens
 from hf_jetflow.target.target import Target
 from hf_jetflow.trees.tree import Candidates, build_tree
@@ -416,7 +417,9 @@ def test_rows_of_training_are_compared_on_one_head_and_a_killed_run_continues(
     table = results.with_suffix(".md").read_text()
     assert "| D-PACE | 1 |" in table
     assert results.with_suffix(".png").exists()
-    with pytest.raises(SystemExit, match="was measured after 3 updates, not 4"):
+    with pytest.raises(
+        JetFlowError, match="`steps` was 3 and is 4; use the same settings to finish it, or give another"
+    ):
         example("compare_training", *arguments, "--results", results, "--steps", 4)
 
 
