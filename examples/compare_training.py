@@ -10,6 +10,7 @@ skipped, so a killed run continues with the training that it was in; several run
 
 import argparse
 import json
+import math
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,6 +47,7 @@ from hf_jetflow.trees.tree import Candidates, corrected_logprobs, with_rest
 
 
 NODE_BUDGETS = (16, 32, 64)
+PLOTTED = 6.0  # largest gain or loss that is drawn to scale, in %
 BEFORE = "none, the head as given"
 BASE = "as the head was trained"
 SETTINGS = (
@@ -166,20 +168,21 @@ def train_row(name: str, seed: int, target: PreTrainedModel, args: argparse.Name
 
 def over_base(results: list[dict[str, Any]]) -> dict[str, dict[int, list[float]]]:
     """
-    Tokens per round over those of `BASE` with the same seed, minus 1, by row and node budget: the mean over the prompt
-    sets, one figure a seed.
+    Tokens per round over those of `BASE` with the same seed, minus 1, by row and node budget: in the mean of the
+    prompt sets, one figure a seed. Those of `BASE` are over its own mean: what the seed alone changes.
     """
     base = {row["seed"]: row["tokens_per_round"] for row in results if row["name"] == BASE}
     gains: dict[str, dict[int, list[float]]] = {}
     for row in results:
-        if row["name"] not in (BASE, BEFORE) and row["seed"] in base:
-            for budget in NODE_BUDGETS:
-                pairs = [
-                    (figures[str(budget)], base[row["seed"]][prompts][str(budget)])
-                    for prompts, figures in row["tokens_per_round"].items()
-                ]
-                gain = statistics.mean(figure / before for figure, before in pairs) - 1
-                gains.setdefault(row["name"], {}).setdefault(budget, []).append(gain)
+        if row["name"] == BEFORE or row["seed"] not in base:
+            continue
+        others = list(base.values()) if row["name"] == BASE else [base[row["seed"]]]
+        for budget in map(str, NODE_BUDGETS):
+            gain = statistics.mean(
+                figures[budget] / statistics.mean(other[prompts][budget] for other in others) - 1
+                for prompts, figures in row["tokens_per_round"].items()
+            )
+            gains.setdefault(row["name"], {}).setdefault(int(budget), []).append(gain)
     return gains
 
 
@@ -190,7 +193,7 @@ def write_table(results: list[dict[str, Any]], updates: int, path: Path) -> None
     lines = [
         f"Tokens per round, greedy, at {', '.join(map(str, NODE_BUDGETS))} nodes after {updates} further updates: the "
         f'mean over the seeds. The gain is over "{BASE}" with the same seed, in the mean of the prompt sets: its mean '
-        "over the seeds (lowest to highest).",
+        "over the seeds (lowest to highest). In that row it is over the mean of its own seeds: what a seed changes.",
         "",
         f"| row | seeds | {' | '.join(sets)} | {' | '.join(f'gain, {budget} nodes' for budget in NODE_BUDGETS)} |",
         "|---|---|" + "---|" * (len(sets) + len(NODE_BUDGETS)),
@@ -202,9 +205,9 @@ def write_table(results: list[dict[str, Any]], updates: int, path: Path) -> None
             means = (statistics.mean(row[prompts][str(budget)] for row in rows) for budget in NODE_BUDGETS)
             cells.append(" / ".join(f"{mean:.2f}" for mean in means))
         for budget in NODE_BUDGETS:
-            values = gains.get(name, {}).get(budget)
+            values = [100 * gain for gain in gains.get(name, {}).get(budget, [])]
             cells.append(
-                f"{statistics.mean(values):+.1%} ({min(values):+.1%} to {max(values):+.1%})" if values else "-"
+                f"{statistics.mean(values):+.1f} % ({min(values):+.1f} to {max(values):+.1f})" if values else "-"
             )
         lines.append(f"| {' | '.join(cells)} |")
     with atomic_write(path) as partial:
@@ -212,28 +215,28 @@ def write_table(results: list[dict[str, Any]], updates: int, path: Path) -> None
 
 
 def plot_gains(results: list[dict[str, Any]], path: Path) -> None:
-    """Each row's gain over `BASE`, a dot a seed; the grey band is how far apart `BASE` itself is over the seeds."""
+    """Each row's gain over `BASE`, a dot a seed and a line at their mean; grey is what the seed alone changes."""
     gains = over_base(results)
-    if not gains:
+    base = gains.pop(BASE, None)
+    if not base or not gains:
         return
     shape, size = (1, len(NODE_BUDGETS)), (11, 0.9 + 0.32 * len(gains))
     figure, (panels,) = plt.subplots(*shape, figsize=size, sharex=True, sharey=True, squeeze=False)
     for budget, panel in zip(NODE_BUDGETS, panels, strict=True):
-        base = [
-            statistics.mean(figures[str(budget)] for figures in row["tokens_per_round"].values())
-            for row in results
-            if row["name"] == BASE
-        ]
-        half = (max(base) - min(base)) / statistics.mean(base) * 100 / 2
-        panel.axvspan(-half, half, color="0.9", zorder=0)
+        panel.axvspan(100 * min(base[budget]), 100 * max(base[budget]), color="0.9", zorder=0)
         panel.axvline(0, color="0.6", linewidth=0.8, zorder=1)
         for index, by_budget in enumerate(gains.values()):
             values = [100 * gain for gain in by_budget[budget]]
+            mean = statistics.mean(values)
+            if abs(mean) > PLOTTED:  # would leave no room for the others
+                panel.text(math.copysign(PLOTTED, mean), index, f"{mean:+.0f}", va="center", ha="center", fontsize=9)
+                continue
             panel.scatter(values, [index] * len(values), s=18, color="tab:blue", alpha=0.6, linewidth=0)
-            panel.plot([statistics.mean(values)] * 2, [index - 0.3, index + 0.3], color="tab:blue")
+            panel.plot([mean] * 2, [index - 0.3, index + 0.3], color="tab:blue")
         panel.set_title(f"{budget} nodes", fontsize=10)
         panel.set_xlabel("gain in tokens per round, %")
         panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_xlim(-1.15 * PLOTTED, 1.15 * PLOTTED)
     panels[0].set_yticks(range(len(gains)), list(gains))
     panels[0].invert_yaxis()
     figure.tight_layout()

@@ -437,7 +437,9 @@ def test_gains_are_those_over_the_same_seed(example_module, monkeypatch):
         result("D-PACE", 0, 3.0, 4.0),
         result("D-PACE", 2, 9.0, 9.0),  # the base of this seed is not measured yet
     ]
-    assert module.over_base(rows) == {"D-PACE": {4: [pytest.approx(0.025), pytest.approx(0.25)]}}
+    gains = module.over_base(rows)
+    assert gains.pop("D-PACE") == {4: [pytest.approx(0.025), pytest.approx(0.25)]}
+    assert gains == {module.BASE: {4: [pytest.approx(-1 / 18), pytest.approx(1 / 18)]}}
 
 
 def test_the_gain_of_a_correction_is_replayed_with_it_on_and_off(example, options, target, random_head, tmp_path):
