@@ -14,6 +14,7 @@ NO_HEAD = {
     "parity",
     "simulation",
     "ablation",
+    "compare_training",
     "tree_building",
     "verify_context",
     "hybrid",
