@@ -138,7 +138,9 @@ def test_the_trees_of_a_batch_are_those_of_its_sequences(name, head, target):
         alone = draft_behind(head, target, tokens[None]).best_tree(24)
         pairs = set(zip(alone.parents[0].tolist(), alone.tokens[0].tolist(), strict=True))
         assert pairs == set(zip(trees.parents[row].tolist(), trees.tokens[row].tolist(), strict=True))
-        torch.testing.assert_close(alone.logprobs[0].sort().values, trees.logprobs[row].sort().values)
+        # A product over a batch rounds differently on some processors, by up to 2.3e-6 here on an Intel Xeon.
+        scores = (part.sort().values for part in (alone.logprobs[0], trees.logprobs[row]))
+        torch.testing.assert_close(*scores, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
